@@ -1,0 +1,95 @@
+"""Attention on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from . import backends
+from .checks import check_flag, check_positions, check_qkv
+from .graph import opaque
+from .merge import finish
+from .options import Options
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float | None = None,
+    mask: str | mx.array | None = None,
+    offset: int | None = None,
+    positions: tuple[mx.array | np.ndarray | Sequence[int], mx.array | np.ndarray | Sequence[int]] | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    segments: tuple[mx.array, mx.array] | None = None,
+    return_lse: bool = False,
+    out_dtype: mx.Dtype | None = None,
+    backend: str | None = None,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Scaled dot-product attention that can also return the log-sum-exp of every row.
+
+    A query attends to the keys that every constraint allows: mask, window and segments combine by AND. No score matrix
+    is ever held. A row that sees no key gives ``out = 0`` and ``lse = -inf``.
+
+    Args:
+        q: Queries ``[batch, heads, q tokens, head_dim]`` in float16, bfloat16 or float32.
+        k: Keys ``[batch, kv heads, k tokens, head_dim]`` in q's dtype; heads is a multiple of kv heads.
+        v: Values ``[batch, kv heads, k tokens, value head_dim]`` in q's dtype.
+        scale: What scores are multiplied with. Default ``head_dim ** -0.5``.
+        mask: ``"causal"``, or a boolean (True = attend) or additive array that broadcasts to
+            ``[batch, heads, q tokens, k tokens]``.
+        offset: The position of query 0 minus that of key 0, any sign. Default ``k tokens - q tokens``, which
+            aligns the last query with the last key, as MLX does.
+        positions: ``(q_pos, k_pos)``, ascending int32, for tokens that are not contiguous; instead of `offset`.
+        window: An int ``w``: each query sees itself and the ``w - 1`` positions before it, causal by that alone (as in
+            mlx-lm). A pair ``(left, right)``: so many positions on each side.
+        softcap: ``c``: scores become ``c * tanh(score / c)`` before any mask (Gemma 2, arXiv 2408.00118).
+        sinks: ``[heads]``: one more logit per query head in the softmax's denominator, and in the lse (gpt-oss).
+        segments: Integer ids ``(q_ids [batch, q tokens], k_ids [batch, k tokens])``: tokens attend only within
+            equal ids, and a negative id is padding, which sees nothing, is not seen, and may hold any bits.
+        return_lse: Also return the log-sum-exp.
+        out_dtype: The dtype of the output. Default: q's.
+        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"reference"`` (plain mx operations; the one that
+            is differentiable), or ``None`` for the best on the default device.
+
+    Returns:
+        `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`
+        float32, natural log, ``[batch, heads, q tokens]``. Partials over disjoint keys merge with `merge`.
+
+    Raises:
+        ArgumentError: An argument is wrong; the message names it, its value and what was expected.
+        TransformError: A transformation (mx.grad, mx.compile, ...) reached the host kernel, which has none.
+    """
+    check_qkv(q, k, v)
+    options = Options.checked(
+        q,
+        k,
+        columns=k.shape[2],
+        scale=scale,
+        mask=mask,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        segments=segments,
+        out_dtype=out_dtype,
+    )
+    q_pos, k_pos = check_positions(offset, positions, q.shape[2], k.shape[2])
+    return_lse = check_flag("return_lse", return_lse)
+    kernel = backends.select(backend)
+
+    def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        bound = options.bind(arrays)
+        state = kernel.forward(q, k, v, q_pos, k_pos, bound.rules(), None)
+        return finish(state, bound.sinks, bound.out_dtype)
+
+    arrays = (q, k, v, *options.arrays)
+    if kernel.DIFFERENTIABLE:
+        out, lse = compute(*arrays)
+    else:
+        out, lse = opaque("attention with backend 'host'", compute, arrays)
+    return (out, lse) if return_lse else out

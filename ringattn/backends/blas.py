@@ -1,0 +1,62 @@
+"""How many threads NumPy's OpenBLAS uses: one, while the kernel runs threads of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+_lock = threading.Lock()
+_users = 0
+_before = 1
+
+
+def threads() -> int:
+    """Threads a kernel may use: RINGATTN_THREADS, else OMP_NUM_THREADS, else the cores this process may run on."""
+    for name in ("RINGATTN_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Keep OpenBLAS to the calling thread; the last of several users that overlap puts the old number back."""
+    global _users, _before
+    library = _openblas()
+    if library is None:
+        yield
+        return
+    get, put = library
+    with _lock:
+        if _users == 0:
+            _before = get()
+            put(1)
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                put(_before)
+
+
+@lru_cache(maxsize=1)
+def _openblas() -> tuple | None:
+    """The thread setter and getter of the OpenBLAS inside NumPy's wheel; ``None`` for another BLAS (Accelerate)."""
+    package = Path(np.__file__).parent
+    for path in [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]:
+        library = ctypes.CDLL(str(path))
+        for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+            name = f"{prefix}openblas_%s_num_threads{suffix}"
+            if hasattr(library, name % "get"):
+                return getattr(library, name % "get"), getattr(library, name % "set")
+    return None

@@ -1,0 +1,182 @@
+"""Finding mpiexec, telling MPICH from Open MPI, and writing their command lines."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import RingAttentionError
+
+Flavour = Literal["MPICH", "Open MPI"]
+_WRAPPER = Path(__file__).with_name("rank.py")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class LaunchError(RingAttentionError):
+    """The program cannot be launched. `exit_code` is what a shell would give: 127 not found, 126 not runnable."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Mpiexec:
+    """An mpiexec and the MPI it belongs to."""
+
+    path: str
+    flavour: Flavour
+
+
+def find_mpiexec(path: str | None = None) -> Mpiexec:
+    """The mpiexec at `path`, or else the one beside this Python (where the PyPI wheels put it), or else on PATH.
+
+    Raises:
+        LaunchError: There is none, or it is neither MPICH's nor Open MPI's.
+    """
+    if path is None:
+        beside = (os.path.dirname(sys.executable), sysconfig.get_path("scripts"))
+        found = next(filter(None, (shutil.which("mpiexec", path=folder) for folder in beside)), shutil.which("mpiexec"))
+        if found is None:
+            raise LaunchError("no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'")
+    else:
+        found = shutil.which(path)
+        if found is None:
+            raise LaunchError(f"--mpiexec: {path!r} is not a program that can be run", 127)
+    return Mpiexec(found, _flavour(found))
+
+
+@functools.lru_cache
+def _flavour(path: str) -> Flavour:
+    try:
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{path} --version does not answer: {error}") from None
+    return tell_flavour(path, shown.stdout + shown.stderr)
+
+
+def tell_flavour(path: str, version: str) -> Flavour:
+    """Which MPI an mpiexec belongs to, by what ``mpiexec --version`` prints.
+
+    Raises:
+        LaunchError: It is neither MPICH (or a relative that uses its launcher, Hydra) nor Open MPI.
+    """
+    if "HYDRA" in version.upper() or "Intel(R) MPI" in version:
+        return "MPICH"
+    if "Open MPI" in version or "OpenRTE" in version or "PRRTE" in version:
+        return "Open MPI"
+    said = version.strip().partition("\n")[0] or "nothing"
+    raise LaunchError(f"{path} is neither MPICH's nor Open MPI's mpiexec; --version says {said[:80]!r}")
+
+
+def library_flavour(environment: Mapping[str, str] | None = None, prefix: str | None = None) -> Flavour | None:
+    """The MPI whose library mpi4py will load, or ``None`` where the files do not tell.
+
+    It follows mpi4py's own search (its variables, then the environment's ``lib``) by file names only: loading the
+    library, as mpi4py does, would take longer than everything else the launcher does.
+    """
+    environment = os.environ if environment is None else environment
+    abi = environment.get("MPI4PY_MPIABI", "").lower().translate({ord(c): None for c in " -_"})
+    library = environment.get("MPI4PY_LIBMPI", "")
+    if abi:
+        return {"mpich": "MPICH", "impi": "MPICH", "openmpi": "Open MPI"}.get(abi)  # type: ignore[return-value]
+    names = [os.path.realpath(library)] if library else os.listdir(_lib(prefix)) if _lib(prefix).is_dir() else []
+    numbers = {number for name in names for number in (12, 40) if _is_libmpi(os.path.basename(name), number)}
+    return None if not numbers else "MPICH" if 12 in numbers else "Open MPI"  # mpi4py tries 12 first, too
+
+
+def _lib(prefix: str | None) -> Path:
+    return Path(sys.prefix if prefix is None else prefix, "lib")
+
+
+def _is_libmpi(name: str, number: int) -> bool:
+    return name.startswith((f"libmpi.so.{number}", f"libmpi.{number}."))
+
+
+def mismatch(mpiexec: Mpiexec) -> str | None:
+    """One line for people if mpi4py will load another MPI than this mpiexec's: every rank would then be alone."""
+    library = library_flavour()
+    if library is None or library == mpiexec.flavour:
+        return None
+    return (
+        f"{mpiexec.path} belongs to {mpiexec.flavour}, but mpi4py here loads {library}: "
+        f"every rank will see itself alone; keep one of them per virtual environment, or give --mpiexec"
+    )
+
+
+def build_command(mpiexec: Mpiexec, ranks: int, command: Sequence[str], *, root: bool | None = None) -> list[str]:
+    """The command line that runs `command` on `ranks` ranks of this machine, each under its wrapper.
+
+    Threads are left free to spread over all cores (no binding), and ranks may outnumber cores.
+
+    Args:
+        mpiexec: From `find_mpiexec`.
+        ranks: The number of ranks, at least 1.
+        command: The program and its arguments. One that ends in ``.py`` runs under this Python.
+        root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
+    """
+    line = [mpiexec.path]
+    if mpiexec.flavour == "Open MPI":
+        root = os.geteuid() == 0 if root is None else root
+        line += ["--allow-run-as-root"] if root else []
+        line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    line += ["-n", str(ranks), sys.executable, "-IS", str(_WRAPPER), "--"]
+    if command[0].endswith(".py"):
+        line.append(sys.executable)
+    return line + [_escape(argument) for argument in command]
+
+
+def _escape(argument: str) -> str:
+    """A bare ``:`` starts another program for mpiexec; `rank.unescape` undoes this."""
+    return "\\" + argument if argument.lstrip("\\") == ":" else argument
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raise `LaunchError` unless the program is there: one line now instead of one traceback per rank."""
+    program = command[0]
+    if program.endswith(".py"):
+        if not os.path.isfile(program):
+            raise LaunchError(f"COMMAND: there is no file {program!r}", 127)
+    elif shutil.which(program) is None:
+        there = os.sep in program and os.path.exists(program)
+        problem = f"{program!r} cannot be run" if there else f"program {program!r} not found"
+        raise LaunchError(f"COMMAND: {problem}", 126 if there else 127)
+
+
+def build_environment(
+    ranks: int, *, threads: int | None = None, timeout: float | None = None, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of the ranks: `base` (default: ours), and the cores of this machine shared out fairly.
+
+    Args:
+        ranks: How many share the cores.
+        threads: Threads per rank; default: the cores this process may use, divided by `ranks`. What the user has set
+            for BLAS and OpenMP stays.
+        timeout: Seconds without a sign of life after which a peer counts as dead.
+        base: What the ranks inherit.
+    """
+    environment = dict(os.environ if base is None else base)
+    share = str(threads if threads is not None else max(1, available_cores() // ranks))
+    for name in (*_THREADS, "RINGATTN_THREADS"):
+        environment.setdefault(name, share)
+    if threads is not None:
+        environment["RINGATTN_THREADS"] = share
+    if timeout is not None:
+        environment["RINGATTN_TIMEOUT"] = f"{timeout:g}"
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment | {"RINGATTN_LAUNCH": "1"}
+
+
+def available_cores() -> int:
+    """The cores this process may run on, which a container or taskset can make fewer than the machine has."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,80 @@
+"""Rings of ranks and the transports that carry them."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from ..errors import ArgumentError, ArgumentTypeError
+from .base import Event, Gate, Ring, Transfer
+
+__all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
+
+_BACKENDS = ("mpi", "mlx", "solo")
+_MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
+_MLX_LAUNCHERS = ("MLX_RANK", "MLX_WORLD_SIZE")
+
+
+def init(backend: str | None = None, *, comm: Any = None, timeout: float | None = None) -> Ring:
+    """Join the ring of all processes of this job. Collective: every rank calls it.
+
+    Args:
+        backend: ``"mpi"``, or ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and
+            ``"solo"`` where there is no launcher.
+        comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
+        timeout: Seconds without a sign of life after which a rank counts as dead. A long computation is not a
+            stall. Default: the environment variable ``RINGATTN_TIMEOUT``, else 60.
+
+    Returns:
+        The ring, a context manager.
+
+    Raises:
+        ArgumentError: If an argument is wrong.
+        RingError: If the backend cannot be used here; the message says what to do about it.
+    """
+    backend = _choose(backend, comm)
+    if backend == "solo":
+        from .solo import SoloRing
+
+        return SoloRing(read_timeout(timeout))
+    from .mpi import open_ring
+
+    return open_ring(comm, timeout)
+
+
+def _choose(backend: str | None, comm: Any) -> str:
+    if backend is None:
+        if comm is not None:
+            return "mpi"
+        backend = _launched_by()
+    if not isinstance(backend, str) or backend not in _BACKENDS:
+        raise ArgumentError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    if backend == "mlx":
+        raise ArgumentError("backend='mlx' is not there yet: use 'mpi' under mpiexec, or 'solo' for one process")
+    if comm is not None and backend != "mpi":
+        raise ArgumentError(f"comm is for backend='mpi', got backend={backend!r}")
+    return backend
+
+
+def _launched_by() -> str:
+    if any(name in os.environ for name in _MPI_LAUNCHERS):
+        return "mpi"
+    return "mlx" if any(name in os.environ for name in _MLX_LAUNCHERS) else "solo"
+
+
+def read_timeout(timeout: float | None) -> float:
+    """`timeout` in seconds, from the environment where it is ``None``."""
+    name = "timeout"
+    value: Any = timeout
+    if timeout is None:
+        name, value = "RINGATTN_TIMEOUT", os.environ.get("RINGATTN_TIMEOUT") or "60"
+        try:
+            value = float(value)
+        except ValueError:
+            raise ArgumentError(f"{name} must be a number of seconds, got {value!r}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name} must be a number of seconds, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentError(f"{name} must be a positive, finite number of seconds, got {value}")
+    return float(value)

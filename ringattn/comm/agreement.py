@@ -1,0 +1,118 @@
+"""How ranks make sure that they are in the same call with the same arguments, before any data moves.
+
+Every collective begins with one `Ring.exchange` whose payload starts with a *head* of fixed size: this rank's verdict
+on its own arguments and a digest of the call. All ranks see all heads, so all come to the same conclusion: go on, raise
+the error that one of them found, or exchange the calls in full to say where they differ.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+from ..errors import ArgumentError
+from .base import Ring
+
+__all__ = ["HEAD_BYTES", "Fields", "agree", "check", "head"]
+
+Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
+
+HEAD_BYTES = 64
+_HEAD = struct.Struct("<4sBxxxI16s")  # magic, verdict, bytes of error text, digest; zeros up to HEAD_BYTES
+_MAGIC = b"ra01"
+_OK, _ERROR = 0, 1
+_LONGEST_TEXT = 4096
+
+
+def agree(
+    ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None, payload: Sequence[memoryview] = ()
+) -> list[memoryview]:
+    """Make sure that every rank is in the same call with the same `fields`, and learn every rank's `payload`.
+
+    Args:
+        ring: The ring whose ranks must agree.
+        what: The name of the call.
+        fields: What has to be equal on all ranks, as ``(name, short text)`` pairs.
+        error: What this rank found wrong with its own arguments.
+        payload: Bytes for all other ranks to know; their lengths may differ.
+
+    Returns:
+        The payload of every rank, in rank order.
+
+    Raises:
+        ArgumentError: On every rank, when one rank has an error or the calls differ. The ring still works.
+    """
+    own = [memoryview(head(what, fields, error))]
+    return check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
+
+
+def head(what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
+    """What a rank puts before its payload: `HEAD_BYTES` bytes, and the text of `error` if there is one."""
+    if error is None:
+        return _good_head(what, fields)
+    text = str(error).encode()[:_LONGEST_TEXT]
+    return _HEAD.pack(_MAGIC, _ERROR, len(text), bytes(16)).ljust(HEAD_BYTES, b"\0") + text
+
+
+@lru_cache(maxsize=4096)
+def _good_head(what: str, fields: Fields) -> bytes:
+    digest = blake2b(_describe(what, fields), digest_size=16).digest()
+    return _HEAD.pack(_MAGIC, _OK, 0, digest).ljust(HEAD_BYTES, b"\0")
+
+
+def _describe(what: str, fields: Fields) -> bytes:
+    return json.dumps([what, fields]).encode()
+
+
+def check(
+    ring: Ring, what: str, fields: Fields, error: BaseException | None, replies: Sequence[memoryview]
+) -> list[memoryview]:
+    """Read the heads of all ranks' `replies`; see `agree` for the arguments, the result and what it raises."""
+    if error is not None:
+        raise error
+    own = _good_head(what, fields)
+    if all(bytes(reply[:HEAD_BYTES]) == own for reply in replies):
+        return [reply[HEAD_BYTES:] for reply in replies]
+    digests = []
+    for rank, reply in enumerate(replies):
+        if len(reply) < HEAD_BYTES or reply[:4] != _MAGIC:
+            raise ArgumentError(f"rank {rank} sent something that {what} does not understand (another version?)")
+        _, verdict, length, digest = _HEAD.unpack_from(reply)
+        if verdict == _ERROR:
+            raise ArgumentError(f"rank {rank}: {str(reply[HEAD_BYTES : HEAD_BYTES + length], 'utf-8', 'replace')}")
+        digests.append(digest)
+    if len(set(digests)) == 1:
+        raise ArgumentError(f"{what}: the ranks run different versions of ringattn")
+    # Every rank has seen that the digests differ, so every rank comes here, and the round is matched.
+    calls = [json.loads(bytes(text)) for text in ring.exchange([memoryview(_describe(what, fields))])]
+    raise ArgumentError(_difference(calls))
+
+
+def _difference(calls: list[list]) -> str:
+    """The first thing in which `calls`, one ``[what, fields]`` per rank, differ."""
+    names = [call[0] for call in calls]
+    if len(set(names)) > 1:
+        return ", ".join(f"{_ranks(ranks)} called {name}" for name, ranks in _group(names).items())
+    tables = [dict(call[1]) for call in calls]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        values = [table.get(name, "not given") for table in tables]
+        if len(set(values)) > 1:
+            told = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in _group(values).items())
+            return f"{names[0]}: {name} differs between ranks: {told}"
+    return f"{names[0]}: the order of its arguments differs between ranks"
+
+
+def _group(values: list[str]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(rank)
+    return groups
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

@@ -1,0 +1,148 @@
+"""Attention of one or a few new tokens, the same on every rank, to a cache that is spread over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import mlx.core as mx
+import numpy as np
+
+from . import backends
+from .checks import check_flag, check_int, check_qkv
+from .comm.agreement import Fields, check, head
+from .comm.base import Ring
+from .graph import opaque
+from .job import check_layout, check_ring, timed
+from .layout import Layout
+from .merge import State, finish, merge_states
+from .options import Options
+from .spans import positions
+from .wire import raw
+
+WHAT = "decode_attention"
+
+
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    start: int | None = None,
+    scale: float | None = None,
+    mask: str | mx.array | None = "causal",
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    segments: tuple[mx.array, mx.array] | None = None,
+    return_lse: bool = False,
+    out_dtype: mx.Dtype | None = None,
+    backend: str | None = None,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Attention of a few new tokens, which every rank has, to a cache of which each rank holds a part. Collective.
+
+    Each rank attends to its own keys, then all states are exchanged in one message round, and every rank merges them to
+    the same bits. What is not said here is as in `attention`.
+
+    Args:
+        q: The new queries ``[batch, heads, q tokens, head_dim]``, the same on every rank.
+        k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`; may be empty.
+        v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
+        ring: The ring, of `init`.
+        kv_layout: Which positions each rank's keys have; may be uneven.
+        start: The position of query 0. Default ``kv_layout.stop - q tokens``: the new tokens' own keys are already in
+            the cache.
+        mask: ``"causal"`` (by positions), ``None``, or an array whose columns are the keys of all ranks, in global
+            order.
+        scale, window, softcap, sinks, out_dtype, backend: As in `attention`.
+        segments: Ids of the queries ``[batch, q tokens]``, the same on every rank, and of this rank's keys.
+        return_lse: Also return the log-sum-exp.
+
+    Returns:
+        `out` ``[batch, heads, q tokens, value head_dim]``, the same on every rank, or ``(out, lse)``.
+
+    Raises:
+        ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank;
+            the ring still works.
+        RingError: A rank died, stalled or left, or another thread is using the ring.
+        TransformError: mx.grad, mx.compile, mx.vmap or mx.jvp reached it: not supported.
+    """
+    check_ring(ring)
+    with ring.call(WHAT):
+        ring.at(WHAT, 0)
+        try:
+            check_qkv(q, k, v)
+            check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
+            options = Options.checked(
+                q,
+                k,
+                columns=kv_layout.length,
+                scale=scale,
+                mask=mask,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                segments=segments,
+                out_dtype=out_dtype,
+            )
+            check_flag("return_lse", return_lse)
+            first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
+            step = _Step(ring, kv_layout, first, options, backends.select(backend))
+        except Exception as error:  # whatever it is, the others must hear of it
+            check(ring, WHAT, (), error, ring.exchange([memoryview(head(WHAT, (), error))]))
+            raise
+        out, lse = opaque(WHAT, step.run, (q, k, v, *options.arrays))
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One checked call on this rank."""
+
+    ring: Ring
+    kv_layout: Layout
+    start: int
+    options: Options
+    kernel: ModuleType
+
+    def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
+        step = replace(self, options=self.options.bind(arrays))
+        fields: Fields = ()
+        error, payload = None, []
+        try:
+            state = step._attend(q, k, v)
+            fields = step._fields(q, k, v)
+            payload = [raw(x) for x in state]
+        except Exception as raised:  # whatever it is, the others must hear of it
+            error = raised
+        replies = self.ring.exchange([memoryview(head(WHAT, fields, error)), *payload])
+        states = [_read(reply, state) for reply in check(self.ring, WHAT, fields, error, replies)]
+        out, lse = finish(merge_states(*states), step.options.sinks, step.options.out_dtype)
+        mx.eval(out, lse)
+        return out, lse
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> State:
+        q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
+        k_pos = positions(self.kv_layout.spans[self.ring.rank])
+        columns = None if self.options.mask is None else k_pos - self.kv_layout.start
+        with timed(self.ring, "compute", 0):
+            state = self.kernel.forward(q, k, v, q_pos, k_pos, self.options.rules(columns), None)
+            mx.eval(*state)
+        return state
+
+    def _fields(self, q: mx.array, k: mx.array, v: mx.array) -> Fields:
+        shapes = (("q", f"{q.dtype} {q.shape}"), ("heads of k", str(k.shape[1])), ("head_dim of v", str(v.shape[3])))
+        return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *self.options.fields)
+
+
+def _read(reply: memoryview, like: State) -> State:
+    """Another rank's state out of its bytes; the head's agreement says that it has the shapes of this rank's."""
+    arrays, at = [], 0
+    for x in like:
+        flat = np.frombuffer(reply, np.float32, x.size, at)
+        arrays.append(mx.array(flat.reshape(x.shape)))
+        at += x.nbytes
+    return State(*arrays)

@@ -1,0 +1,38 @@
+"""The exceptions a user can catch."""
+
+from __future__ import annotations
+
+__all__ = ["ArgumentError", "ArgumentTypeError", "RingAttentionError", "RingError", "TransformError"]
+
+
+class RingAttentionError(Exception):
+    """The base of every exception that ringattn raises on purpose."""
+
+
+class ArgumentError(RingAttentionError, ValueError):
+    """An argument is wrong; the message names it, what was given and what was expected.
+
+    In a collective call it is raised on every rank, before any data moves, and the ring still works afterwards.
+    """
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of the wrong type (also a ``ValueError``, so one ``except`` catches both)."""
+
+
+class RingError(RingAttentionError, RuntimeError):
+    """A ring broke: a rank died, stalled, left, or ran into an error of its own. The ring cannot be used again.
+
+    Attributes:
+        rank: The rank that caused it, or ``None`` where that is not known.
+        host: Its host name, or ``None``.
+        hop: The hop it was in when last heard of, or ``None``.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, host: str | None = None, hop: int | None = None):
+        super().__init__(message)
+        self.rank, self.host, self.hop = rank, host, hop
+
+
+class TransformError(RingAttentionError, NotImplementedError):
+    """A function transformation (grad, jvp, vmap, compile) was asked for where it is not supported."""

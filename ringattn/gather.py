@@ -1,0 +1,49 @@
+"""Every rank's part of an array, on every rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .checks import check_array, check_int
+from .comm.agreement import agree
+from .errors import ArgumentError
+from .job import check_layout, check_ring
+from .schedule import Hop
+from .wire import Block, collect
+
+if TYPE_CHECKING:
+    from .comm.base import Ring
+    from .layout import Layout
+
+WHAT = "gather"
+
+
+def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
+    """See `Layout.gather`."""
+    check_ring(ring)
+    with ring.call(WHAT):
+        try:
+            axis = _checked(layout, x, ring, axis)
+            mx.eval(x)
+        except Exception as error:  # whatever it is, the others must hear of it
+            agree(ring, WHAT, (), error)
+            raise
+        shape = [n for i, n in enumerate(x.shape) if i != axis]
+        fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
+        agree(ring, WHAT, fields)
+        with ring.committed():
+            size, spans = ring.size, layout.spans
+            held = [(ring.rank - h) % size for h in range(size)]
+            hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
+            return collect(ring, Block((x,), (axis,), spans[ring.rank]), hops).arrays[0]
+
+
+def _checked(layout: Layout, x: mx.array, ring: Ring, axis: int) -> int:
+    check_array("x", x)
+    axis = check_int("axis", axis)
+    if not -x.ndim <= axis < x.ndim:
+        raise ArgumentError(f"axis: {axis}, expected an axis of x, which has {x.ndim} dimensions")
+    check_layout("layout", layout, ring, {"x": x.shape[axis]})
+    return axis % x.ndim

@@ -1,0 +1,162 @@
+"""One rank's side of a `ring_attention` call: its checked arguments, its blocks, and one kernel call on two of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from . import backends
+from .checks import check_choice, check_flag, check_qkv
+from .comm.agreement import Fields
+from .comm.base import Event, Ring, Transfer
+from .errors import ArgumentError, ArgumentTypeError
+from .layout import Layout
+from .merge import State
+from .options import Options
+from .schedule import STRATEGIES, Schedule, choose, plan
+from .spans import positions
+from .wire import Block
+
+
+def check_ring(ring: Any) -> None:
+    """A ring, which is what makes the other checks collective."""
+    if not isinstance(ring, Ring):
+        raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
+
+
+def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:
+    """A layout of the ring's size in which this rank holds as many tokens as its arrays."""
+    if not isinstance(layout, Layout):
+        raise ArgumentTypeError(f"{name}: {type(layout).__name__}, expected a Layout")
+    if layout.size != ring.size:
+        raise ArgumentError(f"{name}: for {layout.size} ranks, expected {ring.size}, the size of the ring")
+    expected = layout.local_length(ring.rank)
+    for array, n in tokens.items():
+        if n != expected:
+            raise ArgumentError(f"{array}: {n} tokens, expected {expected}, what {name} gives to rank {ring.rank}")
+    return layout
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked call on this rank. `arrays` are q, k, v and those of the options."""
+
+    ring: Ring
+    layout: Layout
+    kv_layout: Layout
+    options: Options
+    strategy: str | None
+    kernel: ModuleType
+    arrays: tuple[mx.array, ...]
+
+    @classmethod
+    def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> Job:
+        """Check this rank's arguments; nothing is evaluated.
+
+        Raises:
+            ArgumentError: With the first argument that is wrong.
+        """
+        check_qkv(q, k, v)
+        layout = check_layout("layout", layout, ring, {"q": q.shape[2]})
+        name = "layout" if kv_layout is None else "kv_layout"
+        kv_layout = check_layout(name, layout if kv_layout is None else kv_layout, ring, {"k": k.shape[2]})
+        checked = Options.checked(q, k, columns=kv_layout.length, one_segments=kv_layout == layout, **options)
+        check_choice("strategy", strategy, STRATEGIES)
+        check_flag("return_lse", return_lse)
+        return cls(ring, layout, kv_layout, checked, strategy, backends.select(backend), (q, k, v, *checked.arrays))
+
+    def bind(self, arrays: tuple[mx.array, ...]) -> Job:
+        """This job with `arrays` in place of its own: what a transformation gave for them."""
+        return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
+
+    def fields(self) -> Fields:
+        """What all ranks must agree on."""
+        q, k, v = self.arrays[:3]
+        named = (
+            ("batch", q.shape[0]),
+            ("heads of q", q.shape[1]),
+            ("heads of k", k.shape[1]),
+            ("head_dim", q.shape[3]),
+            ("head_dim of v", v.shape[3]),
+            ("dtype", q.dtype),
+            ("layout", self.layout.summary),
+            ("kv_layout", self.kv_layout.summary),
+            ("strategy", self.strategy),
+        )
+        return tuple((name, str(value)) for name, value in named) + self.options.fields
+
+    def schedule(self) -> Schedule:
+        """This rank's hops."""
+        return plan(self.layout, self.kv_layout, self.options.band, self.chosen, self.ring.rank)
+
+    @property
+    def chosen(self) -> str:
+        """The strategy, where it is open from numbers that all ranks agree on."""
+        if self.strategy is not None:
+            return self.strategy
+        q, k, v = self.arrays[:3]
+        mask, (batch, heads, _, dim) = self.options.mask, q.shape
+        item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
+        row = 0 if mask is None else mask.shape[0] * mask.shape[1] * mask.shape[3] * mask.dtype.size
+        key_bytes = batch * k.shape[1] * (dim + v.shape[3]) * item + ids
+        query_bytes = batch * heads * dim * item + ids + row
+        state_bytes = batch * heads * (v.shape[3] + 2) * 4
+        return choose(self.layout, self.kv_layout, self.options.band, key_bytes, query_bytes, state_bytes)
+
+    def keys(self) -> Block:
+        """This rank's keys and values, with their segment ids."""
+        ids = () if self.options.segments is None else self.options.segments[1:]
+        return Block((*self.arrays[1:3], *ids), (2, 2, 1)[: 2 + len(ids)], self.kv_layout.spans[self.ring.rank])
+
+    def queries(self) -> Block:
+        """This rank's queries, with their rows of the mask and their segment ids."""
+        q, mask, segments = self.arrays[0], self.options.mask, self.options.segments
+        arrays, axes = [q], [2]
+        if mask is not None:
+            arrays.append(mx.broadcast_to(mask, (*mask.shape[:2], q.shape[2], mask.shape[3])))
+            axes.append(2)
+        if segments is not None:
+            arrays.append(segments[0])
+            axes.append(1)
+        return Block(tuple(arrays), tuple(axes), self.layout.spans[self.ring.rank])
+
+    def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
+        """One kernel call: a block of queries to a block of keys, into `state`."""
+        options, k_pos = self.options, positions(keys.spans)
+        q, *rest = queries.arrays
+        mask = rest.pop(0) if options.mask is not None else None
+        segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
+        columns = None if mask is None else k_pos - self.kv_layout.start
+        rules = replace(options, mask=mask, segments=segments).rules(columns)
+        with timed(self.ring, "compute", hop):
+            k, v = keys.arrays[:2]
+            state = self.kernel.forward(q, k, v, positions(queries.spans), k_pos, rules, state)
+            mx.eval(*state)
+        return state
+
+    def empty_state(self, tokens: int) -> State:
+        """The state of `tokens` queries that have seen no key."""
+        q, _, v = self.arrays[:3]
+        return State.empty(q.shape[0], q.shape[1], tokens, v.shape[3])
+
+    def wait(self, hop: int, *transfers: Transfer | None) -> None:
+        """Wait for those that are there, and note in the ring's trace that it was a wait."""
+        waiting = [transfer for transfer in transfers if transfer is not None]
+        if not all(transfer.done for transfer in waiting):
+            with timed(self.ring, "wait", hop):
+                self.ring.wait(*waiting)
+
+
+@contextmanager
+def timed(ring: Ring, kind: str, hop: int) -> Iterator[None]:
+    """Note in the ring's trace, if it has one, how long the body took."""
+    start = time.time()
+    yield
+    if ring.trace is not None:
+        ring.trace.append(Event(kind, hop, start, time.time()))

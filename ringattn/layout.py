@@ -1,0 +1,241 @@
+"""Which tokens of a sequence each rank holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from .checks import check_int
+from .errors import ArgumentError, ArgumentTypeError
+from .spans import Span, Spans, length, positions, tokens_at, union
+
+if TYPE_CHECKING:
+    from .comm.base import Ring
+
+Array = TypeVar("Array", mx.array, np.ndarray)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions of a sequence each rank holds, as ascending spans ``(start, stop)`` in local order.
+
+    A layout covers every position from `start` to `stop` exactly once. It is immutable and hashable, and two layouts
+    that place the same tokens alike are equal: empty spans are dropped, adjacent ones joined.
+
+        contiguous   0 0 0 0 1 1 1 1      zigzag   0 0 1 1 1 1 0 0      cyclic   0 0 1 1 0 0 1 1
+
+    Args:
+        spans: For each rank, its spans. A rank may hold none.
+        start: The first position; needed only where no rank holds a token (default 0).
+
+    Raises:
+        ArgumentError: If spans descend, overlap, leave a gap, or do not begin at `start`.
+    """
+
+    spans: tuple[Spans, ...]
+    start: int = None  # type: ignore[assignment]  # derived from the spans when not given
+
+    def __post_init__(self) -> None:
+        spans = tuple(_checked_spans(rank, given) for rank, given in enumerate(_sequence("spans", self.spans)))
+        if not spans:
+            raise ArgumentError("spans: no rank at all, expected the spans of at least one rank")
+        held = sorted(span for rank_spans in spans for span in rank_spans)
+        first = held[0][0] if held else 0
+        start = first if self.start is None else check_int("start", self.start)
+        if held and start != first:
+            raise ArgumentError(f"start: {start}, expected {first}, where the first span starts")
+        for (_, stop), (next_start, next_stop) in zip(held, held[1:]):
+            if next_start != stop:
+                what = "overlap" if next_start < stop else "leave a gap"
+                raise ArgumentError(
+                    f"spans: (..., {stop}) and ({next_start}, {next_stop}) {what}, expected every position exactly once"
+                )
+        object.__setattr__(self, "spans", spans)
+        object.__setattr__(self, "start", start)
+
+    @classmethod
+    def contiguous(cls, n: int, size: int, *, start: int = 0) -> Layout:
+        """`n` tokens over `size` ranks, one span each, as equal as can be (the first ranks hold the longer ones)."""
+        return cls(tuple((span,) for span in _cut(n, (1.0,) * _checked_size(size), start)), start)
+
+    @classmethod
+    def zigzag(cls, n: int, size: int, *, start: int = 0) -> Layout:
+        """`n` tokens in ``2 * size`` chunks; rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``.
+
+        Every rank then has the same causal work at every hop. Use it for whole causal sequences.
+        """
+        return cls.weighted(n, (1,) * _checked_size(size), start=start)
+
+    @classmethod
+    def cyclic(cls, n: int, size: int, chunk: int, *, start: int = 0) -> Layout:
+        """`n` tokens in chunks of `chunk`, dealt to the ranks round and round, as chunked prefill leaves them."""
+        n, start, size = check_int("n", n, 0), check_int("start", start), _checked_size(size)
+        chunk = check_int("chunk", chunk, 1)
+        cuts = [(a, min(a + chunk, start + n)) for a in range(start, start + n, chunk)]
+        return cls(tuple(tuple(cuts[rank::size]) for rank in range(size)), start)
+
+    @classmethod
+    def weighted(cls, n: int, weights: Sequence[float], *, start: int = 0) -> Layout:
+        """`n` tokens in mirrored pairs of spans, like zigzag, with lengths in proportion to `weights`, one a rank.
+
+        A pair of spans of length l at a and at N - a - l has causal work l(a + l/2) + l(N - a - l/2) = lN, so tokens,
+        memory, linear layers and causal attention all scale with the weight. Use it where machines are unequal.
+        """
+        shares = _checked_weights(weights)
+        chunks = _cut(n, [*shares, *reversed(shares)], start)
+        return cls(tuple((chunks[rank], chunks[-1 - rank]) for rank in range(len(shares))), start)
+
+    def __hash__(self) -> int:
+        return self._hash  # kept: a cache dealt out in chunks has thousands of spans, and plans are looked up per call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.start, self.spans))
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self.spans)
+
+    @cached_property
+    def length(self) -> int:
+        """The number of tokens of all ranks."""
+        return sum(length(spans) for spans in self.spans)
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        return self.start + self.length
+
+    @cached_property
+    def summary(self) -> str:
+        """Start, stop and a short hash of the spans: equal on every machine for equal layouts, and only for them."""
+        spans = hashlib.blake2b(repr(self.spans).encode(), digest_size=8).hexdigest()
+        return f"{self.start}..{self.stop} on {self.size} ranks ({spans})"
+
+    def local_length(self, rank: int) -> int:
+        """How many tokens `rank` holds."""
+        return length(self.spans[_checked_rank(rank, self.size)])
+
+    def positions(self, rank: int) -> np.ndarray:
+        """The positions of the tokens of `rank`, in local order: ascending int32 ``[local_length]``."""
+        spans = self.spans[_checked_rank(rank, self.size)]
+        return positions(spans)
+
+    def extend(self, other: Layout) -> Layout:
+        """This layout followed by `other`, which starts where this one stops and has as many ranks."""
+        if other.size != self.size:
+            raise ArgumentError(f"other: a layout of {other.size} ranks, expected {self.size}")
+        if other.start != self.stop:
+            raise ArgumentError(f"other: starts at {other.start}, expected {self.stop}, where this layout stops")
+        return Layout(tuple(mine + theirs for mine, theirs in zip(self.spans, other.spans)), self.start)
+
+    def shard(self, x: Array, rank: int, axis: int = 2) -> Array:
+        """The tokens of `rank` out of the whole `x`, whose `axis` counts the layout's tokens. mx or NumPy, as given."""
+        axis = _checked_axis("x", x, axis, self.length)
+        spans = self.spans[_checked_rank(rank, self.size)] or ((self.start, self.start),)
+        pieces: list[Any] = [x[tokens_at(axis, start - self.start, stop - self.start)] for start, stop in spans]
+        return _concatenate(pieces, axis)
+
+    def unshard(self, parts: Sequence[Array], axis: int = 2) -> Array:
+        """The whole sequence from all ranks' `parts`, in rank order: the inverse of `shard`."""
+        parts = list(parts)
+        if len(parts) != self.size:
+            raise ArgumentError(f"parts: {len(parts)} arrays, expected {self.size}, one a rank")
+        pieces: list[tuple[int, Any]] = []
+        for rank, part in enumerate(parts):
+            axis = _checked_axis(f"parts[{rank}]", part, axis, self.local_length(rank))
+            before = 0
+            for start, stop in self.spans[rank]:
+                pieces.append((start, part[tokens_at(axis, before, before + stop - start)]))
+                before += stop - start
+        pieces.sort(key=lambda piece: piece[0])
+        return _concatenate([piece for _, piece in pieces] or parts[:1], axis)
+
+    def gather(self, x: mx.array, ring: Ring, axis: int = 2) -> mx.array:
+        """The whole sequence on every rank, from each one's part `x`. Collective; costs the memory of the whole."""
+        from .gather import gather
+
+        return gather(self, x, ring, axis)
+
+
+def _sequence(name: str, value: object) -> Iterable:
+    if not isinstance(value, Iterable):
+        raise ArgumentTypeError(f"{name}: {value!r}, expected a sequence")
+    return value
+
+
+def _checked_spans(rank: int, given: object) -> Spans:
+    """The spans of one rank as plain ints: empty ones dropped, adjacent ones joined."""
+    name = f"spans[{rank}]"
+    spans: list[Span] = []
+    for span in _sequence(name, given):
+        if not isinstance(span, (tuple, list)) or len(span) != 2:
+            raise ArgumentTypeError(f"{name}: {span!r}, expected a pair (start, stop)")
+        start, stop = check_int(name, span[0]), check_int(name, span[1])
+        if stop < start:
+            raise ArgumentError(f"{name}: ({start}, {stop}) descends, expected start <= stop")
+        if spans and start < spans[-1][1]:
+            problem = "descend" if stop <= spans[-1][0] else "overlap"
+            raise ArgumentError(f"{name}: {spans[-1]} and ({start}, {stop}) {problem}, expected ascending spans")
+        if start < stop:
+            spans.append((start, stop))
+    return union(spans)
+
+
+def _checked_size(size: object) -> int:
+    return check_int("size", size, 1)
+
+
+def _checked_rank(rank: object, size: int) -> int:
+    rank = check_int("rank", rank, 0)
+    if rank >= size:
+        raise ArgumentError(f"rank: {rank}, expected less than {size}, the layout's size")
+    return rank
+
+
+def _checked_weights(weights: object) -> list[float]:
+    values = list(_sequence("weights", weights))
+    for weight in values:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
+            raise ArgumentTypeError(f"weights: {weight!r}, expected a number")
+        if not 0 <= weight < float("inf"):
+            raise ArgumentError(f"weights: {weight}, expected a finite number of at least 0")
+    if not sum(values) > 0:
+        raise ArgumentError(f"weights: {values}, expected at least one above 0")
+    return values
+
+
+def _checked_axis(name: str, x: object, axis: object, tokens: int) -> int:
+    if not isinstance(x, (mx.array, np.ndarray)):
+        raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected an mx.array or a NumPy array")
+    axis = check_int("axis", axis)
+    if not -x.ndim <= axis < x.ndim:
+        raise ArgumentError(f"axis: {axis}, expected an axis of {name}, which has {x.ndim} dimensions")
+    if x.shape[axis] != tokens:
+        raise ArgumentError(f"{name}: {x.shape[axis]} tokens on axis {axis}, expected {tokens}")
+    return axis % x.ndim
+
+
+def _cut(n: int, shares: Sequence[float], start: int) -> list[Span]:
+    """`n` positions from `start` on, cut into spans in proportion to `shares` (largest remainder, first ones first)."""
+    n, start = check_int("n", n, 0), check_int("start", start)
+    exact = [n * share / sum(shares) for share in shares]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: n - sum(counts)]:
+        counts[i] += 1
+    ends = [start + int(end) for end in np.cumsum(counts)]
+    return list(zip([start, *ends], ends))
+
+
+def _concatenate(pieces: list, axis: int):
+    if len(pieces) == 1:
+        return pieces[0]
+    return mx.concatenate(pieces, axis) if isinstance(pieces[0], mx.array) else np.concatenate(pieces, axis)

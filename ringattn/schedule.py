@@ -1,0 +1,154 @@
+"""What each rank sends, receives and computes, hop by hop. Integers only: no arrays, no transport.
+
+Something travels to the right around the ring: the keys and values of a rank (pass-KV; Liu et al., Ring Attention,
+arXiv 2310.01889), or its queries, with their states one hop behind (pass-Q; Yang et al., arXiv 2411.01783). At hop h
+rank r holds what started at rank r - h. A token travels on only while some rank further along still needs it.
+
+    pass_kv, 3 ranks          hop 0        hop 1        hop 2
+    rank 0 attends to the     keys of 0    keys of 2    keys of 1
+    rank 1                    keys of 1    keys of 0    keys of 2
+    rank 2                    keys of 2    keys of 1    keys of 0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .layout import Layout
+from .mask import Band
+from .spans import Spans, length, union
+
+STRATEGIES = ("pass_kv", "pass_q", "gather")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One hop of one rank. All spans are positions.
+
+    Attributes:
+        source: The rank whose tokens are held during this hop.
+        held: The tokens of `source` that are here.
+        compute: Those of them that this rank's own tokens attend to, or that attend to this rank's.
+        send: Those that go on to the right neighbour.
+        state: In pass-Q: those whose state, with this hop's work merged in, goes on to the right neighbour.
+        returning: In pass-Q: those whose state comes in from the left before the merge.
+    """
+
+    source: int
+    held: Spans
+    compute: Spans
+    send: Spans
+    state: Spans = ()
+    returning: Spans = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The hops of one rank, hop 0 on its own tokens, and in pass-Q the states that come home after the last one.
+
+    What a rank receives for hop h is `hops[h].held`; hops at the end in which nothing happens are left out.
+    """
+
+    hops: tuple[Hop, ...]
+    home: Spans = ()
+
+
+@lru_cache(maxsize=256)
+def plan(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, rank: int) -> Schedule:
+    """The schedule of `rank`. ``"gather"`` moves what pass-KV moves; it computes once, at the end."""
+    if strategy == "pass_q":
+        return _pass_q(q_layout, kv_layout, band, rank)
+    hops = _journeys(kv_layout, q_layout, band, rank)
+    return Schedule(_trimmed(hops))
+
+
+def _journeys(travelling: Layout, staying: Layout, band: Band, rank: int) -> list[Hop]:
+    """The hops of `rank` when `travelling` tokens go around and meet `staying` ones, which see them by `band`."""
+    size, hops = travelling.size, []
+    for h in range(size):
+        source = (rank - h) % size
+        held, _ = _leg(travelling, staying, band, source, h)
+        send, _ = _leg(travelling, staying, band, source, h + 1)
+        compute = band.seen_by(staying.spans[rank], held)
+        hops.append(Hop(source, held, compute, send))
+    return hops
+
+
+@lru_cache(maxsize=4096)
+def _leg(travelling: Layout, staying: Layout, band: Band, source: int, hop: int) -> tuple[Spans, Spans]:
+    """Of the tokens of `source`: those that travel `hop` hops or more, and those met within the first `hop` hops."""
+    own, size = travelling.spans[source], travelling.size
+    meet = [_meeting(travelling, staying, band, source, (source + h) % size) for h in range(1, size)]
+    further = own if hop == 0 else union(span for spans in meet[hop - 1 :] for span in spans)
+    met = union(span for spans in meet[:hop] for span in spans)
+    return further, met
+
+
+@lru_cache(maxsize=4096)
+def _meeting(travelling: Layout, staying: Layout, band: Band, source: int, at: int) -> Spans:
+    """Which tokens of `source` some token of `at` attends to (or, in pass-Q, which attend to one of them)."""
+    return band.seen_by(staying.spans[at], travelling.spans[source])
+
+
+def _pass_q(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Schedule:
+    """States follow their queries: from the first rank that adds to them through all further ones and home."""
+    seen, size = band.transposed, q_layout.size
+    hops = []
+    for h, hop in enumerate(_journeys(q_layout, kv_layout, seen, rank)):
+        _, returning = _leg(q_layout, kv_layout, seen, hop.source, h - 1) if h else ((), ())
+        _, state = _leg(q_layout, kv_layout, seen, hop.source, h) if h else ((), ())
+        hops.append(Hop(hop.source, hop.held, hop.compute, hop.send, state, returning))
+    _, home = _leg(q_layout, kv_layout, seen, rank, size - 1)
+    return Schedule(_trimmed(hops), home)
+
+
+def _trimmed(hops: list[Hop]) -> tuple[Hop, ...]:
+    busy = [h for h, hop in enumerate(hops) if h == 0 or hop.held or hop.returning]
+    return tuple(hops[: busy[-1] + 1])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How many tokens a strategy moves over all ranks and hops: blocks (keys, or queries) and states."""
+
+    blocks: int
+    states: int
+    largest_block: int
+
+
+def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str) -> Traffic:
+    """Count the tokens that all ranks send."""
+    plans = [plan(q_layout, kv_layout, band, strategy, rank) for rank in range(q_layout.size)]
+    hops = [hop for one in plans for hop in one.hops]
+    blocks = [length(hop.send) for hop in hops]
+    return Traffic(sum(blocks), sum(length(hop.state) for hop in hops), max(blocks))
+
+
+def minimum(q_layout: Layout, kv_layout: Layout, band: Band) -> int:
+    """The fewest key tokens any exchange of keys could move: each key once to each other rank that sees it."""
+    ranks = range(q_layout.size)
+    pairs = [(source, at) for source in ranks for at in ranks if at != source]
+    return sum(length(_meeting(kv_layout, q_layout, band, source, at)) for source, at in pairs)
+
+
+@lru_cache(maxsize=256)
+def choose(q_layout: Layout, kv_layout: Layout, band: Band, key_bytes: int, query_bytes: int, state_bytes: int) -> str:
+    """The strategy that moves fewer bytes, from numbers that all ranks agree on.
+
+    Args:
+        key_bytes: Bytes of one key token and its value, all heads.
+        query_bytes: Bytes of one query token (its row of an array mask included), all heads.
+        state_bytes: Bytes of one query token's state, all heads.
+
+    Returns:
+        ``"pass_kv"`` or ``"pass_q"``. Pass-Q is taken only where its travelling queries and states also need no more
+        memory than the two blocks of pass-KV; ``"gather"``, which holds all keys at once, is never chosen.
+    """
+    keys = traffic(q_layout, kv_layout, band, "pass_kv")
+    queries = traffic(q_layout, kv_layout, band, "pass_q")
+    bytes_kv = keys.blocks * key_bytes
+    bytes_q = queries.blocks * query_bytes + queries.states * state_bytes
+    room_kv = 2 * keys.largest_block * key_bytes
+    room_q = queries.largest_block * (2 * query_bytes + 3 * state_bytes)
+    return "pass_q" if bytes_q < bytes_kv and room_q <= room_kv else "pass_kv"

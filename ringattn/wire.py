@@ -1,0 +1,174 @@
+"""Blocks on their way: arrays with a token axis, the memory they arrive in, and the bytes of some of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .backends.views import view
+from .comm.base import Gate, Ring, Transfer
+from .schedule import Hop
+from .spans import Spans, intersection, length, locate, tokens_at, union
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays that hold the same tokens, those at the positions `spans`, in order.
+
+    Attributes:
+        arrays: Of any dtypes.
+        axes: The token axis of each.
+        spans: The positions of the tokens.
+    """
+
+    arrays: tuple[mx.array, ...]
+    axes: tuple[int, ...]
+    spans: Spans
+
+    def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
+        """What a transfer sends to move the tokens at `spans`, read when it starts and not before.
+
+        All tokens go as they lie in memory, for which the arrays must be contiguous; a part of them is copied.
+        """
+        mx.eval(self.arrays)
+        if spans == self.spans:
+            buffers = [raw(x) for x in self.arrays]
+            return lambda: buffers
+        views = [view(x) for x in self.arrays]
+        at = locate(spans, self.spans)
+        return lambda: [_pack(x, axis, at) for x, axis in zip(views, self.axes)]
+
+    def contiguous(self) -> Block:
+        """The same with strided arrays copied; only for arrays that have their contents already."""
+        return replace(self, arrays=tuple(map(mx.contiguous, self.arrays)))
+
+
+NOTHING = Block((), (), ())
+
+
+def raw(x: Any) -> memoryview:
+    """The bytes of an evaluated, contiguous array, mx or NumPy, without a copy."""
+    return memoryview(x).cast("B") if x.size else memoryview(b"")
+
+
+def _pack(x: np.ndarray, axis: int, at: Spans) -> memoryview:
+    pieces = [x[tokens_at(axis, start, stop)] for start, stop in at]
+    return raw(np.ascontiguousarray(np.concatenate(pieces, axis)))
+
+
+def rows(block: Block, spans: Spans) -> Block:
+    """The tokens of `block` at `spans`."""
+    if spans == block.spans:
+        return block
+    at = locate(spans, block.spans)
+    pairs = zip(block.arrays, block.axes)
+    arrays = [mx.concatenate([x[tokens_at(axis, *span)] for span in at], axis) for x, axis in pairs]
+    return Block(tuple(arrays), block.axes, spans)
+
+
+class Slots:
+    """The two buffers that the blocks of one kind arrive in, by turns."""
+
+    def __init__(self, like: Block, spans: Sequence[Spans]):
+        """`like` has the shapes and dtypes; `spans` are those of all blocks to come: the largest sets the size."""
+        self._like = like
+        most = max(map(length, spans), default=0)
+        slots = range(min(2, sum(1 for held in spans if held)))
+        self._memory = [[mx.zeros(self._bytes(i, most), mx.uint8) for i in range(len(like.arrays))] for _ in slots]
+        mx.eval(self._memory)
+        self._users: list[list[Transfer | Gate]] = [[] for _ in slots]
+        self._next = 0
+
+    def recv(self, ring: Ring, spans: Spans, tag: int) -> Arrival:
+        """Receive the tokens at `spans` from the left into the slot whose turn it is, once its last users are done."""
+        if not spans:
+            return Arrival(NOTHING)
+        at, self._next = self._next, (self._next + 1) % len(self._memory)
+        arrays, tokens = [], length(spans)
+        for i, (like, memory) in enumerate(zip(self._like.arrays, self._memory[at])):
+            arrays.append(memory[: self._bytes(i, tokens)].view(like.dtype).reshape(self._shape(i, tokens)))
+        mx.eval(arrays)
+        transfer = ring.recv([raw(x) for x in arrays], tag=tag, after=self._users[at])
+        users: list[Transfer | Gate] = [Gate()]
+        self._users[at] = users
+        return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
+
+    def _shape(self, i: int, tokens: int) -> tuple[int, ...]:
+        return _with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
+
+    def _bytes(self, i: int, tokens: int) -> int:
+        return prod(self._shape(i, tokens)) * self._like.arrays[i].dtype.size
+
+
+def _with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
+    return (*shape[:axis], tokens, *shape[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A block that is here or on its way, in a slot that is kept until it is released and all its sends are done."""
+
+    block: Block
+    transfer: Transfer | None = None
+    users: list[Transfer | Gate] | None = None
+
+    def forward(self, ring: Ring, spans: Spans, tag: int) -> Transfer:
+        """Send the tokens at `spans` on to the right as soon as the block is here."""
+        sent = ring.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
+        if self.users is not None:
+            self.users.append(sent)
+        return sent
+
+    def release(self) -> None:
+        """Say that this rank has read the block."""
+        for gate in self.users or ():
+            if isinstance(gate, Gate):
+                gate.open()
+
+
+def relay(ring: Ring, own: Block, hops: Sequence[Hop]) -> tuple[list[Arrival], list[Transfer]]:
+    """Post all transfers of the blocks of `hops`; a block is forwarded as it arrives, whatever this rank is doing.
+
+    Returns:
+        The block of every hop, to be released after use, and the sends, to be waited for in the end.
+    """
+    slots = Slots(own, [hop.held for hop in hops[1:]])
+    own = own.contiguous() if hops[0].send == own.spans else own
+    arrivals, sends = [], []
+    for h, hop in enumerate(hops):
+        arrival = slots.recv(ring, hop.held, h - 1) if h else Arrival(own)
+        if hop.send:
+            sends.append(arrival.forward(ring, hop.send, h))
+        arrivals.append(arrival)
+    return arrivals, sends
+
+
+def collect(ring: Ring, own: Block, hops: Sequence[Hop]) -> Block:
+    """All the tokens that `hops` compute on in one block, in the order of their positions."""
+    spans = union(span for hop in hops for span in hop.compute)
+    shapes = [_with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
+    arrays = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, own.arrays)]
+    mx.eval(arrays, own.arrays)
+    arrivals, sends = relay(ring, own, hops)
+    for hop, arrival in zip(hops, arrivals):
+        if hop.compute and arrival.transfer is not None:
+            ring.wait(arrival.transfer)
+        if hop.compute:
+            for into, x, axis in zip(arrays, arrival.block.arrays, own.axes):
+                _copy(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)
+        arrival.release()
+    ring.wait(*sends)
+    return Block(tuple(arrays), own.axes, spans)
+
+
+def _copy(x: np.ndarray, held: Spans, into: np.ndarray, wanted: Spans, axis: int, tokens: Spans) -> None:
+    """Copy `tokens` from `x`, which holds `held`, to their places in `into`, which holds `wanted`."""
+    for span in tokens:
+        for piece in intersection((span,), held):
+            ((start, stop),), ((to, end),) = locate((piece,), held), locate((piece,), wanted)
+            into[tokens_at(axis, to, end)] = x[tokens_at(axis, start, stop)]

@@ -1,0 +1,100 @@
+"""Start programs under mpiexec, and never leave one behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+_BESIDE_PYTHON = Path(sys.executable).with_name("mpiexec")
+MPIEXEC = str(_BESIDE_PYTHON) if _BESIDE_PYTHON.exists() else shutil.which("mpiexec")
+
+
+class Result(NamedTuple):
+    code: int | None  # None: it had to be killed
+    output: str  # of all ranks
+    seconds: float
+
+    def __str__(self) -> str:
+        ended = "was killed" if self.code is None else f"ended with {self.code}"
+        return f"mpiexec {ended} after {self.seconds:.1f} s\n{self.output}"
+
+
+def spawn(
+    size: int,
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Result:
+    """Run ``python *arguments`` on `size` ranks, at most `timeout` seconds; `meanwhile` is called while it runs."""
+    assert MPIEXEC is not None
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "MPI"))}
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "mpiexec", "wb") as output:
+        process = subprocess.Popen(
+            [MPIEXEC, *_apart(folder), "-n", str(size), sys.executable, *arguments],
+            cwd=ROOT,
+            env={**inherited, **one_thread, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            meanwhile()
+            code = process.wait(timeout - (time.monotonic() - begin))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _kill_tree(process)
+        seconds = time.monotonic() - begin
+        files = sorted(Path(folder).iterdir())
+        texts = [f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files]
+        return Result(code, "\n".join(texts), seconds)
+
+
+def _apart(folder: str) -> list[str]:
+    """What makes mpiexec keep the output of the ranks apart, where it can."""
+    into = f"{folder}/rank %r"
+    return ["-outfile-pattern", into, "-errfile-pattern", into] if _is_hydra() else []
+
+
+@cache
+def _is_hydra() -> bool:
+    """Whether mpiexec is MPICH's."""
+    return "HYDRA" in subprocess.run([str(MPIEXEC), "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill mpiexec and all that it started: every rank is in a session of its own."""
+    if process.poll() is not None:
+        return
+    family = {process.pid}
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children: dict[int, list[int]] = {}
+    for line in table.splitlines():
+        pid, parent = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+    queue = [process.pid]
+    while queue:
+        born = children.get(queue.pop(), [])
+        family.update(born)
+        queue.extend(born)
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,53 @@
+"""Fixtures for tests that run on every rank at once, under mpiexec (see ``tests/test_ranks.py``).
+
+Every rank runs the same tests in the same order with the same random numbers: each makes the whole problem, takes its
+part of it, and compares with its part of the whole answer. A rank that fails breaks the ring, so that no other waits.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from ringattn.comm import Ring, init
+from ringattn.comm.agreement import agree
+
+# Without a launcher there is no ring to test: an ordinary run of the suite passes by here.
+_LAUNCHED = any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE"))
+collect_ignore_glob = [] if _LAUNCHED else ["test_*.py"]
+
+_rings: list[Ring] = []
+
+
+@pytest.fixture(scope="session")
+def ring() -> Iterator[Ring]:
+    """The ring of all ranks."""
+    ring = init("mpi", timeout=30)
+    _rings.append(ring)
+    yield ring
+    ring.close()
+
+
+@pytest.fixture(autouse=True)
+def same_test(ring: Ring, request: pytest.FixtureRequest) -> None:
+    """Every test begins on all ranks together, so that a failure is told in the test that it belongs to."""
+    agree(ring, "test", (("name", request.node.nodeid),))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers, the same on every rank and in every run."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if report.failed and call.excinfo is not None:
+        for ring in _rings:
+            ring.fail(call.excinfo.value)
+    return report

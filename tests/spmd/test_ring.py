@@ -1,0 +1,171 @@
+"""`ring_attention`, `decode_attention` and `Layout.gather` against the whole problem in float64, on every rank."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracle import Case, check, random_case
+
+import ringattn as ra
+from ringattn.comm import Ring
+from ringattn.schedule import STRATEGIES
+
+LAYOUTS = ("contiguous", "zigzag", "cyclic", "weighted", "one rank", "scattered")
+
+
+def make_layout(kind: str, n: int, size: int, start: int = 0) -> ra.Layout:
+    if kind == "contiguous":
+        return ra.Layout.contiguous(n, size, start=start)
+    if kind == "zigzag":
+        return ra.Layout.zigzag(n, size, start=start)
+    if kind == "cyclic":
+        return ra.Layout.cyclic(n, size, 5, start=start)
+    if kind == "weighted":
+        return ra.Layout.weighted(n, [*range(size - 1), 1.5], start=start)
+    if kind == "one rank":
+        return ra.Layout([[(start, start + n)]] + [[]] * (size - 1), start)
+    owners = np.random.default_rng(n).integers(0, size, n)
+    return ra.Layout([[(start + i, start + i + 1) for i in np.flatnonzero(owners == r)] for r in range(size)], start)
+
+
+def layouts(case: Case, kind: str, size: int) -> tuple[ra.Layout, ra.Layout]:
+    """Where the queries and the keys of `case` are: new queries after a cached prefix."""
+    prefix = case.k.shape[2] - case.q.shape[2]
+    layout = make_layout(kind, case.q.shape[2], size, start=prefix)
+    if not prefix:
+        return layout, layout
+    return layout, make_layout(kind, prefix, size).extend(layout)
+
+
+def local(case: Case, ring: Ring, layout: ra.Layout, kv_layout: ra.Layout) -> tuple[list[mx.array], dict]:
+    """This rank's q, k, v and options."""
+    rank, options = ring.rank, dict(case.options)
+    arrays = [layout.shard(case.q, rank), kv_layout.shard(case.k, rank), kv_layout.shard(case.v, rank)]
+    if isinstance(options.get("mask"), mx.array):
+        options["mask"] = layout.shard(options["mask"], rank)
+    if "segments" in options:
+        q_ids, k_ids = options["segments"]
+        options["segments"] = (layout.shard(q_ids, rank, axis=1), kv_layout.shard(k_ids, rank, axis=1))
+    return arrays, options
+
+
+def rows_of(layout: ra.Layout, rank: int) -> np.ndarray:
+    return layout.positions(rank) - layout.start
+
+
+def run(case: Case, ring: Ring, kind: str, **more) -> tuple[mx.array, mx.array, ra.Layout]:
+    layout, kv_layout = layouts(case, kind, ring.size)
+    arrays, options = local(case, ring, layout, kv_layout)
+    out, lse = ra.ring_attention(
+        *arrays, ring=ring, layout=layout, kv_layout=kv_layout, return_lse=True, **{**options, **more}
+    )
+    return out, lse, layout
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
+def test_random_cases(ring: Ring, kind: str, strategy: str | None) -> None:
+    for seed in range(5):
+        case = random_case(1000 * LAYOUTS.index(kind) + seed)
+        backend = "reference" if seed % 5 == 3 else None
+        out, lse, layout = run(case, ring, kind, strategy=strategy, backend=backend)
+        assert out.dtype == case.q.dtype
+        check(case, out, lse, rows=rows_of(layout, ring.rank), what=f"{seed=} {kind} {strategy}")
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_decode(ring: Ring, kind: str) -> None:
+    for seed in range(12):
+        case = random_case(seed, q_len=1 + seed % 3, k_len=(seed * 13) % 150 + 3)
+        kv_layout = make_layout(kind, case.k.shape[2], ring.size)
+        arrays = [case.q, kv_layout.shard(case.k, ring.rank), kv_layout.shard(case.v, ring.rank)]
+        options = {"mask": None, **case.options}
+        if "segments" in options:
+            q_ids, k_ids = options["segments"]
+            options["segments"] = (q_ids, kv_layout.shard(k_ids, ring.rank, axis=1))
+        out, lse = ra.decode_attention(*arrays, ring=ring, kv_layout=kv_layout, return_lse=True, **options)
+        check(case, out, lse, what=f"{seed=} {kind}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bits_repeat(ring: Ring, strategy: str) -> None:
+    """The same bits on every run, whatever order things arrive in."""
+    case = random_case(5, q_len=300, k_len=300)
+    first = [np.array(x.astype(mx.float32)) for x in run(case, ring, "zigzag", strategy=strategy)[:2]]
+    for _ in range(5):
+        again = run(case, ring, "zigzag", strategy=strategy)[:2]
+        for a, b in zip(first, again):
+            np.testing.assert_array_equal(a, np.array(b.astype(mx.float32)))
+
+
+def test_decode_is_the_same_everywhere(ring: Ring) -> None:
+    case = random_case(7, q_len=2, k_len=200)
+    kv_layout = make_layout("weighted", 200, ring.size)
+    k, v = (kv_layout.shard(x, ring.rank) for x in (case.k, case.v))
+    out = ra.decode_attention(case.q, k, v, ring=ring, kv_layout=kv_layout)
+    mx.eval(out)
+    bits = [bytes(reply) for reply in ring.exchange([memoryview(out).cast("B")])]
+    assert len(set(bits)) == 1
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int32])
+def test_gather(ring: Ring, dtype: mx.Dtype) -> None:
+    for kind in LAYOUTS:
+        for n in (0, 1, 7, 113):
+            layout = make_layout(kind, n, ring.size, start=3)
+            whole = mx.random.normal((2, 3, n, 4), key=mx.random.key(n)).astype(dtype)
+            for axis, x in ((2, whole), (-3, whole.swapaxes(1, 2))):
+                got = layout.gather(layout.shard(x, ring.rank, axis), ring, axis)
+                assert mx.array_equal(got, x), (kind, n)
+
+
+def test_error_does_not_grow_with_ranks(ring: Ring) -> None:
+    """bfloat16 on any number of ranks is as near as on one: nothing is rounded between hops."""
+    case = random_case(1, q_len=300, k_len=300)
+    case.q, case.k, case.v = (x.astype(mx.bfloat16) for x in (case.q, case.k, case.v))
+    case.options = {"mask": "causal"}
+    exact = case.exact()[0]
+    out, _, layout = run(case, ring, "zigzag", strategy="pass_kv")
+    one = ra.attention(case.q, case.k, case.v, **case.options)
+    rows = rows_of(layout, ring.rank)
+    errors = [
+        np.abs(np.array(x.astype(mx.float32)) - exact[:, :, rows]).max(initial=0)
+        for x in (out, one[:, :, mx.array(rows)])
+    ]
+    assert errors[0] <= 1.01 * errors[1]
+
+
+def test_padding_may_hold_anything(ring: Ring) -> None:
+    case = random_case(3, q_len=113, k_len=113)
+    ids = np.zeros((case.q.shape[0], 113), np.int32)
+    ids[:, 40:60] = -1
+    case.options = {"segments": (mx.array(ids), mx.array(ids)), "mask": "causal"}
+    clean = Case(case.q, case.k, case.v, case.q_pos, case.k_pos, case.options)
+    junk = mx.array(np.where(ids[:, None, :, None] < 0, np.float32(np.nan), 0)).astype(case.q.dtype)
+    case.q, case.k, case.v = (x + junk for x in (case.q, case.k, case.v))
+    for strategy in STRATEGIES:
+        for backend in ("host", "reference"):
+            out, lse, layout = run(case, ring, "zigzag", strategy=strategy, backend=backend)
+            check(clean, out, lse, rows=rows_of(layout, ring.rank), what=f"{strategy} {backend}")
+
+
+def test_bytes_are_the_fewest(ring: Ring) -> None:
+    """Contiguous causal: block b is needed by the ranks after it and goes no further."""
+    n, size = 96, ring.size
+    layout = ra.Layout.contiguous(n, size)
+    x = layout.shard(mx.random.normal((1, 2, n, 8), key=mx.random.key(0)), ring.rank)
+    before = ring.bytes_sent
+    ra.ring_attention(x, x, x, ring=ring, layout=layout, mask="causal", strategy="pass_kv")
+    sent = ring.bytes_sent - before
+    passing = [b for b in range(size) if b <= ring.rank] if ring.rank + 1 < size else []
+    assert sent == sum(layout.local_length(b) for b in passing) * 2 * 2 * 8 * 4
+
+
+def test_window_ends_the_ring_early(ring: Ring) -> None:
+    n, size = 64 * ring.size, ring.size
+    layout = ra.Layout.contiguous(n, size)
+    x = layout.shard(mx.random.normal((1, 1, n, 8), key=mx.random.key(0)), ring.rank)
+    before = ring.bytes_sent
+    ra.ring_attention(x, x, x, ring=ring, layout=layout, window=5, strategy="pass_kv")
+    assert ring.bytes_sent - before == (4 * 2 * 8 * 4 if ring.rank + 1 < size else 0)
