@@ -43,7 +43,7 @@ def spawn(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "MPI"))}
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "mpiexec", "wb") as output:
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "mpiexec").open("wb") as output:
         process = subprocess.Popen(
             [MPIEXEC, *_apart(folder), "-n", str(size), sys.executable, *arguments],
             cwd=ROOT,

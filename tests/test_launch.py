@@ -293,7 +293,7 @@ def test_early_success_is_no_failure(script):
 @pytest.mark.parametrize("written", [True, False])
 def test_killed_rank_is_named_with_its_place(script, tmp_path, written):
     path = script(
-        NOTE_PID + "if rank != 1: time.sleep(60)\n"
+        NOTE_PID + f"if rank != 1: time.sleep({60 if written else 0}); sys.exit(0)\n"
         f"if {written}:\n"
         "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(b'rank=1 call=ring_attention hop=3')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

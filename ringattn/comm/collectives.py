@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -123,10 +124,10 @@ def all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
         cuts = [x.size * i // ring.size * x.dtype.size for i in range(ring.size + 1)]
         theirs = [memoryview(bytearray(cuts[ring.rank + 1] - cuts[ring.rank])) for _ in range(ring.size)]
         theirs[ring.rank] = data[cuts[ring.rank] : cuts[ring.rank + 1]]
-        swap([data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)], theirs)
+        swap([data[a:b] for a, b in pairwise(cuts)], theirs)
         own = into[cuts[ring.rank] : cuts[ring.rank + 1]]
         own[:] = _sum(theirs, x.dtype)
-        swap([own] * ring.size, [into[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+        swap([own] * ring.size, [into[a:b] for a, b in pairwise(cuts)])
     return y
 
 

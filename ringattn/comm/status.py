@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
 
 STATUS_BYTES = 256
 
@@ -30,7 +31,7 @@ class Status:
         if not path or self._map is not None:
             return
         try:
-            with open(path, "r+b") as file:
+            with Path(path).open("r+b") as file:
                 file.truncate(STATUS_BYTES)
                 self._map = mmap.mmap(file.fileno(), STATUS_BYTES)
         except OSError:

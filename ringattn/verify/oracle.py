@@ -1,0 +1,185 @@
+"""What every result is held against: attention in float64, and how far a plain same-dtype formula strays from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+MANTISSA = {mx.float32: 23, mx.float16: 10, mx.bfloat16: 7}
+
+
+def to64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+@dataclass
+class Case:
+    """One attention problem, whole: arrays of the sequence and where its tokens stand."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    q_pos: np.ndarray
+    k_pos: np.ndarray
+    options: dict = field(default_factory=dict)  # scale, mask, window, softcap, sinks, segments as users give them
+
+    @property
+    def visible(self) -> np.ndarray:
+        """Brute force, pair by pair: bool ``[B, Hq, Lq, Lk]``, written from the documentation alone."""
+        shape = (*self.q.shape[:3], self.k.shape[2])
+        i, j = self.q_pos[:, None].astype(int), self.k_pos[None, :].astype(int)
+        seen = np.ones(shape, bool)
+        mask, window, segments = (self.options.get(name) for name in ("mask", "window", "segments"))
+        if isinstance(mask, str):
+            seen &= j <= i
+        elif mask is not None:
+            allowed = np.array(mask) if mask.dtype == mx.bool_ else to64(mask) != -np.inf
+            seen &= np.broadcast_to(allowed, shape)
+        if isinstance(window, int):
+            seen &= (j <= i) & (j > i - window)
+        elif window is not None:
+            seen &= (j >= i - window[0]) & (j <= i + window[1])
+        if segments is not None:
+            q_ids, k_ids = (np.array(ids)[:, None] for ids in segments)
+            seen &= (q_ids[..., :, None] == k_ids[..., None, :]) & (q_ids[..., :, None] >= 0)
+        return seen
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """`out` and `lse` in float64."""
+        return _softmax(self, to64(self.q), to64(self.k), to64(self.v), np.float64)
+
+    def budget(self) -> tuple[float, float]:
+        """How far `out` and `lse` may be off: twice the plain formula in this dtype, and a few ulps of the largest."""
+        dtype = self.q.dtype
+        out, lse = self.exact()
+        plain = [np.array(x.astype(mx.float32)) for x in plain_formula(self)]
+        ulp = 2.0 ** -MANTISSA[dtype]
+        largest = float(np.abs(np.nan_to_num(out)).max(initial=0.0))
+        sizes = np.abs(lse[np.isfinite(lse)]).max(initial=1.0)
+        return (
+            2 * error(plain[0], out) + 4 * ulp * largest + 1e-30,
+            2 * error(plain[1], lse) + 8 * 2.0**-23 * max(1.0, float(sizes)),
+        )
+
+
+def _softmax(case: Case, q, k, v, dtype):
+    group, options, seen = q.shape[1] // k.shape[1], case.options, case.visible
+    k, v = (np.repeat(x, group, 1) for x in (k, v))
+    scale = options.get("scale")
+    s = (q @ k.swapaxes(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    cap, mask, sinks = (options.get(name) for name in ("softcap", "mask", "sinks"))
+    if cap is not None:
+        s = cap * np.tanh(s / cap)
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        s = s + to64(mask)
+    s = np.where(seen, s, -np.inf)
+    sink = np.full(s.shape[:3], -np.inf) if sinks is None else np.broadcast_to(to64(sinks)[:, None], s.shape[:3])
+    m = np.maximum(s.max(-1, initial=-np.inf), sink)
+    base = np.where(m == -np.inf, 0, m)
+    p = np.where(seen, np.exp(s - base[..., None]), 0)
+    total = p.sum(-1) + np.exp(sink - base)
+    out = (p @ v) / np.where(total == 0, 1, total)[..., None]
+    with np.errstate(divide="ignore"):
+        return out.astype(dtype), np.where(total == 0, -np.inf, base + np.log(total))
+
+
+def plain_formula(case: Case) -> tuple[mx.array, mx.array]:
+    """The textbook formula in the dtype of the inputs, MLX operations, one device; scores and softmax in that dtype."""
+    q, k, v, options = case.q, case.k, case.v, case.options
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    k, v = (mx.repeat(x, group, 1) for x in (k, v))
+    scale = options.get("scale")
+    s = (q * mx.array(q.shape[-1] ** -0.5 if scale is None else scale, dtype)) @ k.swapaxes(-1, -2)
+    cap, mask, sinks = (options.get(name) for name in ("softcap", "mask", "sinks"))
+    if cap is not None:
+        s = mx.tanh(s / cap) * cap
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        s = (s + mask).astype(dtype)
+    s = mx.where(mx.array(case.visible), s, -mx.inf)
+    if sinks is not None:
+        column = mx.broadcast_to(sinks.astype(dtype)[:, None, None], (*s.shape[:3], 1))
+        s = mx.concatenate([s, column], -1)
+        v = mx.concatenate([v, mx.zeros((*v.shape[:2], 1, v.shape[3]), dtype)], 2)
+    if s.size == 0:
+        return mx.zeros((*s.shape[:3], v.shape[3]), dtype), mx.full(s.shape[:3], -mx.inf)
+    lse = mx.logsumexp(s, axis=-1)
+    p = mx.where(mx.isnan(p_ := mx.softmax(s, axis=-1)), mx.zeros_like(p_), p_)
+    return p @ v, mx.where(mx.isnan(lse), -mx.inf, lse)
+
+
+def error(x: np.ndarray, exact: np.ndarray) -> float:
+    """The largest difference where both are finite; -inf and NaN must stand in the same places."""
+    x = np.asarray(x, np.float64)
+    assert x.shape == exact.shape, f"{x.shape=} {exact.shape=}"
+    same = (x == exact) | (np.isnan(x) & np.isnan(exact))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(x - exact))
+    return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
+
+
+def ratios(case: Case, out: mx.array, lse: mx.array, rows: Any = slice(None)) -> tuple[float, float]:
+    """The errors of `out` and `lse`, for the queries `rows`, as fractions of the whole case's budget."""
+    exact_out, exact_lse = case.exact()
+    out_budget, lse_budget = case.budget()
+    out_error = error(np.array(out.astype(mx.float32)), exact_out[:, :, rows])
+    return out_error / out_budget, error(np.array(lse), exact_lse[:, :, rows]) / lse_budget
+
+
+def check(case: Case, out: mx.array, lse: mx.array, *, rows: Any = slice(None), what: str = "") -> None:
+    """Assert that `out` and `lse` of the queries `rows` are within the budget of the whole case."""
+    assert lse.dtype == mx.float32, lse.dtype
+    out_ratio, lse_ratio = ratios(case, out, lse, rows)
+    assert out_ratio <= 1, f"{what} out: error is {out_ratio:.3g} of the budget"
+    assert lse_ratio <= 1, f"{what} lse: error is {lse_ratio:.3g} of the budget"
+
+
+LENGTHS = (0, 1, 7, 40, 113, 300)
+
+
+def random_case(seed: int, *, q_len: int | None = None, k_len: int | None = None, lengths=LENGTHS) -> Case:
+    """A small problem with a random choice of every feature; the same seed is the same problem everywhere."""
+    r = np.random.default_rng(seed)
+    batch, kv_heads, group = int(r.integers(1, 3)), int(r.integers(1, 3)), int(r.integers(1, 4))
+    dim, v_dim = int(r.choice([8, 64, 80])), int(r.choice([8, 32, 64]))
+    q_len = int(r.choice(lengths)) if q_len is None else q_len
+    k_len = q_len + int(r.choice([0, 0, 5, 77])) if k_len is None else k_len
+    dtype = FLOATS[int(r.integers(0, 3))]
+
+    def normal(*shape: int, size: float = 1.0) -> mx.array:
+        return (mx.array(r.standard_normal(shape).astype(np.float32)) * size).astype(dtype)
+
+    heads, peak = kv_heads * group, float(r.choice([1.0, 1.0, 6.0]))
+    q = normal(batch, heads, q_len, dim, size=peak)
+    k, v = normal(batch, kv_heads, k_len, dim), normal(batch, kv_heads, k_len, v_dim)
+    offset = k_len - q_len
+    positions = np.arange(offset, offset + q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32)
+    return Case(q, k, v, *positions, _random_options(r, batch, heads, q_len, k_len))
+
+
+def _random_options(r, batch: int, heads: int, q_len: int, k_len: int) -> dict:
+    options: dict = {}
+    kind = int(r.integers(0, 4))
+    shape = (int(r.choice([1, batch])), int(r.choice([1, heads])), q_len, k_len)
+    if kind == 1:
+        options["mask"] = "causal"
+    elif kind == 2:
+        options["mask"] = mx.array(r.random(shape) < 0.7)
+    elif kind == 3:
+        hidden = r.random(shape) < 0.3
+        options["mask"] = mx.array(np.where(hidden, -np.inf, r.standard_normal(shape)).astype(np.float32))
+    if r.random() < 0.5:
+        options["window"] = [3, 50, (2, 4), (0, 0), (60, 9)][int(r.integers(0, 5))]
+    if r.random() < 0.4:
+        k_ids = np.sort(r.integers(-1, 3, (batch, k_len)), 1).astype(np.int32)
+        options["segments"] = (mx.array(k_ids[:, k_len - q_len :]), mx.array(k_ids))
+    if r.random() < 0.3:
+        options["softcap"] = float(r.choice([2.0, 30.0]))
+    if r.random() < 0.4:
+        options["sinks"] = mx.array(r.standard_normal(heads).astype(np.float32))
+    if r.random() < 0.2:
+        options["scale"] = float(r.choice([0.3, -0.1]))
+    return options

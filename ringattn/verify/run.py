@@ -1,0 +1,120 @@
+"""Run every feature on the local kernels, or on the ring that this process belongs to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .. import backends
+from ..attention import attention
+from ..comm import init
+from ..comm.base import Ring
+from ..decode import decode_attention
+from ..layout import Layout
+from ..ring import ring_attention
+from ..schedule import STRATEGIES
+from .features import FEATURES
+from .oracle import Case, ratios
+
+Results = dict[str, dict[str, float]]  # feature -> where it ran -> the larger error as a fraction of its budget
+
+
+def verify_local(progress: Callable[[str], None] = lambda name: None) -> Results:
+    """Every feature on every kernel of this machine."""
+    results: Results = {}
+    for name, make in FEATURES.items():
+        progress(name)
+        case = make()
+        results[name] = {kernel: _local(case, kernel) for kernel in backends.NAMES}
+    return results
+
+
+def _local(case: Case, kernel: str) -> float:
+    out, lse = attention(case.q, case.k, case.v, backend=kernel, return_lse=True, **case.options)
+    return max(ratios(case, out, lse))
+
+
+def verify_ring(ring: Ring) -> Results:
+    """Every feature on every strategy of a ring, with zigzag queries, and decoding. Collective.
+
+    Returns:
+        The largest fraction over the ranks, the same on all.
+    """
+    results: Results = {}
+    for name, make in FEATURES.items():
+        case = make()
+        mine = {strategy: _ring(ring, case, strategy) for strategy in STRATEGIES}
+        mine["decode"] = _decode(ring, case)
+        told = ring.exchange([memoryview(json.dumps(mine).encode())])
+        results[name] = {key: max(json.loads(bytes(one))[key] for one in told) for key in mine}
+    return results
+
+
+def _layouts(case: Case, size: int) -> tuple[Layout, Layout]:
+    prefix = case.k.shape[2] - case.q.shape[2]
+    layout = Layout.zigzag(case.q.shape[2], size, start=prefix)
+    return layout, Layout.cyclic(prefix, size, 16).extend(layout) if prefix else layout
+
+
+def _ring(ring: Ring, case: Case, strategy: str) -> float:
+    (layout, kv_layout), rank, options = _layouts(case, ring.size), ring.rank, dict(case.options)
+    if isinstance(options.get("mask"), mx.array):
+        options["mask"] = layout.shard(options["mask"], rank, axis=-2)
+    if "segments" in options:
+        q_ids, k_ids = options["segments"]
+        options["segments"] = layout.shard(q_ids, rank, axis=1), kv_layout.shard(k_ids, rank, axis=1)
+    out, lse = ring_attention(
+        layout.shard(case.q, rank),
+        kv_layout.shard(case.k, rank),
+        kv_layout.shard(case.v, rank),
+        ring=ring,
+        layout=layout,
+        kv_layout=kv_layout,
+        strategy=strategy,
+        return_lse=True,
+        **options,
+    )
+    return max(ratios(case, out, lse, layout.positions(rank) - layout.start))
+
+
+def _decode(ring: Ring, case: Case) -> float:
+    """The last two queries, as new tokens whose keys are in the cache already."""
+    last = slice(case.q.shape[2] - 2, case.q.shape[2])
+    options = {"mask": None, **case.options}
+    if isinstance(options["mask"], mx.array):
+        options["mask"] = options["mask"][..., last, :]
+    if "segments" in options:
+        options["segments"] = options["segments"][0][:, last], options["segments"][1]
+    tail = replace(case, q=case.q[:, :, last], q_pos=case.q_pos[last], options=dict(options))
+    kv_layout = Layout.weighted(case.k.shape[2], range(1, ring.size + 1))
+    if "segments" in options:
+        options["segments"] = options["segments"][0], kv_layout.shard(options["segments"][1], ring.rank, axis=1)
+    k, v = (kv_layout.shard(x, ring.rank) for x in (case.k, case.v))
+    out, lse = decode_attention(tail.q, k, v, ring=ring, kv_layout=kv_layout, return_lse=True, **options)
+    return max(ratios(tail, out, lse))
+
+
+def failures(results: Iterable[Results]) -> list[str]:
+    """What is out of its budget, in words."""
+    cells = [(name, key, value) for table in results for name, row in table.items() for key, value in row.items()]
+    return [f"{name} on {key}" for name, key, value in cells if not value <= 1]
+
+
+def main() -> None:
+    """What a rank started by ``ringattn verify`` does: rank 0 writes the results to the file it is given."""
+    mx.set_default_device(mx.cpu if not mx.metal.is_available() else mx.default_device())
+    with init() as ring, np.errstate(all="ignore"):
+        results = verify_ring(ring)
+        if ring.rank == 0:
+            Path(sys.argv[1]).write_text(json.dumps(results))
+        ring.barrier()
+
+
+if __name__ == "__main__":
+    main()
