@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,9 +208,10 @@ def _checked_weights(weights: object) -> list[float]:
             raise ArgumentTypeError(f"weights: {weight!r}, expected a number")
         if not 0 <= weight < float("inf"):
             raise ArgumentError(f"weights: {weight}, expected a finite number of at least 0")
-    if not sum(values) > 0:
+    if not any(values):
         raise ArgumentError(f"weights: {values}, expected at least one above 0")
-    return values
+    exponent = math.frexp(max(values))[1]  # only their proportions count, and sums of large ones would overflow
+    return [math.ldexp(value, -exponent) for value in values]
 
 
 def _checked_axis(name: str, x: object, axis: object, tokens: int) -> int:

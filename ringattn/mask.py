@@ -79,6 +79,10 @@ class Band:
             ]
         yield from (cut for cut in cuts if cut[0] < cut[1])
 
+    def rows(self, q_pos: np.ndarray, k_min: int, k_max: int) -> tuple[int, int]:
+        """The run of ascending query positions ``[queries]`` that see any of the keys in ``[k_min, k_max]``."""
+        return self.transposed._reach(k_min, k_max, q_pos)
+
     def _reach(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
         first = 0 if self.low is None else int(np.searchsorted(k_pos, q_for_low + self.low, "left"))
         last = len(k_pos) if self.high is None else int(np.searchsorted(k_pos, q_for_high + self.high, "right"))
@@ -86,10 +90,9 @@ class Band:
 
     def visible(self, q_pos: np.ndarray, k_pos: np.ndarray) -> np.ndarray:
         """The mask itself, bool ``[queries, keys]``."""
-        q_pos = q_pos[:, None].astype(np.int64)
-        seen = np.ones((len(q_pos), len(k_pos)), bool) if self.high is None else k_pos <= q_pos + self.high
+        seen = np.ones((len(q_pos), len(k_pos)), bool) if self.high is None else k_pos <= _shifted(q_pos, self.high)
         if self.low is not None:
-            seen &= k_pos >= q_pos + self.low
+            seen &= k_pos >= _shifted(q_pos, self.low)
         return seen
 
     def seen_by(self, queries: Spans, keys: Spans) -> Spans:
@@ -100,3 +103,9 @@ class Band:
         start = keys[0][0] if self.low is None else queries[0] + self.low
         stop = keys[-1][1] if self.high is None else queries[1] + self.high
         return start, stop
+
+
+def _shifted(q_pos: np.ndarray, by: int) -> np.ndarray:
+    """``q_pos + by`` as a column, int32 like the positions it is compared with."""
+    limits = np.iinfo(np.int32)
+    return np.clip(q_pos.astype(np.int64) + by, limits.min, limits.max).astype(np.int32)[:, None]

@@ -10,8 +10,9 @@ arXiv 1805.02867; Dao et al., arXiv 2205.14135):
     m = max(m_A, m_B)    l = l_A exp(m_A - m) + l_B exp(m_B - m)    acc likewise
 
 The result is out = acc / l and lse = m + log l, a partial. Partials merge too, as states with m = lse, l = 1 and
-acc = out, but near lse = 100 a float32 has lost seven bits, so hops carry states and only users see partials. No key at all is
-the state (0, -inf, 0) and the partial (0, -inf), and merging it changes nothing.
+acc = out, but near lse = 100 a float32 has lost seven bits, so hops carry states and only users see partials. m need not
+be the maximum: any reference that neither overflows nor underflows gives the same result. No key at all is the state
+(0, -inf, 0) and the partial (0, -inf), and merging it changes nothing.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,27 +24,15 @@ from ..mask import Tile
 from ..merge import State
 from . import Rules, blas
 from .hidden import Hidden
+from .tiles import Piece, Unit
 from .views import as_float32, view
 
 ROWS = 256  # query rows of a unit, all the heads of its group together
-SCORES = ROWS * 512  # scores of a tile: 512 KB, so that a tile stays in a core's second-level cache
+SCORES = ROWS * 1024  # scores of a tile: 1 MB, about a core's second-level cache
 DIFFERENTIABLE = False
 BOUND = 40.0  # exp(40) is 2e17: times a million keys still far from the end of float32
+EDGE = 128  # keys of a piece along the edge of a band
 WORTH = 64  # fewer queries than this do not pay for finding the largest key
-
-
-class Unit(NamedTuple):
-    """Queries ``start:stop`` of key/value head `head` of batch entry `batch`, and what they see."""
-
-    batch: int
-    head: int
-    start: int
-    stop: int
-    tiles: tuple[tuple[int, int, Tile], ...]
-
-    @property
-    def cost(self) -> int:
-        return (self.stop - self.start) * sum(stop - start for start, stop, _ in self.tiles)
 
 
 def forward(
@@ -60,8 +47,8 @@ def forward(
     with np.errstate(all="ignore"):
         largest = _largest_norms(arrays[1]) if q_len >= WORTH and _boundable(rules) else None
     acc, m, l = map(view, state)  # noqa: E741
-    job = _Job(*arrays, Hidden.of(rules, q_pos, k_pos), rules, acc, m, l, largest)
-    units = sorted(job.units(q_pos, k_pos), key=lambda unit: unit.cost, reverse=True)
+    job = _Job(*arrays, q_pos, k_pos, rules, Hidden.of(rules, q_pos, k_pos), acc, m, l, largest)
+    units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)
     if units:
         with blas.single_threaded():
             _spread(job, units)
@@ -111,8 +98,10 @@ class _Job:
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    hidden: Hidden
+    q_pos: np.ndarray
+    k_pos: np.ndarray
     rules: Rules
+    hidden: Hidden
     acc: np.ndarray  # the state's
     m: np.ndarray
     l: np.ndarray  # noqa: E741
@@ -122,17 +111,29 @@ class _Job:
     def group(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
 
-    def units(self, q_pos: np.ndarray, k_pos: np.ndarray) -> Iterator[Unit]:
+    def units(self) -> Iterator[Unit]:
         """The units that see any key."""
+        q_pos, k_pos = self.q_pos, self.k_pos
         step = max(1, ROWS // self.group)
         keys = max(128, SCORES // (self.group * min(step, max(1, len(q_pos)))))
-        for start, stop in _pieces(q_pos, step):
+        for start, stop in _cut_queries(q_pos, step):
             reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
-            tiles = [tile for run in reach for tile in _cut(*run, keys)]
+            pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
             for batch in range(self.q.shape[0]):
-                seen = tuple(self.hidden.refine(batch, start, stop, tiles))
+                seen = tuple(self.hidden.refine(batch, pieces))
                 for head in range(self.k.shape[1] if seen else 0):
                     yield Unit(batch, head, start, stop, seen)
+
+    def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
+        """Pieces of at most `keys` keys; along a band's edge narrower ones, of only the rows that see any of them."""
+        first, last, tile = run
+        trim = tile is Tile.PARTIAL and self.group == 1
+        q_pos, k_pos = self.q_pos[start:stop], self.k_pos
+        step = min(keys, EDGE) if trim else keys
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            top, bottom = self.rules.band.rows(q_pos, int(k_pos[a]), int(k_pos[b - 1])) if trim else (0, stop - start)
+            yield Piece(start + top, start + bottom, a, b, tile)
 
     def run(self, unit: Unit) -> None:
         """Take the state of the unit's rows through all its tiles."""
@@ -142,12 +143,13 @@ class _Job:
         acc = _buffer("acc", len(queries) * dim).reshape(len(queries), dim)
         for bounded in (True, False) if self._bounded(unit, queries, rows) else (False,):
             acc[:] = self.acc[rows].reshape(acc.shape)
-            m, l = (x[rows].reshape(-1) for x in (self.m, self.l))  # noqa: E741
+            m, l = (x[rows].flatten() for x in (self.m, self.l))  # noqa: E741
             if bounded:
                 acc *= np.exp(m)[:, None]
-                m, l = np.zeros_like(m), l * np.exp(m)  # noqa: E741
-            for tile in unit.tiles:
-                m, l = self._step(unit, queries, tile, acc, m, l, bounded)  # noqa: E741
+                l *= np.exp(m)  # noqa: E741
+                m[:] = 0
+            for piece in unit.pieces:
+                self._step(unit, piece, queries, acc, m, l, bounded)
             if not bounded or np.isfinite(acc).all():  # values near the end of float32 need the maximum after all
                 break
         shape = self.m[rows].shape
@@ -169,27 +171,29 @@ class _Job:
         least = float(np.sqrt(np.einsum("rd,rd->r", queries, queries).max())) * self.largest[unit.batch, unit.head]
         return bool(least <= BOUND) and bool(np.all((np.abs(before) <= BOUND) | (before == -np.inf)))
 
-    def _step(self, unit, queries, tile, acc, m, l, bounded):  # noqa: E741
-        """One tile: fold its keys into `acc`, in place, and return the new `m` and `l`."""
-        start, stop, kind = tile
-        k = self.k[unit.batch, unit.head, start:stop]
-        v = self.v[unit.batch, unit.head, start:stop]
+    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, bounded: bool) -> None:  # noqa: E741
+        """Fold the keys of one piece into the state of the rows that see them, in place."""
+        if self.group == 1:  # else the rows of all heads of the group, and no piece leaves out any
+            rows = slice(piece.q_start - unit.start, piece.q_stop - unit.start)
+            queries, acc, m, l = queries[rows], acc[rows], m[rows], l[rows]  # noqa: E741
+        k, v = (x[unit.batch, unit.head, piece.k_start : piece.k_stop] for x in (self.k, self.v))
         k, v = as_float32(k, _buffer("k", k.size)), as_float32(v, _buffer("v", v.size))
         p = _buffer("scores", len(queries) * len(k)).reshape(len(queries), len(k))
         np.matmul(queries, k.T, out=p)
         if self.rules.softcap is not None:
             _cap(p, self.rules.softcap)
-        visible = self.hidden.apply(unit, start, stop, p) if kind is Tile.PARTIAL else None
+        hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
         if not bounded:
             top = np.maximum(m, p.max(axis=1))
             base = np.where(top == -np.inf, np.float32(0), top)  # a row that has seen nothing yet
             np.subtract(p, base[:, None], out=p)
             decay = np.exp(m - base)
             acc *= decay[:, None]
-            m, l = top, l * decay  # noqa: E741
+            l *= decay  # noqa: E741
+            m[:] = top
         np.exp(p, out=p)
-        acc += _weighted_values(p, v, visible)
-        return m, l + p @ _ones(len(k))
+        acc += _weighted_values(p, v, hidden)
+        l += p @ _ones(len(k))  # noqa: E741
 
 
 def _boundable(rules: Rules) -> bool:
@@ -215,11 +219,13 @@ def _cap(scores: np.ndarray, softcap: float) -> None:
     np.multiply(scores, np.float32(softcap), out=scores)
 
 
-def _weighted_values(p: np.ndarray, v: np.ndarray, visible: np.ndarray | None) -> np.ndarray:
+def _weighted_values(p: np.ndarray, v: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
     """``p @ v``; a key that a row does not see must not reach it even as ``0 * NaN``."""
     out = np.matmul(p, v, out=_buffer("out", len(p) * v.shape[1]).reshape(len(p), v.shape[1]))
-    if visible is None or np.isfinite(out).all():
+    if hidden is None or np.isfinite(out).all():
         return out
+    heads = len(p) // hidden.shape[1]
+    visible = ~np.broadcast_to(hidden, (heads, *hidden.shape[1:])).reshape(p.shape)
     broken = ~np.isfinite(v).all(axis=1)
     np.matmul(p, np.where(broken[:, None], np.float32(0), v), out=out)
     for j in np.flatnonzero(broken):
@@ -232,15 +238,11 @@ def _ones(n: int) -> np.ndarray:
     return np.ones(n, np.float32)
 
 
-def _pieces(q_pos: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
-    """Cut queries into pieces of at most `step`, and where positions jump by more than that.
+def _cut_queries(q_pos: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
+    """Cut queries into runs of at most `step`, and where positions jump by more than that.
 
-    Queries from both ends of the sequence in one piece would make all the keys between them partial.
+    Queries from both ends of the sequence in one run would make all the keys between them partial.
     """
     jumps = np.flatnonzero(np.diff(q_pos) > step) + 1
     for first, last in zip([0, *jumps], [*jumps, len(q_pos)]):
         yield from ((start, min(start + step, last)) for start in range(int(first), int(last), step))
-
-
-def _cut(start: int, stop: int, tile: Tile, keys: int) -> list[tuple[int, int, Tile]]:
-    return [(a, min(a + keys, stop), tile) for a in range(start, stop, keys)]

@@ -87,4 +87,4 @@ def _device() -> str:
     if not mx.metal.is_available():
         return f"MLX on {mx.default_device().type}"
     info = mx.device_info()
-    return f"{info['device_name']}, {info['memory_size'] >> 30} GiB"
+    return f"{info['device_name']}, {int(info['memory_size']) >> 30} GiB"

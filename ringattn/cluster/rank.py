@@ -59,7 +59,8 @@ def signal_group(pid: int, number: int) -> None:
     """Send a signal to the process group that `pid` leads, or to it alone where it leads none; to nobody is fine."""
     for send in (os.killpg, os.kill):
         try:
-            return send(pid, number)
+            send(pid, number)
+            return
         except OSError:
             continue
 

@@ -1,0 +1,92 @@
+"""What the benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def medians(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each call; the calls take turns, so that a slow spell of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarray:
+    """Tokens ``start:stop`` of a made-up sequence `name`, float32 ``[heads, tokens, dim]``, the same on any rank."""
+    step, pieces = 1024, []
+    for first in range(start - start % step, stop, step):
+        random = np.random.default_rng([sum(map(ord, name)), first])
+        piece = random.standard_normal((heads, step, dim), np.float32)
+        pieces.append(piece[:, max(0, start - first) : stop - first])
+    return np.concatenate(pieces, 1)
+
+
+def sampled_error(
+    out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, rows: int = 4
+) -> float:
+    """The largest error of some rows of `out` ``[heads, tokens here, dim]`` against float64, keys taken in chunks."""
+    heads, picked = out.shape[0], np.linspace(0, len(positions) - 1, rows).astype(int)
+    at = positions[picked]
+    q = np.stack([chunk_of("q", p, p + 1, heads, dim)[:, 0] for p in at], 1).astype(np.float64)
+    total, acc = np.zeros((heads, rows, 1)), np.zeros((heads, rows, dim))
+    for start in range(0, tokens, 1024):
+        stop = min(start + 1024, tokens)
+        k, v = (chunk_of(name, start, stop, heads, dim).astype(np.float64) for name in "kv")
+        weights = np.exp(q @ k.swapaxes(1, 2) * dim**-0.5)  # scores of normal numbers are small: no maximum needed
+        if causal:
+            weights *= np.arange(start, stop) <= at[:, None]
+        total += weights.sum(-1, keepdims=True)
+        acc += weights @ v
+    return float(np.abs(acc / total - out[:, picked]).max())
+
+
+def run_ranks(module: str, ranks: int, threads: int, *arguments: object, expect_failure: bool = False) -> list | None:
+    """Run ``python -m module FILE *arguments`` on local ranks; what each wrote as JSON to ``FILE.rank``.
+
+    Returns:
+        ``None`` if they failed and that was expected.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        worker = [sys.executable, "-m", module, str(Path(folder) / "result"), *map(str, arguments)]
+        line = worker
+        if ranks > 1:
+            launch = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(ranks), "--threads", str(threads), "--"]
+            line = [*launch, *worker]
+        environment = {**os.environ, "RINGATTN_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            if expect_failure:
+                return None
+            raise RuntimeError(f"{' '.join(line)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return [json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(ranks)]
+
+
+def write_result(rank: int, result: object) -> None:
+    """What a worker started by `run_ranks` found."""
+    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
+
+
+def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table."""
+    table = [list(map(str, row)) for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print(f"\n{title}")
+    for row in table:
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)), flush=True)
