@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from . import backends
+from .backends.views import view
 from .checks import check_flag, check_int, check_qkv
 from .comm.agreement import Fields, check, head
 from .comm.base import Ring
 from .graph import opaque
 from .job import check_layout, check_ring, timed
 from .layout import Layout
-from .merge import State, finish, merge_states
+from .merge import State, merge_states, normalise
 from .options import Options
 from .spans import positions
 from .wire import raw
@@ -119,10 +120,12 @@ class _Step:
         except Exception as raised:  # whatever it is, the others must hear of it
             error = raised
         replies = self.ring.exchange([memoryview(head(WHAT, fields, error)), *payload])
-        states = [_read(reply, state) for reply in check(self.ring, WHAT, fields, error, replies)]
-        out, lse = finish(merge_states(*states), step.options.sinks, step.options.out_dtype)
-        mx.eval(out, lse)
-        return out, lse
+        replies = check(self.ring, WHAT, fields, error, replies)
+        sinks = None if step.options.sinks is None else view(step.options.sinks.astype(mx.float32))
+        with np.errstate(all="ignore"):
+            # Small and on the host already: NumPy is done before MLX would have begun.
+            out, lse = normalise(merge_states(*(_read(reply, state) for reply in replies)), sinks)
+        return mx.array(out).astype(step.options.out_dtype), mx.array(lse)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> State:
         q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
@@ -139,10 +142,10 @@ class _Step:
 
 
 def _read(reply: memoryview, like: State) -> State:
-    """Another rank's state out of its bytes; the head's agreement says that it has the shapes of this rank's."""
+    """A rank's state out of its bytes, as NumPy arrays; by the head's agreement it has the shapes of this rank's."""
     arrays, at = [], 0
     for x in like:
         flat = np.frombuffer(reply, np.float32, x.size, at)
-        arrays.append(mx.array(flat.reshape(x.shape)))
+        arrays.append(flat.reshape(x.shape))
         at += x.nbytes
     return State(*arrays)

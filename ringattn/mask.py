@@ -105,6 +105,22 @@ class Band:
         return start, stop
 
 
+def segment_tile(q_ids: np.ndarray, k_ids: np.ndarray) -> Tile:
+    """What segments leave of a tile; ids are equal and not negative for the pairs that attend."""
+    low, high = max(q_ids.min(), k_ids.min(), 0), min(q_ids.max(), k_ids.max())
+    if low > high:
+        return Tile.EMPTY
+    same = q_ids.min() == q_ids.max() == k_ids.min() == k_ids.max()
+    return Tile.FULL if same else Tile.PARTIAL
+
+
+def array_tile(mask: np.ndarray) -> Tile:
+    """What an array mask leaves of a tile: a boolean one, or a float one to be added to the scores."""
+    if mask.dtype == bool:
+        return Tile.EMPTY if not mask.any() else Tile.FULL if mask.all() else Tile.PARTIAL
+    return Tile.EMPTY if np.all(mask == -np.inf) else Tile.PARTIAL
+
+
 def _shifted(q_pos: np.ndarray, by: int) -> np.ndarray:
     """``q_pos + by`` as a column, int32 like the positions it is compared with."""
     limits = np.iinfo(np.int32)

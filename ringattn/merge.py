@@ -10,17 +10,18 @@ arXiv 1805.02867; Dao et al., arXiv 2205.14135):
     m = max(m_A, m_B)    l = l_A exp(m_A - m) + l_B exp(m_B - m)    acc likewise
 
 The result is out = acc / l and lse = m + log l, a partial. Partials merge too, as states with m = lse, l = 1 and
-acc = out, but near lse = 100 a float32 has lost seven bits, so hops carry states and only users see partials. m need not
-be the maximum: any reference that neither overflows nor underflows gives the same result. No key at all is the state
-(0, -inf, 0) and the partial (0, -inf), and merging it changes nothing.
+acc = out, but near lse = 100 a float32 has lost seven bits, so hops carry states and only users see partials. m need
+not be the maximum: any reference that neither overflows nor underflows gives the same result. No key at all is the
+state (0, -inf, 0) and the partial (0, -inf), and merging it changes nothing.
 """
 
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import ArgumentError, ArgumentTypeError
 
@@ -28,39 +29,43 @@ Partial = tuple[mx.array, mx.array]
 
 
 class State(NamedTuple):
-    """What hops carry, float32: `acc` ``[B, H, L, Dv]``, `m` and `l` ``[B, H, L]``."""
+    """What hops carry, float32: `acc` ``[B, H, L, Dv]``, `m` and `l` ``[B, H, L]``; of MLX, or all three of NumPy."""
 
-    acc: mx.array
-    m: mx.array
-    l: mx.array  # noqa: E741  (the formula's name)
+    acc: Any
+    m: Any
+    l: Any  # noqa: E741  (the formula's name)
 
     @classmethod
     def empty(cls, batch: int, heads: int, tokens: int, dim: int) -> State:
-        """The state over no keys."""
+        """The state over no keys, of MLX arrays."""
         rows = (batch, heads, tokens)
         return cls(mx.zeros((*rows, dim)), mx.full(rows, -mx.inf), mx.zeros(rows))
 
 
 def merge_states(*states: State) -> State:
-    """The state over the keys of all `states`, no two of which share one."""
-    m = reduce(mx.maximum, (state.m for state in states))
-    weights = [_weight(state.m, m) for state in states]
-    acc = reduce(mx.add, (state.acc * weight[..., None] for state, weight in zip(states, weights)))
-    return State(acc, m, reduce(mx.add, (state.l * weight for state, weight in zip(states, weights))))
+    """The state over the keys of all `states`, no two of which share one. Arrays of MLX, or all of NumPy."""
+    xp = _library(states[0])
+    m = reduce(xp.maximum, (state.m for state in states))
+    weights = [_weight(xp, state.m, m) for state in states]
+    acc = reduce(xp.add, (state.acc * weight[..., None] for state, weight in zip(states, weights)))
+    return State(acc, m, reduce(xp.add, (state.l * weight for state, weight in zip(states, weights))))
+
+
+def normalise(state: State, sinks: Any = None) -> tuple[Any, Any]:
+    """`out` and `lse` of a state, both float32. `sinks` ``[H]``, float32, enters the denominator here, once."""
+    xp, (acc, m, l) = _library(state), state  # noqa: E741
+    if sinks is not None:
+        total = xp.maximum(m, sinks[:, None])
+        weight = _weight(xp, m, total)
+        acc, l, m = acc * weight[..., None], l * weight + _weight(xp, sinks[:, None], total), total  # noqa: E741
+    seen = l != 0
+    l = xp.where(seen, l, 1)  # noqa: E741
+    return acc / l[..., None], xp.where(seen, m + xp.log(l), -xp.inf)
 
 
 def finish(state: State, sinks: mx.array | None, dtype: mx.Dtype) -> Partial:
-    """`out` in `dtype` and the float32 lse of a state. `sinks` ``[H]`` enters the denominator here, once."""
-    acc, m, l = state  # noqa: E741
-    if sinks is not None:
-        sink = mx.broadcast_to(sinks.astype(mx.float32)[:, None], m.shape)
-        total = mx.maximum(m, sink)
-        acc = acc * _weight(m, total)[..., None]
-        l = l * _weight(m, total) + _weight(sink, total)  # noqa: E741
-        m = total
-    seen = l != 0
-    out = acc / mx.where(seen, l, 1.0)[..., None]
-    lse = mx.where(seen, m + mx.log(mx.where(seen, l, 1.0)), -mx.inf)
+    """`out` in `dtype` and the float32 lse of a state of MLX arrays."""
+    out, lse = normalise(state, None if sinks is None else sinks.astype(mx.float32))
     return out.astype(dtype), lse
 
 
@@ -86,9 +91,14 @@ def merge(*partials: Partial) -> Partial:
     return finish(merge_states(*states), None, partials[0][0].dtype)
 
 
-def _weight(m: mx.array, total: mx.array) -> mx.array:
+def _library(state: State) -> Any:
+    return mx if isinstance(state.m, mx.array) else np
+
+
+def _weight(xp: Any, m: Any, total: Any) -> Any:
     """``exp(m - total)`` where ``m <= total``, and 0 for ``m = -inf`` even when `total` is -inf as well."""
-    return mx.where(m == -mx.inf, 0.0, mx.exp(m - mx.where(m == -mx.inf, 0.0, total)))
+    nothing = m == -xp.inf
+    return xp.where(nothing, 0, xp.exp(m - xp.where(nothing, 0, total)))
 
 
 def _check_partial(i: int, partial: Partial, first: Partial) -> None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from ..mask import Tile
+from ..mask import Tile, array_tile, segment_tile
 from . import Rules
 from .tiles import Piece, Unit
 from .views import as_float32, view
@@ -23,17 +23,19 @@ class Hidden:
         out_of_band: What the band hides of queries ``a:b`` x keys ``c:d``, bool, given a, b, c, d.
         mask: Boolean or additive ``[B, Hq, Lq, columns]``, broadcast without a copy, or ``None``.
         columns: Each key's column, or ``None`` for the same order.
+        group: The query heads of a key/value head.
         q_ids, k_ids: Segment ids ``[B, Lq]`` and ``[B, Lk]``, or ``None``.
     """
 
     out_of_band: Callable[[int, int, int, int], np.ndarray]
     mask: np.ndarray | None
     columns: np.ndarray | None
+    group: int
     q_ids: np.ndarray | None
     k_ids: np.ndarray | None
 
     @classmethod
-    def of(cls, rules: Rules, q_pos: np.ndarray, k_pos: np.ndarray) -> Hidden:
+    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> Hidden:
         """Evaluate the arrays of `rules` and look at them."""
         q_ids, k_ids = rules.segments or (None, None)
         arrays = [x for x in (rules.mask, q_ids, k_ids) if x is not None]
@@ -44,7 +46,7 @@ class Hidden:
         def out_of_band(a: int, b: int, c: int, d: int) -> np.ndarray:
             return ~rules.band.visible(q_pos[a:b], k_pos[c:d])
 
-        return cls(out_of_band, views[0], rules.columns, views[1], views[2])
+        return cls(out_of_band, views[0], rules.columns, group, views[1], views[2])
 
     def refine(self, batch: int, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Those of `pieces` that segments leave, with what all masks leave of them."""
@@ -55,6 +57,10 @@ class Hidden:
                 tile = tile & segment_tile(q_ids, self.k_ids[batch, piece.k_start : piece.k_stop])
             if tile is not Tile.EMPTY:
                 yield piece._replace(tile=tile)
+
+    def empty(self, unit: Unit, piece: Piece) -> bool:
+        """Whether an array mask leaves nothing of `piece` for the heads of `unit`."""
+        return self.mask is not None and array_tile(self._array(unit, piece)) is Tile.EMPTY
 
     def apply(self, unit: Unit, piece: Piece, scores: np.ndarray) -> np.ndarray:
         """Add an additive mask and set what is hidden to -inf, in `scores` ``[group * queries, keys]``.
@@ -69,32 +75,23 @@ class Hidden:
             q_ids, k_ids = self.q_ids[unit.batch, None, rows, None], self.k_ids[unit.batch, None, None, keys]
             hidden = hidden | (q_ids != k_ids) | (q_ids < 0)
         if self.mask is not None:
-            tile = self._array_tile(unit, len(shaped), rows, keys)
+            tile = self._array(unit, piece)
             if tile.dtype == bool:
                 hidden = hidden | ~tile
             else:
-                tile = as_float32(tile, np.empty(tile.size, np.float32))
                 shaped += tile
                 hidden = hidden | (tile == -np.inf)
         np.copyto(shaped, np.float32(-np.inf), where=hidden)
         return hidden
 
-    def _array_tile(self, unit: Unit, group: int, q: slice, k: slice) -> np.ndarray:
-        """The tile of the array mask ``[group or 1, queries or 1, keys or 1]``."""
+    def _array(self, unit: Unit, piece: Piece) -> np.ndarray:
+        """The tile of the array mask ``[heads or 1, queries or 1, keys or 1]``, bool or float32."""
         assert self.mask is not None
         batches, heads, rows, columns = self.mask.shape
         tile = self.mask[unit.batch if batches > 1 else 0]
-        tile = tile[unit.head * group : (unit.head + 1) * group] if heads > 1 else tile
-        tile = tile[:, q] if rows > 1 else tile
-        if columns == 1:
-            return tile
-        return tile[..., k] if self.columns is None else tile[..., self.columns[k]]
-
-
-def segment_tile(q_ids: np.ndarray, k_ids: np.ndarray) -> Tile:
-    """What segments leave of a tile; ids are equal and not negative for the pairs that attend."""
-    low, high = max(q_ids.min(), k_ids.min(), 0), min(q_ids.max(), k_ids.max())
-    if low > high:
-        return Tile.EMPTY
-    same = q_ids.min() == q_ids.max() == k_ids.min() == k_ids.max()
-    return Tile.FULL if same else Tile.PARTIAL
+        tile = tile[unit.first * self.group : unit.last * self.group] if heads > 1 else tile
+        tile = tile[:, piece.q_start : piece.q_stop] if rows > 1 else tile
+        keys = slice(piece.k_start, piece.k_stop)
+        if columns > 1:
+            tile = tile[..., keys] if self.columns is None else tile[..., self.columns[keys]]
+        return tile if tile.dtype == bool else as_float32(tile, np.empty(tile.size, np.float32))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +32,7 @@ ROWS = 256  # query rows of a unit, all the heads of its group together
 SCORES = ROWS * 1024  # scores of a tile: 1 MB, about a core's second-level cache
 DIFFERENTIABLE = False
 BOUND = 40.0  # exp(40) is 2e17: times a million keys still far from the end of float32
+SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
 EDGE = 128  # keys of a piece along the edge of a band
 WORTH = 64  # fewer queries than this do not pay for finding the largest key
 
@@ -47,7 +49,8 @@ def forward(
     with np.errstate(all="ignore"):
         largest = _largest_norms(arrays[1]) if q_len >= WORTH and _boundable(rules) else None
     acc, m, l = map(view, state)  # noqa: E741
-    job = _Job(*arrays, q_pos, k_pos, rules, Hidden.of(rules, q_pos, k_pos), acc, m, l, largest)
+    hidden = Hidden.of(rules, heads // k.shape[1], q_pos, k_pos)
+    job = _Job(*arrays, q_pos, k_pos, rules, hidden, acc, m, l, largest)
     units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)
     if units:
         with blas.single_threaded():
@@ -82,13 +85,14 @@ def _pool() -> ThreadPoolExecutor:
 _scratch = threading.local()
 
 
-def _buffer(name: str, size: int) -> np.ndarray:
-    """A flat float32 buffer of this thread, kept from call to call."""
+def _buffer(name: str, shape: int | tuple[int, ...]) -> np.ndarray:
+    """A float32 buffer of this thread, kept from call to call."""
+    size = shape if isinstance(shape, int) else prod(shape)
     have = getattr(_scratch, name, None)
     if have is None or have.size < size:
         have = np.empty(size, np.float32)
         setattr(_scratch, name, have)
-    return have[:size]
+    return have[:size].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,18 @@ class _Job:
 
     def units(self) -> Iterator[Unit]:
         """The units that see any key."""
-        q_pos, k_pos = self.q_pos, self.k_pos
+        q_pos, k_pos, kv_heads = self.q_pos, self.k_pos, self.k.shape[1]
         step = max(1, ROWS // self.group)
-        keys = max(128, SCORES // (self.group * min(step, max(1, len(q_pos)))))
+        rows = self.group * max(1, min(step, len(q_pos)))
+        heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
+        keys = max(EDGE, SCORES // (heads * rows))
         for start, stop in _cut_queries(q_pos, step):
             reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
             pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
             for batch in range(self.q.shape[0]):
                 seen = tuple(self.hidden.refine(batch, pieces))
-                for head in range(self.k.shape[1] if seen else 0):
-                    yield Unit(batch, head, start, stop, seen)
+                for first in range(0, kv_heads if seen else 0, heads):
+                    yield Unit(batch, first, min(first + heads, kv_heads), start, stop, seen)
 
     def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
         """Pieces of at most `keys` keys; along a band's edge narrower ones, of only the rows that see any of them."""
@@ -136,64 +142,68 @@ class _Job:
             yield Piece(start + top, start + bottom, a, b, tile)
 
     def run(self, unit: Unit) -> None:
-        """Take the state of the unit's rows through all its tiles."""
-        group, dim = self.group, self.v.shape[-1]
-        rows = (unit.batch, slice(unit.head * group, (unit.head + 1) * group), slice(unit.start, unit.stop))
-        queries = self._scaled(self.q[rows])
-        acc = _buffer("acc", len(queries) * dim).reshape(len(queries), dim)
+        """Take the state of the unit's rows through all its pieces."""
+        rows = (unit.batch, slice(unit.first * self.group, unit.last * self.group), slice(unit.start, unit.stop))
+        queries = self._scaled(self.q[rows], unit.last - unit.first)
+        shape = queries.shape[:2]
+        acc = _buffer("acc", (*shape, self.v.shape[-1]))
         for bounded in (True, False) if self._bounded(unit, queries, rows) else (False,):
             acc[:] = self.acc[rows].reshape(acc.shape)
-            m, l = (x[rows].flatten() for x in (self.m, self.l))  # noqa: E741
+            m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
             if bounded:
-                acc *= np.exp(m)[:, None]
+                acc *= np.exp(m)[..., None]
                 l *= np.exp(m)  # noqa: E741
                 m[:] = 0
             for piece in unit.pieces:
+                if self.hidden.empty(unit, piece):
+                    continue
                 self._step(unit, piece, queries, acc, m, l, bounded)
             if not bounded or np.isfinite(acc).all():  # values near the end of float32 need the maximum after all
                 break
-        shape = self.m[rows].shape
-        self.acc[rows] = acc.reshape(*shape, dim)
-        self.m[rows] = np.where(l == 0, np.float32(-np.inf), m).reshape(shape)
-        self.l[rows] = l.reshape(shape)
+        m[l == 0] = -np.inf
+        for x, new in ((self.acc, acc), (self.m, m), (self.l, l)):
+            x[rows] = new.reshape(x[rows].shape)
 
-    def _scaled(self, q: np.ndarray) -> np.ndarray:
-        """The query rows of all heads of a group, float32, times the scale: ``[group * queries, D]``."""
-        out = _buffer("queries", q.size).reshape(q.shape)
+    def _scaled(self, q: np.ndarray, heads: int) -> np.ndarray:
+        """The query rows of all heads of each group, float32, times the scale: ``[kv heads, group * queries, D]``."""
+        out = _buffer("queries", q.shape)
         np.multiply(as_float32(q, out.reshape(-1)), np.float32(self.rules.scale), out=out)
-        return out.reshape(-1, q.shape[-1])
+        return out.reshape(heads, -1, q.shape[-1])
 
     def _bounded(self, unit: Unit, queries: np.ndarray, rows: tuple) -> bool:
         """Whether neither the scores to come nor the state so far leave +-BOUND (also no for NaN)."""
         if self.largest is None:
             return False
         before = self.m[rows]
-        least = float(np.sqrt(np.einsum("rd,rd->r", queries, queries).max())) * self.largest[unit.batch, unit.head]
-        return bool(least <= BOUND) and bool(np.all((np.abs(before) <= BOUND) | (before == -np.inf)))
+        largest = self.largest[unit.batch, unit.first : unit.last].max() * _largest_norm(queries)
+        return bool(largest <= BOUND) and bool(np.all((np.abs(before) <= BOUND) | (before == -np.inf)))
 
     def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, bounded: bool) -> None:  # noqa: E741
         """Fold the keys of one piece into the state of the rows that see them, in place."""
         if self.group == 1:  # else the rows of all heads of the group, and no piece leaves out any
             rows = slice(piece.q_start - unit.start, piece.q_stop - unit.start)
-            queries, acc, m, l = queries[rows], acc[rows], m[rows], l[rows]  # noqa: E741
-        k, v = (x[unit.batch, unit.head, piece.k_start : piece.k_stop] for x in (self.k, self.v))
-        k, v = as_float32(k, _buffer("k", k.size)), as_float32(v, _buffer("v", v.size))
-        p = _buffer("scores", len(queries) * len(k)).reshape(len(queries), len(k))
-        np.matmul(queries, k.T, out=p)
+            queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))  # noqa: E741
+        at = (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
+        k, v = (
+            as_float32(self.k[at], _buffer("k", self.k[at].size)),
+            as_float32(self.v[at], _buffer("v", self.v[at].size)),
+        )
+        p = _buffer("scores", (*queries.shape[:2], k.shape[1]))
+        np.matmul(queries, k.swapaxes(1, 2), out=p)
         if self.rules.softcap is not None:
             _cap(p, self.rules.softcap)
         hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
         if not bounded:
-            top = np.maximum(m, p.max(axis=1))
+            top = np.maximum(m, p.max(axis=-1))
             base = np.where(top == -np.inf, np.float32(0), top)  # a row that has seen nothing yet
-            np.subtract(p, base[:, None], out=p)
+            np.subtract(p, base[..., None], out=p)
             decay = np.exp(m - base)
-            acc *= decay[:, None]
+            acc *= decay[..., None]
             l *= decay  # noqa: E741
             m[:] = top
         np.exp(p, out=p)
         acc += _weighted_values(p, v, hidden)
-        l += p @ _ones(len(k))  # noqa: E741
+        l += p @ _ones(k.shape[1])  # noqa: E741
 
 
 def _boundable(rules: Rules) -> bool:
@@ -207,10 +217,13 @@ def _largest_norms(k: np.ndarray) -> np.ndarray:
     for batch, head in np.ndindex(*k.shape[:2]):
         for start in range(0, k.shape[2], 4096):
             keys = k[batch, head, start : start + 4096]
-            keys = as_float32(keys, _buffer("k", keys.size))
-            longest = np.einsum("kd,kd->k", keys, keys).max()
-            largest[batch, head] = np.maximum(largest[batch, head], np.sqrt(longest))
+            norm = _largest_norm(as_float32(keys, _buffer("k", keys.size)))
+            largest[batch, head] = np.maximum(largest[batch, head], norm)
     return largest
+
+
+def _largest_norm(x: np.ndarray) -> np.float32:
+    return np.sqrt(np.einsum("...d,...d->...", x, x).max())
 
 
 def _cap(scores: np.ndarray, softcap: float) -> None:
@@ -221,15 +234,16 @@ def _cap(scores: np.ndarray, softcap: float) -> None:
 
 def _weighted_values(p: np.ndarray, v: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
     """``p @ v``; a key that a row does not see must not reach it even as ``0 * NaN``."""
-    out = np.matmul(p, v, out=_buffer("out", len(p) * v.shape[1]).reshape(len(p), v.shape[1]))
+    out = np.matmul(p, v, out=_buffer("out", (*p.shape[:2], v.shape[-1])))
     if hidden is None or np.isfinite(out).all():
         return out
-    heads = len(p) // hidden.shape[1]
+    heads = p.shape[0] * p.shape[1] // hidden.shape[1]
     visible = ~np.broadcast_to(hidden, (heads, *hidden.shape[1:])).reshape(p.shape)
-    broken = ~np.isfinite(v).all(axis=1)
-    np.matmul(p, np.where(broken[:, None], np.float32(0), v), out=out)
-    for j in np.flatnonzero(broken):
-        out += np.where(visible[:, j, None], p[:, j, None] * v[j], np.float32(0))
+    broken = ~np.isfinite(v).all(axis=-1)
+    np.matmul(p, np.where(broken[..., None], np.float32(0), v), out=out)
+    for j in np.flatnonzero(broken.any(axis=0)):
+        seen = visible[..., j] & broken[:, j, None]
+        out += np.where(seen[..., None], p[..., j, None] * v[:, None, j], np.float32(0))
     return out
 
 

@@ -18,14 +18,17 @@ class Piece(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Queries ``start:stop`` of key/value head `head` of batch entry `batch`, and the pieces that they see."""
+    """Queries ``start:stop`` of key/value heads ``first:last`` of a batch entry, and the pieces that they see."""
 
     batch: int
-    head: int
+    first: int
+    last: int
     start: int
     stop: int
     pieces: tuple[Piece, ...]
 
     @property
     def cost(self) -> int:
-        return sum((piece.q_stop - piece.q_start) * (piece.k_stop - piece.k_start) for piece in self.pieces)
+        return (self.last - self.first) * sum(
+            (piece.q_stop - piece.q_start) * (piece.k_stop - piece.k_start) for piece in self.pieces
+        )
