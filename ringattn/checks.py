@@ -13,6 +13,7 @@ from .errors import ArgumentError, ArgumentTypeError
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
+_FAR = 2**32  # further apart than any two int32 positions
 
 
 def check_qkv(q: Any, k: Any, v: Any) -> None:
@@ -30,7 +31,7 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
             raise ArgumentError(f"{name}: batch {x.shape[0]}, expected {q.shape[0]} as q")
     if v.shape[1] != k.shape[1]:
         raise ArgumentError(f"v: {v.shape[1]} heads, expected {k.shape[1]} as k")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ArgumentError(f"q: {q.shape[1]} heads, expected a multiple of the {k.shape[1]} heads of k")
     if k.shape[3] != q.shape[3] or q.shape[3] == 0:
         raise ArgumentError(f"k: head_dim {k.shape[3]}, expected {q.shape[3] or 'at least 1'} as q")
@@ -68,12 +69,12 @@ def check_window(window: Any) -> int | tuple[int, int] | None:
     if _is_int(window):
         if window < 1:
             raise ArgumentError(f"window: {window}, expected at least 1, or a pair (left, right)")
-        return int(window)
+        return min(int(window), _FAR)
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(map(_is_int, window)):
-        raise ArgumentTypeError(f"window: {window!r}, expected an int, a pair of ints (left, right), or None")
+        raise ArgumentTypeError(f"window: {told(window)}, expected an int, a pair of ints (left, right), or None")
     if min(window) < 0:
         raise ArgumentError(f"window: {tuple(window)}, expected numbers of at least 0")
-    return int(window[0]), int(window[1])
+    return min(int(window[0]), _FAR), min(int(window[1]), _FAR)
 
 
 def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> tuple[bool, mx.array | None]:
@@ -133,6 +134,7 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
     """The positions of queries and keys, from `offset` or `positions`; the default aligns the last query and key."""
     if positions is None:
         offset = k_len - q_len if offset is None else check_int("offset", offset)
+        check_int("offset", offset + q_len)  # one past the last position
         return np.arange(offset, offset + q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32)
     if offset is not None:
         raise ArgumentError(f"offset: {offset} together with positions, expected one of the two")
@@ -166,32 +168,40 @@ def check_out_dtype(out_dtype: Any, default: mx.Dtype) -> mx.Dtype:
     if out_dtype is None:
         return default
     if out_dtype not in FLOATS:
-        raise ArgumentTypeError(f"out_dtype: {out_dtype!r}, expected mx.float16, mx.bfloat16 or mx.float32")
+        raise ArgumentTypeError(f"out_dtype: {told(out_dtype)}, expected mx.float16, mx.bfloat16 or mx.float32")
     return out_dtype
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """``None`` or one of `choices`."""
-    if value is not None and value not in choices:
-        raise ArgumentError(f"{name}: {value!r}, expected one of {', '.join(map(repr, choices))}, or None")
+    if value is not None and (not isinstance(value, str) or value not in choices):
+        raise ArgumentError(f"{name}: {told(value)}, expected one of {', '.join(map(repr, choices))}, or None")
 
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentTypeError(f"{name}: {value!r}, expected True or False")
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected True or False")
     return bool(value)
 
 
 def check_int(name: str, value: Any, least: int = -(2**31)) -> int:
     """An int of at least `least` that fits 32 bits."""
     if not _is_int(value):
-        raise ArgumentTypeError(f"{name}: {value!r}, expected an integer")
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected an integer")
     if value < least:
         raise ArgumentError(f"{name}: {value}, expected at least {least}")
     if value >= 2**31:
         raise ArgumentError(f"{name}: {value}, expected a number that fits 32 bits")
     return int(value)
+
+
+def told(value: Any) -> str:
+    """`value` for an error message: one line, and not the contents of an array."""
+    if isinstance(value, (mx.array, np.ndarray)):
+        return f"array of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _is_int(value: Any) -> bool:
@@ -200,7 +210,7 @@ def _is_int(value: Any) -> bool:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ArgumentTypeError(f"{name}: {value!r}, expected a number")
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number")
     if not math.isfinite(value):
         raise ArgumentError(f"{name}: {value}, expected a finite number")
     return float(value)

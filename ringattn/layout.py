@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from .checks import check_int
+from .checks import check_int, told
 from .errors import ArgumentError, ArgumentTypeError
 from .spans import Span, Spans, length, positions, tokens_at, union
 
@@ -131,6 +131,8 @@ class Layout:
 
     def extend(self, other: Layout) -> Layout:
         """This layout followed by `other`, which starts where this one stops and has as many ranks."""
+        if not isinstance(other, Layout):
+            raise ArgumentTypeError(f"other: {told(other)}, expected a Layout")
         if other.size != self.size:
             raise ArgumentError(f"other: a layout of {other.size} ranks, expected {self.size}")
         if other.start != self.stop:
@@ -146,7 +148,7 @@ class Layout:
 
     def unshard(self, parts: Sequence[Array], axis: int = 2) -> Array:
         """The whole sequence from all ranks' `parts`, in rank order: the inverse of `shard`."""
-        parts = list(parts)
+        parts = list(_sequence("parts", parts))
         if len(parts) != self.size:
             raise ArgumentError(f"parts: {len(parts)} arrays, expected {self.size}, one a rank")
         pieces: list[tuple[int, Any]] = []
@@ -168,7 +170,7 @@ class Layout:
 
 def _sequence(name: str, value: object) -> Iterable:
     if not isinstance(value, Iterable):
-        raise ArgumentTypeError(f"{name}: {value!r}, expected a sequence")
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected a sequence")
     return value
 
 
@@ -178,7 +180,7 @@ def _checked_spans(rank: int, given: object) -> Spans:
     spans: list[Span] = []
     for span in _sequence(name, given):
         if not isinstance(span, (tuple, list)) or len(span) != 2:
-            raise ArgumentTypeError(f"{name}: {span!r}, expected a pair (start, stop)")
+            raise ArgumentTypeError(f"{name}: {told(span)}, expected a pair (start, stop)")
         start, stop = check_int(name, span[0]), check_int(name, span[1])
         if stop < start:
             raise ArgumentError(f"{name}: ({start}, {stop}) descends, expected start <= stop")
@@ -205,11 +207,11 @@ def _checked_weights(weights: object) -> list[float]:
     values = list(_sequence("weights", weights))
     for weight in values:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-            raise ArgumentTypeError(f"weights: {weight!r}, expected a number")
+            raise ArgumentTypeError(f"weights: {told(weight)}, expected a number")
         if not 0 <= weight < float("inf"):
             raise ArgumentError(f"weights: {weight}, expected a finite number of at least 0")
     if not any(values):
-        raise ArgumentError(f"weights: {values}, expected at least one above 0")
+        raise ArgumentError(f"weights: {told(values)}, expected at least one above 0")
     exponent = math.frexp(max(values))[1]  # only their proportions count, and sums of large ones would overflow
     return [math.ldexp(value, -exponent) for value in values]
 

@@ -76,7 +76,9 @@ def test_spans_are_sets(a, b):
     assert length(x) == len(members(x))
     assert positions(x).dtype == np.int32 and positions(x).tolist() == sorted(members(x))
     part = intersection(x, y)
-    assert positions(x)[positions(locate(part, x))].tolist() == positions(part).tolist()
+    found = locate(part, x)
+    assert positions(x)[positions(found)].tolist() == positions(part).tolist()
+    assert found == union(found), "as few spans as can be"
 
 
 # What a layout holds
@@ -211,9 +213,22 @@ def test_different_where_they_are_not(a, b):
     assert (a == b) == same == (a.summary == b.summary)
 
 
+@steady
+@given(layouts().filter(lambda layout: layout.length and layout.size > 1), st.data())
+def test_one_token_elsewhere_makes_a_difference(layout, data):
+    owners = owners_of(layout)
+    i = data.draw(st.integers(0, layout.length - 1))
+    owners[i] = (owners[i] + data.draw(st.integers(1, layout.size - 1))) % layout.size
+    other = from_owners(owners, layout.size, layout.start)
+    assert other != layout and other.summary != layout.summary
+    moved = from_owners(owners, layout.size, layout.start + 1)
+    assert moved != other and moved.summary != other.summary
+
+
 def test_an_empty_layout_knows_its_start():
     assert Layout([[], []]).start == 0
     assert Layout([[], []], 7) == Layout.contiguous(0, 2, start=7) != Layout.contiguous(0, 2)
+    assert Layout([[], []], 7).summary != Layout([[], []]).summary
 
 
 def test_immutable():

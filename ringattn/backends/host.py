@@ -28,8 +28,8 @@ from .hidden import Hidden
 from .tiles import Piece, Unit
 from .views import as_float32, view
 
-ROWS = 256  # query rows of a unit, all the heads of its group together
-SCORES = ROWS * 1024  # scores of a tile: 1 MB, about a core's second-level cache
+ROWS = 512  # query rows of a unit, all the heads of its group together
+SCORES = ROWS * 512  # scores of a tile: 1 MB, about a core's second-level cache
 DIFFERENTIABLE = False
 BOUND = 40.0  # exp(40) is 2e17: times a million keys still far from the end of float32
 SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
