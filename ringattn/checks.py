@@ -134,7 +134,8 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
     """The positions of queries and keys, from `offset` or `positions`; the default aligns the last query and key."""
     if positions is None:
         offset = k_len - q_len if offset is None else check_int("offset", offset)
-        check_int("offset", offset + q_len)  # one past the last position
+        if offset + q_len > 2**31:
+            raise ArgumentError(f"offset: {offset} for {q_len} queries, expected positions that fit int32")
         return np.arange(offset, offset + q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32)
     if offset is not None:
         raise ArgumentError(f"offset: {offset} together with positions, expected one of the two")
@@ -149,6 +150,8 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
 def _check_positions(name: str, x: Any, tokens: int) -> np.ndarray:
     if not isinstance(x, (mx.array, np.ndarray, Sequence)) or isinstance(x, str):
         raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected int32 positions")
+    if isinstance(x, mx.array) and not mx.issubdtype(x.dtype, mx.integer):
+        raise ArgumentTypeError(f"{name}: {x.dtype}, expected int32")
     x = np.asarray(x)
     if x.size == 0:
         x = x.astype(np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import mlx.core as mx
@@ -110,35 +110,35 @@ class _Step:
 
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
-        step = replace(self, options=self.options.bind(arrays))
+        options = self.options.bind(arrays)
         fields: Fields = ()
         error, payload = None, []
         try:
-            state = step._attend(q, k, v)
-            fields = step._fields(q, k, v)
+            state = self._attend(q, k, v, options)
+            fields = self._fields(q, k, v, options)
             payload = [raw(x) for x in state]
         except Exception as raised:  # whatever it is, the others must hear of it
             error = raised
         replies = self.ring.exchange([memoryview(head(WHAT, fields, error)), *payload])
         replies = check(self.ring, WHAT, fields, error, replies)
-        sinks = None if step.options.sinks is None else view(step.options.sinks.astype(mx.float32))
+        sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
         with np.errstate(all="ignore"):
             # Small and on the host already: NumPy is done before MLX would have begun.
             out, lse = normalise(merge_states(*(_read(reply, state) for reply in replies)), sinks)
-        return mx.array(out).astype(step.options.out_dtype), mx.array(lse)
+        return mx.array(out).astype(options.out_dtype), mx.array(lse)
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> State:
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> State:
         q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
         k_pos = positions(self.kv_layout.spans[self.ring.rank])
-        columns = None if self.options.mask is None else k_pos - self.kv_layout.start
+        columns = None if options.mask is None else k_pos - self.kv_layout.start
         with timed(self.ring, "compute", 0):
-            state = self.kernel.forward(q, k, v, q_pos, k_pos, self.options.rules(columns), None)
+            state = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
             mx.eval(*state)
         return state
 
-    def _fields(self, q: mx.array, k: mx.array, v: mx.array) -> Fields:
+    def _fields(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> Fields:
         shapes = (("q", f"{q.dtype} {q.shape}"), ("heads of k", str(k.shape[1])), ("head_dim of v", str(v.shape[3])))
-        return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *self.options.fields)
+        return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *options.fields)
 
 
 def _read(reply: memoryview, like: State) -> State:

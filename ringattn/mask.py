@@ -67,6 +67,9 @@ class Band:
 
         At most three runs come out, in order: partial, full, partial. What lies outside them is empty.
         """
+        if len(k_pos) and self.tile(q_min, q_max, int(k_pos[0]), int(k_pos[-1])) is Tile.FULL:
+            yield 0, len(k_pos), Tile.FULL
+            return
         first, last = self._reach(q_min, q_max, k_pos)
         full_first, full_last = self._reach(q_max, q_min, k_pos)
         if full_first >= full_last:

@@ -26,6 +26,7 @@ import numpy as np
 from .errors import ArgumentError, ArgumentTypeError
 
 Partial = tuple[mx.array, mx.array]
+SMALL = 1 << 16  # numbers in a state that is made by NumPy
 
 
 class State(NamedTuple):
@@ -39,6 +40,9 @@ class State(NamedTuple):
     def empty(cls, batch: int, heads: int, tokens: int, dim: int) -> State:
         """The state over no keys, of MLX arrays."""
         rows = (batch, heads, tokens)
+        if batch * heads * tokens * dim <= SMALL:  # here and now: an evaluation costs a switch of threads
+            arrays = np.zeros((*rows, dim), np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
+            return cls(*map(mx.array, arrays))
         return cls(mx.zeros((*rows, dim)), mx.full(rows, -mx.inf), mx.zeros(rows))
 
 

@@ -66,6 +66,8 @@ class Options:
 
     def bind(self, arrays: Sequence[mx.array]) -> Options:
         """These options with `arrays` in place of their own: what a transformed function is given."""
+        if not arrays:
+            return self
         given: Iterator[mx.array] = iter(arrays)
         mask = None if self.mask is None else next(given)
         sinks = None if self.sinks is None else next(given)

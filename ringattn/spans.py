@@ -53,8 +53,8 @@ def tokens_at(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 
 def positions(spans: Spans) -> np.ndarray:
     """All integers of `spans`, in order: int32 ``[length(spans)]``."""
-    if not spans:
-        return np.zeros(0, np.int32)
+    if len(spans) <= 1:
+        return np.arange(*(spans[0] if spans else (0,)), dtype=np.int32)
     starts, stops = np.array(spans, np.int64).T
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths

@@ -51,7 +51,7 @@ def forward(
     acc, m, l = map(view, state)  # noqa: E741
     hidden = Hidden.of(rules, heads // k.shape[1], q_pos, k_pos)
     job = _Job(*arrays, q_pos, k_pos, rules, hidden, acc, m, l, largest)
-    units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)
+    units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
     if units:
         with blas.single_threaded():
             _spread(job, units)
@@ -257,6 +257,9 @@ def _cut_queries(q_pos: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
 
     Queries from both ends of the sequence in one run would make all the keys between them partial.
     """
+    if len(q_pos) <= 1:
+        yield from [(0, 1)] * len(q_pos)
+        return
     jumps = np.flatnonzero(np.diff(q_pos) > step) + 1
     for first, last in zip([0, *jumps], [*jumps, len(q_pos)]):
         yield from ((start, min(start + step, last)) for start in range(int(first), int(last), step))
