@@ -20,14 +20,15 @@ class Hidden:
     """The mask of one kernel call on NumPy views.
 
     Attributes:
-        out_of_band: What the band hides of queries ``a:b`` x keys ``c:d``, bool, given a, b, c, d.
+        out_of_band: What the band hides of queries ``a:b`` x keys ``c:d``, bool, given a, b, c, d; and the run of
+            rows outside of which it hides nothing.
         mask: Boolean or additive ``[B, Hq, Lq, columns]``, broadcast without a copy, or ``None``.
         columns: Each key's column, or ``None`` for the same order.
         group: The query heads of a key/value head.
         q_ids, k_ids: Segment ids ``[B, Lq]`` and ``[B, Lk]``, or ``None``.
     """
 
-    out_of_band: Callable[[int, int, int, int], np.ndarray]
+    out_of_band: Callable[[int, int, int, int], tuple[np.ndarray, slice]]
     mask: np.ndarray | None
     columns: np.ndarray | None
     group: int
@@ -43,8 +44,10 @@ class Hidden:
         views = [None if x is None else view(x) for x in (rules.mask, q_ids, k_ids)]
 
         @lru_cache(maxsize=16)  # heads come one after the other to the same piece
-        def out_of_band(a: int, b: int, c: int, d: int) -> np.ndarray:
-            return ~rules.band.visible(q_pos[a:b], k_pos[c:d])
+        def out_of_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
+            hidden = ~rules.band.visible(q_pos[a:b], k_pos[c:d])
+            rows = np.flatnonzero(hidden.any(axis=1))
+            return hidden, slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
 
         return cls(out_of_band, views[0], rules.columns, group, views[1], views[2])
 
@@ -70,7 +73,11 @@ class Hidden:
         """
         rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
         shaped = scores.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
-        hidden = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)[None]
+        hidden, edge = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
+        if self.q_ids is None and self.mask is None:  # only rows along the edge have anything to hide
+            np.copyto(shaped[:, edge], np.float32(-np.inf), where=hidden[edge])
+            return hidden[None]
+        hidden = hidden[None]
         if self.q_ids is not None and self.k_ids is not None:
             q_ids, k_ids = self.q_ids[unit.batch, None, rows, None], self.k_ids[unit.batch, None, None, keys]
             hidden = hidden | (q_ids != k_ids) | (q_ids < 0)

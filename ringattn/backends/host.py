@@ -4,9 +4,6 @@ The work is cut into units of some query rows of one key/value head; threads tak
 arithmetic depends on nothing else, so the bits do not depend on the number of threads. The query heads that share
 a key/value head are stacked as rows of one matrix product. A unit goes over its keys tile by tile (Dao et al.,
 arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to be full.
-
-Where |q| |k| (Cauchy-Schwarz) proves that no score can leave +-BOUND, the exponentials need no running maximum: any
-reference does that neither overflows nor underflows, and 0 saves two passes over every tile.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import numpy as np
 
 from ..mask import Tile
 from ..merge import State
-from . import Rules, blas
+from . import Rules, blas, softmax
 from .hidden import Hidden
 from .tiles import Piece, Unit
 from .views import as_float32, view
@@ -31,10 +28,8 @@ from .views import as_float32, view
 ROWS = 512  # query rows of a unit, all the heads of its group together
 SCORES = ROWS * 512  # scores of a tile: 1 MB, about a core's second-level cache
 DIFFERENTIABLE = False
-BOUND = 40.0  # exp(40) is 2e17: times a million keys still far from the end of float32
 SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
 EDGE = 128  # keys of a piece along the edge of a band
-WORTH = 64  # fewer queries than this do not pay for finding the largest key
 
 
 def forward(
@@ -46,11 +41,9 @@ def forward(
         state = State.empty(batch, heads, q_len, v.shape[-1])
     mx.eval(q, k, v, *state)
     arrays = view(q), view(k), view(v)
-    with np.errstate(all="ignore"):
-        largest = _largest_norms(arrays[1]) if q_len >= WORTH and _boundable(rules) else None
     acc, m, l = map(view, state)  # noqa: E741
     hidden = Hidden.of(rules, heads // k.shape[1], q_pos, k_pos)
-    job = _Job(*arrays, q_pos, k_pos, rules, hidden, acc, m, l, largest)
+    job = _Job(*arrays, q_pos, k_pos, rules, hidden, acc, m, l)
     units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
     if units:
         with blas.single_threaded():
@@ -109,7 +102,6 @@ class _Job:
     acc: np.ndarray  # the state's
     m: np.ndarray
     l: np.ndarray  # noqa: E741
-    largest: np.ndarray | None  # [B, Hkv], the largest norm of a key, where it was worth finding
 
     @property
     def group(self) -> int:
@@ -147,20 +139,11 @@ class _Job:
         queries = self._scaled(self.q[rows], unit.last - unit.first)
         shape = queries.shape[:2]
         acc = _buffer("acc", (*shape, self.v.shape[-1]))
-        for bounded in (True, False) if self._bounded(unit, queries, rows) else (False,):
-            acc[:] = self.acc[rows].reshape(acc.shape)
-            m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
-            if bounded:
-                acc *= np.exp(m)[..., None]
-                l *= np.exp(m)  # noqa: E741
-                m[:] = 0
-            for piece in unit.pieces:
-                if self.hidden.empty(unit, piece):
-                    continue
-                self._step(unit, piece, queries, acc, m, l, bounded)
-            if not bounded or np.isfinite(acc).all():  # values near the end of float32 need the maximum after all
-                break
-        m[l == 0] = -np.inf
+        acc[:] = self.acc[rows].reshape(acc.shape)
+        m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
+        for piece in unit.pieces:
+            if not self.hidden.empty(unit, piece):
+                self._step(unit, piece, queries, acc, m, l)
         for x, new in ((self.acc, acc), (self.m, m), (self.l, l)):
             x[rows] = new.reshape(x[rows].shape)
 
@@ -170,15 +153,7 @@ class _Job:
         np.multiply(as_float32(q, out.reshape(-1)), np.float32(self.rules.scale), out=out)
         return out.reshape(heads, -1, q.shape[-1])
 
-    def _bounded(self, unit: Unit, queries: np.ndarray, rows: tuple) -> bool:
-        """Whether neither the scores to come nor the state so far leave +-BOUND (also no for NaN)."""
-        if self.largest is None:
-            return False
-        before = self.m[rows]
-        largest = self.largest[unit.batch, unit.first : unit.last].max() * _largest_norm(queries)
-        return bool(largest <= BOUND) and bool(np.all((np.abs(before) <= BOUND) | (before == -np.inf)))
-
-    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, bounded: bool) -> None:  # noqa: E741
+    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l) -> None:  # noqa: E741
         """Fold the keys of one piece into the state of the rows that see them, in place."""
         if self.group == 1:  # else the rows of all heads of the group, and no piece leaves out any
             rows = slice(piece.q_start - unit.start, piece.q_stop - unit.start)
@@ -193,37 +168,8 @@ class _Job:
         if self.rules.softcap is not None:
             _cap(p, self.rules.softcap)
         hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
-        if not bounded:
-            top = np.maximum(m, p.max(axis=-1))
-            base = np.where(top == -np.inf, np.float32(0), top)  # a row that has seen nothing yet
-            np.subtract(p, base[..., None], out=p)
-            decay = np.exp(m - base)
-            acc *= decay[..., None]
-            l *= decay  # noqa: E741
-            m[:] = top
-        np.exp(p, out=p)
+        acc *= softmax.step(p, m, l)[..., None]
         acc += _weighted_values(p, v, hidden)
-        l += p @ _ones(k.shape[1])  # noqa: E741
-
-
-def _boundable(rules: Rules) -> bool:
-    """Whether scores are bounded by norms at all: an additive mask may add anything."""
-    return rules.mask is None or rules.mask.dtype == mx.bool_
-
-
-def _largest_norms(k: np.ndarray) -> np.ndarray:
-    """The largest Euclidean norm of a key, for each batch entry and head: float32 ``[B, Hkv]``, NaN if there is one."""
-    largest = np.zeros(k.shape[:2], np.float32)
-    for batch, head in np.ndindex(*k.shape[:2]):
-        for start in range(0, k.shape[2], 4096):
-            keys = k[batch, head, start : start + 4096]
-            norm = _largest_norm(as_float32(keys, _buffer("k", keys.size)))
-            largest[batch, head] = np.maximum(largest[batch, head], norm)
-    return largest
-
-
-def _largest_norm(x: np.ndarray) -> np.float32:
-    return np.sqrt(np.einsum("...d,...d->...", x, x).max())
 
 
 def _cap(scores: np.ndarray, softcap: float) -> None:
@@ -245,11 +191,6 @@ def _weighted_values(p: np.ndarray, v: np.ndarray, hidden: np.ndarray | None) ->
         seen = visible[..., j] & broken[:, j, None]
         out += np.where(seen[..., None], p[..., j, None] * v[:, None, j], np.float32(0))
     return out
-
-
-@lru_cache(maxsize=8)
-def _ones(n: int) -> np.ndarray:
-    return np.ones(n, np.float32)
 
 
 def _cut_queries(q_pos: np.ndarray, step: int) -> Iterator[tuple[int, int]]:

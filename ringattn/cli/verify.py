@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from ..backends.softmax import compiled
 from ..verify.run import Results, failures, verify_local
 
 
@@ -67,6 +68,7 @@ def _report(ranks: int, failed: list[str], problem: str | None) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in ("ringattn", "mlx", "numpy", "mpi4py"))
     lines = ["", "--- to paste into a report ---", versions]
     lines.append(f"Python {platform.python_version()}, {platform.platform()}, {_device()}")
+    lines.append(f"softmax of the CPU kernel: {'compiled' if compiled() else 'NumPy (not compiled at installation)'}")
     lines.append(f"ring: {ranks} local ranks" if ranks and problem is None else "ring: not checked")
     if problem:
         lines.append(f"the ring did not run: {problem}")
