@@ -57,7 +57,7 @@ class Message(Transfer):
     def poll(self, status: Any, byte: Any) -> bool:
         """Ask MPI once how far it is. Chunks are matched in order, so the first one not there ends the look."""
         while self._requests:
-            if not self._requests[0].Test(status):
+            if not self._test(status):
                 return False
             if self.kind == "recv" and (got := status.Get_count(byte)) != len(self._chunks[0]):
                 raise RingError(
@@ -67,6 +67,16 @@ class Message(Transfer):
             del self._requests[0], self._chunks[0]
         self._done = True
         return True
+
+
+    def _test(self, status: Any) -> bool:
+        try:
+            done: bool = self._requests[0].Test(status)
+        except Exception as error:  # MPI says so when the other side is gone; it is that rank's end that matters
+            way = "to" if self.kind == "send" else "from"
+            lines = str(error).splitlines()
+            raise RingError(f"a message {way} rank {self.peer} broke off ({lines[-1]})", rank=self.peer) from error
+        return done
 
 
 def chunks(buffers: Buffers) -> list[memoryview]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -45,17 +46,22 @@ def gather_call(ring: Ring) -> tuple[Call, dict]:
 CALLS = {"ring_attention": ring_call, "decode_attention": decode_call, "gather": gather_call}
 
 
-def works(ring: Ring) -> None:
-    """Right calls give right answers."""
-    size = ring.size
-    q, k, v = (whole(i, 2, 4 if i == 0 else 2, CHUNK * size, 8) for i in range(3))
-    call, right = ring_call(ring)
-    layout = right["layout"]
-    expected = ra.attention(q, k, v, mask="causal")
-    assert mx.allclose(call(**right), layout.shard(expected, ring.rank), atol=1e-5)
-    call, right = decode_call(ring)
-    assert mx.allclose(call(**right), ra.attention(right["q"], k, v), atol=1e-5)
-    assert mx.array_equal(layout.gather(right["k"], ring), k)
+def works(ring: Ring, name: str = "ring_attention") -> None:
+    """The right call of `name` gives the right answer."""
+    call, right = CALLS[name](ring)
+    assert mx.allclose(call(**right), expected(name, ring), atol=1e-5)
+
+
+@cache
+def expected(name: str, ring: Ring) -> mx.array:
+    """This rank's part of the answer of one device."""
+    layout = ring_call(ring)[1]["layout"]
+    q, k, v = (whole(i, 2, 4 if i == 0 else 2, layout.length, 8) for i in range(3))
+    if name == "gather":
+        return k
+    if name == "decode_attention":
+        return ra.attention(decode_call(ring)[1]["q"], k, v)
+    return layout.shard(ra.attention(q, k, v, mask="causal"), ring.rank)
 
 
 def refused(ring: Ring, call: Call, kind: type[BaseException] | tuple, *parts: str) -> str:
@@ -144,14 +150,14 @@ WRONG = {
 ROWS = [(name, case) for name, cases in WRONG.items() for case in cases]
 
 
-@pytest.mark.parametrize("name,case", ROWS)
+@pytest.mark.parametrize("name,case", [row for row in ROWS if row[1] not in OPTIONS or row[1].startswith("mask")])
 def test_wrong_on_every_rank(ring, name, case):
-    """Each rank gets the error of its own arguments."""
+    """Each rank gets the error of its own arguments (what a ring of one finds wrong is in ``tests/``)."""
     call, right = CALLS[name](ring)
     change, begin, *parts = WRONG[name][case]
     text = refused(ring, lambda: call(**{**right, **change(right)}), ArgumentError, *parts, "expected")
     assert text.startswith(begin)
-    works(ring)
+    works(ring, name)
 
 
 @pytest.mark.parametrize("name,case", ROWS)
@@ -163,7 +169,7 @@ def test_wrong_on_one_rank(ring, name, case):
     wrong = change(right) if ring.rank == bad else {}
     text = refused(ring, lambda: call(**{**right, **wrong}), ArgumentError, *parts, "expected")
     assert text.startswith(begin if ring.rank == bad else f"rank {bad}: {begin}")
-    works(ring)
+    works(ring, name)
 
 
 @pytest.mark.parametrize("name", ["ring_attention", "decode_attention"])
@@ -180,7 +186,7 @@ def test_an_error_that_nobody_foresaw(ring, name):
         refused(ring, lambda: call(**{**right, "window": Odd(3)}), KeyError, "odd")
     else:
         refused(ring, lambda: call(**right), ArgumentError, f"rank {bad}: ", "odd")
-    works(ring)
+    works(ring, name)
 
 
 # What differs between ranks: the arguments of rank 0 and of the others, and what the message says differs
@@ -275,7 +281,7 @@ def test_different_arguments(ring, name, case):
     assert text.startswith(f"{name}: ")
     texts = {bytes(reply) for reply in ring.exchange([memoryview(text.encode())])}
     assert len(texts) == 1
-    works(ring)
+    works(ring, name)
 
 
 def test_what_may_differ(ring):
@@ -296,7 +302,8 @@ def test_different_calls(ring, first, others):
     call, right = CALLS[others if ring.rank else first](ring)
     told = f"rank 0 called {first}", f"called {others}"
     refused(ring, lambda: call(**right), ArgumentError, *told)
-    works(ring)
+    works(ring, first)
+    works(ring, others)
 
 
 def test_a_call_against_a_barrier(ring):
@@ -314,7 +321,7 @@ def test_an_error_and_a_difference_at_once(ring, name):
     wrong = {"scale": 0.1 * (ring.rank + 1), **({"window": 0} if ring.rank == 0 else {})}
     begin = "" if ring.rank == 0 else "rank 0: "
     refused(ring, lambda: call(**{**right, **wrong}), ArgumentError, f"{begin}window: 0, expected")
-    works(ring)
+    works(ring, name)
 
 
 def test_errors_on_several_ranks(ring):
@@ -346,7 +353,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", ["ring_attention", "decode_attention"])
-@pytest.mark.parametrize("argument", ["q", "k", "v"])
+@pytest.mark.parametrize("argument", ["q", "v"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_on_every_rank(ring, name, argument, transform):
     """They are refused, never zeros; and nobody is left waiting."""
@@ -355,7 +362,7 @@ def test_transformations_on_every_rank(ring, name, argument, transform):
     with pytest.raises(TransformError) as caught:
         mx.eval(TRANSFORMS[transform](function, right[argument]))
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    works(ring)
+    works(ring, name)
 
 
 @pytest.mark.parametrize("name", ["ring_attention", "decode_attention"])
@@ -374,7 +381,7 @@ def test_transformations_on_one_rank(ring, name, transform):
             assert mx.all(mx.isfinite(function(right["q"])))
         except ArgumentError as error:
             assert str(error).startswith("rank 0: "), error  # noqa: PT017
-    works(ring)
+    works(ring, name)
 
 
 # Threads
@@ -401,4 +408,4 @@ def test_a_second_thread(ring, name):
     assert not thread.is_alive()
     assert len(errors) == 1 and name in errors[0] and "another thread" in errors[0]
     assert ring.bytes_sent == before
-    works(ring)
+    works(ring, name)
