@@ -12,9 +12,10 @@ import pytest
 from oracle import FLOATS, Case, check, random_case, to64
 
 import ringattn as ra
-from ringattn.backends import host
+from ringattn.backends import host, reference, softmax
 
-BACKENDS = ("host", "reference")
+MODULES = {"host": host, "reference": reference}
+BACKENDS = tuple(MODULES)
 LENGTHS = (0, 1, 7, 113, 300)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -112,6 +113,52 @@ def test_random_cases(backend, first):
     for seed in range(first, first + 20):
         case = random_case(seed, lengths=LENGTHS)
         check(case, *run(case, backend), what=f"{seed=}")
+
+
+@every_backend
+@pytest.mark.parametrize("seed", range(60, 84))
+def test_tiles_of_any_size(monkeypatch, backend, seed):
+    """How the work is cut is a matter of speed alone: with tiny tiles every case meets all their edges."""
+    r = np.random.default_rng(seed)
+    sizes = (
+        {"ROWS": 16, "SCORES": 64, "SMALL": 1 << 10, "EDGE": 16} if backend == "host" else {"QUERIES": 16, "KEYS": 32}
+    )
+    for name, size in sizes.items():
+        assert hasattr(MODULES[backend], name)
+        monkeypatch.setattr(MODULES[backend], name, int(r.integers(1, size)))
+    case = random_case(seed, lengths=(7, 40, 113))
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("seed", range(84, 100))
+def test_host_without_its_compiled_step(monkeypatch, seed):
+    monkeypatch.setattr(softmax, "compiled", lambda: None)
+    case = random_case(seed, lengths=LENGTHS)
+    check(case, *run(case, "host"))
+
+
+@pytest.mark.parametrize("how", ["in_numpy", "compiled"])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_softmax_step(how, size):
+    """Any number of steps leave weights, maximum and sum of one softmax, rows that see nothing included."""
+    step = softmax.in_numpy if how == "in_numpy" else softmax.compiled()
+    if step is None:
+        pytest.skip("there was no compiler")
+    r = np.random.default_rng(0)
+    m, l = np.full((2, 9), -np.inf, np.float32), np.zeros((2, 9), np.float32)  # noqa: E741
+    seen, weights = np.zeros((2, 9, 0)), np.zeros((2, 9, 0))
+    for keys in (1, 3, 8, 31, 64, 100):
+        scores = (r.standard_normal((2, 9, keys)) * size).astype(np.float32)
+        scores[:, 3:6] = -np.inf
+        scores[:, 6:][r.random((2, 3, keys)) < 0.7] = -np.inf
+        seen = np.concatenate([seen, scores.astype(np.float64)], -1)
+        decay = step(scores, m, l)
+        weights = np.concatenate([weights * decay[..., None], scores], -1)
+    top = seen.max(-1)
+    exact = np.exp(seen - np.where(top == -np.inf, 0, top)[..., None])
+    np.testing.assert_array_equal(m, top)
+    np.testing.assert_allclose(weights, exact, rtol=1e-5 * max(1, size / 10), atol=1e-30)
+    np.testing.assert_allclose(l, exact.sum(-1), rtol=1e-5)
 
 
 @every_backend

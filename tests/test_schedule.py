@@ -14,7 +14,7 @@ from ringattn import Layout
 from ringattn.mask import Band, Tile
 from ringattn.schedule import STRATEGIES, Schedule, choose, minimum, plan, traffic
 
-steady = settings(deadline=None, derandomize=True, max_examples=200)
+steady = settings(deadline=None, derandomize=True, max_examples=120)
 
 BANDS = [
     (False, None),

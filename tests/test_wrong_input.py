@@ -31,6 +31,11 @@ def x(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return mx.zeros(shape, dtype)
 
 
+class TwoLines:
+    def __repr__(self) -> str:
+        return "two\nlines"
+
+
 # attention
 
 RIGHT = {"q": x(2, 4, 5, 8), "k": x(2, 2, 7, 8), "v": x(2, 2, 7, 6)}
@@ -110,6 +115,7 @@ TYPES = [
     ("scale", {"scale": True}, "True", "a number"),
     ("scale", {"scale": mx.ones((3, 3))}, "(3, 3)", "a number"),
     ("scale", {"scale": [1.0] * 500}, "[1.0, 1.0", "a number"),
+    ("scale", {"scale": TwoLines()}, "two lines", "a number"),
     ("sinks", {"sinks": [0.0] * 4}, "list", "mx.array"),
     ("sinks", {"sinks": np.zeros(4, np.float32)}, "ndarray", "mx.array"),
     ("sinks", {"sinks": x(4, dtype=mx.int32)}, "int32", "float16, bfloat16 or float32"),
