@@ -127,6 +127,10 @@ def _check_ids(name: str, ids: Any, shape: tuple[int, int]) -> mx.array:
         raise ArgumentTypeError(f"{name}: {ids.dtype}, expected an integer dtype")
     if tuple(ids.shape) != shape:
         raise ArgumentError(f"{name}: shape {tuple(ids.shape)}, expected {shape}")
+    if ids.dtype in (mx.int64, mx.uint64, mx.uint32) and ids.size:
+        low, high = ids.min().item(), ids.max().item()
+        if low < -(2**31) or high >= 2**31:  # cut to 32 bits, two documents could become one
+            raise ArgumentError(f"{name}: ids from {low} to {high}, expected ids that fit int32")
     return ids.astype(mx.int32)
 
 
@@ -152,7 +156,10 @@ def _check_positions(name: str, x: Any, tokens: int) -> np.ndarray:
         raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected int32 positions")
     if isinstance(x, mx.array) and not mx.issubdtype(x.dtype, mx.integer):
         raise ArgumentTypeError(f"{name}: {x.dtype}, expected int32")
-    x = np.asarray(x)
+    try:
+        x = np.asarray(x)
+    except ValueError:
+        raise ArgumentTypeError(f"{name}: {told(x)}, expected int32 positions") from None
     if x.size == 0:
         x = x.astype(np.int32)
     if x.dtype.kind not in "iu":
@@ -214,6 +221,10 @@ def _is_int(value: Any) -> bool:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ArgumentTypeError(f"{name}: {told(value)}, expected a number")
-    if not math.isfinite(value):
-        raise ArgumentError(f"{name}: {value}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ArgumentError(f"{name}: {told(value)}, expected a finite number")
+    return number

@@ -11,7 +11,7 @@ import numpy as np
 from . import backends
 from .backends.views import view
 from .checks import check_flag, check_int, check_qkv
-from .comm.agreement import Fields, check, head
+from .comm.agreement import Fields, agree, heard
 from .comm.base import Ring
 from .graph import opaque
 from .job import check_layout, check_ring, timed
@@ -73,7 +73,7 @@ def decode_attention(
     check_ring(ring)
     with ring.call(WHAT):
         ring.at(WHAT, 0)
-        try:
+        with heard(ring, WHAT):
             check_qkv(q, k, v)
             check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
             options = Options.checked(
@@ -90,10 +90,8 @@ def decode_attention(
             )
             check_flag("return_lse", return_lse)
             first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
+            check_int("start + q tokens", first + q.shape[2])
             step = _Step(ring, kv_layout, first, options, backends.select(backend))
-        except Exception as error:  # whatever it is, the others must hear of it
-            check(ring, WHAT, (), error, ring.exchange([memoryview(head(WHAT, (), error))]))
-            raise
         out, lse = opaque(WHAT, step.run, (q, k, v, *options.arrays))
     return (out, lse) if return_lse else out
 
@@ -111,16 +109,11 @@ class _Step:
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
         options = self.options.bind(arrays)
-        fields: Fields = ()
-        error, payload = None, []
-        try:
+        with heard(self.ring, WHAT):
             state = self._attend(q, k, v, options)
             fields = self._fields(q, k, v, options)
             payload = [raw(x) for x in state]
-        except Exception as raised:  # whatever it is, the others must hear of it
-            error = raised
-        replies = self.ring.exchange([memoryview(head(WHAT, fields, error)), *payload])
-        replies = check(self.ring, WHAT, fields, error, replies)
+        replies = agree(self.ring, WHAT, fields, payload=payload)
         sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
         with np.errstate(all="ignore"):
             # Small and on the host already: NumPy is done before MLX would have begun.

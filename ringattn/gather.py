@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .checks import check_array, check_int
-from .comm.agreement import agree
+from .comm.agreement import agree, heard
 from .errors import ArgumentError
+from .graph import opaque
 from .job import check_layout, check_ring
 from .schedule import Hop
 from .wire import Block, collect
@@ -24,20 +25,22 @@ def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
     """See `Layout.gather`."""
     check_ring(ring)
     with ring.call(WHAT):
-        try:
+        with heard(ring, WHAT):
             axis = _checked(layout, x, ring, axis)
-            mx.eval(x)
-        except Exception as error:  # whatever it is, the others must hear of it
-            agree(ring, WHAT, (), error)
-            raise
-        shape = [n for i, n in enumerate(x.shape) if i != axis]
-        fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
-        agree(ring, WHAT, fields)
-        with ring.committed():
-            size, spans = ring.size, layout.spans
-            held = [(ring.rank - h) % size for h in range(size)]
-            hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
-            return collect(ring, Block((x,), (axis,), spans[ring.rank]), hops).arrays[0]
+        return opaque(WHAT, lambda x: (_gather(layout, x, ring, axis),), (x,))[0]
+
+
+def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
+    with heard(ring, WHAT):
+        mx.eval(x)
+    shape = [n for i, n in enumerate(x.shape) if i != axis]
+    fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
+    agree(ring, WHAT, fields)
+    with ring.committed():
+        size, spans = ring.size, layout.spans
+        held = [(ring.rank - h) % size for h in range(size)]
+        hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
+        return collect(ring, Block((x,), (axis,), spans[ring.rank]), hops).arrays[0]
 
 
 def _checked(layout: Layout, x: mx.array, ring: Ring, axis: int) -> int:

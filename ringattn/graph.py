@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import TransformError
+from .errors import RingAttentionError, TransformError
 
 Arrays = Sequence[mx.array]
 
@@ -32,6 +32,14 @@ def opaque(what: str, compute: Callable[..., tuple[mx.array, ...]], arrays: Arra
     try:
         return function(*arrays)
     except ValueError as error:
-        if "function transformations" not in str(error):
+        if isinstance(error, RingAttentionError) or "function transformations" not in str(error):
             raise
         raise TransformError(f"{what}: mx.compile and mx.vmap are not supported around it") from None
+
+
+def start_evaluation(*arrays: mx.array) -> None:
+    """Evaluate `arrays` without waiting where MLX can; raise now, not later, if a transformation traces them."""
+    try:
+        mx.async_eval(*arrays)
+    except ValueError:
+        mx.eval(*arrays)  # under mx.grad this is allowed and that is not; under mx.compile and mx.vmap this raises too

@@ -86,6 +86,13 @@ class Band:
         """The run of ascending query positions ``[queries]`` that see any of the keys in ``[k_min, k_max]``."""
         return self.transposed._reach(k_min, k_max, q_pos)
 
+    def edge(self, q_pos: np.ndarray, k_min: int, k_max: int) -> slice:
+        """A run of ascending query positions outside of which all see every key in ``[k_min, k_max]``."""
+        first, last = self.transposed._reach(k_max, k_min, q_pos)  # those that see every key
+        if first >= last:
+            return slice(0, len(q_pos))
+        return slice(last if first == 0 else 0, first if last == len(q_pos) else len(q_pos))
+
     def _reach(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
         first = 0 if self.low is None else int(np.searchsorted(k_pos, q_for_low + self.low, "left"))
         last = len(k_pos) if self.high is None else int(np.searchsorted(k_pos, q_for_high + self.high, "right"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from .comm.agreement import Fields, agree
+from .comm.agreement import agree, heard
 from .comm.base import Ring
-from .graph import opaque
+from .graph import opaque, start_evaluation
 from .job import Job, check_ring
 from .layout import Layout
 from .merge import State, finish, merge_states
@@ -73,7 +73,7 @@ def ring_attention(
     """
     check_ring(ring)
     with ring.call(WHAT):
-        try:
+        with heard(ring, WHAT):
             job = Job.checked(
                 ring,
                 layout,
@@ -92,24 +92,18 @@ def ring_attention(
                 segments=segments,
                 out_dtype=out_dtype,
             )
-        except Exception as error:  # whatever it is, the others must hear of it
-            agree(ring, WHAT, (), error)
-            raise
         out, lse = opaque(WHAT, lambda *arrays: _run(job.bind(arrays)), job.arrays)
     return (out, lse) if return_lse else out
 
 
 def _run(job: Job) -> tuple[mx.array, mx.array]:
     """Agree with the other ranks, run the schedule, finish."""
-    fields: Fields = ()
-    error = None
-    try:
+    with heard(job.ring, WHAT):
         # Keys and values first and alone: the first send needs them, and must not wait for other arithmetic.
-        mx.eval(*job.arrays[1:])
+        mx.eval(*job.keys().arrays)
+        start_evaluation(*job.arrays)
         fields = job.fields()
-    except Exception as raised:
-        error = raised
-    agree(job.ring, WHAT, fields, error)
+    agree(job.ring, WHAT, fields)
     with job.ring.committed():
         state = _STRATEGIES[job.chosen](job)
         out, lse = finish(state, job.options.sinks, job.options.out_dtype)
@@ -159,7 +153,7 @@ def _pass_q(job: Job) -> State:
             state = added
         elif hop.state:
             total = _merge_arrived(job, h, returning[h], added, hop.state)
-            sends.append(job.ring.send(_block(total, hop.state).contiguous().load(hop.state), tag=STATES + h))
+            sends.append(job.ring.send(_block(total, hop.state).load(hop.state), tag=STATES + h))
     state = _merge_arrived(job, len(arrivals), returning[-1], state, own.spans)
     job.wait(len(arrivals), *sends)
     return state
@@ -185,7 +179,7 @@ def _merge_arrived(job: Job, hop: int, arrival: Arrival, added: State | None, wa
 
 
 def _block(state: State, spans: Spans) -> Block:
-    return Block(tuple(state), (2, 2, 2), spans)
+    return Block(tuple(map(mx.contiguous, state)), (2, 2, 2), spans)
 
 
 def _over(state: State, have: Spans, want: Spans) -> State:

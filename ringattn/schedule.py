@@ -54,53 +54,65 @@ class Schedule:
     home: Spans = ()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def plan(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, rank: int) -> Schedule:
     """The schedule of `rank`. ``"gather"`` moves what pass-KV moves; it computes once, at the end."""
-    if strategy == "pass_q":
-        return _pass_q(q_layout, kv_layout, band, rank)
-    hops = _journeys(kv_layout, q_layout, band, rank)
+    return (_pass_q if strategy == "pass_q" else _pass_kv)(q_layout, kv_layout, band, rank)
+
+
+@lru_cache(maxsize=8)
+def _legs(travelling: Layout, staying: Layout, band: Band) -> tuple[tuple[Leg, ...], ...]:
+    """For each source rank and each hop of its tokens: how far they travel and whom they have met.
+
+    `staying` tokens see `travelling` ones by `band`.
+    """
+    size = travelling.size
+    legs = []
+    for source in range(size):
+        own = travelling.spans[source]
+        meet = [band.seen_by(staying.spans[(source + h) % size], own) for h in range(size)]
+        further: list[Spans] = [()]
+        for spans in reversed(meet[1:]):
+            further.append(union((*spans, *further[-1])))
+        met: list[Spans] = [()]
+        for spans in meet[1:]:
+            met.append(union((*spans, *met[-1])))
+        held = [own, *reversed(further)]
+        legs.append(tuple(Leg(held[h], meet[h], held[h + 1], met[h]) for h in range(size)))
+    return tuple(legs)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Of the tokens of one source, at one hop: those held, those met here, those that go on, those met since hop 1."""
+
+    held: Spans
+    meet: Spans
+    send: Spans
+    met: Spans
+
+
+def _pass_kv(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Schedule:
+    hops = []
+    for h, source in enumerate(_sources(rank, q_layout.size)):
+        leg = _legs(kv_layout, q_layout, band)[source][h]
+        hops.append(Hop(source, leg.held, leg.meet, leg.send))
     return Schedule(_trimmed(hops))
-
-
-def _journeys(travelling: Layout, staying: Layout, band: Band, rank: int) -> list[Hop]:
-    """The hops of `rank` when `travelling` tokens go around and meet `staying` ones, which see them by `band`."""
-    size, hops = travelling.size, []
-    for h in range(size):
-        source = (rank - h) % size
-        held, _ = _leg(travelling, staying, band, source, h)
-        send, _ = _leg(travelling, staying, band, source, h + 1)
-        compute = band.seen_by(staying.spans[rank], held)
-        hops.append(Hop(source, held, compute, send))
-    return hops
-
-
-@lru_cache(maxsize=4096)
-def _leg(travelling: Layout, staying: Layout, band: Band, source: int, hop: int) -> tuple[Spans, Spans]:
-    """Of the tokens of `source`: those that travel `hop` hops or more, and those met within the first `hop` hops."""
-    own, size = travelling.spans[source], travelling.size
-    meet = [_meeting(travelling, staying, band, source, (source + h) % size) for h in range(1, size)]
-    further = own if hop == 0 else union(span for spans in meet[hop - 1 :] for span in spans)
-    met = union(span for spans in meet[:hop] for span in spans)
-    return further, met
-
-
-@lru_cache(maxsize=4096)
-def _meeting(travelling: Layout, staying: Layout, band: Band, source: int, at: int) -> Spans:
-    """Which tokens of `source` some token of `at` attends to (or, in pass-Q, which attend to one of them)."""
-    return band.seen_by(staying.spans[at], travelling.spans[source])
 
 
 def _pass_q(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Schedule:
     """States follow their queries: from the first rank that adds to them through all further ones and home."""
-    seen, size = band.transposed, q_layout.size
+    legs, size = _legs(q_layout, kv_layout, band.transposed), q_layout.size
     hops = []
-    for h, hop in enumerate(_journeys(q_layout, kv_layout, seen, rank)):
-        _, returning = _leg(q_layout, kv_layout, seen, hop.source, h - 1) if h else ((), ())
-        _, state = _leg(q_layout, kv_layout, seen, hop.source, h) if h else ((), ())
-        hops.append(Hop(hop.source, hop.held, hop.compute, hop.send, state, returning))
-    _, home = _leg(q_layout, kv_layout, seen, rank, size - 1)
-    return Schedule(_trimmed(hops), home)
+    for h, source in enumerate(_sources(rank, size)):
+        leg = legs[source][h]
+        hops.append(Hop(source, leg.held, leg.meet, leg.send, leg.met, legs[source][h - 1].met if h else ()))
+    return Schedule(_trimmed(hops), legs[rank][size - 1].met)
+
+
+def _sources(rank: int, size: int) -> list[int]:
+    """Whose tokens `rank` holds at each hop."""
+    return [(rank - h) % size for h in range(size)]
 
 
 def _trimmed(hops: list[Hop]) -> tuple[Hop, ...]:
@@ -127,12 +139,10 @@ def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str) -> T
 
 def minimum(q_layout: Layout, kv_layout: Layout, band: Band) -> int:
     """The fewest key tokens any exchange of keys could move: each key once to each other rank that sees it."""
-    ranks = range(q_layout.size)
-    pairs = [(source, at) for source in ranks for at in ranks if at != source]
-    return sum(length(_meeting(kv_layout, q_layout, band, source, at)) for source, at in pairs)
+    return sum(length(leg.meet) for legs in _legs(kv_layout, q_layout, band) for leg in legs[1:])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def choose(q_layout: Layout, kv_layout: Layout, band: Band, key_bytes: int, query_bytes: int, state_bytes: int) -> str:
     """The strategy that moves fewer bytes, from numbers that all ranks agree on.
 

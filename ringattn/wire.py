@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -33,7 +33,7 @@ class Block:
     def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
         """What a transfer sends to move the tokens at `spans`, read when it starts and not before.
 
-        All tokens go as they lie in memory, for which the arrays must be contiguous; a part of them is copied.
+        All tokens go as they lie in memory, for which the arrays must be packed; a part of them is copied.
         """
         mx.eval(self.arrays)
         if spans == self.spans:
@@ -43,9 +43,11 @@ class Block:
         at = locate(spans, self.spans)
         return lambda: [_pack(x, axis, at) for x, axis in zip(views, self.axes)]
 
-    def contiguous(self) -> Block:
-        """The same with strided arrays copied; only for arrays that have their contents already."""
-        return replace(self, arrays=tuple(map(mx.contiguous, self.arrays)))
+    @property
+    def packed(self) -> bool:
+        """Whether the arrays lie in memory as they are sent."""
+        mx.eval(self.arrays)
+        return all(memoryview(x).c_contiguous for x in self.arrays if x.size)  # type: ignore[arg-type]
 
 
 NOTHING = Block((), (), ())
@@ -74,25 +76,42 @@ def rows(block: Block, spans: Spans) -> Block:
 class Slots:
     """The two buffers that the blocks of one kind arrive in, by turns."""
 
-    def __init__(self, like: Block, spans: Sequence[Spans]):
-        """`like` has the shapes and dtypes; `spans` are those of all blocks to come: the largest sets the size."""
+    def __init__(self, like: Block, spans: Sequence[Spans], keep: Spans = ()):
+        """`like` has the shapes and dtypes; `spans` are those of all blocks to come: the largest sets the size.
+
+        The tokens of `like` at `keep` will be kept in a slot as well, at first.
+        """
         self._like = like
-        most = max(map(length, spans), default=0)
-        slots = range(min(2, sum(1 for held in spans if held)))
-        self._memory = [[mx.zeros(self._bytes(i, most), mx.uint8) for i in range(len(like.arrays))] for _ in slots]
+        most = max(map(length, [*spans, keep]), default=0)
+        count = min(2, sum(1 for held in [*spans, keep] if held))
+        shapes = [_flat(self._shape(i, most), axis) for i, axis in enumerate(like.axes)]
+        self._memory = [[mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count)]
         mx.eval(self._memory)
-        self._users: list[list[Transfer | Gate]] = [[] for _ in slots]
+        self._users: list[list[Transfer | Gate]] = [[] for _ in range(count)]
         self._next = 0
+
+    def keep(self, spans: Spans) -> Arrival:
+        """A packed copy of the tokens of `like` at `spans`, in the slot that is wanted again last."""
+        at, arrays = len(self._memory) - 1, self._arrays(len(self._memory) - 1, spans)
+        for x, own, axis in zip(arrays, self._like.arrays, self._like.axes):
+            _copy(view(own), self._like.spans, view(x), spans, axis, spans)
+        return Arrival(Block(tuple(arrays), self._like.axes, spans), users=self._users[at])
+
+    def _arrays(self, at: int, spans: Spans) -> list[mx.array]:
+        """The front of a slot, in the shapes of a block of the tokens at `spans`."""
+        arrays = []
+        for i, (memory, axis) in enumerate(zip(self._memory[at], self._like.axes)):
+            shape = self._shape(i, length(spans))
+            arrays.append(memory[: _flat(shape, axis)[0]].reshape(shape))
+        mx.eval(arrays)
+        return arrays
 
     def recv(self, ring: Ring, spans: Spans, tag: int) -> Arrival:
         """Receive the tokens at `spans` from the left into the slot whose turn it is, once its last users are done."""
         if not spans:
             return Arrival(NOTHING)
         at, self._next = self._next, (self._next + 1) % len(self._memory)
-        arrays, tokens = [], length(spans)
-        for i, (like, memory) in enumerate(zip(self._like.arrays, self._memory[at])):
-            arrays.append(memory[: self._bytes(i, tokens)].view(like.dtype).reshape(self._shape(i, tokens)))
-        mx.eval(arrays)
+        arrays = self._arrays(at, spans)
         transfer = ring.recv([raw(x) for x in arrays], tag=tag, after=self._users[at])
         users: list[Transfer | Gate] = [Gate()]
         self._users[at] = users
@@ -101,8 +120,11 @@ class Slots:
     def _shape(self, i: int, tokens: int) -> tuple[int, ...]:
         return _with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
 
-    def _bytes(self, i: int, tokens: int) -> int:
-        return prod(self._shape(i, tokens)) * self._like.arrays[i].dtype.size
+
+def _flat(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """`shape` as rows of its last axis, unless that is the tokens' `axis`: one axis alone could pass 2**31 - 1."""
+    last = shape[-1] if axis != len(shape) - 1 else 1
+    return prod(shape) // max(1, last), last
 
 
 def _with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
@@ -137,13 +159,15 @@ def relay(ring: Ring, own: Block, hops: Sequence[Hop]) -> tuple[list[Arrival], l
     Returns:
         The block of every hop, to be released after use, and the sends, to be waited for in the end.
     """
-    slots = Slots(own, [hop.held for hop in hops[1:]])
-    own = own.contiguous() if hops[0].send == own.spans else own
+    first = hops[0].send
+    copied = first if first and not (first == own.spans and own.packed) else ()
+    slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
     arrivals, sends = [], []
     for h, hop in enumerate(hops):
         arrival = slots.recv(ring, hop.held, h - 1) if h else Arrival(own)
         if hop.send:
-            sends.append(arrival.forward(ring, hop.send, h))
+            source = slots.keep(copied) if h == 0 and copied else arrival
+            sends.append(source.forward(ring, hop.send, h))
         arrivals.append(arrival)
     return arrivals, sends
 

@@ -20,8 +20,8 @@ class Hidden:
     """The mask of one kernel call on NumPy views.
 
     Attributes:
-        out_of_band: What the band hides of queries ``a:b`` x keys ``c:d``, bool, given a, b, c, d; and the run of
-            rows outside of which it hides nothing.
+        out_of_band: Given a, b, c, d, what the band hides of a run of the queries ``a:b`` x keys ``c:d``, bool, and
+            that run, outside of which it hides nothing.
         mask: Boolean or additive ``[B, Hq, Lq, columns]``, broadcast without a copy, or ``None``.
         columns: Each key's column, or ``None`` for the same order.
         group: The query heads of a key/value head.
@@ -45,9 +45,8 @@ class Hidden:
 
         @lru_cache(maxsize=16)  # heads come one after the other to the same piece
         def out_of_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
-            hidden = ~rules.band.visible(q_pos[a:b], k_pos[c:d])
-            rows = np.flatnonzero(hidden.any(axis=1))
-            return hidden, slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+            edge = rules.band.edge(q_pos[a:b], int(k_pos[c]), int(k_pos[d - 1]))
+            return ~rules.band.visible(q_pos[a:b][edge], k_pos[c:d]), edge
 
         return cls(out_of_band, views[0], rules.columns, group, views[1], views[2])
 
@@ -65,19 +64,21 @@ class Hidden:
         """Whether an array mask leaves nothing of `piece` for the heads of `unit`."""
         return self.mask is not None and array_tile(self._array(unit, piece)) is Tile.EMPTY
 
-    def apply(self, unit: Unit, piece: Piece, scores: np.ndarray) -> np.ndarray:
+    def apply(self, unit: Unit, piece: Piece, scores: np.ndarray) -> tuple[np.ndarray, slice]:
         """Add an additive mask and set what is hidden to -inf, in `scores` ``[group * queries, keys]``.
 
         Returns:
-            What is hidden, bool ``[group or 1, queries, keys]``.
+            What is hidden, bool ``[heads or 1, rows, keys]``, and the run of queries that these rows are; of the
+            others nothing is.
         """
         rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
         shaped = scores.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
-        hidden, edge = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
-        if self.q_ids is None and self.mask is None:  # only rows along the edge have anything to hide
-            np.copyto(shaped[:, edge], np.float32(-np.inf), where=hidden[edge])
-            return hidden[None]
-        hidden = hidden[None]
+        band, edge = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
+        if self.q_ids is None and self.mask is None:
+            np.copyto(shaped[:, edge], np.float32(-np.inf), where=band)
+            return band[None], edge
+        hidden = np.zeros((1, *shaped.shape[1:]), bool)
+        hidden[:, edge] = band
         if self.q_ids is not None and self.k_ids is not None:
             q_ids, k_ids = self.q_ids[unit.batch, None, rows, None], self.k_ids[unit.batch, None, None, keys]
             hidden = hidden | (q_ids != k_ids) | (q_ids < 0)
@@ -89,7 +90,7 @@ class Hidden:
                 shaped += tile
                 hidden = hidden | (tile == -np.inf)
         np.copyto(shaped, np.float32(-np.inf), where=hidden)
-        return hidden
+        return hidden, slice(0, shaped.shape[1])
 
     def _array(self, unit: Unit, piece: Piece) -> np.ndarray:
         """The tile of the array mask ``[heads or 1, queries or 1, keys or 1]``, bool or float32."""
@@ -101,4 +102,4 @@ class Hidden:
         keys = slice(piece.k_start, piece.k_stop)
         if columns > 1:
             tile = tile[..., keys] if self.columns is None else tile[..., self.columns[keys]]
-        return tile if tile.dtype == bool else as_float32(tile, np.empty(tile.size, np.float32))
+        return tile if tile.dtype == bool else as_float32(tile)

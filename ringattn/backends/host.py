@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import mlx.core as mx
@@ -26,7 +26,7 @@ from .tiles import Piece, Unit
 from .views import as_float32, view
 
 ROWS = 512  # query rows of a unit, all the heads of its group together
-SCORES = ROWS * 512  # scores of a tile: 1 MB, about a core's second-level cache
+SCORES = ROWS * 1024  # scores of a tile: 2 MB
 DIFFERENTIABLE = False
 SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
 EDGE = 128  # keys of a piece along the edge of a band
@@ -131,7 +131,8 @@ class _Job:
         for a in range(first, last, step):
             b = min(a + step, last)
             top, bottom = self.rules.band.rows(q_pos, int(k_pos[a]), int(k_pos[b - 1])) if trim else (0, stop - start)
-            yield Piece(start + top, start + bottom, a, b, tile)
+            if top < bottom:  # there may be keys between two queries that neither sees
+                yield Piece(start + top, start + bottom, a, b, tile)
 
     def run(self, unit: Unit) -> None:
         """Take the state of the unit's rows through all its pieces."""
@@ -139,37 +140,40 @@ class _Job:
         queries = self._scaled(self.q[rows], unit.last - unit.first)
         shape = queries.shape[:2]
         acc = _buffer("acc", (*shape, self.v.shape[-1]))
-        acc[:] = self.acc[rows].reshape(acc.shape)
-        m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
-        for piece in unit.pieces:
-            if not self.hidden.empty(unit, piece):
-                self._step(unit, piece, queries, acc, m, l)
+        for careful in (False, True):
+            acc[:] = self.acc[rows].reshape(acc.shape)
+            m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
+            for piece in unit.pieces:
+                if not self.hidden.empty(unit, piece):
+                    self._step(unit, piece, queries, acc, m, l, careful)
+            if np.isfinite(acc).all():
+                break
         for x, new in ((self.acc, acc), (self.m, m), (self.l, l)):
             x[rows] = new.reshape(x[rows].shape)
 
     def _scaled(self, q: np.ndarray, heads: int) -> np.ndarray:
         """The query rows of all heads of each group, float32, times the scale: ``[kv heads, group * queries, D]``."""
         out = _buffer("queries", q.shape)
-        np.multiply(as_float32(q, out.reshape(-1)), np.float32(self.rules.scale), out=out)
+        np.multiply(as_float32(q, lambda shape: out), np.float32(self.rules.scale), out=out)
         return out.reshape(heads, -1, q.shape[-1])
 
-    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l) -> None:  # noqa: E741
+    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, careful: bool) -> None:  # noqa: E741
         """Fold the keys of one piece into the state of the rows that see them, in place."""
         if self.group == 1:  # else the rows of all heads of the group, and no piece leaves out any
             rows = slice(piece.q_start - unit.start, piece.q_stop - unit.start)
             queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))  # noqa: E741
         at = (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
-        k, v = (
-            as_float32(self.k[at], _buffer("k", self.k[at].size)),
-            as_float32(self.v[at], _buffer("v", self.v[at].size)),
-        )
+        k, v = as_float32(self.k[at], partial(_buffer, "k")), as_float32(self.v[at], partial(_buffer, "v"))
         p = _buffer("scores", (*queries.shape[:2], k.shape[1]))
         np.matmul(queries, k.swapaxes(1, 2), out=p)
         if self.rules.softcap is not None:
             _cap(p, self.rules.softcap)
         hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
         acc *= softmax.step(p, m, l)[..., None]
-        acc += _weighted_values(p, v, hidden)
+        if careful and hidden is not None:
+            acc += _values_seen(p, v, piece.q_stop - piece.q_start, *hidden)
+        else:
+            acc += np.matmul(p, v, out=_buffer("out", acc.shape))
 
 
 def _cap(scores: np.ndarray, softcap: float) -> None:
@@ -178,15 +182,13 @@ def _cap(scores: np.ndarray, softcap: float) -> None:
     np.multiply(scores, np.float32(softcap), out=scores)
 
 
-def _weighted_values(p: np.ndarray, v: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
-    """``p @ v``; a key that a row does not see must not reach it even as ``0 * NaN``."""
-    out = np.matmul(p, v, out=_buffer("out", (*p.shape[:2], v.shape[-1])))
-    if hidden is None or np.isfinite(out).all():
-        return out
-    heads = p.shape[0] * p.shape[1] // hidden.shape[1]
-    visible = ~np.broadcast_to(hidden, (heads, *hidden.shape[1:])).reshape(p.shape)
+def _values_seen(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
+    """``p @ v`` where values that are not finite do not reach rows that do not see them, as ``0 * NaN`` would."""
+    visible = np.ones((p.shape[0] * p.shape[1] // queries, queries, p.shape[2]), bool)
+    visible[:, rows] = ~hidden
+    visible = visible.reshape(p.shape)
     broken = ~np.isfinite(v).all(axis=-1)
-    np.matmul(p, np.where(broken[..., None], np.float32(0), v), out=out)
+    out = p @ np.where(broken[..., None], np.float32(0), v)
     for j in np.flatnonzero(broken.any(axis=0)):
         seen = visible[..., j] & broken[:, j, None]
         out += np.where(seen[..., None], p[..., j, None] * v[:, None, j], np.float32(0))

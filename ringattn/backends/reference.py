@@ -5,6 +5,7 @@ Queries and keys are taken in chunks: no more than ``[B, Hq, QUERIES, KEYS]`` sc
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import mlx.core as mx
@@ -51,6 +52,13 @@ def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: St
         seen = mx.array(rules.band.visible(q_pos, k_pos[keys])) if tile is Tile.PARTIAL else None
         scores, seen = _scores(q, k[:, :, keys], seen, rules, keys)
         state = merge_states(state, _chunk(scores, seen, v[:, :, keys]))
+    return _settled(state)
+
+
+def _settled(state: State) -> State:
+    """Evaluate `state`, lest the scores of all chunks lie in memory at once; inside mx.compile or mx.vmap, do not."""
+    with suppress(ValueError):
+        mx.eval(*state)
     return state
 
 
@@ -60,8 +68,8 @@ def _cleared(x: mx.array, ids: mx.array) -> mx.array:
 
 def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
     """Scores ``[B, Hkv, group, Lq, keys]``, and which of them count; ``None`` where all do."""
-    batch, _, q_len, dim = q.shape
-    grouped = q.astype(mx.float32).reshape(batch, k.shape[1], -1, q_len, dim) * rules.scale
+    batch, heads, q_len, dim = q.shape
+    grouped = q.astype(mx.float32).reshape(batch, k.shape[1], heads // k.shape[1], q_len, dim) * rules.scale
     scores = grouped @ k.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
     if rules.softcap is not None:
         scores = mx.tanh(scores / rules.softcap) * rules.softcap
@@ -105,5 +113,5 @@ def _chunk(scores: mx.array, seen: mx.array | None, v: mx.array) -> State:
         finite = mx.isfinite(v)
         spoiled = seen.astype(mx.float32) @ mx.where(finite, 0.0, 1.0)
         acc = mx.where(spoiled > 0, mx.nan, p @ mx.where(finite, v, 0.0))
-    rows = (v.shape[0], -1, scores.shape[-2])
+    rows = (v.shape[0], scores.shape[1] * scores.shape[2], scores.shape[3])
     return State(acc.reshape(*rows, v.shape[-1]), m.reshape(rows), p.sum(axis=-1).reshape(rows))

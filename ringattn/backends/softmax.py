@@ -49,6 +49,10 @@ def _ones(n: int) -> np.ndarray:
     return np.ones(n, np.float32)
 
 
+def _address(x: np.ndarray) -> int:
+    return x.__array_interface__["data"][0]  # half the time that x.ctypes takes
+
+
 @lru_cache(maxsize=1)
 def compiled() -> Step | None:
     """`step` in C; ``None`` where it was not built."""
@@ -56,7 +60,10 @@ def compiled() -> Step | None:
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         return None
-    function = ctypes.CDLL(str(found)).ringattn_softmax_step
+    try:
+        function = ctypes.CDLL(str(found)).ringattn_softmax_step
+    except (OSError, AttributeError):  # built for another machine, or by another version
+        return None
     pointer = ctypes.c_void_p
     function.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer]
     function.restype = None
@@ -64,9 +71,9 @@ def compiled() -> Step | None:
     def in_c(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
         rows_m, rows_l = np.ascontiguousarray(m), np.ascontiguousarray(l)
         decay = np.empty(m.shape, np.float32)
-        arrays = (x.ctypes.data for x in (rows_m, rows_l, decay))
-        function(scores.ctypes.data, m.size, scores.shape[-1], *arrays)
-        m[...], l[...] = rows_m, rows_l  # where they are strided, these were copies
+        function(_address(scores), m.size, scores.shape[-1], _address(rows_m), _address(rows_l), _address(decay))
+        if rows_m is not m:  # strided rows: these were copies
+            m[...], l[...] = rows_m, rows_l
         return decay
 
     return in_c

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
@@ -11,11 +13,15 @@ def view(x: mx.array) -> np.ndarray:
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
-def as_float32(tile: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """`tile` in float32: itself if it is, otherwise converted into the front of the flat `scratch`."""
+def _new(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.float32)
+
+
+def as_float32(tile: np.ndarray, scratch: Callable[[tuple[int, ...]], np.ndarray] = _new) -> np.ndarray:
+    """`tile` in float32: itself if it is, otherwise converted into what `scratch` gives for its shape."""
     if tile.dtype == np.float32:
         return tile
-    out = scratch[: tile.size].reshape(tile.shape)
+    out = scratch(tile.shape)
     if tile.dtype == np.uint16:  # bfloat16: the upper half of a float32
         np.left_shift(tile, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:

@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+from ..checks import told
 from ..errors import ArgumentError, ArgumentTypeError
 from .base import Event, Gate, Ring, Transfer
 
@@ -49,11 +50,13 @@ def _choose(backend: str | None, comm: Any) -> str:
             return "mpi"
         backend = _launched_by()
     if not isinstance(backend, str) or backend not in _BACKENDS:
-        raise ArgumentError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+        raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
     if backend == "mlx":
-        raise ArgumentError("backend='mlx' is not there yet: use 'mpi' under mpiexec, or 'solo' for one process")
+        raise ArgumentError(
+            "backend: 'mlx' is not there yet, expected 'mpi' (under mpiexec), 'solo' (one process), or None"
+        )
     if comm is not None and backend != "mpi":
-        raise ArgumentError(f"comm is for backend='mpi', got backend={backend!r}")
+        raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
     return backend
 
 
@@ -72,9 +75,9 @@ def read_timeout(timeout: float | None) -> float:
         try:
             value = float(value)
         except ValueError:
-            raise ArgumentError(f"{name} must be a number of seconds, got {value!r}") from None
+            raise ArgumentError(f"{name}: {value!r}, expected a number of seconds") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name} must be a number of seconds, got {type(value).__name__}")
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number of seconds")
     if not (math.isfinite(value) and value > 0):
-        raise ArgumentError(f"{name} must be a positive, finite number of seconds, got {value}")
+        raise ArgumentError(f"{name}: {value}, expected a positive, finite number of seconds")
     return float(value)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 
 from ..errors import ArgumentError
 from .base import Ring
 
-__all__ = ["HEAD_BYTES", "Fields", "agree", "check", "head"]
+__all__ = ["HEAD_BYTES", "Fields", "agree", "check", "head", "heard"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
@@ -47,6 +48,17 @@ def agree(
     """
     own = [memoryview(head(what, fields, error))]
     return check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
+
+
+@contextmanager
+def heard(ring: Ring, what: str) -> Iterator[None]:
+    """The part of a call in which this rank is on its own: whatever goes wrong in it, all others hear of at their
+    agreement, and then it is raised."""
+    try:
+        yield
+    except Exception as error:
+        agree(ring, what, (), error)
+        raise
 
 
 def head(what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:

@@ -11,8 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ArgumentError, ArgumentTypeError
-from .agreement import agree
+from ..checks import check_array, check_int
+from ..errors import ArgumentError
+from ..graph import opaque
+from .agreement import agree, heard
 from .base import Ring, Transfer
 
 SMALL_BYTES = 1 << 15  # up to here the data travel in the round that the agreement takes anyway
@@ -22,23 +24,17 @@ PIECE_BYTES = 4 << 20  # of a broadcast: a rank passes one on while it receives 
 Swap = Callable[[Sequence[memoryview], Sequence[memoryview]], None]
 
 
-def array_error(x: Any) -> ArgumentError | None:
-    """What is wrong with an `x` that should be an array."""
-    return None if isinstance(x, mx.array) else ArgumentTypeError(f"x must be an mlx array, got {type(x).__name__}")
+def check_rank(name: str, rank: Any, size: int) -> int:
+    """An index of a rank."""
+    rank = check_int(name, rank, 0)
+    if rank >= size:
+        raise ArgumentError(f"{name}: {rank}, expected less than {size}, the size of the ring")
+    return rank
 
 
-def root_error(root: Any, size: int) -> ArgumentError | None:
-    """What is wrong with an index of a rank."""
-    if isinstance(root, bool) or not isinstance(root, int):
-        return ArgumentTypeError(f"root must be an int, got {type(root).__name__}")
-    return None if 0 <= root < size else ArgumentError(f"root must be in 0..{size - 1}, got {root}")
-
-
-def color_error(color: Any) -> ArgumentError | None:
-    """What is wrong with a colour to split by."""
-    if color is None or (isinstance(color, int) and not isinstance(color, bool)):
-        return None
-    return ArgumentTypeError(f"color must be an int or None, got {type(color).__name__}")
+def check_color(color: Any) -> int | None:
+    """A colour to split by: any int, or ``None``."""
+    return None if color is None else check_int("color", color)
 
 
 def to_bytes(x: mx.array) -> memoryview:
@@ -63,25 +59,29 @@ def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
 
 def broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
     """See `Ring.broadcast`. Large arrays go round the ring in pieces, each passed on while the next arrives."""
-    error = root_error(root, ring.size)
+    with heard(ring, "broadcast"):
+        root = check_rank("root", root, ring.size)
+        if ring.rank == root:
+            check_array("x", x)
+    if x is None or ring.rank != root:
+        return _broadcast(ring, None, root)
+    return opaque("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
+
+
+def _broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
     payload: list[memoryview] = []
-    if error is None and ring.rank == root:
-        error = array_error(x)
-        if isinstance(x, mx.array):
+    if x is not None:
+        with heard(ring, "broadcast"):
             data = to_bytes(x)
-            about = json.dumps([_name(x.dtype), x.shape, len(data)]).encode()
-            payload = [memoryview(about.ljust(256)), data if len(data) <= SMALL_BYTES else memoryview(b"")]
-    told = agree(ring, "broadcast", (("root", str(root)),), error, payload)[root]
+        about = json.dumps([_name(x.dtype), x.shape, len(data)]).encode()
+        payload = [memoryview(about.ljust(256)), data if len(data) <= SMALL_BYTES else memoryview(b"")]
+    told = agree(ring, "broadcast", (("root", str(root)),), None, payload)[root]
     name, shape, length = json.loads(bytes(told[:256]))
-    if ring.rank == root:
-        assert x is not None
-        y, into = x, data
-    else:
-        y, into = empty(shape, getattr(mx, name))
+    y, into = empty(shape, getattr(mx, name)) if x is None else (x, data)
     if length > SMALL_BYTES:
         with ring.committed():
             _pass_round(ring, into, root)
-    elif ring.rank != root:
+    elif x is None:
         into[:] = told[256:]
     return y
 
@@ -106,11 +106,15 @@ def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
 
 def all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
-    error = array_error(x)
-    if error is not None:
-        agree(ring, "all_reduce", error=error)
+    with heard(ring, "all_reduce"):
+        check_array("x", x)
+    return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap),), (x,))[0]
+
+
+def _all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
+    with heard(ring, "all_reduce"):
+        data = to_bytes(x)
     fields = (("dtype", _name(x.dtype)), ("shape", str(x.shape)))
-    data = to_bytes(x)
     small = len(data) <= SMALL_BYTES
     replies = agree(ring, "all_reduce", fields, None, [data] if small else [])
     if ring.size == 1:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..errors import ArgumentError, ArgumentTypeError, RingError
 from . import collectives, leaving, read_timeout
-from .agreement import agree
+from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
 from .liveness import GRACE, Liveness, Place, describe
 from .pace import wait_until
@@ -29,7 +29,7 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
     if comm is None:
         comm = MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm):
-        raise ArgumentTypeError(f"comm must be an mpi4py intracommunicator, got {type(comm).__name__}")
+        raise ArgumentTypeError(f"comm: {type(comm).__name__}, expected an mpi4py intracommunicator")
     error: ArgumentError | None = None
     try:
         timeout = read_timeout(timeout)
@@ -89,8 +89,9 @@ class MpiRing(Ring):
 
     def split(self, color: int | None) -> Ring | None:
         with self.call("split"):
-            text = memoryview(json.dumps(color if isinstance(color, int) else None).encode())
-            told = agree(self, "split", error=collectives.color_error(color), payload=[text])
+            with heard(self, "split"):
+                color = collectives.check_color(color)
+            told = agree(self, "split", payload=[memoryview(json.dumps(color).encode())])
             colors = [json.loads(bytes(reply)) for reply in told]
             with self.committed():
                 ordered = sorted({c for c in colors if c is not None})  # MPI's colours are small and not negative

@@ -68,7 +68,6 @@ class Message(Transfer):
         self._done = True
         return True
 
-
     def _test(self, status: Any) -> bool:
         try:
             done: bool = self._requests[0].Test(status)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from ..errors import RingError
-from .agreement import agree
+from . import collectives
+from .agreement import agree, heard
 from .base import Buffers, Gate, Ring, Transfer
-from .collectives import array_error, color_error, root_error
 from .status import status
 
 
@@ -27,19 +27,18 @@ class SoloRing(Ring):
 
     def split(self, color: int | None) -> Ring | None:
         with self.call("split"):
-            agree(self, "split", error=color_error(color))
+            with heard(self, "split"):
+                color = collectives.check_color(color)
+            agree(self, "split")
             return None if color is None else SoloRing(self.timeout)
 
     def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
         with self.call("broadcast"):
-            agree(self, "broadcast", error=root_error(root, 1) or array_error(x))
-            assert x is not None
-            return x
+            return collectives.broadcast(self, x, root)
 
     def all_reduce(self, x: mx.array) -> mx.array:
         with self.call("all_reduce"):
-            agree(self, "all_reduce", error=array_error(x))
-            return x
+            return collectives.all_reduce(self, x, lambda out, into: None)
 
     def barrier(self) -> None:
         with self.call("barrier"):

@@ -309,15 +309,15 @@ def test_error_of_one_rank(ring):
 
 def test_wrong_arguments(ring):
     last = ring.size - 1
-    with pytest.raises(ArgumentError, match="x must be an mlx array, got str"):
+    with pytest.raises(ArgumentError, match="x: str, expected an mx.array"):
         ring.all_reduce("x" if ring.rank == last else mx.array(1))
-    with pytest.raises(ArgumentError, match="x must be an mlx array, got NoneType"):
+    with pytest.raises(ArgumentError, match="x: NoneType, expected an mx.array"):
         ring.broadcast(None, 0)
-    with pytest.raises(ArgumentError, match=rf"root must be in 0\.\.{last}, got {ring.size}"):
+    with pytest.raises(ArgumentError, match=f"root: {ring.size}, expected less than {ring.size}"):
         ring.broadcast(mx.array(1), ring.size if ring.rank == last else 0)
-    with pytest.raises(ArgumentTypeError, match="color must be an int or None, got str"):
+    with pytest.raises(ArgumentTypeError, match="color: .red., expected an integer"):
         ring.split("red")
-    with pytest.raises(ArgumentError, match="timeout must be a positive"):
+    with pytest.raises(ArgumentError, match="timeout: 0.*, expected a positive"):
         init("mpi", timeout=0 if ring.rank == last else 5)
     assert works(ring)
 
