@@ -9,10 +9,10 @@ import tracemalloc
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import FLOATS, Case, check, random_case, to64
 
 import ringattn as ra
 from ringattn.backends import host, reference, softmax
+from ringattn.verify.oracle import FLOATS, Case, check, random_case, to64
 
 MODULES = {"host": host, "reference": reference}
 BACKENDS = tuple(MODULES)
@@ -641,3 +641,17 @@ def test_gradients_through_merge(backend):
     grads = mx.grad(loss, argnums=(0, 1, 2))(case.q, case.k, case.v)
     for grad, exact in zip(grads, gradients64(case, dout, dlse).values()):
         np.testing.assert_allclose(to64(grad), exact, rtol=0, atol=2e-5)
+
+
+@every_backend
+def test_keys_in_a_gap_between_queries(backend: str) -> None:
+    """Keys that no query of a tile sees, between two that it has."""
+    r = np.random.default_rng(0)
+    for _ in range(60):
+        q_len, k_len = int(r.integers(1, 40)), int(r.integers(1, 600))
+        q_pos, k_pos = (np.sort(r.choice(900, n, replace=False)).astype(np.int32) for n in (q_len, k_len))
+        q, k = (mx.array(r.standard_normal((1, 1, n, 8)).astype(np.float32)) for n in (q_len, k_len))
+        window = [(0, 0), 3, (5, 2), 60][int(r.integers(0, 4))]
+        case = Case(q, k, k, q_pos, k_pos, {"window": window})
+        out, lse = ra.attention(q, k, k, positions=(q_pos, k_pos), backend=backend, return_lse=True, window=window)
+        check(case, out, lse)

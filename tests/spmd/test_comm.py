@@ -12,7 +12,7 @@ import pytest
 from ringattn.comm import Gate, init, progress
 from ringattn.comm.agreement import agree
 from ringattn.comm.collectives import SMALL_BYTES
-from ringattn.errors import ArgumentError, ArgumentTypeError, RingError
+from ringattn.errors import ArgumentError, ArgumentTypeError, RingError, TransformError
 
 INTEGERS = [mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64]
 FLOATS = [mx.float16, mx.bfloat16, mx.float32, mx.complex64]
@@ -342,3 +342,26 @@ def test_second_thread_gets_an_error(ring):
         thread.join()
     assert caught == ["barrier: this ring is in use by another thread, and a ring runs one call at a time"]
     assert works(ring)
+
+
+def test_no_gradient_is_better_than_a_wrong_one(ring):
+    x = mx.ones((3,))
+    with pytest.raises(TransformError, match="all_reduce"):
+        mx.grad(lambda x: ring.all_reduce(x).sum())(x)
+    with pytest.raises(TransformError, match="all_reduce"):
+        mx.vmap(ring.all_reduce)(x)
+    assert works(ring)
+
+
+def test_array_that_cannot_be_evaluated_on_one_rank(ring):
+    """The others hear of it in the same call; none goes on to pair this call with the next one."""
+    last = ring.size - 1
+    for step in range(3):
+        x = mx.full((2, 2), 10.0**step)
+        if step == 0 and ring.rank == last:
+            x = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu)
+        if step == 0:
+            with pytest.raises((ValueError, RuntimeError)):
+                ring.all_reduce(x)
+        else:
+            assert ring.all_reduce(x)[0, 0].item() == ring.size * 10.0**step

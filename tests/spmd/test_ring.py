@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import Case, check, random_case
 
 import ringattn as ra
 from ringattn.comm import Ring
 from ringattn.schedule import STRATEGIES
+from ringattn.verify.oracle import Case, check, random_case
 
 LAYOUTS = ("contiguous", "zigzag", "cyclic", "weighted", "one rank", "scattered")
 
@@ -169,3 +169,37 @@ def test_window_ends_the_ring_early(ring: Ring) -> None:
     before = ring.bytes_sent
     ra.ring_attention(x, x, x, ring=ring, layout=layout, window=5, strategy="pass_kv")
     assert ring.bytes_sent - before == (4 * 2 * 8 * 4 if ring.rank + 1 < size else 0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_blocks_of_very_different_sizes(ring: Ring, strategy: str, strided: bool) -> None:
+    """A block that fills only part of its slot is forwarded as it arrived, not as the slot was before."""
+    layout = ra.Layout.weighted(2048, [1, *[7] * (ring.size - 1)])
+    whole = [mx.random.normal((1, 2048, heads, 64), key=mx.random.key(heads)) for heads in (6, 2, 3)]
+    q, k = (x.swapaxes(1, 2) for x in whole[:2])
+    expected = ra.attention(q, k, k, mask="causal")
+    for _ in range(3):
+        mine = [layout.shard(x, ring.rank) for x in (q, k, k)]
+        mine = mine if strided else [mx.contiguous(x) for x in mine]
+        out = ra.ring_attention(*mine, ring=ring, layout=layout, mask="causal", strategy=strategy)
+        np.testing.assert_allclose(np.array(out), np.array(layout.shard(expected, ring.rank)), atol=2e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_keys_between_queries(ring: Ring, strategy: str) -> None:
+    """Whole stretches of keys that lie between two queries of a rank, and that neither sees."""
+    q_layout, kv_layout = ra.Layout.cyclic(1200, ring.size, 200), ra.Layout.contiguous(1200, ring.size)
+    x = mx.random.normal((1, 1, 1200, 16), key=mx.random.key(0))
+    mine = [q_layout.shard(x, ring.rank), *[kv_layout.shard(x, ring.rank)] * 2]
+    out = ra.ring_attention(*mine, ring=ring, layout=q_layout, kv_layout=kv_layout, window=10, strategy=strategy)
+    expected = q_layout.shard(ra.attention(x, x, x, window=10), ring.rank)
+    np.testing.assert_allclose(np.array(out), np.array(expected), atol=2e-6)
+
+
+def test_gather_has_no_gradient_yet(ring: Ring) -> None:
+    layout = ra.Layout.contiguous(8, ring.size)
+    x = mx.ones((1, 1, layout.local_length(ring.rank), 2))
+    with pytest.raises(ra.TransformError, match="gather"):
+        mx.grad(lambda x: layout.gather(x, ring).sum())(x)
+    ring.barrier()

@@ -1,1 +1,0 @@
-from ringattn.verify.oracle import *  # noqa: F403
