@@ -50,7 +50,7 @@ def _one(torch, dim: int, tokens: int, causal: bool, kv_heads: int) -> dict[str,
         calls["grouped"] = lambda: sdpa(tq, tk, tv, is_causal=causal, enable_gqa=True)
     difference = np.abs(np.array(ours()) - calls["expanded"]().numpy()).max()
     assert difference < 1e-5, difference
-    return medians(calls, repeats=9)
+    return medians(calls, repeats=9, pause=0.1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import ringattn as ra
 
 from .common import chunk_of, medians, run_ranks, sampled_error, show, write_result
 
-TOKENS, HEADS, ROUNDS = 8192, 8, 5
+TOKENS, HEADS, ROUNDS = 8192, 8, 3
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def worker() -> None:
 
         error = sampled_error(np.array(call()[0]), layout.positions(ring.rank), TOKENS, dim, causal=causal)
         assert error < 1e-5, error
-        write_result(ring.rank, medians({"call": call}, repeats=3)["call"])
+        write_result(ring.rank, medians({"call": call}, repeats=9)["call"])
 
 
 if __name__ == "__main__":

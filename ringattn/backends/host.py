@@ -29,7 +29,7 @@ ROWS = 512  # query rows of a unit, all the heads of its group together
 SCORES = ROWS * 1024  # scores of a tile: 2 MB
 DIFFERENTIABLE = False
 SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
-EDGE = 128  # keys of a piece along the edge of a band
+EDGE = 256  # keys of a piece along the edge of a band
 
 
 def forward(
