@@ -34,7 +34,7 @@ class State(NamedTuple):
 
     acc: Any
     m: Any
-    l: Any  # noqa: E741  (the formula's name)
+    l: Any
 
     @classmethod
     def empty(cls, batch: int, heads: int, tokens: int, dim: int) -> State:
@@ -57,13 +57,13 @@ def merge_states(*states: State) -> State:
 
 def normalise(state: State, sinks: Any = None) -> tuple[Any, Any]:
     """`out` and `lse` of a state, both float32. `sinks` ``[H]``, float32, enters the denominator here, once."""
-    xp, (acc, m, l) = _library(state), state  # noqa: E741
+    xp, (acc, m, l) = _library(state), state
     if sinks is not None:
         total = xp.maximum(m, sinks[:, None])
         weight = _weight(xp, m, total)
-        acc, l, m = acc * weight[..., None], l * weight + _weight(xp, sinks[:, None], total), total  # noqa: E741
+        acc, l, m = acc * weight[..., None], l * weight + _weight(xp, sinks[:, None], total), total
     seen = l != 0
-    l = xp.where(seen, l, 1)  # noqa: E741
+    l = xp.where(seen, l, 1)
     return acc / l[..., None], xp.where(seen, m + xp.log(l), -xp.inf)
 
 

@@ -145,7 +145,7 @@ def test_softmax_step(how, size):
     if step is None:
         pytest.skip("there was no compiler")
     r = np.random.default_rng(0)
-    m, l = np.full((2, 9), -np.inf, np.float32), np.zeros((2, 9), np.float32)  # noqa: E741
+    m, l = np.full((2, 9), -np.inf, np.float32), np.zeros((2, 9), np.float32)
     seen, weights = np.zeros((2, 9, 0)), np.zeros((2, 9, 0))
     for keys in (1, 3, 8, 31, 64, 100):
         scores = (r.standard_normal((2, 9, keys)) * size).astype(np.float32)

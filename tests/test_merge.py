@@ -231,7 +231,7 @@ def test_gradient_of_finish_with_empty_rows_and_sinks():
     """No NaN from rows without a key, with and without sinks; a sink's own gradient is that of the formula."""
     sinks = mx.array([0.0, 1.0, 2.0])
 
-    def function(sinks, acc, m, l):  # noqa: E741
+    def function(sinks, acc, m, l):
         out, lse = finish(State(acc, m, l), sinks, mx.float32)
         return out.sum() + lse.sum()
 

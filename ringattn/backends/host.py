@@ -9,6 +9,7 @@ arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to b
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def forward(
         state = State.empty(batch, heads, q_len, v.shape[-1])
     mx.eval(q, k, v, *state)
     arrays = view(q), view(k), view(v)
-    acc, m, l = map(view, state)  # noqa: E741
+    acc, m, l = map(view, state)
     hidden = Hidden.of(rules, heads // k.shape[1], q_pos, k_pos)
     job = _Job(*arrays, q_pos, k_pos, rules, hidden, acc, m, l)
     units = sorted(job.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
@@ -53,21 +54,24 @@ def forward(
 
 def _spread(job: _Job, units: list[Unit]) -> None:
     """Run all units, on as many threads as there are; each thread takes the next unit when it is done with one."""
-    queue, lock = iter(units), threading.Lock()
+    queue = deque(units)
 
     def work() -> None:
         with np.errstate(all="ignore"):
             while True:
-                with lock:
-                    unit = next(queue, None)
-                if unit is None:
+                try:
+                    unit = queue.popleft()
+                except IndexError:
                     return
                 job.run(unit)
 
     others = [_pool().submit(work) for _ in range(min(blas.threads(), len(units)) - 1)]
-    work()
-    for other in others:
-        other.result()
+    try:
+        work()
+    finally:
+        queue.clear()  # nothing is left in it, unless this thread was interrupted
+        for other in others:
+            other.result()
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +105,7 @@ class _Job:
     hidden: Hidden
     acc: np.ndarray  # the state's
     m: np.ndarray
-    l: np.ndarray  # noqa: E741
+    l: np.ndarray
 
     @property
     def group(self) -> int:
@@ -142,7 +146,7 @@ class _Job:
         acc = _buffer("acc", (*shape, self.v.shape[-1]))
         for careful in (False, True):
             acc[:] = self.acc[rows].reshape(acc.shape)
-            m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))  # noqa: E741
+            m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))
             for piece in unit.pieces:
                 if not self.hidden.empty(unit, piece):
                     self._step(unit, piece, queries, acc, m, l, careful)
@@ -157,11 +161,11 @@ class _Job:
         np.multiply(as_float32(q, lambda shape: out), np.float32(self.rules.scale), out=out)
         return out.reshape(heads, -1, q.shape[-1])
 
-    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, careful: bool) -> None:  # noqa: E741
+    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, careful: bool) -> None:
         """Fold the keys of one piece into the state of the rows that see them, in place."""
         if self.group == 1:  # else the rows of all heads of the group, and no piece leaves out any
             rows = slice(piece.q_start - unit.start, piece.q_stop - unit.start)
-            queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))  # noqa: E741
+            queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))
         at = (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
         k, v = as_float32(self.k[at], partial(_buffer, "k")), as_float32(self.v[at], partial(_buffer, "v"))
         p = _buffer("scores", (*queries.shape[:2], k.shape[1]))

@@ -17,7 +17,7 @@ import numpy as np
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-def step(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
+def step(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:
     """Turn `scores` into weights relative to the new maximum and update `m` and `l`, all in place.
 
     Args:
@@ -31,15 +31,15 @@ def step(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:  # noq
     return (compiled() or in_numpy)(scores, m, l)
 
 
-def in_numpy(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
+def in_numpy(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:
     """`step` in NumPy."""
     top = np.maximum(m, scores.max(axis=-1))
     base = np.where(top == -np.inf, np.float32(0), top)  # a row that has seen nothing yet
     np.subtract(scores, base[..., None], out=scores)
     np.exp(scores, out=scores)
     decay = np.exp(m - base)
-    l *= decay  # noqa: E741
-    l += scores @ _ones(scores.shape[-1])  # noqa: E741
+    l *= decay
+    l += scores @ _ones(scores.shape[-1])
     m[...] = top
     return decay
 
@@ -68,7 +68,7 @@ def compiled() -> Step | None:
     function.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer]
     function.restype = None
 
-    def in_c(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
+    def in_c(scores: np.ndarray, m: np.ndarray, l: np.ndarray) -> np.ndarray:
         rows_m, rows_l = np.ascontiguousarray(m), np.ascontiguousarray(l)
         decay = np.empty(m.shape, np.float32)
         function(_address(scores), m.size, scores.shape[-1], _address(rows_m), _address(rows_l), _address(decay))

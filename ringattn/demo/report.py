@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..layout import Layout
+from ..mask import Band
+from ..schedule import minimum
 from .check import BUDGET
 from .job import Figures
 from .runs import Run
@@ -39,11 +41,7 @@ def headline(run: Run) -> str:
 def minimum_bytes(run: Run) -> int:
     """The fewest bytes any exchange of keys could move: each key and value once to each other rank that sees it."""
     layout = Layout.zigzag(run.job.tokens, run.job.ranks)
-    keys = 0
-    for rank, spans in enumerate(layout.spans):
-        seen = spans[-1][1] - layout.start if spans else 0  # causal: all up to the rank's last token
-        keys += seen - layout.local_length(rank)
-    return run.job.layers * keys * run.figures[0].key_bytes
+    return run.job.layers * minimum(layout, layout, Band.of(True, None)) * run.figures[0].key_bytes
 
 
 def table(ring: Run, alone: Run) -> list[str]:

@@ -13,6 +13,7 @@ MANTISSA = {mx.float32: 23, mx.float16: 10, mx.bfloat16: 7}
 
 
 def to64(x: mx.array) -> np.ndarray:
+    """The numbers of `x` as a float64 NumPy array."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
