@@ -72,7 +72,6 @@ def decode_attention(
     """
     check_ring(ring)
     with ring.call(WHAT):
-        ring.at(WHAT, 0)
         with heard(ring, WHAT):
             check_qkv(q, k, v)
             check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
