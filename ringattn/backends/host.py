@@ -1,9 +1,9 @@
 """The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, a few megabytes of scratch, no copies.
 
-The work is cut into units of some query rows of one key/value head; threads take units as they come free, and a unit's
-arithmetic depends on nothing else, so the bits do not depend on the number of threads. The query heads that share
-a key/value head are stacked as rows of one matrix product. A unit goes over its keys tile by tile (Dao et al.,
-arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to be full.
+The work is cut into units of some query rows of one key/value head (of several, where they are small); threads take
+units as they come free, and a unit's arithmetic depends on nothing else, so the bits do not depend on their number. The
+query heads that share a key/value head are stacked as rows of one matrix product. A unit goes over its keys tile by
+tile (Dao et al., arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to be full.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def _pool() -> ThreadPoolExecutor:
 _scratch = threading.local()
 
 
-def _buffer(name: str, shape: int | tuple[int, ...]) -> np.ndarray:
+def _buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A float32 buffer of this thread, kept from call to call."""
-    size = shape if isinstance(shape, int) else prod(shape)
+    size = prod(shape)
     have = getattr(_scratch, name, None)
     if have is None or have.size < size:
         have = np.empty(size, np.float32)

@@ -17,12 +17,12 @@ from hashlib import blake2b
 from ..errors import ArgumentError
 from .base import Ring
 
-__all__ = ["HEAD_BYTES", "Fields", "agree", "check", "head", "heard"]
+__all__ = ["Fields", "agree", "heard"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
-HEAD_BYTES = 64
-_HEAD = struct.Struct("<4sBxxxI16s")  # magic, verdict, bytes of error text, digest; zeros up to HEAD_BYTES
+_HEAD_BYTES = 64
+_HEAD = struct.Struct("<4sBxxxI16s")  # magic, verdict, bytes of error text, digest; zeros up to _HEAD_BYTES
 _MAGIC = b"ra01"
 _OK, _ERROR = 0, 1
 _LONGEST_TEXT = 4096
@@ -46,8 +46,8 @@ def agree(
     Raises:
         ArgumentError: On every rank, when one rank has an error or the calls differ. The ring still works.
     """
-    own = [memoryview(head(what, fields, error))]
-    return check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
+    own = [memoryview(_head(what, fields, error))]
+    return _check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
 
 
 @contextmanager
@@ -61,40 +61,40 @@ def heard(ring: Ring, what: str) -> Iterator[None]:
         raise
 
 
-def head(what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
-    """What a rank puts before its payload: `HEAD_BYTES` bytes, and the text of `error` if there is one."""
+def _head(what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
+    """What a rank puts before its payload: `_HEAD_BYTES` bytes, and the text of `error` if there is one."""
     if error is None:
         return _good_head(what, fields)
     text = str(error).encode()[:_LONGEST_TEXT]
-    return _HEAD.pack(_MAGIC, _ERROR, len(text), bytes(16)).ljust(HEAD_BYTES, b"\0") + text
+    return _HEAD.pack(_MAGIC, _ERROR, len(text), bytes(16)).ljust(_HEAD_BYTES, b"\0") + text
 
 
 @lru_cache(maxsize=4096)
 def _good_head(what: str, fields: Fields) -> bytes:
     digest = blake2b(_describe(what, fields), digest_size=16).digest()
-    return _HEAD.pack(_MAGIC, _OK, 0, digest).ljust(HEAD_BYTES, b"\0")
+    return _HEAD.pack(_MAGIC, _OK, 0, digest).ljust(_HEAD_BYTES, b"\0")
 
 
 def _describe(what: str, fields: Fields) -> bytes:
     return json.dumps([what, fields]).encode()
 
 
-def check(
+def _check(
     ring: Ring, what: str, fields: Fields, error: BaseException | None, replies: Sequence[memoryview]
 ) -> list[memoryview]:
     """Read the heads of all ranks' `replies`; see `agree` for the arguments, the result and what it raises."""
     if error is not None:
         raise error
     own = _good_head(what, fields)
-    if all(bytes(reply[:HEAD_BYTES]) == own for reply in replies):
-        return [reply[HEAD_BYTES:] for reply in replies]
+    if all(bytes(reply[:_HEAD_BYTES]) == own for reply in replies):
+        return [reply[_HEAD_BYTES:] for reply in replies]
     digests = []
     for rank, reply in enumerate(replies):
-        if len(reply) < HEAD_BYTES or reply[:4] != _MAGIC:
+        if len(reply) < _HEAD_BYTES or reply[:4] != _MAGIC:
             raise ArgumentError(f"rank {rank} sent something that {what} does not understand (another version?)")
         _, verdict, length, digest = _HEAD.unpack_from(reply)
         if verdict == _ERROR:
-            raise ArgumentError(f"rank {rank}: {str(reply[HEAD_BYTES : HEAD_BYTES + length], 'utf-8', 'replace')}")
+            raise ArgumentError(f"rank {rank}: {str(reply[_HEAD_BYTES : _HEAD_BYTES + length], 'utf-8', 'replace')}")
         digests.append(digest)
     if len(set(digests)) == 1:
         raise ArgumentError(f"{what}: the ranks run different versions of ringattn")
