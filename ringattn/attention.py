@@ -10,7 +10,6 @@ import numpy as np
 from . import backends
 from .checks import check_flag, check_positions, check_qkv
 from .graph import opaque
-from .merge import finish
 from .options import Options
 
 
@@ -54,8 +53,8 @@ def attention(
             equal ids, and a negative id is padding, which sees nothing, is not seen, and may hold any bits.
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
-        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"reference"`` (plain mx operations; the one that
-            is differentiable), or ``None`` for the best on the default device.
+        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU), ``"reference"``
+            (plain mx operations; the one that is differentiable), or ``None`` for the best on the default device.
 
     Returns:
         `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`
@@ -63,7 +62,7 @@ def attention(
 
     Raises:
         ArgumentError: An argument is wrong; the message names it, its value and what was expected.
-        TransformError: A transformation (mx.grad, mx.compile, ...) reached the host kernel, which has none.
+        TransformError: A transformation (mx.grad, mx.compile, ...) reached a fused kernel, which has none.
     """
     check_qkv(q, k, v)
     options = Options.checked(
@@ -82,14 +81,14 @@ def attention(
     return_lse = check_flag("return_lse", return_lse)
     kernel = backends.select(backend)
 
-    def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+    def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         bound = options.bind(arrays)
-        state = kernel.forward(q, k, v, q_pos, k_pos, bound.rules(), None)
-        return finish(state, bound.sinks, bound.out_dtype)
+        out, lse = kernel.finished(q, k, v, q_pos, k_pos, bound.rules(), bound.sinks, bound.out_dtype, return_lse)
+        return (out, lse) if return_lse else (out,)
 
     arrays = (q, k, v, *options.arrays)
     if kernel.DIFFERENTIABLE:
-        out, lse = compute(*arrays)
+        results = compute(*arrays)
     else:
-        out, lse = opaque("attention with backend 'host'", compute, arrays)
-    return (out, lse) if return_lse else out
+        results = opaque(f"attention with backend {kernel.__name__.rpartition('.')[2]!r}", compute, arrays)
+    return (results[0], results[1]) if return_lse else results[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "RingAttentionError", "RingError", "TransformError"]
+__all__ = ["ArgumentError", "ArgumentTypeError", "KernelWarning", "RingAttentionError", "RingError", "TransformError"]
 
 
 class RingAttentionError(Exception):
@@ -36,3 +36,7 @@ class RingError(RingAttentionError, RuntimeError):
 
 class TransformError(RingAttentionError, NotImplementedError):
     """A function transformation (grad, jvp, vmap, compile) was asked for where it is not supported."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel does not work on this system and a slower one takes its place; the results stay right."""

@@ -93,16 +93,33 @@ class Band:
             return slice(0, len(q_pos))
         return slice(last if first == 0 else 0, first if last == len(q_pos) else len(q_pos))
 
-    def _reach(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
-        first = 0 if self.low is None else int(np.searchsorted(k_pos, q_for_low + self.low, "left"))
-        last = len(k_pos) if self.high is None else int(np.searchsorted(k_pos, q_for_high + self.high, "right"))
+    def reach(self, q_low: np.ndarray, q_high: np.ndarray, k_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in ascending `k_pos` the low bound of `q_low` and the high bound of `q_high` begin and end.
+
+        With the lowest and the highest of some queries these are the keys that any of them sees; the other way round,
+        the keys that all of them see. Positions and results are arrays of one shape.
+        """
+        first = np.zeros(np.shape(q_low), int)
+        last = np.full(np.shape(q_high), len(k_pos))
+        if self.low is not None:
+            first = np.searchsorted(k_pos, _shifted(q_low, self.low), "left")
+        if self.high is not None:
+            last = np.searchsorted(k_pos, _shifted(q_high, self.high), "right")
         return first, last
+
+    def _reach(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
+        first, last = self.reach(np.int64(q_for_low), np.int64(q_for_high), k_pos)
+        return int(first), int(last)
 
     def visible(self, q_pos: np.ndarray, k_pos: np.ndarray) -> np.ndarray:
         """The mask itself, bool ``[queries, keys]``."""
-        seen = np.ones((len(q_pos), len(k_pos)), bool) if self.high is None else k_pos <= _shifted(q_pos, self.high)
+        seen = (
+            np.ones((len(q_pos), len(k_pos)), bool)
+            if self.high is None
+            else k_pos <= _shifted(q_pos, self.high)[:, None]
+        )
         if self.low is not None:
-            seen &= k_pos >= _shifted(q_pos, self.low)
+            seen &= k_pos >= _shifted(q_pos, self.low)[:, None]
         return seen
 
     def seen_by(self, queries: Spans, keys: Spans) -> Spans:
@@ -132,6 +149,6 @@ def array_tile(mask: np.ndarray) -> Tile:
 
 
 def _shifted(q_pos: np.ndarray, by: int) -> np.ndarray:
-    """``q_pos + by`` as a column, int32 like the positions it is compared with."""
+    """``q_pos + by``, int32 like the positions it is compared with."""
     limits = np.iinfo(np.int32)
-    return np.clip(q_pos.astype(np.int64) + by, limits.min, limits.max).astype(np.int32)[:, None]
+    return np.clip(q_pos.astype(np.int64) + by, limits.min, limits.max).astype(np.int32)

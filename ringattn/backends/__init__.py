@@ -4,11 +4,17 @@
 
 q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]`` and v ``[B, Hkv, Lk, Dv]`` share one dtype; `q_pos` and `k_pos` are
 ascending int32 positions; `state` is what earlier keys left, or ``None``, and is used up: the kernel may write into it.
+
+    finished(q, k, v, q_pos, k_pos, rules, sinks, dtype, with_lse) -> (out, lse)
+
+ends in `out` in `dtype` and, where it is wanted, the lse, else ``None``; `sinks` ``[Hq]`` or ``None``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 import mlx.core as mx
@@ -16,6 +22,8 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..mask import Band
+from ..merge import State, finish
+from ..metal import executor
 
 
 @dataclass(frozen=True)
@@ -39,19 +47,40 @@ class Rules:
     segments: tuple[mx.array, mx.array] | None = None
 
 
-NAMES = ("host", "reference")
+def ending(forward: Callable[..., State]) -> Callable[..., tuple[mx.array, mx.array]]:
+    """The `finished` of a kernel that has nothing better than to finish what its `forward` returns."""
+
+    def finished(q, k, v, q_pos, k_pos, rules, sinks, dtype: mx.Dtype, with_lse: bool):
+        return finish(forward(q, k, v, q_pos, k_pos, rules, None), sinks, dtype)
+
+    return finished
+
+
+NAMES = ("host", "metal", "reference")
 
 
 def select(name: str | None) -> ModuleType:
-    """The kernel module called `name`; ``None`` takes the fused CPU kernel, or plain mx operations on a GPU."""
+    """The kernel module called `name`; ``None`` takes the best for the default device.
+
+    That is the fused kernel on a CPU and on an Apple GPU, and plain mx operations on another GPU.
+    """
     if name is None:
-        name = "host" if mx.default_device().type == mx.DeviceType.cpu else "reference"
+        name = _best()
     if name not in NAMES:
         raise ArgumentError(f"backend: {name!r}, expected one of {', '.join(map(repr, NAMES))}, or None")
-    if name == "host":
-        from . import host
+    if name == "metal" and not executor.available():
+        raise ArgumentError(
+            "backend: 'metal' needs an Apple GPU, and MLX finds none here; expected 'host' or 'reference'"
+        )
+    return import_module(f".{name}", __name__)
 
-        return host
-    from . import reference
 
-    return reference
+def available() -> list[str]:
+    """The names of the kernels that run on this machine."""
+    return [name for name in NAMES if name != "metal" or executor.available()]
+
+
+def _best() -> str:
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "host"
+    return "metal" if mx.metal.is_available() else "reference"

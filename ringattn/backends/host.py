@@ -21,7 +21,7 @@ import numpy as np
 
 from ..mask import Tile
 from ..merge import State
-from . import Rules, blas, softmax
+from . import Rules, blas, ending, softmax
 from .hidden import Hidden
 from .tiles import Piece, Unit
 from .views import as_float32, view
@@ -50,6 +50,9 @@ def forward(
         with blas.single_threaded():
             _spread(job, units)
     return state
+
+
+finished = ending(forward)
 
 
 def _spread(job: _Job, units: list[Unit]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..mask import Tile
 from ..merge import State, merge_states
-from . import Rules
+from . import Rules, ending
 
 DIFFERENTIABLE = True
 QUERIES, KEYS = 1024, 2048
@@ -33,6 +33,9 @@ def forward(
         for start in range(0, q_len, QUERIES)
     ]
     return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
+
+
+finished = ending(forward)
 
 
 def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State, rows: slice) -> State:

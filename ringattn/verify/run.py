@@ -31,7 +31,7 @@ def verify_local(progress: Callable[[str], None] = lambda name: None) -> Results
     for name, make in FEATURES.items():
         progress(name)
         case = make()
-        results[name] = {kernel: _local(case, kernel) for kernel in backends.NAMES}
+        results[name] = {kernel: _local(case, kernel) for kernel in backends.available()}
     return results
 
 

@@ -1,0 +1,60 @@
+"""The fused kernels for Apple GPUs; what they do not do goes to plain mx operations."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import mlx.core as mx
+import numpy as np
+
+from ..merge import State
+from ..metal.attend import attend
+from ..metal.forward import LEAST
+from ..metal.probe import UnusableError
+from ..metal.problem import Ending, Problem
+from ..metal.tiling import MOST_DIMS
+from . import Rules, reference
+
+DIFFERENTIABLE = False
+
+
+def forward(
+    q: mx.array, k: mx.array, v: mx.array, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State | None
+) -> State:
+    """Attend and return the state; see `ringattn.backends`."""
+    if _fused(q, k, v):
+        before = None if state is None else State(_wide(state.acc), state.m, state.l)
+        with suppress(UnusableError):
+            acc, m, l = attend(Problem(_wide(q), _wide(k), _wide(v), q_pos, k_pos, rules), before, None)
+            return State(acc[..., : v.shape[3]], m, l)
+    return reference.forward(q, k, v, q_pos, k_pos, rules, state)
+
+
+def finished(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    q_pos: np.ndarray,
+    k_pos: np.ndarray,
+    rules: Rules,
+    sinks: mx.array | None,
+    dtype: mx.Dtype,
+    with_lse: bool,
+) -> tuple[mx.array, mx.array | None]:
+    """Attend and return ``(out, lse)``; see `ringattn.backends`."""
+    if _fused(q, k, v):
+        ending = Ending(dtype, with_lse, None if sinks is None else mx.contiguous(sinks.astype(mx.float32)))
+        with suppress(UnusableError):
+            out, *lse = attend(Problem(_wide(q), _wide(k), _wide(v), q_pos, k_pos, rules), None, ending)
+            return out[..., : v.shape[3]], lse[0] if lse else None
+    return reference.finished(q, k, v, q_pos, k_pos, rules, sinks, dtype, with_lse)
+
+
+def _fused(q: mx.array, k: mx.array, v: mx.array) -> bool:
+    """Whether the kernels do this: larger head dims, and problems without a token, go to plain mx operations."""
+    return max(q.shape[3], v.shape[3]) <= MOST_DIMS and 0 not in (q.size, k.size, v.size)
+
+
+def _wide(x: mx.array) -> mx.array:
+    """`x` with head_dim at least `LEAST`: smaller arrays reach a kernel by another type of pointer."""
+    return x if x.shape[3] >= LEAST else mx.pad(x, [(0, 0)] * 3 + [(0, LEAST - x.shape[3])])

@@ -1,0 +1,85 @@
+"""Where kernel calls are run: by MLX on an Apple GPU, or by a function that a test or an emulator has set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import ArgumentTypeError
+from .call import KernelCall
+
+Executor = Callable[[KernelCall], list[mx.array]]
+
+
+def run(call: KernelCall) -> list[mx.array]:
+    """The outputs of `call`, from the executor that is set."""
+    return _executor(call)
+
+
+def set_executor(fn: Executor | None, *, tensor_ops: bool = False) -> None:
+    """Have `fn` run every kernel call of the Metal backend.
+
+    Args:
+        fn: Takes a `KernelCall` and returns its outputs; ``None`` restores the default, which builds each kernel once
+            with `mx.fast.metal_kernel` and runs it on the Apple GPU.
+        tensor_ops: Whether the device of `fn` has the matrix units of the M5.
+
+    Raises:
+        ArgumentTypeError: If `fn` is neither callable nor ``None``.
+    """
+    global _executor
+    if fn is not None and not callable(fn):
+        raise ArgumentTypeError(f"fn: {type(fn).__name__}, expected a function of a KernelCall, or None")
+    _executor = _apple_gpu if fn is None else fn
+
+
+def available() -> bool:
+    """Whether kernel calls can run here: on an Apple GPU, or by an executor that was set."""
+    return not default() or mx.metal.is_available()
+
+
+def default() -> bool:
+    """Whether kernel calls go to the Apple GPU."""
+    return _executor is _apple_gpu
+
+
+@cache
+def _built(name: str, inputs: tuple, outputs: tuple, source: str, header: str, flags: tuple, options: tuple) -> Any:
+    contiguous, atomic = flags
+    return mx.fast.metal_kernel(
+        name=name,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=source,
+        header=header,
+        ensure_row_contiguous=contiguous,
+        atomic_outputs=atomic,
+        compile_options=dict(options),
+    )
+
+
+def _apple_gpu(call: KernelCall) -> list[mx.array]:
+    kernel = _built(
+        call.name,
+        tuple(call.input_names),
+        tuple(call.output_names),
+        call.source,
+        call.header,
+        (call.ensure_row_contiguous, call.atomic_outputs),
+        tuple(sorted(call.compile_options.items())),
+    )
+    return kernel(
+        inputs=call.inputs,
+        template=call.template,
+        grid=call.grid,
+        threadgroup=call.threadgroup,
+        output_shapes=call.output_shapes,
+        output_dtypes=call.output_dtypes,
+        init_value=call.init_value,
+    )
+
+
+_executor: Executor = _apple_gpu

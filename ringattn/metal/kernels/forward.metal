@@ -1,0 +1,309 @@
+// Fused attention of one tile of query rows to a run of key tiles (FlashAttention-2, arXiv 2307.08691).
+//
+// A threadgroup has WM x WN simdgroups: WM groups of 8 rows each, and where WN = 2 each pair of them splits the head
+// dims and adds up its scores through threadgroup memory. K, transposed, and V take turns in one buffer. Tiles of keys
+// are full (no rule to ask) or partial; empty ones are skipped: `reach` says where each begins and ends.
+//
+// Rows are tokens of one query head, or, where G > 1, the G query heads of a key/value head, token by token.
+
+  constexpr short THREADS = 32 * WM * WN;
+  constexpr short BQ = 8 * WM;
+  constexpr short PAD = 16 / sizeof(T);
+  constexpr short LDQ = BD + PAD, LDK = BK + PAD, LDV = BV + PAD; // rows in threadgroup memory, clear of bank conflicts
+  constexpr short TK = BK / 8, TD = BD / (8 * WN), TV = BV / (8 * WN);
+  constexpr bool Q_IN_REGISTERS = WN == 2;
+
+  threadgroup T q_tile[Q_IN_REGISTERS ? 1 : BQ * LDQ];
+  threadgroup T kv_tile[BD * LDK > BK * LDV ? BD * LDK : BK * LDV];
+  threadgroup int spoiled[WM * WN]; // whether what a simdgroup staged of V has a NaN or an infinity
+
+  const ushort lane = thread_index_in_simdgroup;
+  const short simd = simdgroup_index_in_threadgroup;
+  const short thread_id = simd * 32 + lane;
+  const short band = simd / WN * 8; // this simdgroup's first row in the tile
+  const short half_d = simd % WN;
+  const Lane at = lane_at(lane);
+
+  const int q_len = queries_shape[2], k_len = keys_shape[2], heads = queries_shape[1];
+  const int rows = q_len * G, q_tiles = (rows + BQ - 1) / BQ;
+  const int split = threadgroup_position_in_grid.x / q_tiles;
+  const int splits = threadgroups_per_grid.x / q_tiles;
+  const int tile = q_tiles - 1 - threadgroup_position_in_grid.x % q_tiles; // under a causal mask the longest first
+  const int batch = threadgroup_position_in_grid.z;
+  const int first_head = threadgroup_position_in_grid.y * G;
+  const int kv_head = first_head / (heads / keys_shape[1]);
+
+  const int row = tile * BQ + band + at.row; // this lane's
+  const bool real = row < rows;
+  const int token = real ? row / G : q_len - 1;
+  const int head = first_head + (real ? row % G : 0);
+  const long place = (long(batch) * heads + head) * q_len + token; // of the row in out, lse and states
+
+  const device T* q = queries + batch * queries_strides[0] + head * queries_strides[1] + token * queries_strides[2];
+  const device T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
+  const device T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
+  const float scale = numbers[0];
+
+  // Q: staged once, or in registers
+  T q_own[Q_IN_REGISTERS ? 2 * TD : 1];
+  if (Q_IN_REGISTERS) {
+    RA_UNROLL
+    for (short i = 0; i < 2 * TD; i++) {
+      const short d = (half_d * TD + i / 2) * 8 + at.column + i % 2;
+      q_own[i] = real && d < D ? q[d * queries_strides[3]] : T(0);
+    }
+  } else {
+    constexpr short N = BD / 4;
+    const short mine = thread_id / 4, column = thread_id % 4 * N;
+    const int r = tile * BQ + mine;
+    const device T* from = queries + batch * queries_strides[0] + (first_head + r % G) * queries_strides[1] +
+        (r / G) * queries_strides[2] + column * queries_strides[3];
+    stage_row<T, N, 1>(q_tile + mine * LDQ + column, from, queries_strides[3], r < rows ? D - column : 0);
+  }
+
+  // The state: what earlier keys left, or nothing
+  float2 acc[TV];
+  float m = -INFINITY, l = 0; // l: of this lane's columns alone, until the end
+  RA_UNROLL
+  for (short i = 0; i < TV; i++) {
+    acc[i] = float2(0);
+  }
+#if RA_STATE_IN
+  if (split == 0 && real) {
+    m = m_in[place];
+    l = at.column == 0 ? l_in[place] : 0;
+    RA_UNROLL
+    for (short i = 0; i < TV; i++) {
+      const short d = (half_d * TV + i) * 8 + at.column;
+      acc[i] = float2(d < DV ? acc_in[place * DV + d] : 0, d + 1 < DV ? acc_in[place * DV + d + 1] : 0);
+    }
+  }
+#endif
+
+  // Which tiles: empty before `first` and from `last` on, full from `full_first` to `full_last`
+  const int bound = lane < 4 ? reach[4 * tile + lane] : 0;
+  int first = metal::simd_shuffle(bound, ushort(0)), last = metal::simd_shuffle(bound, ushort(3));
+  const int full_first = metal::simd_shuffle(bound, ushort(1)), full_last = metal::simd_shuffle(bound, ushort(2));
+  const int share_of_split = (last - first + splits - 1) / splits;
+  first += split * share_of_split;
+  last = metal::min(last, first + share_of_split);
+
+#if RA_BAND
+  // Keys in [low, high] are seen by this lane's row; in [low_any, high_any] by some row of this simdgroup
+  const int q_at = query_at[token];
+  const int low = real ? shifted(q_at, limits[0] == RA_INT_MIN ? -(1l << 33) : limits[0]) : RA_INT_MAX;
+  const int high = real ? shifted(q_at, limits[1] == RA_INT_MAX ? 1l << 33 : limits[1]) : RA_INT_MIN;
+  const int low_any = metal::simd_min(low), high_any = metal::simd_max(high);
+#endif
+#if RA_SEGMENTS
+  const int q_id = real ? query_ids[long(batch) * q_len + token] : -1;
+  const int q_tile_at = 2 * (batch * query_bounds_shape[1] + tile);
+  const int2 q_bounds = int2(query_bounds[q_tile_at], query_bounds[q_tile_at + 1]);
+  const device int* k_bounds = key_bounds + 2 * long(batch) * key_bounds_shape[1];
+#endif
+#if RA_MASK
+  const long mask_row = batch * mask_strides[0] + head * mask_strides[1] + token * mask_strides[2];
+#endif
+
+  for (int kb = first; kb < last; kb++) {
+#if RA_SEGMENTS
+    kb = next_shared(kb, last, q_bounds, k_bounds, lane);
+    if (kb == last) {
+      break;
+    }
+    const bool same = all_same(q_bounds, int2(k_bounds[2 * kb], k_bounds[2 * kb + 1]));
+#else
+    constexpr bool same = true;
+#endif
+    const bool full = !RA_MASK && same && kb >= full_first && kb < full_last;
+    const int key = kb * BK;
+    const short here = metal::min(k_len - key, int(BK)); // keys in this tile
+
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    stage<T, BK, BD, D, THREADS, 1, LDK>(
+        kv_tile, k + key * keys_strides[2], keys_strides[2], keys_strides[3], here, thread_id);
+
+    // A partial tile: what each lane knows of key `lane`, and the matrices of 8 keys that some row may see
+    short live_first = 0, live_last = TK;
+#if RA_BAND
+    int key_position = 0;
+#endif
+#if RA_SEGMENTS
+    int key_id = -1;
+#endif
+#if RA_COLUMNS
+    int key_column = 0;
+#endif
+    if (!full) {
+      const bool mine = lane < here;
+#if RA_BAND
+      key_position = mine ? key_at[key + lane] : 0;
+      live_first = metal::simd_sum(int(mine && key_position < low_any)) / 8;
+      live_last = (metal::simd_sum(int(mine && key_position <= high_any)) + 7) / 8;
+#else
+      live_last = (here + 7) / 8;
+#endif
+#if RA_SEGMENTS
+      key_id = mine ? key_ids[long(batch) * k_len + key + lane] : -1;
+#endif
+#if RA_COLUMNS
+      key_column = mine ? mask_columns[key + lane] : 0;
+#endif
+    }
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+
+    // S = Q K^T
+    float2 s[TK];
+    RA_UNROLL
+    for (short j = 0; j < TK; j++) {
+      s[j] = float2(0);
+    }
+    const threadgroup T* q_from = q_tile + (Q_IN_REGISTERS ? 0 : (band + at.row) * LDQ + at.column);
+    const threadgroup T* k_from = kv_tile + (half_d * TD * 8 + at.row) * LDK + at.column;
+    if (full) {
+      multiply_keys<T, TD, TK, LDK, Q_IN_REGISTERS, true>(s, q_own, q_from, k_from, 0, TK);
+    } else {
+      multiply_keys<T, TD, TK, LDK, Q_IN_REGISTERS, false>(s, q_own, q_from, k_from, live_first, live_last);
+    }
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+
+    if (WN == 2) { // the two halves of the head dims add up
+      threadgroup float* halves = reinterpret_cast<threadgroup float*>(kv_tile) + lane;
+      RA_UNROLL
+      for (short j = 0; j < TK; j++) {
+        halves[(simd * TK + j) * 64] = s[j].x;
+        halves[(simd * TK + j) * 64 + 32] = s[j].y;
+      }
+      threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+      RA_UNROLL
+      for (short j = 0; j < TK; j++) {
+        s[j] += float2(halves[((simd ^ 1) * TK + j) * 64], halves[((simd ^ 1) * TK + j) * 64 + 32]);
+      }
+      threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    }
+
+    // V, while the softmax is computed
+    const bool odd = stage<T, BK, BV, DV, THREADS, LDV, 1>(
+        kv_tile, v + key * values_strides[2], values_strides[2], values_strides[3], here, thread_id);
+
+    // Scores, and in a partial tile the rules
+    RA_UNROLL
+    for (short j = 0; j < TK; j++) {
+      s[j] *= scale;
+      if (SOFTCAP) {
+        s[j] = numbers[1] * float2(metal::precise::tanh(s[j].x / numbers[1]), metal::precise::tanh(s[j].y / numbers[1]));
+      }
+    }
+    ushort seen = 0;
+    if (!full) {
+      const bool any_odd = metal::simd_max(int(odd)) > 0;
+      if (lane == 0) {
+        spoiled[simd] = any_odd;
+      }
+      RA_UNROLL
+      for (short e = 0; e < 2 * TK; e++) {
+        const ushort column = e / 2 * 8 + at.column + e % 2;
+        bool sees = real && column < here;
+#if RA_BAND
+        const int position = metal::simd_shuffle(key_position, column);
+        sees = sees && position >= low && position <= high;
+#endif
+#if RA_SEGMENTS
+        const int id = metal::simd_shuffle(key_id, column);
+        sees = sees && id == q_id && id >= 0;
+#endif
+#if RA_COLUMNS
+        const long mask_at = mask_row + metal::simd_shuffle(key_column, column) * mask_strides[3];
+#elif RA_MASK
+        const long mask_at = mask_row + (key + column) * mask_strides[3];
+#endif
+        float x = s[e / 2][e % 2];
+#if RA_MASK == 1
+        sees = sees && mask[mask_at];
+#elif RA_MASK == 2
+        const float added = sees ? float(mask[mask_at]) : 0;
+        sees = sees && added != -INFINITY;
+        x += added;
+#endif
+        s[e / 2][e % 2] = sees ? x : -INFINITY;
+        seen |= ushort(sees) << e;
+      }
+    }
+
+    // Online softmax: P, and what it does to the state
+    float top = m;
+    RA_UNROLL
+    for (short j = 0; j < TK; j++) {
+      top = metal::max(top, metal::max(s[j].x, s[j].y));
+    }
+    top = row_max(top);
+    const float kept = weight(m, top);
+    m = top;
+    l *= kept;
+    RA_UNROLL
+    for (short j = 0; j < TK; j++) {
+      s[j] = float2(weight(s[j].x, top), weight(s[j].y, top));
+      l += s[j].x + s[j].y;
+    }
+    RA_UNROLL
+    for (short i = 0; i < TV; i++) {
+      acc[i] *= kept;
+    }
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+
+    // O += P V
+    const threadgroup T* v_from = kv_tile + at.row * LDV + half_d * TV * 8 + at.column;
+    int any_spoiled = 0;
+    if (!full) {
+      RA_UNROLL
+      for (short i = 0; i < WM * WN; i++) {
+        any_spoiled |= spoiled[i];
+      }
+    }
+    if (full) {
+      multiply_values<T, TV, TK, LDV, true>(acc, s, v_from, 0, TK);
+    } else if (!any_spoiled) {
+      multiply_values<T, TV, TK, LDV, false>(acc, s, v_from, live_first, live_last);
+    } else {
+      multiply_spoiled_values<T, TV, TK, LDV>(acc, s, v_from, seen);
+    }
+  }
+  l = row_sum(l);
+
+#if RA_STATE_OUT
+  const long target = split * (long(heads) * q_len * (threadgroups_per_grid.z)) + place;
+  const float kept = 1;
+#else
+#if RA_SINKS
+  const float sink = sinks[head];
+  const float top = metal::max(m, sink);
+  const float kept = weight(m, top);
+  l = l * kept + weight(sink, top);
+  m = top;
+#else
+  const float kept = 1;
+#endif
+  const long target = place;
+#endif
+  if (real) {
+    RA_UNROLL
+    for (short i = 0; i < 2 * TV; i++) {
+      const short d = (half_d * TV + i / 2) * 8 + at.column + i % 2;
+      const float x = acc[i / 2][i % 2];
+      if (d < DV) {
+#if RA_STATE_OUT
+        acc_out[target * DV + d] = x;
+#else
+        out[target * DV + d] = Out(l == 0 ? 0.0f : x * kept / l);
+#endif
+      }
+    }
+    if (half_d == 0 && at.column == 0) {
+#if RA_STATE_OUT
+      m_out[target] = m;
+      l_out[target] = l;
+#elif RA_LSE
+      lse[target] = l == 0 ? -INFINITY : m + metal::precise::log(l);
+#endif
+    }
+  }
