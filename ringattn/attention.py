@@ -53,8 +53,9 @@ def attention(
             equal ids, and a negative id is padding, which sees nothing, is not seen, and may hold any bits.
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
-        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU), ``"reference"``
-            (plain mx operations; the one that is differentiable), or ``None`` for the best on the default device.
+        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU),
+            ``"reference"`` (plain mx operations; the one that is differentiable), or ``None`` for the best on the
+            default device.
 
     Returns:
         `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`

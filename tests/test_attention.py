@@ -12,11 +12,16 @@ import pytest
 
 import ringattn as ra
 from ringattn.backends import host, reference, softmax
+from ringattn.metal import attend as metal_plan
 from ringattn.verify.oracle import FLOATS, Case, check, random_case, to64
 
-MODULES = {"host": host, "reference": reference}
-BACKENDS = tuple(MODULES)
+BACKENDS = ("host", "metal", "reference")
 LENGTHS = (0, 1, 7, 113, 300)
+SIZES = {  # what cuts the work, and the largest that a test makes of it
+    "host": (host, {"ROWS": 16, "SCORES": 64, "SMALL": 1 << 10, "EDGE": 16}),
+    "metal": (metal_plan, {"FEW_ROWS": 100, "LEAST_KEYS": 64}),
+    "reference": (reference, {"QUERIES": 16, "KEYS": 32}),
+}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -120,12 +125,10 @@ def test_random_cases(backend, first):
 def test_tiles_of_any_size(monkeypatch, backend, seed):
     """How the work is cut is a matter of speed alone: with tiny tiles every case meets all their edges."""
     r = np.random.default_rng(seed)
-    sizes = (
-        {"ROWS": 16, "SCORES": 64, "SMALL": 1 << 10, "EDGE": 16} if backend == "host" else {"QUERIES": 16, "KEYS": 32}
-    )
+    module, sizes = SIZES[backend]
     for name, size in sizes.items():
-        assert hasattr(MODULES[backend], name)
-        monkeypatch.setattr(MODULES[backend], name, int(r.integers(1, size)))
+        assert hasattr(module, name)
+        monkeypatch.setattr(module, name, int(r.integers(1, size)))
     case = random_case(seed, lengths=(7, 40, 113))
     check(case, *run(case, backend))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -72,6 +74,15 @@ def test_random_cases(ring: Ring, kind: str, strategy: str | None) -> None:
         out, lse, layout = run(case, ring, kind, strategy=strategy, backend=backend)
         assert out.dtype == case.q.dtype
         check(case, out, lse, rows=rows_of(layout, ring.rank), what=f"{seed=} {kind} {strategy}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_metal(ring: Ring, strategy: str) -> None:
+    """The states of its hops are carried from kernel to kernel."""
+    for seed, options in ((1, {"mask": "causal"}), (2, {"window": 40, "softcap": 3.0})):
+        case = replace(random_case(seed, q_len=113, k_len=113), options=options)
+        out, lse, layout = run(case, ring, "zigzag", strategy=strategy, backend="metal")
+        check(case, out, lse, rows=rows_of(layout, ring.rank), what=f"{seed=} {strategy}")
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

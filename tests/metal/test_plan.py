@@ -1,0 +1,223 @@
+"""How the Metal backend cuts its work: tiles, pieces of bounded work, and what reaches the executor."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ringattn as ra
+from ringattn.backends import Rules
+from ringattn.mask import Band, Tile
+from ringattn.metal import attend, device, set_executor
+from ringattn.metal.attend import Plan
+from ringattn.metal.device import Device
+from ringattn.metal.pieces import pieces
+from ringattn.metal.problem import Problem
+from ringattn.metal.reach import reach
+from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling
+from ringattn.verify.oracle import FLOATS, Case, check
+from tools.hostmetal import Runtime
+
+DIMS = (1, 7, 8, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_threadgroup_memory(dtype):
+    for dim in DIMS:
+        for v_dim in DIMS:
+            for rows in (1, 9, 17, 64, 1000):
+                tiling = Tiling.of(dtype, dim, v_dim, rows)
+                assert tiling.threadgroup_bytes <= THREADGROUP_BYTES
+                assert dim <= tiling.BD and v_dim <= tiling.BV and min(rows, 32) <= tiling.BQ
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_reach(seed):
+    """Tile by tile, against the mask's own word for it."""
+    r = np.random.default_rng(seed)
+    q_pos, k_pos = (np.sort(r.choice(400, n, replace=False)).astype(np.int32) for n in r.integers(1, 200, 2))
+    band = [Band(), Band(None, 0), Band(-30, 0), Band(-5, 60), Band(0, 0)][seed % 5]
+    rows, group, BK = int(r.choice([8, 16, 32])), int(r.choice([1, 1, 3])), int(r.choice([16, 32]))
+    tiles = reach(band, q_pos, k_pos, rows, group, BK)
+    assert len(tiles) == -(-len(q_pos) * group // rows)
+    for i, (first, full_first, full_last, last) in enumerate(tiles):
+        queries = q_pos[i * rows // group : (min((i + 1) * rows, len(q_pos) * group) - 1) // group + 1]
+        for j in range(-(-len(k_pos) // BK)):
+            keys = k_pos[j * BK : (j + 1) * BK]
+            seen = band.visible(queries, keys)
+            if not first <= j < last:
+                assert not seen.any()
+            if full_first <= j < full_last:
+                assert seen.all() and len(keys) == BK
+                assert band.tile(queries[0], queries[-1], keys[0], keys[-1]) is Tile.FULL
+
+
+LENGTHS = {"64K": 65_536, "262K": 262_144, "1M": 1_048_576}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("architecture", ["applegpu_g13g", "applegpu_g15s", "applegpu_g14d"])
+def test_pieces_are_bounded(length, causal, architecture):
+    """32 heads of 128 dims, as many queries as keys: every pair is in one piece, and no piece is over the budget."""
+    tokens, heads, dims = LENGTHS[length], 32, 256
+    gpu, tiling = device.device(architecture), Tiling.of(mx.bfloat16, 128, 128, 1000)
+    positions = np.arange(tokens, dtype=np.int32)
+    tiles = reach(Band(None, 0 if causal else None), positions, positions, tiling.BQ, 1, tiling.BK)
+    least = -(-gpu.threadgroups // heads)
+    cuts = pieces(tiles, (tiling.BQ, tiling.BK), (tokens, tokens), 2 * dims * heads, gpu.budget, least)
+    at = 0
+    for queries, keys in cuts:
+        assert queries.start == at and keys[0].start == 0
+        own = tiles[queries.start // tiling.BQ : -(-queries.stop // tiling.BQ)]
+        assert keys[-1].stop >= own[:, 3].max() * tiling.BK
+        for before, after in zip(keys, keys[1:]):
+            assert before.stop == after.start
+        for run in keys:
+            seen = np.clip(own[:, 3] * tiling.BK, run.start, run.stop) - run.start
+            assert seen.sum() * tiling.BQ * 2 * dims * heads <= gpu.budget
+        at = queries.stop
+    assert at == tokens
+    dispatches = sum(len(keys) for _, keys in cuts)
+    least_possible = tiles[:, 3].astype(np.int64).sum() * tiling.BQ * tiling.BK * 2 * dims * heads / gpu.budget
+    assert least_possible <= dispatches <= 2 * least_possible + len(cuts)
+
+
+def test_the_device_sets_the_budget():
+    small, large = device.device("applegpu_g13g"), device.device("applegpu_g14d")
+    assert large.budget > small.budget and large.threadgroups > small.threadgroups
+    assert device.device("x86_64") == device.device("something else")
+
+
+def case_of(q_len: int, k_len: int, *, heads=2, kv_heads=1, dim=64, dtype=mx.float16, batch=1, **options) -> Case:
+    r = np.random.default_rng(q_len + k_len + dim)
+
+    def normal(heads: int, tokens: int) -> mx.array:
+        return mx.array(r.standard_normal((batch, heads, tokens, dim)).astype(np.float32)).astype(dtype)
+
+    q, k, v = normal(heads, q_len), normal(kv_heads, k_len), normal(kv_heads, k_len)
+    return Case(q, k, v, np.arange(k_len - q_len, k_len), np.arange(k_len), options)
+
+
+def run(case: Case):
+    return ra.attention(case.q, case.k, case.v, backend="metal", return_lse=True, **case.options)
+
+
+# The configurations of ml-explore/mlx PR 3306
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_pr_3306_head_dims(dtype, dim):
+    case = case_of(64, 64, dim=dim, dtype=dtype)
+    check(case, *run(case))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_pr_3306_causal(dtype):
+    case = case_of(100, 100, dtype=dtype, mask="causal")
+    check(case, *run(case))
+
+
+def test_pr_3306_cross_attention():
+    case = case_of(40, 170)
+    check(case, *run(case))
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(8, 2), (8, 1), (4, 4)])
+def test_pr_3306_grouped_heads(heads, kv_heads):
+    case = case_of(40, 40, heads=heads, kv_heads=kv_heads, mask="causal")
+    check(case, *run(case))
+
+
+def test_pr_3306_batches():
+    case = case_of(40, 40, batch=4, mask="causal")
+    check(case, *run(case))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_pr_3306_8k_keys(dtype):
+    case = case_of(33, 8192, dtype=dtype, kv_heads=2)
+    check(case, *run(case))
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"heads": 8, "kv_heads": 2}], ids=str)
+def test_pr_3306_lse(options):
+    case = case_of(50, 90, dtype=mx.float32, **options)
+    exact = case.exact()[1]
+    np.testing.assert_allclose(np.array(run(case)[1]), exact, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("keys", [65_536, 131_072, 262_144])
+def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
+    """In pieces of at most 30,000 keys, each carrying its state to the next."""
+    case = case_of(4, keys)
+    tiling = Tiling.of(mx.float16, 64, 64, 8)
+    budget = 30_000 * tiling.BQ * 2 * (tiling.BD + tiling.BV)
+    monkeypatch.setattr(attend, "device", lambda: Device(1, budget))
+    calls, runtime = [], Runtime(checks=False)
+    set_executor(lambda call: calls.append(call) or runtime(call))
+    out, lse = run(case)
+    set_executor(Runtime())
+    forward = [call for call in calls if "forward" in call.name]
+    assert len(forward) == -(-keys // (30_000 // tiling.BK * tiling.BK))
+    assert all(call.inputs[1].shape[2] <= 30_000 for call in forward)
+    check(case, out, lse)
+
+
+# What reaches the executor
+
+
+def captured(case: Case, **more) -> list:
+    calls, runtime = [], Runtime()
+    set_executor(lambda call: calls.append(call) or runtime(call))
+    ra.attention(case.q, case.k, case.v, backend="metal", **{**case.options, **more})
+    set_executor(Runtime())
+    return calls
+
+
+def test_without_lse_there_is_no_trace_of_it():
+    (call,) = captured(case_of(70, 70))
+    assert call.output_names == ["out"] and "#define RA_LSE 0" in call.header
+
+
+def test_heads_that_share_keys_share_tiles_when_rows_are_few():
+    (call,) = captured(case_of(2, 100, heads=8, kv_heads=2))
+    assert call.grid[1:] == (2, 1) and dict(call.template)["G"] == 4
+
+
+def test_a_kernel_is_the_same_whatever_the_lengths():
+    """Or it would be compiled anew for every token."""
+    few, more = (captured(case_of(100, n, mask="causal"))[0] for n in (300, 301))
+    assert (few.name, few.source, few.header, few.template) == (more.name, more.source, more.header, more.template)
+
+
+def test_larger_head_dims_go_to_plain_operations():
+    case = case_of(20, 30, dim=320, mask="causal")
+    assert captured(case) == []
+    check(case, *run(case))
+
+
+def test_without_a_gpu_metal_is_refused():
+    set_executor(None)
+    try:
+        if mx.metal.is_available():
+            pytest.skip("there is an Apple GPU")
+        case = case_of(2, 2)
+        with pytest.raises(ra.ArgumentError, match="backend: 'metal' needs an Apple GPU"):
+            run(case)
+    finally:
+        set_executor(Runtime())
+
+
+def test_an_executor_is_a_function():
+    with pytest.raises(ra.ArgumentTypeError, match="fn: int, expected a function"):
+        set_executor(3)
+
+
+def test_plan_fills_the_gpu_with_runs_of_keys():
+    case = case_of(1, 5000, heads=4, kv_heads=1)
+    problem = Problem(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    plan = Plan.of(problem, Device(10, 10**12))
+    assert plan.group == 4 and plan.splits(problem) == 5000 // attend.LEAST_KEYS

@@ -1,0 +1,1 @@
+"""Tools for working on the package; they are not installed with it."""

@@ -1,0 +1,8 @@
+"""Runs Metal kernels on Linux: the same source, compiled for the host, with every access to memory watched."""
+
+from .counters import Counters
+from .faults import CompileError, LintError, Report, RuntimeFault
+from .lint import lint
+from .runtime import Runtime
+
+__all__ = ["CompileError", "Counters", "LintError", "Report", "Runtime", "RuntimeFault", "lint"]

@@ -1,0 +1,15 @@
+// Between the core, which runs threads, and a kernel with its own parameters.
+
+#pragma once
+
+struct ThreadPosition { // the core's; see launch.h there
+  uint in_grid[3], in_threadgroup[3], threadgroup_position[3];
+  uint threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3], threads_per_grid[3], threadgroups_per_grid[3];
+  uint index, lane, simdgroup, simdgroups, dispatch_simdgroups;
+};
+
+#define HOSTMETAL_ENTRY extern "C" __attribute__((no_sanitize("thread"), visibility("default")))
+#define HOSTMETAL_POINTER(TYPE, ADDRESS) reinterpret_cast<TYPE*>(ADDRESS)
+#define HOSTMETAL_UINT3(XYZ) (uint3{XYZ[0], XYZ[1], XYZ[2]})
+
+extern "C" ulong hostmetal_threadgroup(uint id, size_t bytes, uint element, const char* name);
