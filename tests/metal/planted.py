@@ -161,14 +161,12 @@ PLANTED = [
     Planted("both groups", "write_conflict", _GROUP_SUM, ".x] =", ".x / 2] =", _group_sums, size=2),
     Planted("array not filled", "uninitialised", _REVERSE, "s[t] = x[i]", "if (t != 9) s[t] = x[i]", _reversed),
     Planted("output read first", "uninitialised", _COPY, "y[i] =", "y[i] +=", _same),
-    Planted("two barriers", "divergence", _REVERSE, _BARRIER, _EITHER, _reversed),
     Planted("barrier of some", "divergence", _REVERSE, _BARRIER, f"if (t < 40) {{ {_BARRIER} }}", _reversed),
     Planted("early return", "divergence", _REVERSE, _BARRIER, f"if (t > 47) return;\n{_BARRIER}", _reversed),
     Planted(
         "early return of all lanes", "divergence", _REVERSE, _BARRIER, f"if (t > 31) return; {_BARRIER}", _reversed
     ),
     Planted("simd sum of some", "divergence", _SIMD_SUM, "sum = simd", "if (t % 32 < 16) sum = simd", _lane_sums),
-    Planted("two simd operations", "divergence", _SIMD_SUM, "sum = simd_sum(sum);", _TWO_SUMS, _lane_sums),
     Planted("no such lane", "bad_shuffle", _LANE_SUM, "shuffle_xor(sum, step)", "shuffle(sum, t + step)", _lane_sums),
     Planted("too much memory", "threadgroup_overflow", _REVERSE.replace("s[64]", "s[8192]"), "92]", "93]", _reversed),
     Planted("shuffle of a wrong distance", "numbers", _LANE_SUM, "step *= 2", "step *= 3", _lane_sums),

@@ -203,14 +203,14 @@
       RA_UNROLL
       for (short e = 0; e < 2 * TK; e++) {
         const ushort column = e / 2 * 8 + at.column + e % 2;
-        bool sees = real && column < here;
+        bool sees = real & (column < here);
 #if RA_BAND
         const int position = metal::simd_shuffle(key_position, column);
-        sees = sees && position >= low && position <= high;
+        sees = sees & (position >= low) & (position <= high);
 #endif
 #if RA_SEGMENTS
         const int id = metal::simd_shuffle(key_id, column);
-        sees = sees && id == q_id && id >= 0;
+        sees = sees & (id == q_id) & (id >= 0);
 #endif
 #if RA_COLUMNS
         const long mask_at = mask_row + metal::simd_shuffle(key_column, column) * mask_strides[3];

@@ -14,7 +14,8 @@ RA_FUNC bool all_same(int2 queries, int2 keys) {
 RA_FUNC int next_shared(int tile, int last, int2 queries, const device int* bounds, ushort lane) {
   while (tile < last) {
     const int mine = tile + lane;
-    const bool hit = mine < last && share(queries, int2(bounds[2 * mine], bounds[2 * mine + 1]));
+    const int there = metal::min(mine, last - 1);
+    const bool hit = (mine < last) & share(queries, int2(bounds[2 * there], bounds[2 * there + 1]));
     const int first = metal::simd_min(hit ? mine : last);
     if (first < last) {
       return first;

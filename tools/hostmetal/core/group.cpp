@@ -103,7 +103,7 @@ bool all_at_one_place(Worker* w, bool* ended) {
   const Fibre* a = &w->fibres[0];
   for (uint32_t t = 1; t < w->threads; t++) {
     const Fibre* b = &w->fibres[t];
-    if (a->state == b->state && (a->state == ENDED || a->site == b->site)) {
+    if (a->state == b->state && (a->state == ENDED || a->state == AT_BARRIER)) {
       continue;
     }
     const Fibre* waits = a->state == AT_BARRIER ? a : b;

@@ -69,7 +69,7 @@ __attribute__((noinline)) void diverged(Worker* w, Simdgroup* s) {
   const Fibre* b = a;
   for (uint32_t i = 1; i < s->count; i++) {
     const Fibre* f = s->lanes[i];
-    if (f->state != a->state || (f->state == READY && (f->meeting != a->meeting || f->site != a->site))) {
+    if (f->state != a->state || (f->state == READY && (f->meeting != a->meeting))) {
       b = f;
       break;
     }
@@ -112,7 +112,7 @@ inline void meet(Worker* w, Fibre* me, int meeting, const void* site) {
   const Fibre* first = s->lanes[s->order[0]];
   me->meeting = meeting;
   me->site = site;
-  s->mixed = s->arrived != 0 && (s->mixed || first->meeting != meeting || first->site != site);
+  s->mixed = s->arrived != 0 && (s->mixed || first->meeting != meeting);
   s->arrived++;
   pass_on(w, me);
 }
