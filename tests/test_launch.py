@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from ringattn.cli import main
 from ringattn.cluster import mpiexec
+from ringattn.cluster.local import Job
 from ringattn.cluster.mpiexec import LaunchError, Mpiexec
 from ringattn.cluster.rank import describe_end, start_time, unescape
+from ringattn.cluster.records import End, Rank
 
 ROOT = Path(__file__).parents[1]
 RANK = "import os, signal, sys, time\nrank = int(os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')))\n"
@@ -44,7 +48,8 @@ def _environment(**changed: str) -> dict[str, str]:
 def start(*arguments: str, cwd: str | Path | None = None, **changed: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "ringattn.cli", "launch", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, text=True, env=_environment(**changed), cwd=cwd, **pipes)
+    heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup's programs inherit that it is ignored
+    return subprocess.Popen(line, text=True, env=_environment(**changed), cwd=cwd, preexec_fn=heed, **pipes)
 
 
 def launch(*arguments: str, stdin: str = "", **changed: str) -> subprocess.CompletedProcess[str]:
@@ -335,6 +340,13 @@ def test_stopped_rank_is_swept(script, tmp_path, code):
     assert result.returncode == (code or 137)
     assert "1 (stopped)" in result.stderr
     assert living(pids(tmp_path, 3)) == []
+
+
+def test_killed_rank_counts_where_mpiexec_ends_with_zero():
+    job = Job(1)
+    job.ranks["0"] = Rank("0", None, None, End(-signal.SIGKILL, 0.0, True, "killed"))
+    job._mpiexec = SimpleNamespace(returncode=0)
+    assert job.conclude() == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -138,7 +138,9 @@ class Job:
             return 0
         code = self._mpiexec.returncode if self._mpiexec else 1  # MPI ended it: an abort, or it could not start
         say(f"mpiexec ended with code {code}; ranks that had not ended: {self._living() or 'none'}")
-        return code if code > 0 else 128 - code or max((end.status for end in ends), default=0) or 1
+        if code:
+            return code if code > 0 else 128 - code
+        return max((end.status for end in ends), default=0) or 1  # it may say 0 of ranks that were killed
 
     def _finished(self) -> bool:
         over = self._mpiexec is None or self._mpiexec.poll() is not None
