@@ -9,6 +9,7 @@ import numpy as np
 
 from . import backends
 from .checks import check_flag, check_positions, check_qkv
+from .gradient import Gradients
 from .graph import opaque
 from .options import Options
 
@@ -33,7 +34,8 @@ def attention(
     """Scaled dot-product attention that can also return the log-sum-exp of every row.
 
     A query attends to the keys that every constraint allows: mask, window and segments combine by AND. No score matrix
-    is ever held. A row that sees no key gives ``out = 0`` and ``lse = -inf``.
+    is ever held. A row that sees no key gives ``out = 0`` and ``lse = -inf``, and has no gradient. Differentiable
+    (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse.
 
     Args:
         q: Queries ``[batch, heads, q tokens, head_dim]`` in float16, bfloat16 or float32.
@@ -54,8 +56,7 @@ def attention(
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
         backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU),
-            ``"reference"`` (plain mx operations; the one that is differentiable), or ``None`` for the best on the
-            default device.
+            ``"reference"`` (plain mx operations), or ``None`` for the best on the default device.
 
     Returns:
         `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`
@@ -63,7 +64,7 @@ def attention(
 
     Raises:
         ArgumentError: An argument is wrong; the message names it, its value and what was expected.
-        TransformError: A transformation (mx.grad, mx.compile, ...) reached a fused kernel, which has none.
+        TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached a fused kernel.
     """
     check_qkv(q, k, v)
     options = Options.checked(
@@ -84,12 +85,18 @@ def attention(
 
     def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         bound = options.bind(arrays)
-        out, lse = kernel.finished(q, k, v, q_pos, k_pos, bound.rules(), bound.sinks, bound.out_dtype, return_lse)
-        return (out, lse) if return_lse else (out,)
+        return kernel.finished(q, k, v, q_pos, k_pos, bound.rules(), bound.sinks, bound.out_dtype, True)
+
+    def gradient(*arrays: mx.array) -> list[mx.array]:
+        (q, k, v, *given), (dout, dlse, out, lse) = arrays[:-4], arrays[-4:]
+        bound, rows = options.bind(given), kernel.rows(out, lse, dout, dlse)
+        rules = bound.rules()
+        sums = kernel.backward(q, k, v, q_pos, k_pos, rules, rows, Gradients.zeros(q, k, v, rules))
+        return bound.gradients(sums, rows, q.dtype)
 
     arrays = (q, k, v, *options.arrays)
     if kernel.DIFFERENTIABLE:
-        results = compute(*arrays)
+        out, lse = compute(*arrays)
     else:
-        results = opaque(f"attention with backend {kernel.__name__.rpartition('.')[2]!r}", compute, arrays)
-    return (results[0], results[1]) if return_lse else results[0]
+        out, lse = opaque(f"attention with backend {kernel.__name__.rpartition('.')[2]!r}", compute, arrays, gradient)
+    return (out, lse) if return_lse else out

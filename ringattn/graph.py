@@ -8,17 +8,30 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import RingAttentionError, TransformError
+from .recompute import kept
 
 Arrays = Sequence[mx.array]
 
 
-def opaque(what: str, compute: Callable[..., tuple[mx.array, ...]], arrays: Arrays) -> tuple[mx.array, ...]:
-    """Run `compute` on `arrays`, which it may evaluate; a transformation that reaches it raises `TransformError`.
+def opaque(
+    what: str, compute: Callable[..., Arrays], arrays: Arrays, gradient: Callable[..., Arrays] | None = None
+) -> Arrays:
+    """Run `compute` on `arrays`, which it may evaluate; a transformation that is not provided for raises.
 
     Without this a gradient through values that left the graph would silently be zero. Every array that `compute` uses
     must be in `arrays`: one it closed over would go unnoticed.
+
+    Args:
+        what: The name of the computation, for messages.
+        compute: Takes `arrays`, returns a sequence of arrays.
+        arrays: At least two of them.
+        gradient: Takes the arrays, the gradients of the loss by the results, and the results, one after the other, and
+            returns the gradients by the arrays; ``None`` where there is none. It has no gradient itself.
+
+    Raises:
+        TransformError: When mx.compile, mx.vmap, mx.jvp or a gradient that is not there reaches it.
     """
-    function: Any = mx.custom_function(compute)
+    function: Any = mx.custom_function(compute if gradient is None else kept(compute))
 
     def unsupported(name: str) -> Callable:
         def refuse(*_):
@@ -26,7 +39,12 @@ def opaque(what: str, compute: Callable[..., tuple[mx.array, ...]], arrays: Arra
 
         return refuse
 
-    function.vjp(unsupported("the gradient (mx.grad, mx.vjp)"))
+    if gradient is None:
+        second = what.startswith("the gradient of")
+        function.vjp(unsupported("a second derivative" if second else "the gradient (mx.grad, mx.vjp)"))
+    else:
+        of = gradient
+        function.vjp(lambda *given: opaque(f"the gradient of {what}", of, [x for arrays in given for x in arrays]))
     function.jvp(unsupported("forward-mode differentiation (mx.jvp)"))
     function.vmap(unsupported("mx.vmap"))
     try:

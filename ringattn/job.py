@@ -16,10 +16,11 @@ from .checks import check_choice, check_flag, check_qkv
 from .comm.agreement import Fields
 from .comm.base import Event, Ring, Transfer
 from .errors import ArgumentError, ArgumentTypeError
+from .gradient import Gradients, Rows
 from .layout import Layout
 from .merge import State
 from .options import Options
-from .schedule import STRATEGIES, Schedule, choose, plan
+from .schedule import STRATEGIES, Schedule, Sizes, choose, plan
 from .spans import positions
 from .wire import Block
 
@@ -91,12 +92,12 @@ class Job:
         )
         return tuple((name, str(value)) for name, value in named) + self.options.fields
 
-    def schedule(self) -> Schedule:
+    def schedule(self, gradient: bool = False) -> Schedule:
         """This rank's hops."""
-        return plan(self.layout, self.kv_layout, self.options.band, self.chosen, self.ring.rank)
+        chosen = self.chosen(gradient)
+        return plan(self.layout, self.kv_layout, self.options.band, chosen, self.ring.rank, gradient)
 
-    @property
-    def chosen(self) -> str:
+    def chosen(self, gradient: bool = False) -> str:
         """The strategy, where it is open from numbers that all ranks agree on."""
         if self.strategy is not None:
             return self.strategy
@@ -104,20 +105,23 @@ class Job:
         mask, (batch, heads, _, dim) = self.options.mask, q.shape
         item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
         row = 0 if mask is None else mask.shape[0] * mask.shape[1] * mask.shape[3] * mask.dtype.size
-        key_bytes = batch * k.shape[1] * (dim + v.shape[3]) * item + ids
-        query_bytes = batch * heads * dim * item + ids + row
-        state_bytes = batch * heads * (v.shape[3] + 2) * 4
-        return choose(self.layout, self.kv_layout, self.options.band, key_bytes, query_bytes, state_bytes)
+        key, query = batch * k.shape[1] * (dim + v.shape[3]), batch * heads * dim
+        keys, queries = Sizes(key * item + ids), Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
+        if gradient:  # and with a query go dout, the lse and delta
+            rows = batch * heads * (v.shape[3] * self.options.out_dtype.size + 8)
+            by_mask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
+            keys, queries = Sizes(keys.block, key * 4), Sizes(queries.block + rows, query * 4 + by_mask)
+        return choose(self.layout, self.kv_layout, self.options.band, keys, queries, gradient)
 
     def keys(self) -> Block:
         """This rank's keys and values, with their segment ids."""
         ids = () if self.options.segments is None else self.options.segments[1:]
         return Block((*self.arrays[1:3], *ids), (2, 2, 1)[: 2 + len(ids)], self.kv_layout.spans[self.ring.rank])
 
-    def queries(self) -> Block:
-        """This rank's queries, with their rows of the mask and their segment ids."""
+    def queries(self, of_rows: Rows | None = None) -> Block:
+        """This rank's queries, with their rows of the mask, their segment ids, and what the gradient needs of them."""
         q, mask, segments = self.arrays[0], self.options.mask, self.options.segments
-        arrays, axes = [q], [2]
+        arrays, axes = [q, *(of_rows or ())], [2] * (1 + len(of_rows or ()))
         if mask is not None:
             arrays.append(mx.broadcast_to(mask, (*mask.shape[:2], q.shape[2], mask.shape[3])))
             axes.append(2)
@@ -128,22 +132,44 @@ class Job:
 
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """One kernel call: a block of queries to a block of keys, into `state`."""
+        with timed(self.ring, "compute", hop):
+            state = self.kernel.forward(*self._problem(queries, keys, 1), state)
+            mx.eval(*state)
+        return state
+
+    def pull_back(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
+        """One kernel call: the gradients of a block of queries, with its rows, and one of keys, added to `sums`."""
+        rows = Rows(*queries.arrays[1:4])
+        with timed(self.ring, "compute", hop):
+            sums = self.kernel.backward(*self._problem(queries, keys, 4), rows, sums)
+            mx.eval([x for x in sums if x is not None])
+        return sums
+
+    def _problem(self, queries: Block, keys: Block, before_mask: int) -> tuple:
+        """What a kernel takes of two blocks: arrays, positions, rules."""
         options, k_pos = self.options, positions(keys.spans)
-        q, *rest = queries.arrays
+        rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
         columns = None if mask is None else k_pos - self.kv_layout.start
         rules = replace(options, mask=mask, segments=segments).rules(columns)
-        with timed(self.ring, "compute", hop):
-            k, v = keys.arrays[:2]
-            state = self.kernel.forward(q, k, v, positions(queries.spans), k_pos, rules, state)
-            mx.eval(*state)
-        return state
+        return queries.arrays[0], *keys.arrays[:2], positions(queries.spans), k_pos, rules
 
     def empty_state(self, tokens: int) -> State:
         """The state of `tokens` queries that have seen no key."""
         q, _, v = self.arrays[:3]
         return State.empty(q.shape[0], q.shape[1], tokens, v.shape[3])
+
+    def gradients_of_keys(self, tokens: int) -> tuple[mx.array, ...]:
+        """Zeros for `tokens` keys and their values."""
+        k, v = self.arrays[1:3]
+        return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in (k, v))
+
+    def gradients_of_queries(self, tokens: int) -> tuple[mx.array, ...]:
+        """Zeros for `tokens` queries, and for their rows of an additive mask."""
+        mask = self.options.mask
+        arrays = [self.arrays[0], *([] if mask is None or mask.dtype == mx.bool_ else [mask])]
+        return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in arrays)
 
     def wait(self, hop: int, *transfers: Transfer | None) -> None:
         """Wait for those that are there, and note in the ring's trace that it was a wait."""

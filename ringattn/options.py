@@ -11,6 +11,7 @@ import numpy as np
 
 from . import checks
 from .backends import Rules
+from .gradient import Gradients, Rows
 from .mask import Band
 
 
@@ -73,6 +74,17 @@ class Options:
         sinks = None if self.sinks is None else next(given)
         segments = None if self.segments is None else (next(given), next(given))
         return replace(self, mask=mask, sinks=sinks, segments=segments)
+
+    def gradients(self, sums: Gradients, rows: Rows, dtype: mx.Dtype) -> list[mx.array]:
+        """The gradients by q, k, v, in their `dtype`, and by `arrays`, in theirs; zeros where there is none."""
+        mask = sums.mask
+        if mask is not None and self.mask is not None and mask.shape != self.mask.shape:  # one row for all queries
+            mask = mask.sum(axis=2, keepdims=True)
+        found = {"mask": mask, "sinks": None if self.sinks is None else rows.by_sinks(self.sinks)}
+        given = {"mask": self.mask, "sinks": self.sinks}
+        by_options = [mx.zeros_like(x) if found[name] is None else found[name].astype(x.dtype)
+                      for name, x in given.items() if x is not None]  # fmt: skip
+        return [*(x.astype(dtype) for x in sums[:3]), *by_options, *map(mx.zeros_like, self.segments or ())]
 
     def rules(self, columns: np.ndarray | None = None) -> Rules:
         """What a kernel needs of them."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import mlx.core as mx
 import numpy as np
 
 from .comm.agreement import agree, heard
 from .comm.base import Ring
+from .gradient import Gradients, Rows
 from .graph import opaque, start_evaluation
 from .job import Job, check_ring
 from .layout import Layout
 from .merge import State, finish, merge_states
 from .schedule import Schedule
 from .spans import Spans, length, locate, positions
-from .wire import Arrival, Block, Slots, collect, relay, rows
+from .wire import Arrival, Block, Slots, collect, relay
+from .wire import rows as rows_of
 
 WHAT = "ring_attention"
-STATES = 4096  # tags of states; those of blocks are their hop
+GRADIENT = f"the gradient of {WHAT}"
+RESULTS = 4096  # tags of results; those of blocks are their hop
+
+Arrays = Sequence[mx.array]
 
 
 def ring_attention(
@@ -44,6 +52,11 @@ def ring_attention(
     holds; memory per rank is its own tensors and two travelling blocks. The result is that of `attention` on the whole
     sequence, and the same bits on every run. What is not said here is as in `attention`.
 
+    Differentiable (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse. The
+    gradient is collective too and that of the sum of all ranks' losses: that by k and v arrives at the rank that has
+    them, that by sinks is this rank's queries' part. A rank whose loss does not use the result leaves the others
+    waiting; `ringattn.training.mean_loss` keeps the link.
+
     Args:
         q: This rank's queries ``[batch, heads, local tokens, head_dim]``, in the order of ``layout.positions(rank)``.
         k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`.
@@ -69,7 +82,7 @@ def ring_attention(
         ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank,
             before any data moves; the ring still works.
         RingError: A rank died, stalled or left, or another thread is using the ring.
-        TransformError: mx.grad, mx.compile, mx.vmap or mx.jvp reached it: not supported.
+        TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached it: not supported.
     """
     check_ring(ring)
     with ring.call(WHAT):
@@ -92,7 +105,12 @@ def ring_attention(
                 segments=segments,
                 out_dtype=out_dtype,
             )
-        out, lse = opaque(WHAT, lambda *arrays: _run(job.bind(arrays)), job.arrays)
+        out, lse = opaque(
+            WHAT,
+            lambda *arrays: _run(job.bind(arrays)),
+            job.arrays,
+            gradient=lambda *arrays: _pull_back(job.bind(arrays[:-4]), *arrays[-4:]),
+        )
     return (out, lse) if return_lse else out
 
 
@@ -105,11 +123,27 @@ def _run(job: Job) -> tuple[mx.array, mx.array]:
         fields = job.fields()
     agree(job.ring, WHAT, fields)
     with job.ring.committed():
-        state = _STRATEGIES[job.chosen](job)
+        state = _STRATEGIES[job.chosen()](job)
         out, lse = finish(state, job.options.sinks, job.options.out_dtype)
         del state
         mx.eval(out, lse)
     return out, lse
+
+
+def _pull_back(job: Job, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.array) -> list[mx.array]:
+    """The gradients by `job.arrays`, with the other ranks."""
+    ring = job.ring
+    with ring.call(GRADIENT):
+        with heard(ring, GRADIENT):
+            mx.eval(*job.arrays, dout, dlse)
+            rows = job.kernel.rows(out, lse, dout, dlse)
+            fields = job.fields()
+        agree(ring, GRADIENT, fields)
+        with ring.committed():
+            sums = (_pull_back_queries if job.chosen(gradient=True) == "pass_q" else _pull_back_keys)(job, rows)
+            found = job.options.gradients(sums, rows, job.arrays[0].dtype)
+            mx.eval(found)
+    return found
 
 
 def _pass_kv(job: Job) -> State:
@@ -137,60 +171,119 @@ def _gather(job: Job) -> State:
 
 def _pass_q(job: Job) -> State:
     """Queries travel, and their states one hop behind; each rank adds what its own keys contribute."""
-    schedule = job.schedule()
-    own, keys, state = job.queries(), job.keys(), None
+    keys = job.keys()
+
+    def add(h: int, block: Block) -> State:
+        return job.attend(h, block, keys, None)
+
+    states = Results(job.empty_state, lambda a, b: merge_states(State(*a), State(*b)))
+    return State(*_round_trip(job, job.queries(), job.schedule(), states, add))
+
+
+def _pull_back_queries(job: Job, rows: Rows) -> Gradients:
+    """Queries travel with what the gradient needs of them, and their own gradients one hop behind."""
+    keys = job.keys()
+    k, v = job.gradients_of_keys(length(keys.spans))
+
+    def add(h: int, block: Block) -> Arrays:
+        nonlocal k, v
+        q, *mask = job.gradients_of_queries(length(block.spans))
+        found = job.pull_back(h, block, keys, Gradients(q, k, v, *mask))
+        k, v = found.k, found.v
+        return [x for x in (found.q, found.mask) if x is not None]
+
+    results = Results(job.gradients_of_queries, _sums)
+    q, *mask = _round_trip(job, job.queries(rows), job.schedule(gradient=True), results, add)
+    return Gradients(q, k, v, *mask)
+
+
+def _pull_back_keys(job: Job, rows: Rows) -> Gradients:
+    """Keys and values travel, and their own gradients one hop behind."""
+    queries = job.queries(rows)
+    q, *mask = job.gradients_of_queries(length(queries.spans))
+
+    def add(h: int, block: Block) -> Arrays:
+        nonlocal q, mask
+        found = job.pull_back(h, queries, block, Gradients(q, *job.gradients_of_keys(length(block.spans)), *mask))
+        q, mask = found.q, [x for x in (found.mask,) if x is not None]
+        return found.k, found.v
+
+    results = Results(job.gradients_of_keys, _sums)
+    k, v = _round_trip(job, job.keys(), job.schedule(gradient=True), results, add)
+    return Gradients(q, k, v, *mask)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What comes of the tokens of a block: some arrays whose third axis is the tokens.
+
+    Attributes:
+        nothing: Those of so many tokens to which nothing was added.
+        merge: Those of the same tokens from different ranks in one.
+    """
+
+    nothing: Callable[[int], Arrays]
+    merge: Callable[[Arrays, Arrays], Arrays]
+
+    def over(self, arrays: Arrays, have: Spans, want: Spans) -> Arrays:
+        """`arrays` for tokens at `have` as such for those at `want`, which include them; nothing for the others."""
+        if have == want:
+            return arrays
+        at = np.full(length(want), length(have))
+        at[positions(locate(have, want))] = np.arange(length(have))
+        return [mx.take(mx.concatenate([x, none], 2), mx.array(at), 2) for x, none in zip(arrays, self.nothing(1))]
+
+
+def _sums(a: Arrays, b: Arrays) -> Arrays:
+    return [x + y for x, y in zip(a, b)]
+
+
+def _round_trip(
+    job: Job, own: Block, schedule: Schedule, results: Results, compute: Callable[[int, Block], Arrays]
+) -> Arrays:
+    """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
     arrivals, sends = relay(job.ring, own, schedule.hops)
-    returning = _post_states(job, schedule)
+    returning = _post_results(job, schedule, results)
+    at_home: Arrays | None = None
     for h, (hop, arrival) in enumerate(zip(schedule.hops, arrivals)):
         job.ring.at(WHAT, h)
         added = None
         if hop.compute:
             job.wait(h, arrival.transfer)
-            added = job.attend(h, rows(arrival.block, hop.compute), keys, None)
-            added = _over(added, hop.compute, hop.state if h else own.spans)
+            added = compute(h, rows_of(arrival.block, hop.compute))
+            added = results.over(added, hop.compute, hop.state if h else own.spans)
         arrival.release()
         if h == 0:
-            state = added
+            at_home = added
         elif hop.state:
-            total = _merge_arrived(job, h, returning[h], added, hop.state)
-            sends.append(job.ring.send(_block(total, hop.state).load(hop.state), tag=STATES + h))
-    state = _merge_arrived(job, len(arrivals), returning[-1], state, own.spans)
+            total = _merge_arrived(job, h, returning[h], results, added, hop.state)
+            sends.append(job.ring.send(_block(total, hop.state).load(hop.state), tag=RESULTS + h))
+    at_home = _merge_arrived(job, len(arrivals), returning[-1], results, at_home, own.spans)
     job.wait(len(arrivals), *sends)
-    return state
+    return at_home
 
 
-def _post_states(job: Job, schedule: Schedule) -> list[Arrival]:
-    """Post the receives of the states that come with each hop, and at the end of those that come home."""
+def _post_results(job: Job, schedule: Schedule, results: Results) -> list[Arrival]:
+    """Post the receives of the results that come with each hop, and at the end of those that come home."""
     spans = [*(hop.returning for hop in schedule.hops), schedule.home]
-    tags = [*range(STATES - 1, STATES - 1 + len(schedule.hops)), STATES + job.ring.size - 1]
-    slots = Slots(_block(job.empty_state(1), ((0, 1),)), spans)
+    tags = [*range(RESULTS - 1, RESULTS - 1 + len(schedule.hops)), RESULTS + job.ring.size - 1]
+    slots = Slots(_block(results.nothing(1), ((0, 1),)), spans)
     return [slots.recv(job.ring, held, tag) for held, tag in zip(spans, tags)]
 
 
-def _merge_arrived(job: Job, hop: int, arrival: Arrival, added: State | None, want: Spans) -> State:
-    """The states that arrive, merged with what this rank `added` to them, over the rows at `want`."""
-    state = job.empty_state(length(want)) if added is None else added
+def _merge_arrived(job: Job, hop: int, arrival: Arrival, results: Results, added: Arrays | None, want: Spans) -> Arrays:
+    """The results that arrive, merged with what this rank `added` to them, over the tokens at `want`."""
+    total = results.nothing(length(want)) if added is None else added
     if arrival.transfer is not None:
         job.wait(hop, arrival.transfer)
-        state = merge_states(_over(State(*arrival.block.arrays), arrival.block.spans, want), state)
-        mx.eval(*state)
+        total = results.merge(results.over(arrival.block.arrays, arrival.block.spans, want), total)
+        mx.eval(*total)
     arrival.release()
-    return state
+    return total
 
 
-def _block(state: State, spans: Spans) -> Block:
-    return Block(tuple(map(mx.contiguous, state)), (2, 2, 2), spans)
-
-
-def _over(state: State, have: Spans, want: Spans) -> State:
-    """`state`, whose rows are at `have`, over the rows at `want`, which include those; the others see no key."""
-    if have == want:
-        return state
-    batch, heads, tokens, dim = state.acc.shape
-    at = np.full(length(want), tokens)
-    at[positions(locate(have, want))] = np.arange(tokens)
-    nothing = State.empty(batch, heads, 1, dim)
-    return State(*(mx.take(mx.concatenate([x, none], 2), mx.array(at), 2) for x, none in zip(state, nothing)))
+def _block(arrays: Arrays, spans: Spans) -> Block:
+    return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

@@ -1,8 +1,9 @@
 """What each rank sends, receives and computes, hop by hop. Integers only: no arrays, no transport.
 
 Something travels to the right around the ring: the keys and values of a rank (pass-KV; Liu et al., Ring Attention,
-arXiv 2310.01889), or its queries, with their states one hop behind (pass-Q; Yang et al., arXiv 2411.01783). At hop h
-rank r holds what started at rank r - h. A token travels on only while some rank further along still needs it.
+arXiv 2310.01889), or its queries, with their results one hop behind (pass-Q; Yang et al., arXiv 2411.01783). At hop h
+rank r holds what started at rank r - h. A token travels on only while some rank further along still needs it. In the
+gradient, keys and values have results too (their own gradients), and both ways are alike.
 
     pass_kv, 3 ranks          hop 0        hop 1        hop 2
     rank 0 attends to the     keys of 0    keys of 2    keys of 1
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from .layout import Layout
 from .mask import Band
@@ -31,8 +33,8 @@ class Hop:
         held: The tokens of `source` that are here.
         compute: Those of them that this rank's own tokens attend to, or that attend to this rank's.
         send: Those that go on to the right neighbour.
-        state: In pass-Q: those whose state, with this hop's work merged in, goes on to the right neighbour.
-        returning: In pass-Q: those whose state comes in from the left before the merge.
+        state: Where results travel too: those whose result, with this hop's work added, goes on to the right neighbour.
+        returning: Those whose result comes in from the left before that.
     """
 
     source: int
@@ -45,7 +47,7 @@ class Hop:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The hops of one rank, hop 0 on its own tokens, and in pass-Q the states that come home after the last one.
+    """The hops of one rank, hop 0 on its own tokens, and the results that come home after the last one.
 
     What a rank receives for hop h is `hops[h].held`; hops at the end in which nothing happens are left out.
     """
@@ -55,9 +57,13 @@ class Schedule:
 
 
 @lru_cache(maxsize=32)
-def plan(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, rank: int) -> Schedule:
+def plan(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, rank: int, gradient: bool = False) -> Schedule:
     """The schedule of `rank`. ``"gather"`` moves what pass-KV moves; it computes once, at the end."""
-    return (_pass_q if strategy == "pass_q" else _pass_kv)(q_layout, kv_layout, band, rank)
+    if strategy == "pass_q":
+        return _round_trip(q_layout, kv_layout, band.transposed, rank)
+    if gradient:
+        return _round_trip(kv_layout, q_layout, band, rank)
+    return _pass_kv(q_layout, kv_layout, band, rank)
 
 
 @lru_cache(maxsize=8)
@@ -100,9 +106,9 @@ def _pass_kv(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Sche
     return Schedule(_trimmed(hops))
 
 
-def _pass_q(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Schedule:
-    """States follow their queries: from the first rank that adds to them through all further ones and home."""
-    legs, size = _legs(q_layout, kv_layout, band.transposed), q_layout.size
+def _round_trip(travelling: Layout, staying: Layout, band: Band, rank: int) -> Schedule:
+    """Results follow their tokens: from the first rank that adds to them through all further ones and home."""
+    legs, size = _legs(travelling, staying, band), travelling.size
     hops = []
     for h, source in enumerate(_sources(rank, size)):
         leg = legs[source][h]
@@ -122,16 +128,16 @@ def _trimmed(hops: list[Hop]) -> tuple[Hop, ...]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """How many tokens a strategy moves over all ranks and hops: blocks (keys, or queries) and states."""
+    """How many tokens a strategy moves over all ranks and hops: blocks (keys, or queries) and results."""
 
     blocks: int
-    states: int
+    results: int
     largest_block: int
 
 
-def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str) -> Traffic:
+def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, gradient: bool = False) -> Traffic:
     """Count the tokens that all ranks send."""
-    plans = [plan(q_layout, kv_layout, band, strategy, rank) for rank in range(q_layout.size)]
+    plans = [plan(q_layout, kv_layout, band, strategy, rank, gradient) for rank in range(q_layout.size)]
     hops = [hop for one in plans for hop in one.hops]
     blocks = [length(hop.send) for hop in hops]
     return Traffic(sum(blocks), sum(length(hop.state) for hop in hops), max(blocks))
@@ -142,23 +148,29 @@ def minimum(q_layout: Layout, kv_layout: Layout, band: Band) -> int:
     return sum(length(leg.meet) for legs in _legs(kv_layout, q_layout, band) for leg in legs[1:])
 
 
+class Sizes(NamedTuple):
+    """Bytes of one token, all heads: what travels for it, and its result."""
+
+    block: int
+    result: int = 0
+
+
 @lru_cache(maxsize=32)
-def choose(q_layout: Layout, kv_layout: Layout, band: Band, key_bytes: int, query_bytes: int, state_bytes: int) -> str:
+def choose(q_layout: Layout, kv_layout: Layout, band: Band, keys: Sizes, queries: Sizes, gradient: bool = False) -> str:
     """The strategy that moves fewer bytes, from numbers that all ranks agree on.
 
     Args:
-        key_bytes: Bytes of one key token and its value, all heads.
-        query_bytes: Bytes of one query token (its row of an array mask included), all heads.
-        state_bytes: Bytes of one query token's state, all heads.
+        keys: Of one key token and its value.
+        queries: Of one query token (its row of an array mask included).
+        gradient: Whether it is about the gradient.
 
     Returns:
-        ``"pass_kv"`` or ``"pass_q"``. Pass-Q is taken only where its travelling queries and states also need no more
-        memory than the two blocks of pass-KV; ``"gather"``, which holds all keys at once, is never chosen.
+        ``"pass_kv"`` or ``"pass_q"``. Pass-Q is taken only where what travels also needs no more memory than in
+        pass-KV; ``"gather"``, which holds all keys at once, is never chosen.
     """
-    keys = traffic(q_layout, kv_layout, band, "pass_kv")
-    queries = traffic(q_layout, kv_layout, band, "pass_q")
-    bytes_kv = keys.blocks * key_bytes
-    bytes_q = queries.blocks * query_bytes + queries.states * state_bytes
-    room_kv = 2 * keys.largest_block * key_bytes
-    room_q = queries.largest_block * (2 * query_bytes + 3 * state_bytes)
-    return "pass_q" if bytes_q < bytes_kv and room_q <= room_kv else "pass_kv"
+    cost, room = {}, {}
+    for strategy, sizes in (("pass_kv", keys), ("pass_q", queries)):
+        moved = traffic(q_layout, kv_layout, band, strategy, gradient)
+        cost[strategy] = moved.blocks * sizes.block + moved.results * sizes.result
+        room[strategy] = moved.largest_block * (2 * sizes.block + 3 * sizes.result)
+    return "pass_q" if cost["pass_q"] < cost["pass_kv"] and room["pass_q"] <= room["pass_kv"] else "pass_kv"

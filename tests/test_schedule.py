@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ringattn import Layout
 from ringattn.mask import Band, Tile
-from ringattn.schedule import STRATEGIES, Schedule, choose, minimum, plan, traffic
+from ringattn.schedule import STRATEGIES, Schedule, Sizes, choose, minimum, plan, traffic
 
 steady = settings(deadline=None, derandomize=True, max_examples=120)
 
@@ -249,6 +249,21 @@ def test_only_pass_q_moves_states(problem):
             assert schedule.home == () and all(hop.state == hop.returning == () for hop in schedule.hops)
 
 
+@steady
+@given(problems())
+def test_in_the_gradient_keys_travel_as_queries_do(problem):
+    """Their gradients behind them: what pass-Q does, the roles exchanged."""
+    band, transposed = problem.band, problem.band.transposed
+    for rank in range(problem.size):
+        forward = plan(problem.q_layout, problem.kv_layout, band, "pass_kv", rank)
+        keys = plan(problem.q_layout, problem.kv_layout, band, "pass_kv", rank, gradient=True)
+        assert keys == plan(problem.kv_layout, problem.q_layout, transposed, "pass_q", rank)
+        for before, hop in zip(forward.hops, keys.hops):
+            assert before == replace(hop, state=(), returning=())
+        queries = plan(problem.q_layout, problem.kv_layout, band, "pass_q", rank)
+        assert queries == plan(problem.q_layout, problem.kv_layout, band, "pass_q", rank, gradient=True)
+
+
 # (h) which strategy
 
 
@@ -268,7 +283,7 @@ def journeys(problem: Problem, strategy: str) -> tuple[int, int]:
 @given(problem=problems())
 def test_traffic(strategy, problem):
     told = traffic(problem.q_layout, problem.kv_layout, problem.band, strategy)
-    assert (told.blocks, told.states) == journeys(problem, strategy)
+    assert (told.blocks, told.results) == journeys(problem, strategy)
     sends = [len(tokens(hop.send)) for schedule in problem.plans(strategy) for hop in schedule.hops]
     assert told.largest_block == max(sends)
 
@@ -290,7 +305,7 @@ def copy(layout: Layout) -> Layout:
 @steady
 @given(problems(), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
 def test_choose_takes_the_fewer_bytes(problem, key_bytes, query_bytes, state_bytes):
-    sizes = (key_bytes, query_bytes, state_bytes)
+    sizes = Sizes(key_bytes), Sizes(query_bytes, state_bytes)
     chosen = choose(problem.q_layout, problem.kv_layout, problem.band, *sizes)
     keys, (queries, states) = journeys(problem, "pass_kv")[0], journeys(problem, "pass_q")
     saves = queries * query_bytes + states * state_bytes < keys * key_bytes
@@ -301,9 +316,9 @@ def test_choose_takes_the_fewer_bytes(problem, key_bytes, query_bytes, state_byt
     assert others == chosen, "ranks that were given equal things come to the same choice"
 
 
-def model_bytes(q_heads: int, kv_heads: int, dim: int = 128, item: int = 2) -> tuple[int, int, int]:
-    """Bytes of one key and value, one query and one state of a model."""
-    return 2 * kv_heads * dim * item, q_heads * dim * item, q_heads * (dim + 2) * 4
+def model_bytes(q_heads: int, kv_heads: int, dim: int = 128, item: int = 2) -> tuple[Sizes, Sizes]:
+    """Bytes of one key and value, and of one query and its state, of a model."""
+    return Sizes(2 * kv_heads * dim * item), Sizes(q_heads * dim * item, q_heads * (dim + 2) * 4)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -329,11 +344,11 @@ def test_choose_minds_memory():
     kv_layout = kv_only_far.extend(q_layout)
     far_keys, queries = traffic(q_layout, kv_layout, Band(), "pass_kv"), traffic(q_layout, kv_layout, Band(), "pass_q")
     key, query, state = 40, 10, 150
-    assert queries.blocks * query + queries.states * state < far_keys.blocks * key
+    assert queries.blocks * query + queries.results * state < far_keys.blocks * key
     assert queries.largest_block * (2 * query + 3 * state) <= 2 * far_keys.largest_block * key
-    assert choose(q_layout, kv_layout, Band(), key, query, state) == "pass_q"
-    assert choose(q_layout, kv_layout, Band(), key, query, 200) == "pass_kv"
-    assert queries.blocks * query + queries.states * 200 < far_keys.blocks * key, "though it would move fewer bytes"
+    assert choose(q_layout, kv_layout, Band(), Sizes(key), Sizes(query, state)) == "pass_q"
+    assert choose(q_layout, kv_layout, Band(), Sizes(key), Sizes(query, 200)) == "pass_kv"
+    assert queries.blocks * query + queries.results * 200 < far_keys.blocks * key, "though it would move fewer bytes"
 
 
 # (i) the band

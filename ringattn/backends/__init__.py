@@ -8,6 +8,12 @@ ascending int32 positions; `state` is what earlier keys left, or ``None``, and i
     finished(q, k, v, q_pos, k_pos, rules, sinks, dtype, with_lse) -> (out, lse)
 
 ends in `out` in `dtype` and, where it is wanted, the lse, else ``None``; `sinks` ``[Hq]`` or ``None``.
+
+    rows(out, lse, dout, dlse) -> rows
+    backward(q, k, v, q_pos, k_pos, rules, rows, sums) -> sums
+
+are the gradient (see `ringattn.gradient`): `rows` is what it needs of each query row, from results and the gradients of
+the loss by them; `backward` adds the gradients of this block of queries and keys to `sums`, which are used up.
 """
 
 from __future__ import annotations
@@ -54,6 +60,15 @@ def ending(forward: Callable[..., State]) -> Callable[..., tuple[mx.array, mx.ar
         return finish(forward(q, k, v, q_pos, k_pos, rules, None), sinks, dtype)
 
     return finished
+
+
+def cleared(rules: Rules, q: mx.array, k: mx.array, v: mx.array, dout: mx.array) -> tuple[mx.array, ...]:
+    """The same with zeros for padding, whose bits must not meet anything: products carry NaN even through zeros."""
+    if rules.segments is None:
+        return q, k, v, dout
+    by_query, by_key = ((ids >= 0)[:, None, :, None] for ids in rules.segments)
+    pairs = (q, by_query), (k, by_key), (v, by_key), (dout, by_query)
+    return tuple(mx.where(real, x, mx.zeros((), x.dtype)) for x, real in pairs)
 
 
 NAMES = ("host", "metal", "reference")

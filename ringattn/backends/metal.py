@@ -7,13 +7,16 @@ from contextlib import suppress
 import mlx.core as mx
 import numpy as np
 
+from ..gradient import Gradients, Rows
 from ..merge import State
+from ..metal import executor
 from ..metal.attend import attend
 from ..metal.forward import LEAST
+from ..metal.gradient import delta_call, weights
 from ..metal.probe import UnusableError
 from ..metal.problem import Ending, Problem
 from ..metal.tiling import MOST_DIMS
-from . import Rules, reference
+from . import Rules, blocked, reference
 
 DIFFERENTIABLE = False
 
@@ -48,6 +51,28 @@ def finished(
             out, *lse = attend(Problem(_wide(q), _wide(k), _wide(v), q_pos, k_pos, rules), None, ending)
             return out[..., : v.shape[3]], lse[0] if lse else None
     return reference.finished(q, k, v, q_pos, k_pos, rules, sinks, dtype, with_lse)
+
+
+def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+    """What `backward` needs of each query row; see `ringattn.backends`."""
+    if lse.size == 0:
+        return Rows.of(out, lse, dout, dlse)
+    (delta,) = executor.run(delta_call(out, lse, dout, dlse))
+    return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), delta)
+
+
+def backward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    q_pos: np.ndarray,
+    k_pos: np.ndarray,
+    rules: Rules,
+    rows: Rows,
+    sums: Gradients,
+) -> Gradients:
+    """`sums` with the gradients added; see `ringattn.backends`."""
+    return blocked.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, weights)
 
 
 def _fused(q: mx.array, k: mx.array, v: mx.array) -> bool:

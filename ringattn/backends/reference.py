@@ -11,9 +11,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ..gradient import Gradients, Rows
 from ..mask import Tile
 from ..merge import State, merge_states
-from . import Rules, ending
+from . import Rules, blocked, ending
 
 DIFFERENTIABLE = True
 QUERIES, KEYS = 1024, 2048
@@ -36,6 +37,46 @@ def forward(
 
 
 finished = ending(forward)
+
+
+def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+    """What `backward` needs of each query row; see `ringattn.backends`."""
+    return Rows.of(out, lse, dout, dlse)
+
+
+def backward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    q_pos: np.ndarray,
+    k_pos: np.ndarray,
+    rules: Rules,
+    rows: Rows,
+    sums: Gradients,
+) -> Gradients:
+    """`sums` with the gradients added; see `ringattn.backends`. `attention` has MLX derive its gradient instead."""
+    return blocked.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, _elementwise)
+
+
+def _elementwise(block: blocked.Block) -> blocked.Weights:
+    rules, additive = block.rules, block.rules.mask is not None and block.rules.mask.dtype != mx.bool_
+    scores, slope = block.scores * rules.scale, mx.array(rules.scale)
+    if rules.softcap is not None:
+        scores = mx.tanh(scores / rules.softcap)
+        scores, slope = scores * rules.softcap, slope * (1 - scores * scores)
+    seen = mx.array(rules.band.visible(block.q_pos, block.k_pos)) if block.partial else None
+    if rules.segments is not None:
+        q_ids, k_ids = rules.segments[0][:, None, :, None], rules.segments[1][:, None, None, :]
+        seen = _both(seen, (q_ids == k_ids) & (q_ids >= 0))
+    if rules.mask is not None:
+        if additive:
+            scores = scores + rules.mask.astype(mx.float32)
+        seen = _both(seen, rules.mask != -mx.inf if additive else rules.mask)
+    weights = mx.exp(scores - block.rows.lse[..., None])
+    by_scores = weights * (block.by_weights - block.rows.delta[..., None])
+    if seen is not None:
+        weights, by_scores = (mx.where(seen, x, 0.0) for x in (weights, by_scores))
+    return blocked.Weights(weights, by_scores * slope, by_scores if additive else None)
 
 
 def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State, rows: slice) -> State:
@@ -72,8 +113,8 @@ def _cleared(x: mx.array, ids: mx.array) -> mx.array:
 def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
     """Scores ``[B, Hkv, group, Lq, keys]``, and which of them count; ``None`` where all do."""
     batch, heads, q_len, dim = q.shape
-    grouped = q.astype(mx.float32).reshape(batch, k.shape[1], heads // k.shape[1], q_len, dim) * rules.scale
-    scores = grouped @ k.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
+    grouped = q.astype(mx.float32).reshape(batch, k.shape[1], heads // k.shape[1], q_len, dim)
+    scores = (grouped @ k.astype(mx.float32)[:, :, None].swapaxes(-1, -2)) * rules.scale  # rounded as in the gradient
     if rules.softcap is not None:
         scores = mx.tanh(scores / rules.softcap) * rules.softcap
     if rules.segments is not None:

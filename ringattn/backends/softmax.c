@@ -1,4 +1,4 @@
-/* One step of the online softmax over a tile of scores; see softmax.py, which says what it does and has it in NumPy.
+/* What softmax.py does to a tile of scores; it says what that is, and has it in NumPy.
  *
  * Plain loops that compilers turn into vector code; on x86 Linux three versions of it, chosen when loaded.
  */
@@ -52,5 +52,27 @@ void ringattn_softmax_step(float *restrict p, int64_t rows, int64_t keys, float 
         decay[i] = exp_negative(m[i] - base);
         l[i] = l[i] * decay[i] + sum;
         m[i] = top;
+    }
+}
+
+VERSIONS
+void ringattn_weights(float *restrict p, int64_t rows, int64_t keys, const float *restrict lse) {
+    for (int64_t i = 0; i < rows; i++) {
+        float *restrict row = p + i * keys;
+        const float base = lse[i];
+#pragma omp simd
+        for (int64_t j = 0; j < keys; j++) row[j] = exp_negative(row[j] - base);
+    }
+}
+
+VERSIONS
+void ringattn_by_scores(float *restrict g, const float *restrict p, int64_t rows, int64_t keys,
+                        const float *restrict delta) {
+    for (int64_t i = 0; i < rows; i++) {
+        float *restrict row = g + i * keys;
+        const float *restrict weight = p + i * keys;
+        const float base = delta[i];
+#pragma omp simd
+        for (int64_t j = 0; j < keys; j++) row[j] = weight[j] * (row[j] - base);
     }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,11 +29,11 @@ def attend(problem: Problem, state: State | None, ending: Ending | None) -> Arra
 
     A problem that is one dispatch stays lazy, as MLX's own operations; a longer one is evaluated piece by piece.
     """
-    plan = Plan.of(problem.whole(), device())
-    cuts = plan.pieces()
-    flight = InFlight() if len(cuts) > 1 or len(cuts[0][1]) > 1 else None
-    parts = [plan.chain(queries, keys, state, ending, flight) for queries, keys in cuts]
-    return parts[0] if len(parts) == 1 else [mx.concatenate(list(part), 2) for part in zip(*parts)]
+    problem = problem.whole()
+    if executor.tensor_ops():
+        with suppress(probe.UnusableError):  # then the plain kernel
+            return Plan.of(problem, device(), tensor_ops=True).attend(state, ending)
+    return Plan.of(problem, device()).attend(state, ending)
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class Plan:
     tiling: Tiling
 
     @classmethod
-    def of(cls, problem: Problem, gpu: Device) -> Plan:
-        """The plan for a `whole` problem."""
+    def of(cls, problem: Problem, gpu: Device, tensor_ops: bool = False) -> Plan:
+        """The plan for a `whole` problem, with or without the M5's matrix units."""
         q_len = problem.rows[2]
         group = problem.group if problem.group * q_len <= FEW_ROWS else 1
-        tiling = Tiling.of(problem.q.dtype, problem.q.shape[3], problem.v.shape[3], q_len * group)
+        tiling = Tiling.of(problem.q.dtype, problem.q.shape[3], problem.v.shape[3], q_len * group, tensor_ops)
         return cls(problem, gpu, group, tiling)
+
+    def attend(self, state: State | None, ending: Ending | None) -> Arrays:
+        """Attend piece by piece."""
+        cuts = self.pieces()
+        flight = InFlight() if len(cuts) > 1 or len(cuts[0][1]) > 1 else None
+        parts = [self.chain(queries, keys, state, ending, flight) for queries, keys in cuts]
+        return parts[0] if len(parts) == 1 else [mx.concatenate(list(part), 2) for part in zip(*parts)]
 
     @property
     def columns(self) -> int:
@@ -89,10 +97,13 @@ class Plan:
         """Launch the kernels on a part of the problem; on a Mac only those that have shown to work there."""
         splits = self.splits(part)
         if executor.default():
-            words = f"tiles of {self.tiling.BQ} x {self.tiling.BK}", "keys split" if splits > 1 else "keys in one run"
+            tensor = self.tiling.tensor
+            words = [f"tiles of {self.tiling.BQ} x {self.tiling.BK}", "keys split" if splits > 1 else "keys in one run"]
+            words += ["tensor operations"] if tensor else []
 
             def few(problem: Problem, state: State | None, ending: Ending | None) -> Arrays:
-                return Plan.of(problem.whole(), self.gpu).launch(problem, state, ending, min(splits, 2))
+                plan = Plan.of(problem.whole(), self.gpu, tensor)
+                return plan.launch(problem, state, ending, min(splits, 2))
 
             probe.ensure(few, part, state, ending, *words)
         return self.launch(part, state, ending, splits)

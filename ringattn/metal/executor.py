@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..errors import ArgumentTypeError
 from .call import KernelCall
+from .device import matrix_units
 
 Executor = Callable[[KernelCall], list[mx.array]]
 
@@ -30,10 +31,10 @@ def set_executor(fn: Executor | None, *, tensor_ops: bool = False) -> None:
     Raises:
         ArgumentTypeError: If `fn` is neither callable nor ``None``.
     """
-    global _executor
+    global _executor, _tensor_ops
     if fn is not None and not callable(fn):
         raise ArgumentTypeError(f"fn: {type(fn).__name__}, expected a function of a KernelCall, or None")
-    _executor = _apple_gpu if fn is None else fn
+    _executor, _tensor_ops = (_apple_gpu, None) if fn is None else (fn, bool(tensor_ops))
 
 
 def available() -> bool:
@@ -44,6 +45,11 @@ def available() -> bool:
 def default() -> bool:
     """Whether kernel calls go to the Apple GPU."""
     return _executor is _apple_gpu
+
+
+def tensor_ops() -> bool:
+    """Whether kernels may use the M5's matrix units: as `set_executor` was told, or if this GPU has them."""
+    return matrix_units() if _tensor_ops is None else _tensor_ops
 
 
 @cache
@@ -83,3 +89,4 @@ def _apple_gpu(call: KernelCall) -> list[mx.array]:
 
 
 _executor: Executor = _apple_gpu
+_tensor_ops: bool | None = None

@@ -39,11 +39,7 @@ def forward_call(problem: Problem, tiling: Tiling, group: int, splits: int, stat
         "reach": _long(mx.array(tiles)),
     }
     if band is not None:
-        inputs |= {
-            "limits": mx.array(_limits(band)),
-            "query_at": _long(mx.array(problem.q_pos)),
-            "key_at": _long(mx.array(problem.k_pos)),
-        }
+        inputs |= band_inputs(band, problem.q_pos, problem.k_pos)
     if rules.segments is not None:
         inputs |= _segments(*rules.segments, tiling, group, len(tiles))
     if rules.mask is not None:
@@ -55,6 +51,7 @@ def forward_call(problem: Problem, tiling: Tiling, group: int, splits: int, stat
     if ending is not None and ending.sinks is not None:
         inputs["sinks"] = ending.sinks
     switches = {
+        "TENSOR": int(tiling.tensor),
         "BAND": int(band is not None),
         "SEGMENTS": int(rules.segments is not None),
         "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
@@ -86,6 +83,15 @@ def forward_call(problem: Problem, tiling: Tiling, group: int, splits: int, stat
         compile_options={"math_mode": "safe"},
         **ending_outputs(ending, rows, v.shape[3]),
     )
+
+
+def band_inputs(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, mx.array]:
+    """What a kernel with ``RA_BAND`` needs: the band's bounds and the positions that they are about."""
+    return {
+        "limits": mx.array(_limits(band)),
+        "query_at": _long(mx.array(q_pos)),
+        "key_at": _long(mx.array(k_pos)),
+    }
 
 
 def ending_switches(ending: Ending | None) -> dict[str, int]:

@@ -67,7 +67,7 @@ def ensure(attend: Attend, problem: Problem, state: State | None, ending: Ending
         _verdicts[name] = not complaint
         if complaint:
             warnings.warn(
-                f"the Metal kernel ({name}) does not work on this system, and plain MLX operations take its place: "
+                f"the Metal kernel ({name}) does not work on this system, and a slower way takes its place: "
                 f"{complaint} (please open an issue with this line and what `ringattn verify` prints)",
                 KernelWarning,
                 stacklevel=2,

@@ -10,6 +10,9 @@ THREADGROUP_BYTES = 32_768  # what Metal gives a threadgroup on every Apple GPU
 MOST_DIMS = 256
 SIMDGROUP = 32  # threads
 ROWS = 8  # of a simdgroup matrix
+TENSOR_ROWS = 16  # of a fragment of the M5's matrix units
+TENSOR_DIMS = 128  # at most: out and the scores have to stay in registers
+FULL = 4  # simdgroups along the query rows, where there are enough rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Tiling:
         WM: Simdgroups along the query rows, 8 rows each.
         WN: Simdgroups that split the head dims.
         item: Bytes of a number.
+        tensor: Whether the products are left to the M5's matrix units.
     """
 
     BK: int
@@ -31,18 +35,22 @@ class Tiling:
     WM: int
     WN: int
     item: int
+    tensor: bool = False
 
     @classmethod
-    def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, rows: int) -> Tiling:
-        """The tiling for `rows` query rows that share their keys.
+    def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, rows: int, tensor_ops: bool = False) -> Tiling:
+        """The tiling for `rows` query rows that share their keys, on a GPU that has the M5's matrix units or not.
 
+        Those take whole tiles of half precision: few rows are bound by memory, and of a float32 they would drop bits.
         MLX's own choice where it has one: 32 keys below 128 dims and 16 above; from 256 dims on, or where a float32
         tile would not fit otherwise, two simdgroups split the dims and Q stays in registers.
         """
         widest = max(head_dim, value_dim)
+        if tensor_ops and dtype.size == 2 and widest <= TENSOR_DIMS and rows >= TENSOR_ROWS * FULL:
+            return cls(32, _whole(head_dim, 16), _whole(value_dim, 32), FULL, 1, dtype.size, tensor=True)
         WN = 2 if widest > (128 if dtype.size == 4 else 192) else 1
-        BD, BV = (-(-dim // (ROWS * WN)) * ROWS * WN for dim in (head_dim, value_dim))
-        WM = next(WM for WM in (1, 2, 4) if rows <= ROWS * WM or WM == 4)
+        BD, BV = (_whole(dim, ROWS * WN) for dim in (head_dim, value_dim))
+        WM = next(WM for WM in (1, 2, FULL) if rows <= ROWS * WM or WM == FULL)
         small, large = (cls(BK, BD, BV, WM, WN, dtype.size) for BK in (16, 32))
         roomy = dtype.size == 2 if WN == 2 else max(BD, BV) < 128
         return large if roomy and large.threadgroup_bytes <= THREADGROUP_BYTES else small
@@ -50,7 +58,7 @@ class Tiling:
     @property
     def BQ(self) -> int:  # noqa: N802
         """Query rows in a tile."""
-        return ROWS * self.WM
+        return (TENSOR_ROWS if self.tensor else ROWS) * self.WM
 
     @property
     def threads(self) -> int:
@@ -60,7 +68,13 @@ class Tiling:
     @property
     def threadgroup_bytes(self) -> int:
         """Threadgroup memory: Q, K or V in turns, and a word for each simdgroup; rows are padded by 16 bytes."""
+        if self.tensor:
+            return 0
         pad = 16 // self.item
         queries = self.BQ * (self.BD + pad) if self.WN == 1 else 1
         keys = max(self.BD * (self.BK + pad), self.BK * (self.BV + pad))
         return (queries + keys) * self.item + 4 * self.WM * self.WN
+
+
+def _whole(dims: int, part: int) -> int:
+    return -(-dims // part) * part

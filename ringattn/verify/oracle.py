@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,110 @@ class Case:
         )
 
 
+@dataclass
+class GradientCase:
+    """A problem, and the gradients of some loss by its results."""
+
+    case: Case
+    dout: mx.array  # in q's dtype
+    dlse: mx.array  # float32
+
+    @classmethod
+    def random(cls, case: Case, seed: int = 0) -> GradientCase:
+        """Random gradients; rows that see no key have none by lse, which is -inf there."""
+        r = np.random.default_rng(seed)
+        shape = (*case.q.shape[:3], case.v.shape[3])
+        dout = mx.array(r.standard_normal(shape).astype(np.float32)).astype(case.q.dtype)
+        return cls(case, dout, mx.array(r.standard_normal(shape[:3]).astype(np.float32)))
+
+    @property
+    def differentiable(self) -> dict[str, mx.array]:
+        """What has a gradient: q, k, v, and where they are there sinks and an additive mask."""
+        options = {name: self.case.options.get(name) for name in ("sinks", "mask")}
+        arrays = {"q": self.case.q, "k": self.case.k, "v": self.case.v, **options}
+        return {name: x for name, x in arrays.items() if isinstance(x, mx.array) and x.dtype != mx.bool_}
+
+    def exact(self) -> dict[str, np.ndarray]:
+        """The closed form in float64 (see `ringattn.gradient`), with the whole matrix of weights."""
+        return self._sums(lambda x: x)
+
+    def sizes(self) -> dict[str, float]:
+        """How large the sums are when no term cancels another: what rounding errors are relative to."""
+        return {name: float(x.max(initial=0.0)) for name, x in self._sums(np.abs).items()}
+
+    def _sums(self, term: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+        """The closed form, `term` applied to everything that is added up."""
+        case, options = self.case, self.case.options
+        q, k, v = to64(case.q), to64(case.k), to64(case.v)
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        k, v = (np.repeat(x, group, 1) for x in (k, v))
+        out, lse = case.exact()
+        scale, cap, mask = options.get("scale"), options.get("softcap"), options.get("mask")
+        s = (q @ k.swapaxes(-1, -2)) * (scale := q.shape[-1] ** -0.5 if scale is None else scale)
+        slope = np.full(s.shape, scale)
+        if cap is not None:
+            s = cap * np.tanh(s / cap)
+            slope *= 1 - (s / cap) ** 2
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            s = s + to64(mask)
+        seen = case.visible
+        p = np.where(seen, np.exp(np.where(seen, s, 0) - np.where(lse == -np.inf, 0, lse)[..., None]), 0)
+        dout, dlse = to64(self.dout), np.where(lse == -np.inf, 0, to64(self.dlse))
+        delta = term((dout * out).sum(-1)) + term(-dlse)
+        ds = p * (term(dout @ v.swapaxes(-1, -2)) + term(-delta)[..., None])
+        by_qk = term(ds * slope)
+        shared = (q.shape[0], heads // group, group)
+        sums = {
+            "q": by_qk @ term(k),
+            "k": (by_qk.swapaxes(-1, -2) @ term(q)).reshape(*shared, *k.shape[2:]).sum(2),
+            "v": (p.swapaxes(-1, -2) @ term(dout)).reshape(*shared, *v.shape[2:]).sum(2),
+        }
+        if "sinks" in self.differentiable:
+            weights = np.where(lse == -np.inf, 0, np.exp(to64(options["sinks"])[:, None] - lse))
+            sums["sinks"] = (weights * term(-delta)).sum((0, 2))
+        if "mask" in self.differentiable:
+            sums["mask"] = _summed_to(term(ds), options["mask"].shape)
+        return sums
+
+    def plain(self) -> dict[str, np.ndarray]:
+        """What MLX derives from the textbook formula in the dtype of the inputs."""
+        named = self.differentiable
+        seen = np.asarray(self.case.visible.any(-1) | (self.case.options.get("sinks") is not None))
+
+        def formula(*arrays: mx.array) -> list[mx.array]:
+            given = dict(zip(named, arrays))
+            q, k, v = (given.pop(name) for name in "qkv")
+            changed = Case(q, k, v, self.case.q_pos, self.case.k_pos, {**self.case.options, **given})
+            out, lse = plain_formula(changed, self.case.visible | ~seen[..., None])
+            return [out * mx.array(seen[..., None]).astype(out.dtype), lse * mx.array(seen)]
+
+        outputs, gradients = mx.vjp(formula, list(named.values()), [self.dout, self.dlse])
+        return {name: np.array(x.astype(mx.float32)) for name, x in zip(named, gradients)}
+
+    def ratios(self, gradients: dict[str, Any]) -> dict[str, float]:
+        """The errors as fractions of what is allowed.
+
+        That is twice the plain formula's, a few ulps of the largest value, and two float32 ulps of the largest sum when
+        no term cancels another; for sinks, whose sum is over all rows of a saved `out`, two ulps of its dtype.
+        """
+        exact, plain, sizes, found = self.exact(), self.plain(), self.sizes(), {}
+        rounded = 2.0 ** -MANTISSA[self.case.q.dtype]
+        for name, x in gradients.items():
+            ulp = 2.0 ** -MANTISSA[self.differentiable[name].dtype]
+            largest = float(np.abs(exact[name]).max(initial=0.0))
+            floor = 4 * ulp * largest + 2 * sizes[name] * (rounded if name == "sinks" else 2.0**-23)
+            budget = 2 * error(plain[name], exact[name]) + floor + 1e-30
+            found[name] = error(np.array(x.astype(mx.float32)), exact[name]) / budget
+        return found
+
+
+def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`x` summed over the axes along which an array of `shape` was broadcast."""
+    wide = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    axes = tuple(i for i, n in enumerate(wide) if n == 1 and x.shape[i] != 1)
+    return x.sum(axes, keepdims=True).reshape(shape)
+
+
 def _softmax(case: Case, q, k, v, dtype):
     group, options, seen = q.shape[1] // k.shape[1], case.options, case.visible
     k, v = (np.repeat(x, group, 1) for x in (k, v))
@@ -88,8 +193,9 @@ def _softmax(case: Case, q, k, v, dtype):
         return out.astype(dtype), np.where(total == 0, -np.inf, base + np.log(total))
 
 
-def plain_formula(case: Case) -> tuple[mx.array, mx.array]:
+def plain_formula(case: Case, visible: np.ndarray | None = None) -> tuple[mx.array, mx.array]:
     """The textbook formula in the dtype of the inputs, MLX operations, one device; scores and softmax in that dtype."""
+    visible = case.visible if visible is None else visible
     q, k, v, options = case.q, case.k, case.v, case.options
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     k, v = (mx.repeat(x, group, 1) for x in (k, v))
@@ -100,7 +206,7 @@ def plain_formula(case: Case) -> tuple[mx.array, mx.array]:
         s = mx.tanh(s / cap) * cap
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         s = (s + mask).astype(dtype)
-    s = mx.where(mx.array(case.visible), s, -mx.inf)
+    s = mx.where(mx.array(visible), s, -mx.inf)
     if sinks is not None:
         column = mx.broadcast_to(sinks.astype(dtype)[:, None, None], (*s.shape[:3], 1))
         s = mx.concatenate([s, column], -1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.backends import Rules
+from ringattn.backends import Rules, metal
 from ringattn.mask import Band, Tile
 from ringattn.metal import attend, device, set_executor
 from ringattn.metal.attend import Plan
@@ -178,8 +178,47 @@ def captured(case: Case, **more) -> list:
 
 
 def test_without_lse_there_is_no_trace_of_it():
-    (call,) = captured(case_of(70, 70))
-    assert call.output_names == ["out"] and "#define RA_LSE 0" in call.header
+    """Neither an operation nor a byte: `attention` keeps it for the gradient, callers without one leave it out."""
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 70, 64)), mx.float16)
+    runtime, counted = Runtime(checks=False), []
+    set_executor(runtime)
+    for with_lse in (False, True):
+        positions = np.arange(70, dtype=np.int32)
+        out, lse = metal.finished(x, x, x, positions, positions, Rules(0.125, Band()), None, x.dtype, with_lse)
+        assert (lse is not None) is with_lse
+        counted.append(runtime.last)
+    set_executor(Runtime())
+    off, on = counted
+    assert "lse" not in off.device_written and on.device_written["lse"] == 4 * 70
+    assert off.log == 0 and on.log == 70 and off.device_written["out"] == on.device_written["out"]
+    assert off.device_read == on.device_read and off.exp2 == on.exp2 and off.matmuls == on.matmuls
+
+
+def visible_tiles(case: Case) -> int:
+    """Tiles of 32 x 32 in which any query sees any key, counted from the mask itself."""
+    seen = np.pad(case.visible, [(0, 0), (0, 0), (0, -len(case.q_pos) % 32), (0, -len(case.k_pos) % 32)])
+    tiles = seen.reshape(*seen.shape[:2], seen.shape[2] // 32, 32, seen.shape[3] // 32, 32)
+    return int(tiles.any((3, 5)).sum())
+
+
+def packed(n: int) -> dict:
+    ids = mx.array(np.repeat(np.arange(7), -(-n // 7))[None, :n].astype(np.int32))
+    return {"segments": (ids, ids), "mask": "causal"}
+
+
+@pytest.mark.parametrize("options", [{"window": 40}, {"window": (70, 10)}, packed(512), {"mask": "causal"}], ids=str)
+def test_work_is_in_proportion_to_the_tiles_that_are_seen(options):
+    case = case_of(512, 512, heads=1, kv_heads=1, **options)
+    runtime = Runtime(checks=False)
+    set_executor(runtime)
+    ra.attention(case.q, case.k, case.v, backend="metal", **options)
+    counted = runtime.last
+    set_executor(Runtime())
+    tiles, dim = visible_tiles(case), case.q.shape[3]
+    assert counted.matmuls <= tiles * 2 * (32 // 8) ** 2 * (dim // 8)
+    assert counted.exp2 <= tiles * (32 * 32 + 128)  # and for each of the 128 threads what rescales its row
+    read = sum(counted.device_read[name] for name in ("keys", "values"))
+    assert read == tiles * 2 * 32 * dim * case.q.dtype.size
 
 
 def test_heads_that_share_keys_share_tiles_when_rows_are_few():

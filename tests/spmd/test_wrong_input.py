@@ -352,9 +352,13 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["ring_attention", "decode_attention"])
+REFUSED = [("decode_attention", name) for name in TRANSFORMS]
+REFUSED += [("ring_attention", name) for name in ("jvp", "vmap", "compile", "second derivative")]
+TRANSFORMS["second derivative"] = lambda f, x: mx.grad(lambda x: mx.grad(lambda x: f(x).sum())(x).sum())(x)
+
+
 @pytest.mark.parametrize("argument", ["q", "v"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name,transform", REFUSED)
 def test_transformations_on_every_rank(ring, name, argument, transform):
     """They are refused, never zeros; and nobody is left waiting."""
     call, right = CALLS[name](ring)
@@ -365,8 +369,22 @@ def test_transformations_on_every_rank(ring, name, argument, transform):
     works(ring, name)
 
 
-@pytest.mark.parametrize("name", ["ring_attention", "decode_attention"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_gradient_on_one_rank(ring):
+    """The others go on to something else, and all hear who is where."""
+    call, right = CALLS["ring_attention"](ring)
+    function = lambda x: call(**{**right, "q": x})  # noqa: E731
+    if ring.size == 1:
+        assert mx.any(TRANSFORMS["grad"](function, right["q"]) != 0)
+    elif ring.rank == 0:
+        with pytest.raises(ArgumentError, match="rank 0 called the gradient of ring_attention"):
+            TRANSFORMS["grad"](function, right["q"])
+    else:
+        function(right["q"])
+        refused(ring, lambda: call(**right), ArgumentError, "rank 0 called the gradient of ring_attention")
+    works(ring)
+
+
+@pytest.mark.parametrize("name,transform", REFUSED[:-1])
 def test_transformations_on_one_rank(ring, name, transform):
     """The others get their result, or hear why not."""
     call, right = CALLS[name](ring)

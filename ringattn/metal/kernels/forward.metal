@@ -1,13 +1,16 @@
 // Fused attention of one tile of query rows to a run of key tiles (FlashAttention-2, arXiv 2307.08691).
 //
-// A threadgroup has WM x WN simdgroups: WM groups of 8 rows each, and where WN = 2 each pair of them splits the head
-// dims and adds up its scores through threadgroup memory. K, transposed, and V take turns in one buffer. Tiles of keys
-// are full (no rule to ask) or partial; empty ones are skipped: `reach` says where each begins and ends.
+// A threadgroup has WM x WN simdgroups: WM groups of RA_ROWS rows each, and where WN = 2 each pair of them splits the head
+// dims and adds up its scores through threadgroup memory. Tiles of keys are full (no rule to ask) or partial; empty ones
+// are skipped: `reach` says where each begins and ends. For simdgroup matrices K, transposed, and V take turns in one
+// buffer; the M5's units (RA_TENSOR) take them from device memory.
 //
 // Rows are tokens of one query head, or, where G > 1, the G query heads of a key/value head, token by token.
 
+  constexpr short BQ = RA_ROWS * WM;
+  constexpr short SCORES = RA_ROWS * BK / 32, VALUES = RA_ROWS * BV / (32 * WN); // what a lane has of a tile and of out
+#if !RA_TENSOR
   constexpr short THREADS = 32 * WM * WN;
-  constexpr short BQ = 8 * WM;
   constexpr short PAD = 16 / sizeof(T);
   constexpr short LDQ = BD + PAD, LDK = BK + PAD, LDV = BV + PAD; // rows in threadgroup memory, clear of bank conflicts
   constexpr short TK = BK / 8, TD = BD / (8 * WN), TV = BV / (8 * WN);
@@ -16,11 +19,12 @@
   threadgroup T q_tile[Q_IN_REGISTERS ? 1 : BQ * LDQ];
   threadgroup T kv_tile[BD * LDK > BK * LDV ? BD * LDK : BK * LDV];
   threadgroup int spoiled[WM * WN]; // whether what a simdgroup staged of V has a NaN or an infinity
+  const short thread_id = thread_index_in_simdgroup + 32 * simdgroup_index_in_threadgroup;
+#endif
 
   const ushort lane = thread_index_in_simdgroup;
   const short simd = simdgroup_index_in_threadgroup;
-  const short thread_id = simd * 32 + lane;
-  const short band = simd / WN * 8; // this simdgroup's first row in the tile
+  const short band = simd / WN * RA_ROWS; // this simdgroup's first row in the tile
   const short half_d = simd % WN;
   const Lane at = lane_at(lane);
 
@@ -33,24 +37,32 @@
   const int first_head = threadgroup_position_in_grid.y * G;
   const int kv_head = first_head / (heads / keys_shape[1]);
 
-  const int row = tile * BQ + band + at.row; // this lane's
-  const bool real = row < rows;
-  const int token = real ? row / G : q_len - 1;
-  const int head = first_head + (real ? row % G : 0);
-  const long place = (long(batch) * heads + head) * q_len + token; // of the row in out, lse and states
-
-  const device T* q = queries + batch * queries_strides[0] + head * queries_strides[1] + token * queries_strides[2];
+  // This lane's rows; one that does not exist takes the place of the last token
+  bool real[RA_LANE_ROWS];
+  int token[RA_LANE_ROWS], head[RA_LANE_ROWS];
+  long place[RA_LANE_ROWS]; // in out, lse and states
+  const device T* q[RA_LANE_ROWS];
+  RA_UNROLL
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    const int row = tile * BQ + band + at.row + 8 * r;
+    real[r] = row < rows;
+    token[r] = real[r] ? row / G : q_len - 1;
+    head[r] = first_head + (real[r] ? row % G : 0);
+    place[r] = (long(batch) * heads + head[r]) * q_len + token[r];
+    q[r] = queries + batch * queries_strides[0] + head[r] * queries_strides[1] + token[r] * queries_strides[2];
+  }
   const device T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
   const device T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
   const float scale = numbers[0];
 
+#if !RA_TENSOR
   // Q: staged once, or in registers
   T q_own[Q_IN_REGISTERS ? 2 * TD : 1];
   if (Q_IN_REGISTERS) {
     RA_UNROLL
     for (short i = 0; i < 2 * TD; i++) {
       const short d = (half_d * TD + i / 2) * 8 + at.column + i % 2;
-      q_own[i] = real && d < D ? q[d * queries_strides[3]] : T(0);
+      q_own[i] = real[0] && d < D ? q[0][d * queries_strides[3]] : T(0);
     }
   } else {
     constexpr short N = BD / 4;
@@ -60,22 +72,30 @@
         (r / G) * queries_strides[2] + column * queries_strides[3];
     stage_row<T, N, 1>(q_tile + mine * LDQ + column, from, queries_strides[3], r < rows ? D - column : 0);
   }
+#endif
 
   // The state: what earlier keys left, or nothing
-  float2 acc[TV];
-  float m = -INFINITY, l = 0; // l: of this lane's columns alone, until the end
+  float acc[VALUES], m[RA_LANE_ROWS], l[RA_LANE_ROWS]; // l: of this lane's columns alone, until the end
   RA_UNROLL
-  for (short i = 0; i < TV; i++) {
-    acc[i] = float2(0);
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    m[r] = -INFINITY;
+    l[r] = 0;
+  }
+  RA_UNROLL
+  for (short i = 0; i < VALUES; i++) {
+    acc[i] = 0;
   }
 #if RA_STATE_IN
-  if (split == 0 && real) {
-    m = m_in[place];
-    l = at.column == 0 ? l_in[place] : 0;
+  if (split == 0) {
     RA_UNROLL
-    for (short i = 0; i < TV; i++) {
-      const short d = (half_d * TV + i) * 8 + at.column;
-      acc[i] = float2(d < DV ? acc_in[place * DV + d] : 0, d + 1 < DV ? acc_in[place * DV + d + 1] : 0);
+    for (short r = 0; r < RA_LANE_ROWS; r++) {
+      m[r] = real[r] ? m_in[place[r]] : -INFINITY;
+      l[r] = real[r] & (at.column == 0) ? l_in[place[r]] : 0;
+    }
+    RA_UNROLL
+    for (short i = 0; i < VALUES; i++) {
+      const short d = half_d * (BV / WN) + at.column + column_of(i), r = row_of(i);
+      acc[i] = real[r] & (d < DV) ? acc_in[place[r] * DV + d] : 0;
     }
   }
 #endif
@@ -90,19 +110,34 @@
 
 #if RA_BAND
   // Keys in [low, high] are seen by this lane's row; in [low_any, high_any] by some row of this simdgroup
-  const int q_at = query_at[token];
-  const int low = real ? shifted(q_at, limits[0] == RA_INT_MIN ? -(1l << 33) : limits[0]) : RA_INT_MAX;
-  const int high = real ? shifted(q_at, limits[1] == RA_INT_MAX ? 1l << 33 : limits[1]) : RA_INT_MIN;
-  const int low_any = metal::simd_min(low), high_any = metal::simd_max(high);
+  int low[RA_LANE_ROWS], high[RA_LANE_ROWS], low_any = RA_INT_MAX, high_any = RA_INT_MIN;
+  RA_UNROLL
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    const int q_at = query_at[token[r]];
+    low[r] = real[r] ? shifted(q_at, limits[0] == RA_INT_MIN ? -(1l << 33) : limits[0]) : RA_INT_MAX;
+    high[r] = real[r] ? shifted(q_at, limits[1] == RA_INT_MAX ? 1l << 33 : limits[1]) : RA_INT_MIN;
+    low_any = metal::min(low_any, low[r]);
+    high_any = metal::max(high_any, high[r]);
+  }
+  low_any = metal::simd_min(low_any);
+  high_any = metal::simd_max(high_any);
 #endif
 #if RA_SEGMENTS
-  const int q_id = real ? query_ids[long(batch) * q_len + token] : -1;
+  int q_id[RA_LANE_ROWS];
+  RA_UNROLL
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    q_id[r] = real[r] ? query_ids[long(batch) * q_len + token[r]] : -1;
+  }
   const int q_tile_at = 2 * (batch * query_bounds_shape[1] + tile);
   const int2 q_bounds = int2(query_bounds[q_tile_at], query_bounds[q_tile_at + 1]);
   const device int* k_bounds = key_bounds + 2 * long(batch) * key_bounds_shape[1];
 #endif
 #if RA_MASK
-  const long mask_row = batch * mask_strides[0] + head * mask_strides[1] + token * mask_strides[2];
+  long mask_row[RA_LANE_ROWS];
+  RA_UNROLL
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    mask_row[r] = batch * mask_strides[0] + head[r] * mask_strides[1] + token[r] * mask_strides[2];
+  }
 #endif
 
   for (int kb = first; kb < last; kb++) {
@@ -119,12 +154,14 @@
     const int key = kb * BK;
     const short here = metal::min(k_len - key, int(BK)); // keys in this tile
 
+#if !RA_TENSOR
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     stage<T, BK, BD, D, THREADS, 1, LDK>(
         kv_tile, k + key * keys_strides[2], keys_strides[2], keys_strides[3], here, thread_id);
+#endif
 
     // A partial tile: what each lane knows of key `lane`, and the matrices of 8 keys that some row may see
-    short live_first = 0, live_last = TK;
+    short live_first = 0, live_last = BK / 8;
 #if RA_BAND
     int key_position = 0;
 #endif
@@ -150,14 +187,23 @@
       key_column = mine ? mask_columns[key + lane] : 0;
 #endif
     }
-    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 
     // S = Q K^T
-    float2 s[TK];
+    float s[SCORES];
     RA_UNROLL
-    for (short j = 0; j < TK; j++) {
-      s[j] = float2(0);
+    for (short e = 0; e < SCORES; e++) {
+      s[e] = 0;
     }
+#if RA_TENSOR
+    const device T* k_from = k + key * keys_strides[2];
+    const long q_stride = queries_strides[3], k_row = keys_strides[2], k_stride = keys_strides[3];
+    if (full) {
+      multiply_keys<T, D, true>(s, q[0], q[1], real[0], real[1], q_stride, k_from, k_row, k_stride, here, at);
+    } else {
+      multiply_keys<T, D, false>(s, q[0], q[1], real[0], real[1], q_stride, k_from, k_row, k_stride, here, at);
+    }
+#else
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const threadgroup T* q_from = q_tile + (Q_IN_REGISTERS ? 0 : (band + at.row) * LDQ + at.column);
     const threadgroup T* k_from = kv_tile + (half_d * TD * 8 + at.row) * LDK + at.column;
     if (full) {
@@ -170,14 +216,13 @@
     if (WN == 2) { // the two halves of the head dims add up
       threadgroup float* halves = reinterpret_cast<threadgroup float*>(kv_tile) + lane;
       RA_UNROLL
-      for (short j = 0; j < TK; j++) {
-        halves[(simd * TK + j) * 64] = s[j].x;
-        halves[(simd * TK + j) * 64 + 32] = s[j].y;
+      for (short e = 0; e < SCORES; e++) {
+        halves[(simd * SCORES + e) * 32] = s[e];
       }
       threadgroup_barrier(metal::mem_flags::mem_threadgroup);
       RA_UNROLL
-      for (short j = 0; j < TK; j++) {
-        s[j] += float2(halves[((simd ^ 1) * TK + j) * 64], halves[((simd ^ 1) * TK + j) * 64 + 32]);
+      for (short e = 0; e < SCORES; e++) {
+        s[e] += halves[((simd ^ 1) * SCORES + e) * 32];
       }
       threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     }
@@ -185,39 +230,43 @@
     // V, while the softmax is computed
     const bool odd = stage<T, BK, BV, DV, THREADS, LDV, 1>(
         kv_tile, v + key * values_strides[2], values_strides[2], values_strides[3], here, thread_id);
-
-    // Scores, and in a partial tile the rules
-    RA_UNROLL
-    for (short j = 0; j < TK; j++) {
-      s[j] *= scale;
-      if (SOFTCAP) {
-        s[j] = numbers[1] * float2(metal::precise::tanh(s[j].x / numbers[1]), metal::precise::tanh(s[j].y / numbers[1]));
-      }
-    }
-    ushort seen = 0;
     if (!full) {
       const bool any_odd = metal::simd_max(int(odd)) > 0;
       if (lane == 0) {
         spoiled[simd] = any_odd;
       }
+    }
+#endif
+
+    // Scores, and in a partial tile the rules
+    RA_UNROLL
+    for (short e = 0; e < SCORES; e++) {
+      s[e] *= scale;
+      if (SOFTCAP) {
+        s[e] = numbers[1] * metal::precise::tanh(s[e] / numbers[1]);
+      }
+    }
+    ushort seen = 0;
+    if (!full) {
       RA_UNROLL
-      for (short e = 0; e < 2 * TK; e++) {
-        const ushort column = e / 2 * 8 + at.column + e % 2;
-        bool sees = real & (column < here);
+      for (short e = 0; e < SCORES; e++) {
+        const ushort column = at.column + column_of(e);
+        const short r = row_of(e);
+        bool sees = real[r] & (column < here);
 #if RA_BAND
         const int position = metal::simd_shuffle(key_position, column);
-        sees = sees & (position >= low) & (position <= high);
+        sees = sees & (position >= low[r]) & (position <= high[r]);
 #endif
 #if RA_SEGMENTS
         const int id = metal::simd_shuffle(key_id, column);
-        sees = sees & (id == q_id) & (id >= 0);
+        sees = sees & (id == q_id[r]) & (id >= 0);
 #endif
 #if RA_COLUMNS
-        const long mask_at = mask_row + metal::simd_shuffle(key_column, column) * mask_strides[3];
+        const long mask_at = mask_row[r] + metal::simd_shuffle(key_column, column) * mask_strides[3];
 #elif RA_MASK
-        const long mask_at = mask_row + (key + column) * mask_strides[3];
+        const long mask_at = mask_row[r] + (key + column) * mask_strides[3];
 #endif
-        float x = s[e / 2][e % 2];
+        float x = s[e];
 #if RA_MASK == 1
         sees = sees && mask[mask_at];
 #elif RA_MASK == 2
@@ -225,33 +274,48 @@
         sees = sees && added != -INFINITY;
         x += added;
 #endif
-        s[e / 2][e % 2] = sees ? x : -INFINITY;
+        s[e] = sees ? x : -INFINITY;
         seen |= ushort(sees) << e;
       }
     }
 
     // Online softmax: P, and what it does to the state
-    float top = m;
+    float top[RA_LANE_ROWS], kept[RA_LANE_ROWS];
     RA_UNROLL
-    for (short j = 0; j < TK; j++) {
-      top = metal::max(top, metal::max(s[j].x, s[j].y));
-    }
-    top = row_max(top);
-    const float kept = weight(m, top);
-    m = top;
-    l *= kept;
-    RA_UNROLL
-    for (short j = 0; j < TK; j++) {
-      s[j] = float2(weight(s[j].x, top), weight(s[j].y, top));
-      l += s[j].x + s[j].y;
+    for (short r = 0; r < RA_LANE_ROWS; r++) {
+      top[r] = m[r];
     }
     RA_UNROLL
-    for (short i = 0; i < TV; i++) {
-      acc[i] *= kept;
+    for (short e = 0; e < SCORES; e++) {
+      top[row_of(e)] = metal::max(top[row_of(e)], s[e]);
     }
-    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    RA_UNROLL
+    for (short r = 0; r < RA_LANE_ROWS; r++) {
+      top[r] = row_max(top[r]);
+      kept[r] = weight(m[r], top[r]);
+      m[r] = top[r];
+      l[r] *= kept[r];
+    }
+    RA_UNROLL
+    for (short e = 0; e < SCORES; e++) {
+      s[e] = weight(s[e], top[row_of(e)]);
+      l[row_of(e)] += s[e];
+    }
+    RA_UNROLL
+    for (short i = 0; i < VALUES; i++) {
+      acc[i] *= kept[row_of(i)];
+    }
 
     // O += P V
+#if RA_TENSOR
+    const device T* v_from = v + key * values_strides[2];
+    if (full) {
+      multiply_values<T, DV, BV, true>(acc, s, v_from, values_strides[2], values_strides[3], here, seen, at);
+    } else {
+      multiply_values<T, DV, BV, false>(acc, s, v_from, values_strides[2], values_strides[3], here, seen, at);
+    }
+#else
+    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const threadgroup T* v_from = kv_tile + at.row * LDV + half_d * TV * 8 + at.column;
     int any_spoiled = 0;
     if (!full) {
@@ -267,43 +331,43 @@
     } else {
       multiply_spoiled_values<T, TV, TK, LDV>(acc, s, v_from, seen);
     }
+#endif
   }
-  l = row_sum(l);
 
+  // The end: rows that do not exist are not written
+  RA_UNROLL
+  for (short r = 0; r < RA_LANE_ROWS; r++) {
+    l[r] = row_sum(l[r]);
+    long target = place[r];
+    float kept = 1;
 #if RA_STATE_OUT
-  const long target = split * (long(heads) * q_len * (threadgroups_per_grid.z)) + place;
-  const float kept = 1;
-#else
-#if RA_SINKS
-  const float sink = sinks[head];
-  const float top = metal::max(m, sink);
-  const float kept = weight(m, top);
-  l = l * kept + weight(sink, top);
-  m = top;
-#else
-  const float kept = 1;
+    target += split * (long(heads) * q_len * threadgroups_per_grid.z);
+#elif RA_SINKS
+    const float sink = sinks[head[r]], top = metal::max(m[r], sink);
+    kept = weight(m[r], top);
+    l[r] = l[r] * kept + weight(sink, top);
+    m[r] = top;
 #endif
-  const long target = place;
-#endif
-  if (real) {
+    if (!real[r]) {
+      continue;
+    }
     RA_UNROLL
-    for (short i = 0; i < 2 * TV; i++) {
-      const short d = (half_d * TV + i / 2) * 8 + at.column + i % 2;
-      const float x = acc[i / 2][i % 2];
-      if (d < DV) {
+    for (short i = 0; i < VALUES; i++) {
+      const short d = half_d * (BV / WN) + at.column + column_of(i);
+      if (row_of(i) == r && d < DV) {
 #if RA_STATE_OUT
-        acc_out[target * DV + d] = x;
+        acc_out[target * DV + d] = acc[i];
 #else
-        out[target * DV + d] = Out(l == 0 ? 0.0f : x * kept / l);
+        out[target * DV + d] = Out(l[r] == 0 ? 0.0f : acc[i] * kept / l[r]);
 #endif
       }
     }
     if (half_d == 0 && at.column == 0) {
 #if RA_STATE_OUT
-      m_out[target] = m;
-      l_out[target] = l;
+      m_out[target] = m[r];
+      l_out[target] = l[r];
 #elif RA_LSE
-      lse[target] = l == 0 ? -INFINITY : m + metal::precise::log(l);
+      lse[target] = l[r] == 0 ? -INFINITY : m[r] + metal::precise::log(l[r]);
 #endif
     }
   }

@@ -7,28 +7,40 @@ constant constexpr const float RA_LOG2E = 1.44269504088896340736f;
 constant constexpr const int RA_INT_MAX = 2147483647;
 constant constexpr const int RA_INT_MIN = -2147483647 - 1;
 
-// Of an 8 x 8 simdgroup matrix a lane holds two elements: row `row`, columns `column` and `column + 1`.
+// A simdgroup holds RA_ROWS rows of scores and of the output; in them a lane has these elements. By simdgroup matrices of
+// 8 x 8: in row `row` two columns of each matrix. By the M5's fragments of 16 x 16: in rows `row` and `row + 8` four
+// columns of each fragment (as MLX's own kernels take it to be; Apple says nothing about it).
 struct Lane {
   short row;
   short column;
 };
 
+#if RA_TENSOR
+constant constexpr const short RA_ROWS = 16, RA_LANE_ROWS = 2, RA_RUN = 4;
+
+RA_FUNC constexpr short row_of(short element) {
+  return element / 4 % 2;
+}
+RA_FUNC constexpr short column_of(short element) {
+  return element / 8 * 16 + element % 4;
+}
+#else
+constant constexpr const short RA_ROWS = 8, RA_LANE_ROWS = 1, RA_RUN = 2;
+
+RA_FUNC constexpr short row_of(short) {
+  return 0;
+}
+RA_FUNC constexpr short column_of(short element) {
+  return element / 2 * 8 + element % 2;
+}
+#endif
+
 RA_FUNC Lane lane_at(ushort lane) {
   const short quad = lane / 4;
-  return Lane{short((quad & 4) + (lane / 2) % 4), short((quad & 2) * 2 + (lane % 2) * 2)};
+  return Lane{short((quad & 4) + (lane / 2) % 4), short(((quad & 2) + lane % 2) * RA_RUN)};
 }
 
-// a b + c for 8 x 8 matrices, each given by the lane's two elements.
-RA_FUNC float2 multiply_add(float2 a, float2 b, float2 c) {
-  metal::simdgroup_matrix<float, 8, 8> A, B, C;
-  reinterpret_cast<thread float2&>(A.thread_elements()) = a;
-  reinterpret_cast<thread float2&>(B.thread_elements()) = b;
-  reinterpret_cast<thread float2&>(C.thread_elements()) = c;
-  metal::simdgroup_multiply_accumulate(C, A, B, C);
-  return reinterpret_cast<thread float2&>(C.thread_elements());
-}
-
-// The lanes that share a row of a matrix differ in bits 0 and 3.
+// The lanes that share a row differ in bits 0 and 3.
 RA_FUNC float row_max(float x) {
   x = metal::max(x, metal::simd_shuffle_xor(x, ushort(1)));
   return metal::max(x, metal::simd_shuffle_xor(x, ushort(8)));

@@ -1,10 +1,22 @@
-// The two matrix products of attention, on what lies in threadgroup memory. Only the matrices of 8 keys from `first` to
-// `last` are used; ALL says that these are all TK of them, and nothing is asked.
+// The two matrix products of attention by simdgroup matrices, on what lies in threadgroup memory. Only the matrices of 8
+// keys from `first` to `last` are used; ALL says that these are all TK of them, and nothing is asked.
+
+// c += a b for 8 x 8 matrices, each given by the lane's two elements.
+RA_FUNC void multiply_add(float2 a, float2 b, thread float* c) {
+  metal::simdgroup_matrix<float, 8, 8> A, B, C;
+  reinterpret_cast<thread float2&>(A.thread_elements()) = a;
+  reinterpret_cast<thread float2&>(B.thread_elements()) = b;
+  reinterpret_cast<thread float2&>(C.thread_elements()) = float2(c[0], c[1]);
+  metal::simdgroup_multiply_accumulate(C, A, B, C);
+  const float2 sum = reinterpret_cast<thread float2&>(C.thread_elements());
+  c[0] = sum.x;
+  c[1] = sum.y;
+}
 
 // S += Q K^T over TD matrices of 8 head dims; `q_own` is used where Q is kept in registers, else `q_from`.
 template <typename T, short TD, short TK, short LDK, bool OWN, bool ALL>
 RA_FUNC void multiply_keys(
-    thread float2* s, const thread T* q_own, const threadgroup T* q_from, const threadgroup T* k_from, short first, short last) {
+    thread float* s, const thread T* q_own, const threadgroup T* q_from, const threadgroup T* k_from, short first, short last) {
   RA_UNROLL
   for (short i = 0; i < TD; i++) {
     metal::simdgroup_barrier(metal::mem_flags::mem_none); // keeps the compiler from fetching all of Q and K ahead
@@ -18,7 +30,7 @@ RA_FUNC void multiply_keys(
     for (short j = 0; j < TK; j++) {
       if (ALL || (j >= first && j < last)) {
         const threadgroup T* k = k_from + 8 * i * LDK + 8 * j;
-        s[j] = multiply_add(q, float2(k[0], k[1]), s[j]);
+        multiply_add(q, float2(k[0], k[1]), s + 2 * j);
       }
     }
   }
@@ -26,7 +38,7 @@ RA_FUNC void multiply_keys(
 
 // O += P V over TV matrices of 8 value dims.
 template <typename T, short TV, short TK, short LDV, bool ALL>
-RA_FUNC void multiply_values(thread float2* o, const thread float2* p, const threadgroup T* v_from, short first, short last) {
+RA_FUNC void multiply_values(thread float* o, const thread float* p, const threadgroup T* v_from, short first, short last) {
   RA_UNROLL
   for (short i = 0; i < TV; i++) {
     metal::simdgroup_barrier(metal::mem_flags::mem_none);
@@ -34,28 +46,29 @@ RA_FUNC void multiply_values(thread float2* o, const thread float2* p, const thr
     for (short j = 0; j < TK; j++) {
       if (ALL || (j >= first && j < last)) {
         const threadgroup T* v = v_from + 8 * j * LDV + 8 * i;
-        o[i] = multiply_add(p[j], float2(v[0], v[1]), o[i]);
+        multiply_add(float2(p[2 * j], p[2 * j + 1]), float2(v[0], v[1]), o + 2 * i);
       }
     }
   }
 }
 
-// The same where V has NaN or infinities: they reach the rows that see them, as NaN, and no other row as 0 * NaN. Bit
-// 2 j + e of `seen` says whether the lane's row sees its key in element e of matrix j.
+// The same where V has NaN or infinities: they reach the rows that see them, as NaN, and no other row as 0 * NaN. Bit e of
+// `seen` says whether the lane's row sees its key in element e of the scores.
 template <typename T, short TV, short TK, short LDV>
-RA_FUNC void multiply_spoiled_values(thread float2* o, const thread float2* p, const threadgroup T* v_from, ushort seen) {
+RA_FUNC void multiply_spoiled_values(thread float* o, const thread float* p, const threadgroup T* v_from, ushort seen) {
   RA_UNROLL
   for (short i = 0; i < TV; i++) {
-    float2 hits = float2(0);
+    float hits[2] = {0, 0};
     RA_UNROLL
     for (short j = 0; j < TK; j++) {
       const threadgroup T* from = v_from + 8 * j * LDV + 8 * i;
       const float2 v = float2(from[0], from[1]);
       const bool fine_x = metal::isfinite(v.x), fine_y = metal::isfinite(v.y);
       const float2 sees = float2((seen >> (2 * j)) & 1, (seen >> (2 * j + 1)) & 1);
-      o[i] = multiply_add(p[j], float2(fine_x ? v.x : 0.0f, fine_y ? v.y : 0.0f), o[i]);
-      hits = multiply_add(sees, float2(fine_x ? 0.0f : 1.0f, fine_y ? 0.0f : 1.0f), hits);
+      multiply_add(float2(p[2 * j], p[2 * j + 1]), float2(fine_x ? v.x : 0.0f, fine_y ? v.y : 0.0f), o + 2 * i);
+      multiply_add(sees, float2(fine_x ? 0.0f : 1.0f, fine_y ? 0.0f : 1.0f), hits);
     }
-    o[i] = float2(hits.x > 0 ? NAN : o[i].x, hits.y > 0 ? NAN : o[i].y);
+    o[2 * i] = hits[0] > 0 ? NAN : o[2 * i];
+    o[2 * i + 1] = hits[1] > 0 ? NAN : o[2 * i + 1];
   }
 }

@@ -1,0 +1,237 @@
+"""What a training loop over a ring needs beside `ring_attention`.
+
+    layout = ra.Layout.zigzag(tokens.shape[1], ring.size)
+    batch = shard_batch(tokens, layout, ring, segments=documents)
+
+    def loss(model):
+        losses = nn.losses.cross_entropy(model(batch), batch.targets)
+        return mean_loss(losses, ring, weights=batch.weights)
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    optimizer.update(model, sum_gradients(gradients, ring))
+
+Every rank has the same weights and its own tokens. The gradient of a rank is that of its own share of the mean loss, so
+that the sum over the ranks is the gradient of the mean over all tokens, whichever ranks they are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .checks import check_array, check_int
+from .comm.agreement import agree, heard
+from .comm.base import Ring
+from .errors import ArgumentError
+from .job import check_layout, check_ring
+from .layout import Layout
+from .recompute import Tape
+
+__all__ = ["Batch", "checkpoint", "mean_loss", "shard_batch", "sum_gradients"]
+
+BUCKET_BYTES = 32 << 20
+
+
+class Batch(NamedTuple):
+    """This rank's part of a batch of sequences, in the order of ``layout.positions(rank)``.
+
+    Attributes:
+        tokens: Integers ``[batch, local tokens]``.
+        targets: The token that follows each in the whole sequence, likewise.
+        positions: The positions of the tokens in the sequence, int32 ``[local tokens]``.
+        weights: float32 ``[batch, local tokens]``: 0 where there is nothing to predict (the end of a document or of the
+            sequence, and padding), else 1.
+        segments: Document ids ``[batch, local tokens]`` for `ring_attention`, or ``None``.
+    """
+
+    tokens: mx.array
+    targets: mx.array
+    positions: mx.array
+    weights: mx.array
+    segments: mx.array | None
+
+
+def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.array | None = None) -> Batch:
+    """This rank's part of a batch that every rank has whole. Not collective.
+
+    Args:
+        tokens: Integers ``[batch, layout.length]``.
+        layout: Which positions each rank has.
+        ring: The ring.
+        segments: Integer ids of packed documents ``[batch, layout.length]``, each document's tokens in a row; negative
+            for padding. A document's last token has nothing to predict.
+
+    Raises:
+        ArgumentError: If shapes or dtypes do not fit.
+    """
+    check_ring(ring)
+    check_array("tokens", tokens)
+    if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+        raise ArgumentError(f"tokens: {tokens.dtype} {tokens.shape}, expected integers [batch, tokens]")
+    if segments is not None:
+        _check_like("segments", segments, "tokens", tokens)
+    if tokens.shape[1] != layout.length:
+        raise ArgumentError(f"tokens: {tokens.shape[1]} tokens, expected {layout.length}, the length of layout")
+    check_layout("layout", layout, ring, {})
+    ids = np.zeros(tokens.shape, np.int64) if segments is None else np.array(segments)
+    weights = np.zeros(tokens.shape, np.float32)
+    weights[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, :-1] >= 0)
+    targets = mx.concatenate([tokens[:, 1:], tokens[:, :1]], 1)  # the last has none, and weight 0
+    mine = [layout.shard(x, ring.rank, axis=1) for x in (tokens, targets, mx.array(weights))]
+    own = None if segments is None else layout.shard(segments, ring.rank, axis=1)
+    return Batch(mine[0], mine[1], mx.array(layout.positions(ring.rank)), mine[2], own)
+
+
+def _check_like(name: str, x: Any, other: str, like: mx.array) -> None:
+    check_array(name, x)
+    if tuple(x.shape) != tuple(like.shape):
+        raise ArgumentError(f"{name}: shape {tuple(x.shape)}, expected {tuple(like.shape)}, that of {other}")
+
+
+def mean_loss(losses: mx.array, ring: Ring, *, weights: mx.array | None = None) -> mx.array:
+    """The weighted mean over all ranks' tokens, the same on every rank; its gradient is that of this rank's share.
+
+    `losses` stay in the graph even where no token of this rank counts, so that a rank with nothing to predict still
+    takes part in the gradient of `ring_attention`, for which the others would otherwise wait. Collective.
+
+    Args:
+        losses: One for each of this rank's tokens, in any shape, computed from the model's output.
+        ring: The ring.
+        weights: Of the same shape, not negative. Default: all 1.
+
+    Returns:
+        A float32 scalar: sum of losses times weights over the sum of weights; 0 if that is 0.
+
+    Raises:
+        ArgumentError: If shapes differ. Raised on every rank.
+    """
+    check_ring(ring)
+    with ring.call("mean_loss"), heard(ring, "mean_loss"):
+        check_array("losses", losses)
+        if weights is not None:
+            _check_like("weights", weights, "losses", losses)
+    weights = mx.ones(losses.shape) if weights is None else weights.astype(mx.float32)
+    own = (mx.where(weights == 0, 0.0, losses.astype(mx.float32)) * weights).sum()
+    total, count = ring.all_reduce(mx.stop_gradient(mx.stack([own, weights.sum()])))
+    count = mx.where(count == 0, 1.0, count)
+    share = own / count
+    return total / count + (share - mx.stop_gradient(share))
+
+
+def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTES) -> Any:
+    """The sum of all ranks' parameter gradients, the same bits on every rank. Collective.
+
+    With the loss of `mean_loss`, which gives every rank its share, the sum is the gradient of the mean over all tokens.
+
+    Args:
+        gradients: A tree of arrays, of the same structure and shapes on every rank.
+        ring: The ring.
+        bucket_bytes: Arrays of one dtype go together in buckets of up to so many bytes: many small ones take as few
+            messages as a large one, and no copy is made of all of them at once.
+
+    Returns:
+        A tree of the same structure.
+
+    Raises:
+        ArgumentError: If the ranks' trees differ. Raised on every rank.
+    """
+    check_ring(ring)
+    named = tree_flatten(gradients)
+    with ring.call("sum_gradients"):
+        with heard(ring, "sum_gradients"):
+            bucket_bytes = check_int("bucket_bytes", bucket_bytes, 1)
+            for name, x in named:
+                check_array(f"gradients: {name}", x)
+            tree = blake2b(repr([(name, str(x.dtype), x.shape) for name, x in named]).encode()).hexdigest()
+        agree(ring, "sum_gradients", (("bucket_bytes", str(bucket_bytes)), ("digest of the tree", tree)))
+    summed: dict[str, mx.array] = {}
+    for bucket in _buckets(named, bucket_bytes):
+        whole = ring.all_reduce(mx.concatenate([x.reshape(-1) for _, x in bucket]))
+        at = 0
+        for name, x in bucket:
+            summed[name] = whole[at : at + x.size].reshape(x.shape)
+            at += x.size
+    return tree_unflatten([(name, summed[name]) for name, _ in named])
+
+
+def _buckets(named: list[tuple[str, mx.array]], most: int) -> Iterator[list[tuple[str, mx.array]]]:
+    """Runs of arrays of one dtype of at most so many bytes, or of one array; the same on ranks with equal trees."""
+    bucket: list[tuple[str, mx.array]] = []
+    size = 0
+    for name, x in named:
+        if bucket and (x.dtype != bucket[0][1].dtype or size + x.nbytes > most):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, x))
+        size += x.nbytes
+    if bucket:
+        yield bucket
+
+
+def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
+    """Run `module`, or `fn` of it, without keeping what is inside for the gradient: it is made again when needed.
+
+    As ``mlx.nn.utils.checkpoint``, but the results of `ring_attention` and `attention` inside are kept (`out` and the
+    lse), so that the ring's forward pass is not run twice.
+
+    Args:
+        module: Whose trainable parameters the gradient is by.
+        fn: What to run, by default the module: it must be a function of its arguments and the module's parameters.
+
+    Returns:
+        A function of the same arguments, arrays and trees of them.
+    """
+    run = module if fn is None else fn
+
+    def checkpointed(*arguments: Any) -> Any:
+        given = tree_flatten({"parameters": module.trainable_parameters(), "arguments": list(arguments)})
+        names, arrays = [name for name, _ in given], [x for _, x in given]
+        at = [i for i, x in enumerate(arrays) if isinstance(x, mx.array)]
+        tape, shape = Tape(), _Shape()
+
+        def flat(*some: mx.array) -> list[mx.array]:
+            whole = list(arrays)
+            for i, x in zip(at, some):
+                whole[i] = x
+            tree = tree_unflatten(list(zip(names, whole)))
+            module.update(tree.get("parameters", {}))
+            return shape.flatten(run(*tree.get("arguments", [])))
+
+        def compute(*some: mx.array) -> list[mx.array]:
+            with tape.recording():
+                return flat(*some)
+
+        def pull_back(primals, cotangents, outputs) -> list[mx.array]:
+            with tape.replaying():
+                return mx.vjp(flat, list(primals), list(cotangents))[1]
+
+        function: Any = mx.custom_function(compute)
+        function.vjp(pull_back)
+        parameters = module.trainable_parameters()
+        try:
+            return shape.restore(function(*(arrays[i] for i in at)))
+        finally:
+            module.update(parameters)  # not those of the transformation
+
+    return checkpointed
+
+
+class _Shape:
+    """The structure of a function's result, which is known once it has run."""
+
+    def flatten(self, result: Any) -> list[mx.array]:
+        """Its arrays."""
+        named = tree_flatten({"result": result})
+        self._names = [name for name, _ in named]
+        return [x for _, x in named]
+
+    def restore(self, arrays: Any) -> Any:
+        """The result that has these arrays."""
+        arrays = [arrays] if isinstance(arrays, mx.array) else arrays
+        return tree_unflatten(list(zip(self._names, arrays)))["result"]

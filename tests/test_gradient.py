@@ -1,0 +1,160 @@
+"""The gradient of `ringattn.attention` on every backend against its closed form in float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ringattn as ra
+from ringattn.backends import blocked, reference, work
+from ringattn.verify.features import FEATURES
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case
+
+BACKENDS = ("host", "metal", "reference", "blocked")
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """A backend's name. "blocked": the reference with the gradient that it has in a ring, not the one MLX derives."""
+    if request.param == "blocked":
+        monkeypatch.setattr(reference, "DIFFERENTIABLE", False)
+    if request.param in ("blocked", "metal"):
+        monkeypatch.setattr(blocked, "SCORES", 1 << 12)
+        monkeypatch.setattr(blocked, "KEYS", 48)
+        monkeypatch.setattr(blocked, "LEAST", 24)
+    return "reference" if request.param == "blocked" else request.param
+
+
+def gradients(problem: GradientCase, backend: str, through: str = "both", **more) -> dict[str, mx.array]:
+    """By `mx.vjp`, through `out`, the lse or both."""
+    case, named = problem.case, problem.differentiable
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(named, arrays))
+        q, k, v = (given.pop(name) for name in "qkv")
+        options = {**case.options, **given, "backend": backend, **more}
+        if through == "out":
+            return [ra.attention(q, k, v, **options)]
+        out, lse = ra.attention(q, k, v, return_lse=True, **options)
+        empty = lse == -mx.inf
+        return [mx.where(empty[..., None], 0 * out, out), mx.where(empty, 0.0, lse)]
+
+    cotangents = [problem.dout] if through == "out" else [problem.dout, problem.dlse]
+    _, found = mx.vjp(function, list(named.values()), cotangents)
+    return dict(zip(named, found))
+
+
+def check(problem: GradientCase, backend: str, **more) -> None:
+    found = gradients(problem, backend, **more)
+    for name, x in found.items():
+        like = problem.differentiable[name]
+        assert x.shape == like.shape and x.dtype == like.dtype, name
+    ratios = problem.ratios(found)
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
+
+
+@every_backend
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature(backend, feature):
+    check(GradientCase.random(FEATURES[feature]()), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("seed", range(40))
+def test_random_combinations(backend, seed):
+    check(GradientCase.random(random_case(seed)), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_through_out_alone(backend, dtype):
+    case = FEATURES["causal"]()
+    case = Case(*(x.astype(dtype) for x in (case.q, case.k, case.v)), case.q_pos, case.k_pos, case.options)
+    problem = GradientCase.random(case)
+    problem.dlse = mx.zeros(problem.dlse.shape)
+    check(problem, backend, through="out")
+
+
+@every_backend
+def test_rows_that_see_nothing_have_no_gradient(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 40, 16)), mx.float32)
+
+    def loss(q, k, v):
+        out, lse = ra.attention(q, k, v, offset=-20, mask="causal", backend=backend, return_lse=True)
+        return out.sum() + mx.where(lse == -mx.inf, 0.0, lse).sum()
+
+    for gradient in mx.grad(loss, argnums=(0, 1, 2))(x, x, x):
+        assert mx.all(mx.isfinite(gradient)) and mx.any(gradient != 0)
+    assert mx.all(mx.grad(loss)(x, x, x)[:, :, :20] == 0)
+
+
+@every_backend
+def test_padding_may_hold_any_bits(backend):
+    r = np.random.default_rng(1)
+    ids = np.repeat([-1, 0, 1, -1], 24)[None].astype(np.int32)
+    clean = [r.standard_normal((1, 2, 96, 16)).astype(np.float32) for _ in range(3)]
+    broken = [x.copy() for x in clean]
+    for x, bits in zip(broken, (np.nan, np.inf, np.nan)):
+        x[:, :, ids[0] < 0] = bits
+
+    def loss(q, k, v):
+        out = ra.attention(q, k, v, segments=(mx.array(ids), mx.array(ids)), mask="causal", backend=backend)
+        return (out * out).sum()
+
+    want, got = (mx.grad(loss, argnums=(0, 1, 2))(*map(mx.array, arrays)) for arrays in (clean, broken))
+    for a, b in zip(want, got):
+        assert mx.array_equal(a, b)
+        assert np.all(np.array(b)[:, :, ids[0] < 0] == 0)
+
+
+@every_backend
+def test_through_merge(backend):
+    """Keys in two parts, merged: the gradients of the whole. Some rows see nothing of the second part."""
+    problem = GradientCase.random(FEATURES["longer cache than queries"]())
+    case, cut = problem.case, 280
+    parts = [(x, case.k_pos[x]) for x in (slice(0, cut), slice(cut, len(case.k_pos)))]
+
+    def function(q, k, v):
+        options = {"mask": "causal", "return_lse": True, "backend": backend}
+        return ra.merge(
+            *(ra.attention(q, k[:, :, x], v[:, :, x], positions=(case.q_pos, at), **options) for x, at in parts)
+        )
+
+    _, found = mx.vjp(function, [case.q, case.k, case.v], [problem.dout, problem.dlse])
+    ratios = problem.ratios(dict(zip("qkv", found)))
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "5"])
+def test_same_bits_whatever_the_threads(monkeypatch, threads):
+    problem = GradientCase.random(FEATURES["longer cache than queries"]())
+    monkeypatch.setattr(work, "ROWS", 16)
+    monkeypatch.setenv("RINGATTN_THREADS", "3")
+    want = gradients(problem, "host")
+    monkeypatch.setenv("RINGATTN_THREADS", threads)
+    for _ in range(3):
+        for name, x in gradients(problem, "host").items():
+            assert mx.array_equal(x, want[name]), name
+
+
+@every_backend
+def test_works_under_checkpoint(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 33, 16)), mx.float32)
+
+    def loss(x):
+        return (ra.attention(x, x * 2, x + 1, mask="causal", backend=backend) ** 2).sum()
+
+    assert mx.allclose(mx.grad(mx.checkpoint(loss))(x), mx.grad(loss)(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["host", "metal"], indirect=True)
+def test_second_derivatives_are_refused(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 9, 16)), mx.float32)
+
+    def slope(x):
+        return mx.grad(lambda y: (ra.attention(y, y, y, backend=backend) ** 2).sum())(x).sum()
+
+    with pytest.raises(ra.TransformError, match="second derivative"):
+        mx.eval(mx.grad(slope)(x))
