@@ -88,6 +88,13 @@ def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.ar
     return Batch(mine[0], mine[1], mx.array(layout.positions(ring.rank)), mine[2], own)
 
 
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    """What is in a tree, by name."""
+    named = tree_flatten(tree)
+    assert isinstance(named, list)
+    return named
+
+
 def _check_like(name: str, x: Any, other: str, like: mx.array) -> None:
     check_array(name, x)
     if tuple(x.shape) != tuple(like.shape):
@@ -142,7 +149,7 @@ def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTE
         ArgumentError: If the ranks' trees differ. Raised on every rank.
     """
     check_ring(ring)
-    named = tree_flatten(gradients)
+    named = _leaves(gradients)
     with ring.call("sum_gradients"):
         with heard(ring, "sum_gradients"):
             bucket_bytes = check_int("bucket_bytes", bucket_bytes, 1)
@@ -190,7 +197,7 @@ def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
     run = module if fn is None else fn
 
     def checkpointed(*arguments: Any) -> Any:
-        given = tree_flatten({"parameters": module.trainable_parameters(), "arguments": list(arguments)})
+        given = _leaves({"parameters": module.trainable_parameters(), "arguments": list(arguments)})
         names, arrays = [name for name, _ in given], [x for _, x in given]
         at = [i for i, x in enumerate(arrays) if isinstance(x, mx.array)]
         tape, shape = Tape(), _Shape()
@@ -227,7 +234,7 @@ class _Shape:
 
     def flatten(self, result: Any) -> list[mx.array]:
         """Its arrays."""
-        named = tree_flatten({"result": result})
+        named = _leaves({"result": result})
         self._names = [name for name, _ in named]
         return [x for _, x in named]
 
