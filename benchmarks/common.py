@@ -7,30 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
+from ringattn.bench.timing import medians
+
+__all__ = ["chunk_of", "medians", "run_ranks", "sampled_error", "show", "write_result"]
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, float]:
-    """The median seconds of each call; the calls take turns, so that a slow spell of the machine hits all alike.
-
-    `pause` seconds go by before each: a library's threads may spin for some time after its call, and take a core from
-    whoever comes next.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            time.sleep(pause)
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
 
 
 def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarray:

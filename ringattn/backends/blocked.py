@@ -48,6 +48,23 @@ class Block:
     rules: Rules
     partial: bool
 
+    def part(self, most: int) -> Block:
+        """The first rows and keys of the first head."""
+        rules, mask, segments = self.rules, self.rules.mask, self.rules.segments
+        if mask is not None:
+            mask = mask[:1, :1, :most, :most]
+        if segments is not None:
+            segments = segments[0][:1, :most], segments[1][:1, :most]
+        return Block(
+            self.scores[:1, :1, :most, :most],
+            self.by_weights[:1, :1, :most, :most],
+            Rows(*(x[:1, :1, :most] for x in self.rows)),
+            self.q_pos[:most],
+            self.k_pos[:most],
+            replace(rules, mask=mask, segments=segments),
+            self.partial,
+        )
+
 
 class Weights(NamedTuple):
     """What comes of it: the weights, the gradient by ``q k^T``, and where it is wanted that by the mask's numbers."""

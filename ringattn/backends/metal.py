@@ -9,10 +9,9 @@ import numpy as np
 
 from ..gradient import Gradients, Rows
 from ..merge import State
-from ..metal import executor
 from ..metal.attend import attend
 from ..metal.forward import LEAST
-from ..metal.gradient import delta_call, weights
+from ..metal.gradient import delta, weights
 from ..metal.probe import UnusableError
 from ..metal.problem import Ending, Problem
 from ..metal.tiling import MOST_DIMS
@@ -57,8 +56,7 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     """What `backward` needs of each query row; see `ringattn.backends`."""
     if lse.size == 0:
         return Rows.of(out, lse, dout, dlse)
-    (delta,) = executor.run(delta_call(out, lse, dout, dlse))
-    return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), delta)
+    return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), delta(out, lse, dout, dlse))
 
 
 def backward(

@@ -55,10 +55,11 @@ def backward(
     sums: Gradients,
 ) -> Gradients:
     """`sums` with the gradients added; see `ringattn.backends`. `attention` has MLX derive its gradient instead."""
-    return blocked.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, _elementwise)
+    return blocked.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, elementwise)
 
 
-def _elementwise(block: blocked.Block) -> blocked.Weights:
+def elementwise(block: blocked.Block) -> blocked.Weights:
+    """The elementwise work of a block of the gradient."""
     rules, additive = block.rules, block.rules.mask is not None and block.rules.mask.dtype != mx.bool_
     scores, slope = block.scores * rules.scale, mx.array(rules.scale)
     if rules.softcap is not None:

@@ -11,6 +11,7 @@ import click
 
 # name: (module, what `ringattn --help` says), so that the list of commands imports none of them
 COMMANDS = {
+    "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
     "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks."),
     "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),

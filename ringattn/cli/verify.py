@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from .. import backends
 from ..backends.softmax import compiled
 from ..verify.run import Results, failures, verify_local
 
@@ -19,11 +20,12 @@ from ..verify.run import Results, failures, verify_local
 @click.command()
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(min=0), help="Local ranks; 0: no ring.")
 def verify(ranks: int) -> None:
-    """Check every feature on this machine's kernels and ranks against float64.
+    """Check every feature on this machine's kernels and ranks against float64, and every variant of the Metal kernels.
 
     Each cell is the largest error as a fraction of what is allowed: twice the error of the plain formula in the same
     dtype, and a few units in the last place. The exit status is 1 if anything is over 1.
     """
+    variants = _variants()
     click.echo("checking the kernels of this machine ...", err=True)
     tables = [verify_local(lambda name: None)]
     problem = None
@@ -31,10 +33,22 @@ def verify(ranks: int) -> None:
         click.echo(f"checking a ring of {ranks} local ranks ...", err=True)
         table, problem = _ring(ranks)
         tables += [table] if table else []
-    failed = failures(tables)
+    failed = [name for name, found in variants.items() if isinstance(found, str) or not found <= 1] + failures(tables)
+    for name, found in variants.items():
+        click.echo(f"metal: {name}: {found if isinstance(found, str) else _cell(found)}")
     click.echo(_table(tables))
     click.echo(_report(ranks, failed, problem))
     raise SystemExit(1 if failed or problem else 0)
+
+
+def _variants() -> dict[str, float | str]:
+    """What became of every variant of the Metal kernels, where there are any."""
+    if "metal" not in backends.available():
+        click.echo("Metal kernels: not run here (no Apple GPU)", err=True)
+        return {}
+    from ..verify.variants import verify_variants
+
+    return verify_variants(lambda name: click.echo(f"checking the Metal kernels: {name} ...", err=True))
 
 
 def _ring(ranks: int) -> tuple[Results | None, str | None]:
@@ -65,15 +79,21 @@ def _cell(fraction: float) -> str:
 
 def _report(ranks: int, failed: list[str], problem: str | None) -> str:
     """One block for a bug report."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("ringattn", "mlx", "numpy", "mpi4py"))
-    lines = ["", "--- to paste into a report ---", versions]
-    lines.append(f"Python {platform.python_version()}, {platform.platform()}, {_device()}")
+    lines = ["", "--- to paste into a report ---", machine()]
     lines.append(f"softmax of the CPU kernel: {'compiled' if compiled() else 'NumPy (not compiled at installation)'}")
     lines.append(f"ring: {ranks} local ranks" if ranks and problem is None else "ring: not checked")
     if problem:
         lines.append(f"the ring did not run: {problem}")
+    if "metal" not in backends.available():
+        lines.append("Metal kernels: not run here")
     lines.append(f"FAILED: {'; '.join(failed)}" if failed else "all within budget")
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """Versions and device, for reports."""
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("ringattn", "mlx", "numpy", "mpi4py"))
+    return f"{versions}\nPython {platform.python_version()}, {platform.platform()}, {_device()}"
 
 
 def _version(name: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..backends import reference
 from ..backends.blocked import Block, Weights
-from . import executor, source
+from ..gradient import Rows
+from . import executor, probe, source
 from .call import KernelCall
 from .forward import band_inputs
 
 THREADS = 64
+TRIAL = 40  # rows and keys of a trial
 RUN = 4  # neighbours of a row that a thread takes, as in weights.metal
 
 
@@ -70,6 +73,33 @@ def weights_call(block: Block) -> KernelCall:
 
 
 def weights(block: Block) -> Weights:
-    """The elementwise work of a block, by the kernel."""
+    """The elementwise work of a block, by the kernel; on a Mac only if that has shown to work there."""
+    if executor.default() and not _works(block):
+        return reference.elementwise(block)
     found = executor.run(weights_call(block))
     return Weights(found[0], found[1], found[2] if len(found) > 2 else None)
+
+
+def _works(block: Block) -> bool:
+    """Try the kernel on the first rows and keys of `block`."""
+    call = weights_call(block)
+    few = block.part(TRIAL)
+    return probe.works(
+        f"{call.name.removeprefix('ringattn_')} for the gradient{', softcap' if block.rules.softcap else ''}",
+        lambda: probe.complaint(
+            lambda: executor.run(weights_call(few)), [x for x in reference.elementwise(few) if x is not None]
+        ),
+    )
+
+
+def delta(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> mx.array:
+    """delta of each row (see `ringattn.gradient`), by the kernel if that works here."""
+    arrays = (out, lse, dout, dlse)
+    if executor.default():
+        few = [x[:1, :1, :TRIAL] for x in arrays]
+        name = f"delta for the gradient, {out.dtype} and {dout.dtype}, head_dim {out.shape[3]}"
+        if not probe.works(
+            name, lambda: probe.complaint(lambda: executor.run(delta_call(*few)), [Rows.of(*few).delta])
+        ):
+            return Rows.of(*arrays).delta
+    return executor.run(delta_call(*arrays))[0]

@@ -6,7 +6,7 @@ MLX compiles a kernel when its output is evaluated, which may be long after the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -62,8 +62,17 @@ def ensure(attend: Attend, problem: Problem, state: State | None, ending: Ending
         UnusableError: If they failed, or gave another answer than plain MLX operations; the first time with a warning.
     """
     name = ", ".join([variant(problem, state, ending), *words])
+    if not works(name, lambda: _complaint(attend, _few_tokens(problem), state is not None, ending)):
+        raise UnusableError(name)
+
+
+def works(name: str, trial: Callable[[], str]) -> bool:
+    """Whether the kernel variant `name` works here; the first time by a `trial`, which tells what is wrong or nothing.
+
+    If something is, a warning says so, once.
+    """
     if name not in _verdicts:
-        complaint = _complaint(attend, _few_tokens(problem), state is not None, ending)
+        complaint = trial()
         _verdicts[name] = not complaint
         if complaint:
             warnings.warn(
@@ -72,19 +81,29 @@ def ensure(attend: Attend, problem: Problem, state: State | None, ending: Ending
                 KernelWarning,
                 stacklevel=2,
             )
-    if not _verdicts[name]:
-        raise UnusableError(name)
+    return _verdicts[name]
+
+
+def forget() -> None:
+    """Try every variant again."""
+    _verdicts.clear()
 
 
 def _complaint(attend: Attend, problem: Problem, with_state: bool, ending: Ending | None) -> str:
     """What is wrong with the answer of `attend`, or nothing."""
+    before = reference.forward(*problem.arguments, None) if with_state else None
+    expected = reference.forward(*problem.arguments, before)
+    sinks = None if ending is None or ending.sinks is None else ending.sinks[: problem.group]
+    few = None if ending is None else replace(ending, sinks=sinks)
+    return complaint(
+        lambda: attend(problem, before, few), expected if few is None else finish(expected, few.sinks, few.dtype)
+    )
+
+
+def complaint(run: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]) -> str:
+    """What is wrong with the arrays that `run` gives, or nothing."""
     try:
-        before = reference.forward(*problem.arguments, None) if with_state else None
-        expected = reference.forward(*problem.arguments, before)
-        sinks = None if ending is None or ending.sinks is None else ending.sinks[: problem.group]
-        few = None if ending is None else replace(ending, sinks=sinks)
-        got = attend(problem, before, few)
-        pairs = list(zip(got, expected if few is None else finish(expected, few.sinks, few.dtype)))
+        pairs = list(zip(run(), expected))
         mx.eval(pairs)
     except (RuntimeError, ValueError) as error:
         return " ".join(str(error).split())[:300]

@@ -1,0 +1,1 @@
+"""Timings that a user can make on their own machine: ``ringattn bench``."""
