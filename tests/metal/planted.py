@@ -130,11 +130,35 @@ for (uint j = 0; j < 64; j++) {
 y[i] = sum;
 """
 )
+_MATRIX_ONES = (
+    _INDEX
+    + """simdgroup_float8x8 a(1.0f), b = make_filled_simdgroup_matrix<float, 8, 8>(1.0f), c(0.0f);
+simdgroup_multiply_accumulate(c, a, b, c);
+y[i] = x[i] * c.thread_elements()[0];
+"""
+)
+_TENSOR_ONES = (
+    _INDEX
+    + """mpp::tensor_ops::matmul2d<mpp::tensor_ops::matmul2d_descriptor(16, 32, 16), metal::execution_simdgroup> op;
+auto a = op.get_left_input_cooperative_tensor<half, half, float>();
+auto b = op.get_right_input_cooperative_tensor<half, half, float>();
+auto c = op.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();
+for (ushort e = 0; e < 16; e++) {
+  a[e % 8] = 0.0625h;
+  b[e] = 1.0h;
+  c[e] = 0;
+}
+op.run(a, b, c);
+y[i] = x[i] * c[t % 16];
+"""
+)
+_TENSOR_HEADER = "#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n"
 _HELPED = _INDEX + "y[i] = twice(x + i) - x[i];\n"
 _HELPER = "template <typename T>\nT twice(const device T* p) {\n  T sum = p[0] + p[0];\n  return sum;\n}\n"
 _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _SIMDGROUP_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 _TWO_SUMS = "if (t < 9) sum = simd_sum(sum);\nelse sum = simd_sum(sum);"
+_TWO_SHUFFLES = "if (t % 2) sum += simd_shuffle_xor(sum, step);\nelse sum += simd_shuffle_xor(sum, step);"
 _EITHER = f"if (t < 32) {{\n  {_BARRIER}\n}} else {{\n  {_BARRIER}\n}}"
 
 
@@ -151,6 +175,7 @@ PLANTED = [
     Planted("race of lanes", "race", _REVERSE_LANES, _SIMDGROUP_BARRIER, "", _lanes_reversed),
     Planted("lanes after no memory", "race", _REVERSE_LANES, "mem_threadgroup", "mem_none", _lanes_reversed),
     Planted("read of another group", "race", _COPY, "x[i];", "i < 64 ? x[i] : y[i - 64];", _same),
+    Planted("read before another group", "race", _COPY, "x[i];", "x[i] + (t == 0 ? 0 * y[0] : 0);", _same),
     Planted("one too far", "out_of_bounds", _COPY, "x[i]", "x[i + 1]", _same),
     Planted("one too early", "out_of_bounds", _COPY, "x[i]", "x[int(i) - 1]", _same),
     Planted("written too far", "out_of_bounds", _COPY, "y[i]", "y[i + 1]", _same),
@@ -161,12 +186,17 @@ PLANTED = [
     Planted("both groups", "write_conflict", _GROUP_SUM, ".x] =", ".x / 2] =", _group_sums, size=2),
     Planted("array not filled", "uninitialised", _REVERSE, "s[t] = x[i]", "if (t != 9) s[t] = x[i]", _reversed),
     Planted("output read first", "uninitialised", _COPY, "y[i] =", "y[i] +=", _same),
+    Planted("two barriers", "divergence", _REVERSE, _BARRIER, _EITHER, _reversed),
     Planted("barrier of some", "divergence", _REVERSE, _BARRIER, f"if (t < 40) {{ {_BARRIER} }}", _reversed),
     Planted("early return", "divergence", _REVERSE, _BARRIER, f"if (t > 47) return;\n{_BARRIER}", _reversed),
     Planted(
         "early return of all lanes", "divergence", _REVERSE, _BARRIER, f"if (t > 31) return; {_BARRIER}", _reversed
     ),
     Planted("simd sum of some", "divergence", _SIMD_SUM, "sum = simd", "if (t % 32 < 16) sum = simd", _lane_sums),
+    Planted("two simd operations", "divergence", _SIMD_SUM, "sum = simd_sum(sum);", _TWO_SUMS, _lane_sums),
+    Planted("two shuffles", "divergence", _LANE_SUM, "sum += simd_shuffle_xor(sum, step);", _TWO_SHUFFLES, _lane_sums),
+    Planted("matrix product of some", "divergence", _MATRIX_ONES, "simdgroup_mul", "if (t % 2) simdgroup_mul", _same),
+    Planted("tensor product of some", "divergence", _TENSOR_ONES, "op.run", "if (t % 2) op.run", _same, _TENSOR_HEADER),
     Planted("no such lane", "bad_shuffle", _LANE_SUM, "shuffle_xor(sum, step)", "shuffle(sum, t + step)", _lane_sums),
     Planted("too much memory", "threadgroup_overflow", _REVERSE.replace("s[64]", "s[8192]"), "92]", "93]", _reversed),
     Planted("shuffle of a wrong distance", "numbers", _LANE_SUM, "step *= 2", "step *= 3", _lane_sums),

@@ -343,6 +343,32 @@ def test_raw_buffers_keep_their_strides():
         Runtime().run(call, {"x": x.astype(np.float64)})
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_lanes_that_meet_again_after_a_branch_are_at_one_place(order):
+    """Also where the compiler puts a copy of what follows into both sides, or makes one of two functions' calls."""
+    header = "template <typename T> T row_max(T v) { v = max(v, simd_shuffle_xor(v, 1)); return simd_max(v); }"
+    source = """
+      uint t = thread_index_in_threadgroup;
+      float v = x[t];
+      if (t % 3 == 0 && v > 0) {
+        v = v * v;
+      } else if (t > 40) {
+        v = 2 - v;
+      }
+      float sum = row_max(v);
+      for (uint i = 0; i < 3; i++) {
+        const int from = simd_shuffle(int(t), ushort(31 - t % 32));
+        bool sees = v > 0.5f && from % 2 == int(i % 2);
+        sees = sees & simd_any(t % 5 == i);
+        sum += i % 2 == 0 ? row_max(sees ? v : -v) : row_max(sees ? -v : v);
+        threadgroup_barrier(mem_flags::mem_none);
+      }
+      y[t] = sum;
+    """
+    x = mx.random.normal((64,), key=mx.random.key(5))
+    run(source, {"x": x}, [("y", (64,), mx.float32)], (64, 1, 1), header=header, runtime=Runtime(order))
+
+
 def test_wrong_order_is_refused():
     with pytest.raises(ValueError, match="order='sideways' must be one of"):
         Runtime("sideways")
@@ -414,3 +440,38 @@ def test_race_in_what_mlx_saves_is_seen():
     q, k, v = random_qkv(mx.float16, 256, 32, 32)
     with pytest.raises(RuntimeFault, match="race of lse"):
         steel_attention(Runtime(), q, k, v, causal=False, scale=0.1, save_lse=True)
+
+
+@pytest.mark.parametrize("dtype, atol", [(mx.float16, 2e-3), (mx.bfloat16, 1.5e-2), (mx.float32, 4e-3)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_of_mlx_with_tensor_operations(dtype, atol, head_dim):
+    q, k, v = random_qkv(dtype, head_dim, 70, 100)
+    runtime = Runtime("backward")
+    out, lse = steel_attention(runtime, q, k, v, causal=True, scale=head_dim**-0.5, save_lse=True, tensor_ops=True)
+    expected, expected_lse = reference_attention(q, k, v, True, head_dim**-0.5)
+    np.testing.assert_allclose(as_numpy(out), expected, atol=atol)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-3 if dtype == mx.float32 else 2e-6)
+    # of 2 heads, 2 tiles of 64 queries and 3 and 4 tiles of 32 keys, 16 x 32 x 16 at a time, twice
+    assert runtime.last.tensor_ops == 2 * (3 + 4) * 2 * (64 * 32 * head_dim) // (16 * 32 * 16)
+    assert runtime.last.matmuls == 0
+
+
+def test_workers_count_what_one_counts():
+    q, k, v = random_qkv(mx.float16, 64, 200, 300)
+    alone, together = Runtime(workers=1), Runtime(workers=3)
+    out, _ = steel_attention(alone, q, k, v, causal=True, scale=0.1)
+    again, _ = steel_attention(together, q, k, v, causal=True, scale=0.1)
+    assert mx.array_equal(out, again)
+    assert alone.last == together.last
+
+
+@pytest.mark.parametrize("line", ["y[0] = x[i];", "y[i] = y[(i + 96) % 1024];", "y[i] = x[i + (i > 900) * 200];"])
+def test_workers_report_what_one_reports(line):
+    source = f"uint i = thread_position_in_grid.x;\n{line}"
+    reports = []
+    for workers in (1, *4 * [4]):
+        with pytest.raises(RuntimeFault) as caught:
+            inputs, outputs = {"x": mx.zeros(1024)}, [("y", (1024,), mx.float32)]
+            run(source, inputs, outputs, (1024, 1, 1), (32, 1, 1), Runtime(workers=workers))
+        reports.append(str(caught.value))
+    assert reports == 5 * reports[:1]

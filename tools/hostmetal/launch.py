@@ -14,6 +14,7 @@ from .faults import KINDS, Report
 
 U32x3 = ctypes.c_uint32 * 3
 KIND = {"constant": 0, "input": 1, "output": 2, "initialised_output": 3, "module": 5}
+GROUPS_PER_WORKER = 4  # at least: a thread costs more than a small threadgroup
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 COUNTED = ["matmuls", "tensor_ops", "exp2", "exp", "log", "tanh", "barriers", "simdgroup_barriers", "shuffles"]
 COUNTED += ["threadgroup_read", "threadgroup_written", "threadgroup_bytes", "bank_conflicts", "groups"]
@@ -102,7 +103,7 @@ class Launch:
     threadgroup: tuple[int, int, int]
     groups: list[tuple[int, int, int]] | None = None
 
-    def run(self, order: str, seed: int, checks: bool, workers: int = 1) -> tuple[Counters, list[Report]]:
+    def run(self, order: str, seed: int, checks: bool, workers: int) -> tuple[Counters, list[Report]]:
         _, core = core_library()
         threadgroup = tuple(map(min, self.threadgroup, self.grid))
         if math.prod(threadgroup) > 1024:
@@ -116,7 +117,8 @@ class Launch:
         c = CLaunch(kernel=self.kernel, arguments=arguments, buffers=buffers, buffer_count=len(buffers))
         c.grid, c.threadgroup, c.group_count = U32x3(*self.grid), U32x3(*threadgroup), count
         c.groups = None if chosen is None else chosen.ctypes.data
-        c.seed, c.order, c.checks, c.workers = seed, ORDERS[order], checks, workers
+        c.seed, c.order, c.checks = seed, ORDERS[order], checks
+        c.workers = max(1, min(workers, count // GROUPS_PER_WORKER))
         core.hostmetal_launch(ctypes.byref(c))
         reports = [
             Report(KINDS[r.kind], r.buffer.decode(), r.offset, r.thread, tuple(r.group), r.text.decode())

@@ -65,7 +65,7 @@ void place_threads(Worker* w, const uint32_t group[3]) {
     p.lane = t % 32;
     p.simdgroup = t / 32;
     Simdgroup* s = &w->simdgroups[t / 32];
-    w->fibres[t] = Fibre{w->stacks.fresh(t, start), s, nullptr, READY, NOWHERE, p};
+    w->fibres[t] = Fibre{w->stacks.fresh(t, start), s, nullptr, 0, READY, NOWHERE, p};
     s->lanes[t % 32] = &w->fibres[t];
     s->index = t / 32;
     s->count = t % 32 + 1;
@@ -103,7 +103,7 @@ bool all_at_one_place(Worker* w, bool* ended) {
   const Fibre* a = &w->fibres[0];
   for (uint32_t t = 1; t < w->threads; t++) {
     const Fibre* b = &w->fibres[t];
-    if (a->state == b->state && (a->state == ENDED || a->state == AT_BARRIER)) {
+    if (a->state == b->state && (a->state == ENDED || a->place == b->place)) {
       continue;
     }
     const Fibre* waits = a->state == AT_BARRIER ? a : b;

@@ -7,7 +7,8 @@
 
 struct ThreadPosition { // what a thread may ask about itself, in the words of Metal's attributes
   uint32_t in_grid[3], in_threadgroup[3], threadgroup[3];
-  uint32_t threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3], threads_per_grid[3], threadgroups_per_grid[3];
+  uint32_t threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3], threads_per_grid[3];
+  uint32_t threadgroups_per_grid[3];
   uint32_t index, lane, simdgroup, simdgroups, dispatch_simdgroups;
 };
 
@@ -18,7 +19,7 @@ enum BufferKind { CONSTANT, INPUT, OUTPUT, INITIALISED_OUTPUT, THREADGROUP, MODU
 struct Cell { // who touched a few bytes; a stamp tells in which interval between barriers
   uint32_t wrote, read;
   uint32_t readers; // bit s: simdgroup s read since the last barrier
-  uint32_t group, read_group; // the threadgroups that wrote and that read last, counted from 1
+  uint32_t group, read_group; // the threadgroups that wrote and read last, counted from 1; ~0: several read
   uint16_t writer, reader; // threads; a reader of 0x8000 | s stands for several threads of simdgroup s
 };
 

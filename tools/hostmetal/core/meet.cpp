@@ -32,6 +32,44 @@ void multiply(Simdgroup* s) {
   }
 }
 
+// Element i of a lane's part of a 16 x 16 fragment, or of two such fragments side by side.
+struct Place {
+  int row, column;
+};
+
+Place fragment_place(int lane, int i) {
+  const int row = ((lane >> 2) & 4) | ((lane >> 1) & 3), column = (((lane >> 2) & 2) | (lane & 1)) * 4;
+  return Place{row + (i % 8) / 4 * 8, column + i % 4};
+}
+
+void multiply_tensors(Simdgroup* s) {
+  float a[16][16], b[16][32], c[16][32];
+  for (int lane = 0; lane < 32; lane++) {
+    for (int i = 0; i < 16; i++) {
+      const Place p = fragment_place(lane, i);
+      const int second = i / 8 * 16;
+      if (i < 8) {
+        (s->transposed & 1 ? a[p.column][p.row] : a[p.row][p.column]) = s->left[lane][i];
+      }
+      (s->transposed & 2 ? b[p.column][p.row + second] : b[p.row][p.column + second]) = s->right[lane][i];
+      c[p.row][p.column + second] = s->sum[lane][i];
+    }
+  }
+  for (int row = 0; row < 16; row++) {
+    for (int k = 0; k < 16; k++) {
+      for (int column = 0; column < 32; column++) {
+        c[row][column] += a[row][k] * b[k][column];
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    for (int i = 0; i < 16; i++) {
+      const Place p = fragment_place(lane, i);
+      s->product[lane][i] = c[p.row][p.column + i / 8 * 16];
+    }
+  }
+}
+
 void finish_meeting(Worker* w, Simdgroup* s) {
   switch (s->lanes[0]->meeting) {
     case MULTIPLY:
@@ -40,6 +78,7 @@ void finish_meeting(Worker* w, Simdgroup* s) {
       break;
     case TENSOR:
       w->counters.tensor_ops++;
+      multiply_tensors(s);
       break;
     case SHUFFLE:
     case BALLOT:
@@ -69,7 +108,7 @@ __attribute__((noinline)) void diverged(Worker* w, Simdgroup* s) {
   const Fibre* b = a;
   for (uint32_t i = 1; i < s->count; i++) {
     const Fibre* f = s->lanes[i];
-    if (f->state != a->state || (f->state == READY && (f->meeting != a->meeting))) {
+    if (f->state != a->state || f->meeting != a->meeting || f->place != a->place) {
       b = f;
       break;
     }
@@ -107,12 +146,13 @@ inline void pass_on(Worker* w, Fibre* me) {
   hostmetal_switch(&me->sp, next);
 }
 
-inline void meet(Worker* w, Fibre* me, int meeting, const void* site) {
+inline void meet(Worker* w, Fibre* me, int meeting, const void* site, int place) {
   Simdgroup* s = me->simdgroup;
   const Fibre* first = s->lanes[s->order[0]];
   me->meeting = meeting;
   me->site = site;
-  s->mixed = s->arrived != 0 && (s->mixed || first->meeting != meeting);
+  me->place = place;
+  s->mixed = s->arrived != 0 && (s->mixed || first->meeting != meeting || first->place != place);
   s->arrived++;
   pass_on(w, me);
 }
@@ -190,35 +230,36 @@ int source(const Simdgroup* s, int how, int by, int lane) {
 
 extern "C" {
 
-void hostmetal_threadgroup_barrier(int flags) {
+void hostmetal_threadgroup_barrier(int flags, int place) {
   Worker* w = worker;
   Fibre* me = w->current;
   me->state = AT_BARRIER;
   me->site = SITE;
+  me->place = place;
   w->barrier_flags = flags;
   me->simdgroup->parked++;
   pass_on(w, me);
 }
 
-void hostmetal_simdgroup_barrier(int flags) {
+void hostmetal_simdgroup_barrier(int flags, int place) {
   Worker* w = worker;
   w->current->simdgroup->flags = flags;
-  meet(w, w->current, SIMDGROUP_BARRIER, SITE);
+  meet(w, w->current, SIMDGROUP_BARRIER, SITE, place);
 }
 
-void hostmetal_together() {
+void hostmetal_together(int place) {
   Worker* w = worker;
-  meet(w, w->current, TOGETHER, SITE);
+  meet(w, w->current, TOGETHER, SITE, place);
 }
 
-uint64_t hostmetal_shuffle(uint64_t bits, int how, int by, uint64_t filling) {
+uint64_t hostmetal_shuffle(uint64_t bits, int how, int by, uint64_t filling, int place) {
   Worker* w = worker;
   Fibre* me = w->current;
   Simdgroup* s = me->simdgroup;
   const uint32_t p = s->parity, lane = me->position.lane;
   s->bits[p][lane] = bits;
   s->by[p][lane] = by;
-  meet(w, me, SHUFFLE, SITE);
+  meet(w, me, SHUFFLE, SITE, place);
   const int from = source(s, how, by, lane);
   if (from == -3 || (how != 0 && by != s->by[p][0])) {
     const char* problem = from == -3 ? "a lane that does not exist" : "by another distance than the first lane does";
@@ -229,12 +270,12 @@ uint64_t hostmetal_shuffle(uint64_t bits, int how, int by, uint64_t filling) {
   return from == -1 ? bits : from == -2 ? filling : s->bits[p][from];
 }
 
-uint64_t hostmetal_ballot(bool yes) {
+uint64_t hostmetal_ballot(bool yes, int place) {
   Worker* w = worker;
   Simdgroup* s = w->current->simdgroup;
   const uint32_t p = s->parity;
   s->bits[p][w->current->position.lane] = yes;
-  meet(w, w->current, BALLOT, SITE);
+  meet(w, w->current, BALLOT, SITE, place);
   uint64_t votes = 0;
   for (uint32_t i = 0; i < s->count; i++) {
     votes |= s->bits[p][i] << i;
@@ -242,25 +283,25 @@ uint64_t hostmetal_ballot(bool yes) {
   return votes;
 }
 
-float hostmetal_reduce_float(float x, int how) {
+float hostmetal_reduce_float(float x, int how, int place) {
   Worker* w = worker;
   Simdgroup* s = w->current->simdgroup;
   const uint32_t p = s->parity, lane = w->current->position.lane;
   memcpy(&s->bits[p][lane], &x, sizeof x);
-  meet(w, w->current, REDUCE, SITE);
+  meet(w, w->current, REDUCE, SITE, place);
   return reduce<float>(s, p, lane, how);
 }
 
-long hostmetal_reduce_long(long x, int how) {
+long hostmetal_reduce_long(long x, int how, int place) {
   Worker* w = worker;
   Simdgroup* s = w->current->simdgroup;
   const uint32_t p = s->parity, lane = w->current->position.lane;
   memcpy(&s->bits[p][lane], &x, sizeof x);
-  meet(w, w->current, REDUCE, SITE);
+  meet(w, w->current, REDUCE, SITE, place);
   return reduce<long>(s, p, lane, how);
 }
 
-float2 hostmetal_multiply(float2 a, float2 b, float2 c) {
+float2 hostmetal_multiply(float2 a, float2 b, float2 c, int place) {
   Worker* w = worker;
   Fibre* me = w->current;
   Simdgroup* s = me->simdgroup;
@@ -269,10 +310,23 @@ float2 hostmetal_multiply(float2 a, float2 b, float2 c) {
   memcpy(&s->a[row][column], &a, sizeof a);
   memcpy(&s->b[row][column], &b, sizeof b);
   memcpy(&s->c[row][column], &c, sizeof c);
-  meet(w, me, MULTIPLY, SITE);
+  meet(w, me, MULTIPLY, SITE, place);
   float2 d;
   memcpy(&d, &s->d[row][column], sizeof d);
   return d;
+}
+
+float16 hostmetal_tensor(float8 a, float16 b, float16 c, int transposed, int place) {
+  Worker* w = worker;
+  Fibre* me = w->current;
+  Simdgroup* s = me->simdgroup;
+  const uint32_t lane = me->position.lane;
+  s->left[lane] = a;
+  s->right[lane] = b;
+  s->sum[lane] = c;
+  s->transposed = transposed;
+  meet(w, me, TENSOR, SITE, place);
+  return s->product[lane];
 }
 
 uint32_t hostmetal_lane() { return worker->current->position.lane; }

@@ -72,7 +72,8 @@ inline bool concurrent(const Worker* w, uint32_t thread, uint32_t stamp, uint32_
 }
 
 __attribute__((noinline)) void race(
-    Worker* w, const Region* r, uint64_t offset, const void* site, const char* mine, const char* other, uint32_t thread) {
+    Worker* w, const Region* r, uint64_t offset, const void* site, const char* mine, const char* other,
+    uint32_t thread) {
   char who[48];
   if (thread & 0x8000) {
     snprintf(who, sizeof who, "other threads of simdgroup %u", thread & 0x7fff);
@@ -83,15 +84,33 @@ __attribute__((noinline)) void race(
          w->current->position.index, mine, element_text(r, offset), who, other);
 }
 
+constexpr uint32_t SEVERAL_GROUPS = ~0u;
+
+// Another worker may be at the same cell of an output: each of two threadgroups leaves its mark before it looks for
+// the other's, so that one of them sees it.
+inline uint32_t mark(uint32_t* field, uint32_t group, int space) {
+  if (space) {
+    return __atomic_exchange_n(field, group, __ATOMIC_SEQ_CST);
+  }
+  const uint32_t before = *field;
+  *field = group;
+  return before;
+}
+
 inline void note_read(Worker* w, Region* r, Cell* cell, uint64_t offset, const void* site) {
   const uint32_t me = w->current->position.index, simdgroup = me / 32;
   const int space = r->kind != THREADGROUP;
   const uint32_t now = w->current->simdgroup->stamp[space];
-  if (__builtin_expect(cell->group != w->group, 0)) {
-    if (r->kind == THREADGROUP || (r->kind == OUTPUT && cell->group == 0)) {
+  const uint32_t read_by = mark(&cell->read_group, w->group, space);
+  if (space && read_by != 0 && read_by != w->group) {
+    mark(&cell->read_group, SEVERAL_GROUPS, space);
+  }
+  const uint32_t written_by = __atomic_load_n(&cell->group, __ATOMIC_SEQ_CST);
+  if (__builtin_expect(written_by != w->group, 0)) {
+    if (r->kind == THREADGROUP || (r->kind == OUTPUT && written_by == 0)) {
       report(w, UNINITIALISED, site, r->name, offset, "thread %u reads %s, which was never written", me,
              element_text(r, offset));
-    } else if (cell->group != 0) {
+    } else if (written_by != 0) {
       report(w, RACE, site, r->name, offset, "thread %u reads %s, which another threadgroup wrote", me,
              element_text(r, offset));
     }
@@ -107,7 +126,6 @@ inline void note_read(Worker* w, Region* r, Cell* cell, uint64_t offset, const v
     cell->reader = several ? 0x8000 | simdgroup : me;
   }
   cell->readers |= 1u << simdgroup;
-  cell->read_group = w->group;
   cell->read = now;
 }
 
@@ -115,14 +133,16 @@ inline void note_write(Worker* w, Region* r, Cell* cell, uint64_t offset, const 
   const uint32_t me = w->current->position.index, simdgroup = me / 32;
   const int space = r->kind != THREADGROUP;
   const uint32_t now = w->current->simdgroup->stamp[space];
-  if (cell->group == w->group) {
+  const uint32_t written_by = mark(&cell->group, w->group, space);
+  const uint32_t read_by = __atomic_load_n(&cell->read_group, __ATOMIC_SEQ_CST);
+  if (written_by == w->group) {
     if (cell->writer != me && concurrent(w, cell->writer, cell->wrote, simdgroup, now, space)) {
       race(w, r, offset, site, "writes", "wrote", cell->writer);
     }
-  } else if (r->kind != THREADGROUP && cell->group != 0) {
+  } else if (space && written_by != 0) {
     report(w, WRITE_CONFLICT, site, r->name, offset, "thread %u writes %s, which another threadgroup wrote", me,
            element_text(r, offset));
-  } else if (r->kind != THREADGROUP && cell->read_group != 0 && cell->read_group != w->group) {
+  } else if (space && read_by != 0 && read_by != w->group) {
     report(w, RACE, site, r->name, offset, "thread %u writes %s, which another threadgroup read", me,
            element_text(r, offset));
   }
@@ -136,7 +156,6 @@ inline void note_write(Worker* w, Region* r, Cell* cell, uint64_t offset, const 
       race(w, r, offset, site, "writes", "read", cell->reader);
     }
   }
-  cell->group = w->group;
   cell->writer = me;
   cell->wrote = now;
 }

@@ -19,6 +19,7 @@ constexpr uint32_t SITES = 1024;
 
 typedef float float2 __attribute__((ext_vector_type(2)));
 typedef float float8 __attribute__((ext_vector_type(8)));
+typedef float float16 __attribute__((ext_vector_type(16)));
 
 struct Simdgroup;
 
@@ -29,6 +30,7 @@ struct Fibre {
   void* sp;
   Simdgroup* simdgroup;
   const void* site; // of the call it waits in
+  int place; // of that call in the source
   int state, meeting;
   ThreadPosition position;
 };
@@ -49,6 +51,9 @@ struct Simdgroup {
   double results[32];
   long long_results[32];
   alignas(32) float a[8][8], b[8][8], c[8][8], d[8][8];
+  float8 left[32]; // what each lane brings to a tensor product
+  float16 right[32], sum[32], product[32];
+  int transposed; // bit 0: left, bit 1: right
 };
 
 struct Region {

@@ -5,12 +5,15 @@
 
 #define HOSTMETAL_MEET extern "C" __attribute__((convergent, nomerge))
 
-HOSTMETAL_MEET void hostmetal_threadgroup_barrier(int flags);
-HOSTMETAL_MEET void hostmetal_simdgroup_barrier(int flags);
-HOSTMETAL_MEET ulong hostmetal_shuffle(ulong bits, int how, int by, ulong filling);
-HOSTMETAL_MEET ulong hostmetal_ballot(bool yes);
-HOSTMETAL_MEET float hostmetal_reduce_float(float x, int how);
-HOSTMETAL_MEET long hostmetal_reduce_long(long x, int how);
+// The place of the call in the source: what tells two calls apart that the optimiser has made one of all the same.
+#define HOSTMETAL_HERE int place = __builtin_LINE() * 1024 + __builtin_COLUMN()
+
+HOSTMETAL_MEET void hostmetal_threadgroup_barrier(int flags, int place);
+HOSTMETAL_MEET void hostmetal_simdgroup_barrier(int flags, int place);
+HOSTMETAL_MEET ulong hostmetal_shuffle(ulong bits, int how, int by, ulong filling, int place);
+HOSTMETAL_MEET ulong hostmetal_ballot(bool yes, int place);
+HOSTMETAL_MEET float hostmetal_reduce_float(float x, int how, int place);
+HOSTMETAL_MEET long hostmetal_reduce_long(long x, int how, int place);
 extern "C" uint hostmetal_lane();
 
 namespace metal {
@@ -20,11 +23,11 @@ METAL_FUNC constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return mem_flags(int(a) | int(b));
 }
 
-METAL_FUNC void threadgroup_barrier(mem_flags flags) {
-  hostmetal_threadgroup_barrier(int(flags));
+METAL_FUNC void threadgroup_barrier(mem_flags flags, HOSTMETAL_HERE) {
+  hostmetal_threadgroup_barrier(int(flags), place);
 }
-METAL_FUNC void simdgroup_barrier(mem_flags flags) {
-  hostmetal_simdgroup_barrier(int(flags));
+METAL_FUNC void simdgroup_barrier(mem_flags flags, HOSTMETAL_HERE) {
+  hostmetal_simdgroup_barrier(int(flags), place);
 }
 
 template <typename T>
@@ -55,82 +58,82 @@ METAL_FUNC T from_bits(ulong bits) {
 enum shuffle_how { TO, XOR, UP, DOWN, FIRST, FILL_UP, FILL_DOWN, ROTATE_UP, ROTATE_DOWN };
 
 template <typename V>
-METAL_FUNC V shuffle(V v, int how, int by, V filling = V{}) {
+METAL_FUNC V shuffle(V v, int how, int by, int place, V filling = V{}) {
   if constexpr (is_vector_v<V>) {
     V out = {};
     using T = typename vector_traits<V>::element;
     for (int i = 0; i < vector_traits<V>::size; i++) {
-      out[i] = from_bits<T>(hostmetal_shuffle(to_bits<T>(v[i]), how, by, to_bits<T>(filling[i])));
+      out[i] = from_bits<T>(hostmetal_shuffle(to_bits<T>(v[i]), how, by, to_bits<T>(filling[i]), place));
     }
     return out;
   } else {
-    return from_bits<V>(hostmetal_shuffle(to_bits(v), how, by, to_bits(filling)));
+    return from_bits<V>(hostmetal_shuffle(to_bits(v), how, by, to_bits(filling), place));
   }
 }
 
 template <typename V>
-METAL_FUNC V simd_shuffle(V v, ushort lane) {
-  return shuffle(v, TO, lane);
+METAL_FUNC V simd_shuffle(V v, ushort lane, HOSTMETAL_HERE) {
+  return shuffle(v, TO, lane, place);
 }
 template <typename V>
-METAL_FUNC V simd_broadcast(V v, ushort lane) {
-  return shuffle(v, TO, lane);
+METAL_FUNC V simd_broadcast(V v, ushort lane, HOSTMETAL_HERE) {
+  return shuffle(v, TO, lane, place);
 }
 template <typename V>
-METAL_FUNC V simd_broadcast_first(V v) {
-  return shuffle(v, FIRST, 0);
+METAL_FUNC V simd_broadcast_first(V v, HOSTMETAL_HERE) {
+  return shuffle(v, FIRST, 0, place);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_xor(V v, ushort mask) {
-  return shuffle(v, XOR, mask);
+METAL_FUNC V simd_shuffle_xor(V v, ushort mask, HOSTMETAL_HERE) {
+  return shuffle(v, XOR, mask, place);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_up(V v, ushort delta) {
-  return shuffle(v, UP, delta);
+METAL_FUNC V simd_shuffle_up(V v, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, UP, delta, place);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_down(V v, ushort delta) {
-  return shuffle(v, DOWN, delta);
+METAL_FUNC V simd_shuffle_down(V v, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, DOWN, delta, place);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_and_fill_up(V v, V filling, ushort delta) {
-  return shuffle(v, FILL_UP, delta, filling);
+METAL_FUNC V simd_shuffle_and_fill_up(V v, V filling, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, FILL_UP, delta, place, filling);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_and_fill_down(V v, V filling, ushort delta) {
-  return shuffle(v, FILL_DOWN, delta, filling);
+METAL_FUNC V simd_shuffle_and_fill_down(V v, V filling, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, FILL_DOWN, delta, place, filling);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_rotate_up(V v, ushort delta) {
-  return shuffle(v, ROTATE_UP, delta);
+METAL_FUNC V simd_shuffle_rotate_up(V v, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, ROTATE_UP, delta, place);
 }
 template <typename V>
-METAL_FUNC V simd_shuffle_rotate_down(V v, ushort delta) {
-  return shuffle(v, ROTATE_DOWN, delta);
+METAL_FUNC V simd_shuffle_rotate_down(V v, ushort delta, HOSTMETAL_HERE) {
+  return shuffle(v, ROTATE_DOWN, delta, place);
 }
 
 enum reduce_how { SUM, PRODUCT, MIN, MAX, AND, OR, BITS_XOR, SUM_BELOW, SUM_TO, PRODUCT_BELOW, PRODUCT_TO };
 
 template <typename V>
-METAL_FUNC V reduce(V v, int how) {
+METAL_FUNC V reduce(V v, int how, int place) {
   if constexpr (is_vector_v<V>) {
     V out = {};
     for (int i = 0; i < vector_traits<V>::size; i++) {
-      out[i] = reduce(typename vector_traits<V>::element(v[i]), how);
+      out[i] = reduce(typename vector_traits<V>::element(v[i]), how, place);
     }
     return out;
   } else if constexpr (is_floating_point_v<V>) {
-    return V(hostmetal_reduce_float(float(v), how));
+    return V(hostmetal_reduce_float(float(v), how, place));
   } else {
     static_assert(sizeof(V) < 8 || is_signed_v<V>, "no reduction of ulong here");
-    return V(hostmetal_reduce_long(long(v), how));
+    return V(hostmetal_reduce_long(long(v), how, place));
   }
 }
 
-#define HOSTMETAL_REDUCE(NAME, HOW) \
-  template <typename V>             \
-  METAL_FUNC V NAME(V v) {          \
-    return reduce(v, HOW);          \
+#define HOSTMETAL_REDUCE(NAME, HOW)        \
+  template <typename V>                    \
+  METAL_FUNC V NAME(V v, HOSTMETAL_HERE) { \
+    return reduce(v, HOW, place);          \
   }
 HOSTMETAL_REDUCE(simd_sum, SUM)
 HOSTMETAL_REDUCE(simd_product, PRODUCT)
@@ -150,14 +153,14 @@ struct simd_vote {
   ulong votes;
   explicit operator vote_t() const { return votes; }
 };
-METAL_FUNC simd_vote simd_ballot(bool yes) {
-  return simd_vote{hostmetal_ballot(yes)};
+METAL_FUNC simd_vote simd_ballot(bool yes, HOSTMETAL_HERE) {
+  return simd_vote{hostmetal_ballot(yes, place)};
 }
-METAL_FUNC bool simd_any(bool yes) {
-  return hostmetal_ballot(yes) != 0;
+METAL_FUNC bool simd_any(bool yes, HOSTMETAL_HERE) {
+  return hostmetal_ballot(yes, place) != 0;
 }
-METAL_FUNC bool simd_all(bool yes) {
-  return hostmetal_ballot(!yes) == 0;
+METAL_FUNC bool simd_all(bool yes, HOSTMETAL_HERE) {
+  return hostmetal_ballot(!yes, place) == 0;
 }
 
 // A value that is the same in all threads, which the compiler may keep once.

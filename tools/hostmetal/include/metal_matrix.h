@@ -2,8 +2,8 @@
 
 #pragma once
 
-HOSTMETAL_MEET metal::float2 hostmetal_multiply(metal::float2 a, metal::float2 b, metal::float2 c);
-HOSTMETAL_MEET void hostmetal_together();
+HOSTMETAL_MEET metal::float2 hostmetal_multiply(metal::float2 a, metal::float2 b, metal::float2 c, int place);
+HOSTMETAL_MEET void hostmetal_together(int place);
 
 namespace metal {
 
@@ -38,20 +38,25 @@ METAL_FUNC void simdgroup_multiply_accumulate(
     simdgroup_matrix<D, 8, 8>& d,
     const simdgroup_matrix<A, 8, 8>& a,
     const simdgroup_matrix<B, 8, 8>& b,
-    const simdgroup_matrix<C, 8, 8>& c) {
+    const simdgroup_matrix<C, 8, 8>& c,
+    HOSTMETAL_HERE) {
   const float2 product = hostmetal_multiply(
       float2{float(a.elements[0]), float(a.elements[1])},
       float2{float(b.elements[0]), float(b.elements[1])},
-      float2{float(c.elements[0]), float(c.elements[1])});
+      float2{float(c.elements[0]), float(c.elements[1])},
+      place);
   d.elements[0] = D(product[0]);
   d.elements[1] = D(product[1]);
 }
 template <typename D, typename A, typename B>
 METAL_FUNC void simdgroup_multiply(
-    simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a, const simdgroup_matrix<B, 8, 8>& b) {
+    simdgroup_matrix<D, 8, 8>& d,
+    const simdgroup_matrix<A, 8, 8>& a,
+    const simdgroup_matrix<B, 8, 8>& b,
+    HOSTMETAL_HERE) {
   simdgroup_matrix<float, 8, 8> zero;
   zero.elements[0] = zero.elements[1] = 0;
-  simdgroup_multiply_accumulate(d, a, b, zero);
+  simdgroup_multiply_accumulate(d, a, b, zero, place);
 }
 template <typename T, int ROWS, int COLS>
 METAL_FUNC simdgroup_matrix<T, ROWS, COLS> make_filled_simdgroup_matrix(T value) {
@@ -71,16 +76,16 @@ METAL_FUNC long matrix_place(int j, ulong per_row, ulong2 origin, bool transpose
   template <typename T>                                                                                          \
   METAL_FUNC void simdgroup_load(                                                                                \
       simdgroup_matrix<T, 8, 8>& m, const SPACE T* from, ulong per_row = 8, ulong2 origin = ulong2{0, 0},        \
-      bool transpose = false) {                                                                                  \
-    hostmetal_together();                                                                                        \
+      bool transpose = false, HOSTMETAL_HERE) {                                                                  \
+    hostmetal_together(place);                                                                                   \
     m.elements[0] = from[matrix_place(0, per_row, origin, transpose)];                                           \
     m.elements[1] = from[matrix_place(1, per_row, origin, transpose)];                                           \
   }                                                                                                              \
   template <typename T>                                                                                          \
   METAL_FUNC void simdgroup_store(                                                                               \
       const simdgroup_matrix<T, 8, 8>& m, SPACE T* to, ulong per_row = 8, ulong2 origin = ulong2{0, 0},          \
-      bool transpose = false) {                                                                                  \
-    hostmetal_together();                                                                                        \
+      bool transpose = false, HOSTMETAL_HERE) {                                                                  \
+    hostmetal_together(place);                                                                                   \
     to[matrix_place(0, per_row, origin, transpose)] = m.elements[0];                                             \
     to[matrix_place(1, per_row, origin, transpose)] = m.elements[1];                                             \
   }
