@@ -60,7 +60,7 @@ class Timing:
 
 def measure(shape: Shape, backend: str | None, repeats: int) -> Timing:
     """Check sampled rows against float64, then time; a wrong answer is not timed, and its times are NaN."""
-    q, k, v = _arrays(shape)
+    q, k, v = random_arrays(shape)
     mask = "causal" if shape.causal else None
 
     def ours() -> None:
@@ -69,7 +69,7 @@ def measure(shape: Shape, backend: str | None, repeats: int) -> Timing:
     def theirs() -> None:
         mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.head_dim**-0.5, mask=mask))
 
-    error = _error(shape, q, k, v, *attention(q, k, v, mask=mask, backend=backend, return_lse=True))
+    error = sampled_error(shape, q, k, v, *attention(q, k, v, mask=mask, backend=backend, return_lse=True))
     if not error <= 1:
         return Timing(float("nan"), float("nan"), error)
     theirs()  # as `ours` has been, it is compiled and warm
@@ -77,7 +77,8 @@ def measure(shape: Shape, backend: str | None, repeats: int) -> Timing:
     return Timing(seconds["ours"], seconds["mlx"], error)
 
 
-def _arrays(shape: Shape) -> tuple[mx.array, mx.array, mx.array]:
+def random_arrays(shape: Shape) -> tuple[mx.array, mx.array, mx.array]:
+    """q, k and v of a problem, the same numbers every time."""
     keys = [mx.random.key(seed) for seed in range(3)]
     sizes = [(shape.heads[0], shape.queries), (shape.heads[1], shape.keys), (shape.heads[1], shape.keys)]
     q, k, v = (
@@ -88,7 +89,7 @@ def _arrays(shape: Shape) -> tuple[mx.array, mx.array, mx.array]:
     return q, k, v
 
 
-def _error(shape: Shape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, lse: mx.array) -> float:
+def sampled_error(shape: Shape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, lse: mx.array) -> float:
     """The worst of some rows of the first and the last key/value head."""
     group = shape.heads[0] // shape.heads[1]
     rows = np.unique(np.linspace(0, shape.queries - 1, SAMPLED).astype(int))

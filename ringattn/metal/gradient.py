@@ -27,7 +27,7 @@ def delta_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> 
         header=source.header(()),
         inputs=[*map(mx.contiguous, (out, dout, lse, dlse))],
         template=[("DV", out.shape[3])],
-        grid=(32, rows, 1),
+        grid=(32 * rows, 1, 1),
         threadgroup=(32, 1, 1),
         output_shapes=[lse.shape],
         output_dtypes=[mx.float32],
@@ -55,7 +55,7 @@ def weights_call(block: Block) -> KernelCall:
         inputs["mask"] = mx.broadcast_to(rules.mask, shape)
     switches = {"BAND": int(band is not None), "SEGMENTS": int(rules.segments is not None), "MASK": kind}
     outputs = ["weights", "by_products", *(["by_mask"] if kind == 2 else [])]
-    threads = -(-shape[3] // RUN)
+    threads = -(-shape[3] // RUN)  # of a row
     return KernelCall(
         name="_".join(["ringattn_weights", *(f"{name.lower()}{value}" for name, value in switches.items() if value)]),
         input_names=list(inputs),
@@ -64,8 +64,8 @@ def weights_call(block: Block) -> KernelCall:
         header=source.header(tuple(switches.items())),
         inputs=list(inputs.values()),
         template=[("SOFTCAP", rules.softcap is not None)],
-        grid=(threads, shape[0] * shape[1] * shape[2], 1),
-        threadgroup=(min(THREADS, threads), 1, 1),
+        grid=(threads * shape[0] * shape[1] * shape[2], 1, 1),
+        threadgroup=(THREADS, 1, 1),
         output_shapes=[shape] * len(outputs),
         output_dtypes=[mx.float32] * len(outputs),
         compile_options={"math_mode": "safe"},

@@ -1,6 +1,6 @@
 // delta = dout . out - dlse of each row (see ringattn/gradient.py), by one simdgroup; 0 for a row that sees no key.
 
-  const long row = thread_position_in_grid.y;
+  const long row = thread_position_in_grid.x / 32;
   const ushort lane = thread_index_in_simdgroup;
   float sum = 0;
   for (int d = lane; d < DV; d += 32) {

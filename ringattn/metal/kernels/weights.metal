@@ -1,11 +1,16 @@
 // Between the matrix products of the gradient: from a block of scores q k^T and of dout v^T the weights p, and ds by q k^T
 // (the formulas are in ringattn/gradient.py). Arrays are [B, H, queries, keys]; a thread takes RUN neighbours of a row.
+// Threads beyond the last row do nothing.
 
   constexpr short RUN = 4;
 
   const int q_len = scores_shape[2], k_len = scores_shape[3], heads = scores_shape[1];
-  const int key = thread_position_in_grid.x * RUN;
-  const long row = thread_position_in_grid.y;
+  const int threads = (k_len + RUN - 1) / RUN; // of a row
+  const int key = thread_position_in_grid.x % threads * RUN;
+  const long row = thread_position_in_grid.x / threads;
+  if (row >= long(scores_shape[0]) * heads * q_len) {
+    return;
+  }
   const int token = row % q_len, head = row / q_len % heads, batch = row / q_len / heads;
   const float own_lse = lse[row], own_delta = delta[row];
   const float scale = numbers[0];
