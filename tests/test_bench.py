@@ -1,6 +1,8 @@
-"""``ringattn bench`` and ``ringattn verify``: what they print, and what they notice."""
+"""``ringattn bench``: what it prints, and what it notices."""
 
 from __future__ import annotations
+
+import warnings
 
 import mlx.core as mx
 import pytest
@@ -10,52 +12,136 @@ import ringattn as ra
 from ringattn.bench import kernel as speed
 from ringattn.bench.timing import medians
 from ringattn.cli import main
-from ringattn.metal import executor, set_executor
-from ringattn.verify import variants
-from tools.hostmetal import Runtime
+from ringattn.errors import KernelWarning
+from ringattn.metal import executor
+
+SMALL = ("bench", "kernel", "--head-dim", "32", "--tokens", "40", "--heads", "4/2", "--repeats", "1")
 
 
 def command(*line: str):
     return CliRunner().invoke(main, list(line))
 
 
-# bench
+def rows(output: str) -> list[list[str]]:
+    """The cells of the table's rows."""
+    return [line.split() for line in output.splitlines() if line.startswith(" ") and "head_dim" not in line]
 
 
-def test_kernel_is_timed_after_its_answer_was_checked():
-    done = command("bench", "kernel", "--head-dim", "32", "--tokens", "40,65", "--heads", "4/2", "--repeats", "1")
+def test_every_shape_is_timed():
+    done = command(*SMALL, "--tokens", "40,65", "--dtype", "float16,float32")
     assert done.exit_code == 0, done.output
-    rows = [line.split() for line in done.output.splitlines() if line.strip().startswith("32")]
-    assert [row[1] for row in rows] == ["40"] * 4 + ["65"] * 4
-    assert [" ".join(row[3:-5]) for row in rows[:4]] == [
-        "full forward",
-        "causal forward",
-        "causal with lse",
-        "causal one token",
+    table = rows(done.output)
+    assert [row[1:4] for row in table] == [
+        [n, "4/2", dtype] for dtype in ("float16", "float32") for n in ("40", "65") for _ in range(4)
     ]
-    assert all(0 <= float(row[-1]) <= 1 for row in rows) and "all answers within budget" in done.output
-    assert "mlx 0." in done.output and "to paste into a report" in done.output
+    words = [" ".join(row[4:-5]) for row in table]
+    assert words == ["full forward", "causal forward", "causal with lse", "causal one token"] * 4
+    for *_, ours, theirs, ratio, _, error in table:
+        assert float(ours) > 0 and float(theirs) > 0 and float(ratio) > 0 and 0 <= float(error) <= 1
 
 
-def test_a_wrong_answer_is_not_timed(monkeypatch):
-    monkeypatch.setattr(speed, "attention", lambda *a, **o: tuple(x + 0.1 for x in ra.attention(*a, **o)))
-    done = command("bench", "kernel", "--head-dim", "32", "--tokens", "40", "--heads", "4/2", "--causal")
-    assert done.exit_code == 1 and "FAIL" in done.output and "3 WRONG" in done.output
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_one_mask(mask):
+    table = rows(command(*SMALL, f"--{mask}").output)
+    assert [row[4] for row in table] == [mask] * 3
+
+
+@pytest.mark.parametrize("backend", ["host", "metal", "reference"])
+def test_it_says_what_ran_where(backend):
+    done = command(*SMALL, "--backend", backend, "--full")
+    assert done.exit_code == 0, done.output
+    title, *_, verdict = done.output.splitlines()
+    assert f"'{backend}' against mx.fast.scaled_dot_product_attention, MLX on" in title
+    assert verdict == f"kernel '{backend}': all answers within budget"
+    assert "to paste into a report" in done.output and f"mlx {mx.__version__}" in done.output
+
+
+def answering(change, monkeypatch):
+    """Have `ringattn.attention` give another answer than it does."""
+
+    def wrong(*arrays, return_lse, **options):
+        out, lse = ra.attention(*arrays, return_lse=True, **options)
+        out, lse = change(out, lse)
+        return (out, lse) if return_lse else out
+
+    monkeypatch.setattr(speed, "attention", wrong)
+    timed = []
+
+    def instead(calls, *rest, **options):
+        timed.append(1)
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(speed, "medians", instead)
+    return timed
+
+
+def in_one_row(out, lse):
+    """Wrong in a row that is none of those compared with float64, if there are several."""
+    return mx.where(mx.arange(out.shape[2])[:, None] == min(3, out.shape[2] - 1), out + 0.1, out), lse
+
+
+def nothing(out, lse):
+    return out * mx.nan, lse
+
+
+@pytest.mark.parametrize("change", [lambda out, lse: (out * 1.001, lse), in_one_row, nothing])
+def test_a_wrong_answer_is_not_timed(monkeypatch, change):
+    timed = answering(change, monkeypatch)
+    done = command(*SMALL, "--full")
+    assert done.exit_code == 1 and done.output.count("FAIL ") == 3 and not timed
+    assert done.output.endswith("kernel 'host': 3 FAILED\n")
+
+
+def test_a_wrong_lse_is_found(monkeypatch):
+    timed = answering(lambda out, lse: (out, lse + 0.01), monkeypatch)
+    done = command(*SMALL, "--full")
+    assert done.exit_code == 1 and [row[5:7] for row in rows(done.output) if "FAIL" in row] == [["with", "lse"]]
+    assert len(timed) == 2 * 2  # of each right answer a first call, and the samples
+
+
+def test_a_kernel_that_raises_is_a_line_of_the_table(monkeypatch):
+    def broken(*arrays, **options):
+        raise RuntimeError("[malloc] Attempting to allocate\nmore than there is")
+
+    monkeypatch.setattr(speed, "attention", broken)
+    done = command(*SMALL)
+    assert done.exit_code == 1 and done.output.count("FAIL RuntimeError: [malloc] Attempting to allocate\n") == 4
+
+
+def test_a_fallback_is_told(monkeypatch):
+    def slower(*arrays, **options):
+        warnings.warn("the Metal kernel (x) does not work", KernelWarning, stacklevel=2)
+        return ra.attention(*arrays, **options)
+
+    monkeypatch.setattr(speed, "attention", slower)
+    done = command(*SMALL, "--full")
+    assert done.exit_code == 0 and done.output.count("the Metal kernel (x) does not work") == 1
 
 
 @pytest.mark.parametrize(
     "line,told",
     [
         (["--head-dim", "0"], "'0', expected numbers of at least 1"),
+        (["--head-dim", "64,,128"], "'64,,128', expected numbers"),
         (["--tokens", "1,x"], "'1,x', expected numbers"),
+        (["--tokens", ""], "'', expected numbers"),
         (["--dtype", "float64"], "'float64', expected some of float16"),
         (["--heads", "5/2"], "'5/2', expected query heads / key-value heads"),
-        (["--backend", "best"], "--backend: 'best', expected one of"),
+        (["--heads", "0/0"], "'0/0', expected query heads / key-value heads"),
+        (["--repeats", "0"], "0 is not in the range"),
+        (["--backend", "best"], "'--backend': 'best', expected one of"),
+        (["--backend", "metal"], "'--backend': 'metal' needs an Apple GPU"),
     ],
 )
-def test_wrong_input(line, told):
+def test_wrong_input(line, told, monkeypatch):
+    monkeypatch.setattr(executor, "available", lambda: False)
     done = command("bench", "kernel", *line)
     assert done.exit_code == 2 and told in done.output and done.output.count("\n") == 1
+
+
+def test_help_lists_the_subcommands():
+    done = command("bench", "--help")
+    assert done.exit_code == 0 and "  kernel  Time attention against mx.fast" in done.output
 
 
 def test_calls_take_turns():
@@ -67,71 +153,3 @@ def test_calls_take_turns():
 def test_work_is_counted_of_visible_pairs():
     shape = speed.Shape(mx.float16, 64, (2, 1), 3, 10, True)
     assert shape.flops == 4 * 2 * 64 * (8 + 9 + 10)
-
-
-# verify
-
-FEW = ("forward, float16, head_dim 80", "few queries, keys split, bfloat16", "gradient, float32", "from state to state")
-
-
-@pytest.fixture
-def few(monkeypatch):
-    every = list(variants.variants())
-    assert len(every) == len({name for name, _ in every}) > 50
-    monkeypatch.setattr(variants, "variants", lambda: [x for x in every if x[0].startswith(FEW)])
-    monkeypatch.setattr("ringattn.cli.verify.verify_local", lambda progress: {"plain": {"host": 0.5}})
-    yield
-    set_executor(Runtime())
-
-
-def test_every_variant_is_named(few):
-    done = command("verify", "--ranks", "0")
-    assert done.exit_code == 0, done.output
-    lines = [line for line in done.stdout.splitlines() if line.startswith("metal: ")]
-    assert len(lines) == 6 and all(0 <= float(line.rpartition(" ")[2]) <= 1 for line in lines)
-    assert "all within budget" in done.stdout
-
-
-def test_a_variant_that_does_not_compile_is_named(few):
-    runtime = Runtime()
-
-    def run(call):
-        if ("D", 80) in call.template:
-            raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:7: error: no such thing")
-        return runtime(call)
-
-    set_executor(run)
-    done = command("verify", "--ranks", "0")
-    assert done.exit_code == 1 and "FAILED: forward, float16, head_dim 80" in done.stdout
-    assert "metal: forward, float16, head_dim 80: RuntimeError: [metal::Device] Unable to build" in done.stdout
-
-
-def test_a_wrong_variant_is_named(few):
-    runtime = Runtime()
-    set_executor(lambda call: [x + ("weights" in call.name) for x in runtime(call)])
-    done = command("verify", "--ranks", "0")
-    assert done.exit_code == 1 and "FAILED: gradient, float32\n" in done.stdout
-
-
-def test_a_variant_that_falls_back_is_named(few, monkeypatch):
-    """On a Mac plain operations take its place, with a warning, and the answer is right."""
-    runtime = Runtime()
-
-    def run(call):
-        if ("D", 80) in call.template or "delta" in call.name:
-            raise RuntimeError("program_source:7: error: no such thing")
-        return runtime(call)
-
-    set_executor(run)
-    monkeypatch.setattr(executor, "default", lambda: True)
-    monkeypatch.setattr(executor, "available", lambda: True)
-    done = command("verify", "--ranks", "0")
-    assert done.exit_code == 1 and "FAILED: gradient, float32; forward, float16, head_dim 80\n" in done.stdout
-    assert "head_dim 80/80" in done.stdout and "delta for the gradient" in done.stdout
-
-
-def test_without_a_gpu_it_says_so(monkeypatch):
-    monkeypatch.setattr("ringattn.cli.verify.verify_local", lambda progress: {"plain": {"host": 0.5}})
-    monkeypatch.setattr(executor, "available", lambda: False)
-    done = command("verify", "--ranks", "0")
-    assert done.exit_code == 0 and "Metal kernels: not run here" in done.stdout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,19 +20,18 @@ from ..layout import Layout
 from ..ring import ring_attention
 from ..schedule import STRATEGIES
 from .features import FEATURES
+from .findings import Findings, Results
 from .oracle import Case, ratios
 
-Results = dict[str, dict[str, float]]  # feature -> where it ran -> the larger error as a fraction of its budget
 
-
-def verify_local(progress: Callable[[str], None] = lambda name: None) -> Results:
+def verify_local() -> Findings:
     """Every feature on every kernel of this machine."""
-    results: Results = {}
+    found = Findings()
     for name, make in FEATURES.items():
-        progress(name)
         case = make()
-        results[name] = {kernel: _local(case, kernel) for kernel in backends.available()}
-    return results
+        for kernel in backends.available():
+            found.add(name, kernel, f"{name} on {kernel}", partial(_local, case, kernel))
+    return found
 
 
 def _local(case: Case, kernel: str) -> float:
@@ -100,10 +99,13 @@ def _decode(ring: Ring, case: Case) -> float:
     return max(ratios(tail, out, lse))
 
 
-def failures(results: Iterable[Results]) -> list[str]:
-    """What is out of its budget, in words."""
-    cells = [(name, key, value) for table in results for name, row in table.items() for key, value in row.items()]
-    return [f"{name} on {key}" for name, key, value in cells if not value <= 1]
+def findings(results: Results) -> Findings:
+    """What `verify_ring` found, with what failed."""
+    found = Findings()
+    for name, row in results.items():
+        for key, fraction in row.items():
+            found.note(name, key, f"{name} on {key}", fraction)
+    return found
 
 
 def main() -> None:
