@@ -19,21 +19,21 @@ TOKENS, HEADS, ROUNDS = 8192, 8, 3
 def main() -> None:
     """Take turns between the two, and compare the medians."""
     rows = []
-    for dim, mask in product((64, 128), ("full", "causal")):
+    for what, dim, mask in product(("forward", "and gradient"), (64, 128), ("full", "causal")):
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(ROUNDS):
             for ranks in (1, 2):
-                found = run_ranks("benchmarks.ring", ranks, 2 // ranks, dim, mask)
+                found = run_ranks("benchmarks.ring", ranks, 2 // ranks, dim, mask, what)
                 seconds[ranks].append(max(found))
         one, two = (median(seconds[ranks]) for ranks in (1, 2))
-        rows.append([dim, mask, f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"])
-    head = ["head_dim", "mask", "1 process x 2 threads, s", "2 ranks x 1 thread, s", "throughput of the ring"]
+        rows.append([what, dim, mask, f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"])
+    head = ["what", "head_dim", "mask", "1 process x 2 threads, s", "2 ranks x 1 thread, s", "throughput of the ring"]
     show(f"{TOKENS} tokens, {HEADS} heads, float32 (aim: at least 0.95)", head, rows)
 
 
 def worker() -> None:
     """One process's share: the median seconds of a call."""
-    dim, causal = int(sys.argv[2]), sys.argv[3] == "causal"
+    dim, causal, gradient = int(sys.argv[2]), sys.argv[3] == "causal", sys.argv[4] != "forward"
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
         layout = ra.Layout.zigzag(TOKENS, ring.size)
@@ -42,13 +42,46 @@ def worker() -> None:
             for name in "qkv"
         )
 
-        def call() -> mx.array:
-            ring.barrier()
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             return ra.ring_attention(q, k, v, ring=ring, layout=layout, mask="causal" if causal else None)
 
-        error = sampled_error(np.array(call()[0]), layout.positions(ring.rank), TOKENS, dim, causal=causal)
+        def call() -> mx.array:
+            ring.barrier()
+            return attend(q, k, v)
+
+        def pull_back() -> list[mx.array]:  # the gradient of the loss by `out` is q itself
+            ring.barrier()
+            found = mx.vjp(attend, [q, k, v], [q])[1]
+            mx.eval(found)
+            return found
+
+        positions = layout.positions(ring.rank)
+        error = sampled_error(np.array(call()[0]), positions, TOKENS, dim, causal=causal)
         assert error < 1e-5, error
-        write_result(ring.rank, medians({"call": call}, repeats=9)["call"])
+        if gradient:
+            error = _gradient_error(ring, q, pull_back(), positions, dim, causal)
+            assert error < 1e-4, error
+        timed = pull_back if gradient else call
+        write_result(ring.rank, medians({"call": timed}, repeats=5 if gradient else 9)["call"])
+
+
+def _gradient_error(ring: ra.Ring, q: mx.array, found: list[mx.array], positions: np.ndarray, dim: int, causal: bool):
+    """Of some rows of dq, against float64; and of the sum of all dv, which is that of all dout, the weights being 1."""
+    picked = np.linspace(0, len(positions) - 1, 4).astype(int)
+    at, rows = positions[picked], np.array(q[0])[:, picked].astype(np.float64)
+    total, out, by_key, both = (np.zeros((HEADS, 4, n)) for n in (1, dim, dim, dim))
+    for start in range(0, TOKENS, 1024):
+        k, v = (chunk_of(name, start, start + 1024, HEADS, dim).astype(np.float64) for name in "kv")
+        weights = np.exp(rows @ k.swapaxes(1, 2) * dim**-0.5)
+        if causal:
+            weights *= np.arange(start, start + 1024) <= at[:, None]
+        total += weights.sum(-1, keepdims=True)
+        out, by_key = out + weights @ v, by_key + weights @ k
+        both += (weights * (rows @ v.swapaxes(1, 2))) @ k
+    delta = (rows * out / total).sum(-1, keepdims=True)
+    exact = dim**-0.5 * (both - delta * by_key) / total
+    sums = [np.array(ring.all_reduce(x.sum(axis=2)), np.float64) for x in (found[2], q)]
+    return max(np.abs(exact - np.array(found[0][0])[:, picked]).max(), np.abs(sums[0] - sums[1]).max() / TOKENS)
 
 
 if __name__ == "__main__":

@@ -223,3 +223,25 @@ def test_unusable_mpi_is_one_line(prologue: str, message: str) -> None:
 def test_importing_does_not_start_mpi() -> None:
     program = "import sys; from ringattn.comm import init, mpi; init('solo'); sys.exit('mpi4py' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@needs_mpi
+@pytest.mark.parametrize("how", ["leaves", "stops"])
+def test_rank_that_takes_no_gradient(how: str) -> None:
+    """The others wait for it in the gradient of `ring_attention`, and are told whom they wait for."""
+    end = {"leaves": "ring.close()", "stops": "os.kill(os.getpid(), signal.SIGSTOP)"}[how]
+    program = f"""
+import ringattn as ra
+layout = ra.Layout.contiguous(24, 3)
+x = mx.ones((1, 2, 8, 16))
+if ring.rank == 1:
+    ra.ring_attention(x, x, x, ring=ring, layout=layout)
+    {end}
+else:
+    told(lambda: mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout).sum())(x))
+"""
+    result = run(3, program, ring_timeout=2, timeout=20)
+    lines = lines_told(result)
+    assert result.seconds < 8 and len(lines) == 2, str(result)
+    where = "waited for it in the gradient of ring_attention" if how == "leaves" else "gave no sign of life for 2 s"
+    assert all(line.startswith("rank=1 ") and where in line for line in lines), str(result)
