@@ -61,3 +61,16 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.async_eval(*arrays)
     except ValueError:
         mx.eval(*arrays)  # under mx.grad this is allowed and that is not; under mx.compile and mx.vmap this raises too
+
+
+class InFlight:
+    """Two dispatches at a time: the next is started when the last but one has ended."""
+
+    def __init__(self) -> None:
+        self._last: Arrays = []
+
+    def add(self, outputs: Arrays) -> None:
+        """Start the evaluation of `outputs` and wait for that of those before."""
+        start_evaluation(*outputs)
+        mx.eval(*self._last)
+        self._last = outputs

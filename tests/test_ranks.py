@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_spmd(size: int) -> None:
-    result = spawn(size, ["-m", "pytest", "tests/spmd", "-x", "-p", "no:cacheprovider"], timeout=180)
+    result = spawn(size, ["-m", "pytest", "tests/spmd", "-x", "-p", "no:cacheprovider"], timeout=600)
     assert result.code == 0, str(result)
 
 

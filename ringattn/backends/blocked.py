@@ -1,8 +1,8 @@
 """The gradient by blocks of queries x keys: five matrix products of MLX for each, and elementwise work between them.
 
 For GPUs, where MLX's products are faster than a fused backward kernel (ml-explore/mlx PR 3241: 0.36-0.76 of their
-speed on an M3 Max). All products are of float32, so that nothing is rounded between them. No more than four arrays of
-`SCORES` numbers are held at once, and every block is evaluated on its own, so that no dispatch is long.
+speed on an M3 Max). All products are of float32, so that nothing is rounded between them. A block holds no more than
+four arrays of `SCORES` numbers, and two blocks are under way at a time, so that no dispatch is long.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..gradient import Gradients, Rows
-from ..graph import start_evaluation
+from ..graph import InFlight
 from ..mask import Tile, segment_tile
 from . import Rules, cleared
 from .tiles import cut
@@ -93,7 +93,7 @@ def gradient(
     problem = _Problem(q, k, v, q_pos, k_pos, rules, Rows(dout, rows.lse, rows.delta), elementwise)
     queries, keys = list(cut(q_pos, problem.queries)), list(cut(k_pos, KEYS))
     dq = [sums.q[:, :, slice(*a)] for a in queries]
-    dk, dv, dmask = list[mx.array](), list[mx.array](), sums.mask
+    dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
     for b in keys:
         by_k, by_v = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
         for i, a in enumerate(queries):
@@ -104,7 +104,7 @@ def gradient(
             dq[i], by_k, by_v = dq[i] + added.q, by_k + added.k, by_v + added.v
             if dmask is not None:
                 dmask = problem.add_to_mask(dmask, a, b, added.mask)
-            start_evaluation(dq[i], by_k, by_v, *([] if dmask is None else [dmask]))
+            flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
         dk.append(by_k)
         dv.append(by_v)
     return Gradients(_joined(dq, sums.q), _joined(dk, sums.k), _joined(dv, sums.v), dmask)

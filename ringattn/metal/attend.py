@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..graph import start_evaluation
+from ..graph import InFlight
 from ..merge import State
 from . import executor, probe
 from .combine import combine_call
@@ -114,16 +114,3 @@ class Plan:
             return executor.run(forward_call(part, self.tiling, self.group, 1, state, ending))
         states = executor.run(forward_call(part, self.tiling, self.group, splits, state, None))
         return executor.run(combine_call(State(*states), ending))
-
-
-class InFlight:
-    """Two dispatches at a time: the next is started when the last but one has ended."""
-
-    def __init__(self) -> None:
-        self.last: Arrays = []
-
-    def add(self, outputs: Arrays) -> None:
-        """Start the evaluation of `outputs` and wait for that of those before."""
-        start_evaluation(*outputs)
-        mx.eval(*self.last)
-        self.last = outputs
