@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
 
+from .backends.views import view
 from .errors import RingAttentionError, TransformError
 from .recompute import kept
 
@@ -31,6 +33,7 @@ def opaque(
     Raises:
         TransformError: When mx.compile, mx.vmap, mx.jvp or a gradient that is not there reaches it.
     """
+    compute = _marked(compute)
     function: Any = mx.custom_function(compute if gradient is None else kept(compute))
 
     def unsupported(name: str) -> Callable:
@@ -63,14 +66,52 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.eval(*arrays)  # under mx.grad this is allowed and that is not; under mx.compile and mx.vmap this raises too
 
 
+def settled(arrays: Arrays) -> Arrays:
+    """`arrays`, whose evaluation has begun; inside a transformation evaluated copies that hold on to nothing.
+
+    There MLX keeps all that an array was computed from as long as the array lives, evaluated or not.
+    """
+    try:
+        mx.async_eval(*arrays)
+    except ValueError:
+        mx.eval(*arrays)
+        return [_copy(x) for x in arrays]
+    return arrays
+
+
+def _copy(x: mx.array) -> mx.array:
+    y = mx.array(view(x))
+    return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
+
+
+_outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)
+
+
+def outside() -> bool:
+    """Whether this is inside an `opaque` computation, of which MLX need not keep anything for a gradient."""
+    return _outside.get()
+
+
+def _marked(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    def run(*arrays: mx.array) -> Arrays:
+        before = _outside.set(True)
+        try:
+            return compute(*arrays)
+        finally:
+            _outside.reset(before)
+
+    return run
+
+
 class InFlight:
     """Two dispatches at a time: the next is started when the last but one has ended."""
 
     def __init__(self) -> None:
         self._last: Arrays = []
 
-    def add(self, outputs: Arrays) -> None:
-        """Start the evaluation of `outputs` and wait for that of those before."""
-        start_evaluation(*outputs)
+    def add(self, outputs: Arrays) -> Arrays:
+        """`outputs`, `settled`, once those before have been evaluated."""
+        outputs = settled(outputs)
         mx.eval(*self._last)
         self._last = outputs
+        return outputs

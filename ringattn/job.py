@@ -17,6 +17,7 @@ from .comm.agreement import Fields
 from .comm.base import Event, Ring, Transfer
 from .errors import ArgumentError, ArgumentTypeError
 from .gradient import Gradients, Rows
+from .graph import settled
 from .layout import Layout
 from .merge import State
 from .options import Options
@@ -133,7 +134,7 @@ class Job:
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """One kernel call: a block of queries to a block of keys, into `state`."""
         with timed(self.ring, "compute", hop):
-            state = self.kernel.forward(*self._problem(queries, keys, 1), state)
+            state = State(*settled(self.kernel.forward(*self._problem(queries, keys, 1), state)))
             mx.eval(*state)
         return state
 
@@ -142,7 +143,8 @@ class Job:
         rows = Rows(*queries.arrays[1:4])
         with timed(self.ring, "compute", hop):
             sums = self.kernel.backward(*self._problem(queries, keys, 4), rows, sums)
-            mx.eval([x for x in sums if x is not None])
+            sums = Gradients(*settled([x for x in sums if x is not None]))
+            mx.eval(*sums[:3])
         return sums
 
     def _problem(self, queries: Block, keys: Block, before_mask: int) -> tuple:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.backends import blocked, reference, work
+from ringattn.backends import Rules, blocked, reference, work
+from ringattn.gradient import Gradients
+from ringattn.graph import opaque
+from ringattn.mask import Band
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case
 
@@ -158,3 +163,69 @@ def test_second_derivatives_are_refused(backend):
 
     with pytest.raises(ra.TransformError, match="second derivative"):
         mx.eval(mx.grad(slope)(x))
+
+
+def long_case(tokens: int, **options) -> Case:
+    r = np.random.default_rng(5)
+    q, k, v = (mx.array(r.standard_normal((1, 2, tokens, 16)).astype(np.float32)) for _ in range(3))
+    return Case(q, k, v, np.arange(tokens), np.arange(tokens), options)
+
+
+@pytest.mark.parametrize("backend", ["blocked"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"window": 60}, {"window": (10, 90)}], ids=str)
+def test_blocks_are_those_that_the_mask_leaves(monkeypatch, backend, options):
+    """And each is five matrix products, whichever it is."""
+    made, block = [], blocked._Problem.block
+    monkeypatch.setattr(
+        blocked._Problem, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
+    )
+    problem = GradientCase.random(long_case(400, **options))
+    check(problem, backend)
+    seen, rows = problem.case.visible[0, 0], range(0, 400, 42)
+    expected = {
+        ((a, min(a + 42, 400)), (b, min(b + 48, 400)))
+        for a in rows
+        for b in range(0, 400, 48)
+        if seen[a : a + 42, b : b + 48].any()
+    }
+    assert set(made) == expected and len(made) == len(expected)
+
+
+def test_blocks_bound_the_memory(monkeypatch):
+    """4096 x 4096 scores of two heads would be 134 MB. mx.grad keeps all that arrays were computed from."""
+    monkeypatch.setattr(blocked, "SCORES", 1 << 18)
+    monkeypatch.setattr(blocked, "KEYS", 512)
+    case = long_case(4096)
+    results = ra.attention(case.q, case.k, case.v, backend="host", return_lse=True)
+    rules = Rules(0.25, Band())
+
+    def gradient(q, k, v, dout, dlse, out, lse):
+        rows = reference.rows(out, lse, dout, dlse)
+        return reference.backward(q, k, v, case.q_pos, case.k_pos, rules, rows, Gradients.zeros(q, k, v, rules))[:3]
+
+    def loss(*x):
+        return opaque("test", lambda *x: results, x, gradient)[0].sum()
+
+    arrays = [case.q, case.k, case.v]
+    mx.eval(arrays, results)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = mx.grad(loss, argnums=(0, 1, 2))(*arrays)
+    mx.eval(found)
+    assert mx.get_peak_memory() - before < 20e6
+    expected = mx.grad(lambda *x: ra.attention(*x, backend="host").sum(), argnums=(0, 1, 2))(*arrays)
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+
+
+def test_host_gradient_never_holds_a_score_matrix(monkeypatch):
+    monkeypatch.setenv("RINGATTN_THREADS", "1")
+    case = long_case(4096, mask="causal")
+    arrays = [case.q, case.k, case.v]
+    mx.eval(arrays)
+    tracemalloc.start()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.grad(lambda *x: ra.attention(*x, mask="causal", backend="host").sum(), argnums=(0, 1, 2))(*arrays))
+    peak = tracemalloc.get_traced_memory()[1], mx.get_peak_memory() - before
+    tracemalloc.stop()
+    assert peak[0] < 12e6 and peak[1] < 12e6, peak

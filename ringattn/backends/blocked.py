@@ -104,7 +104,8 @@ def gradient(
             dq[i], by_k, by_v = dq[i] + added.q, by_k + added.k, by_v + added.v
             if dmask is not None:
                 dmask = problem.add_to_mask(dmask, a, b, added.mask)
-            flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
+            dq[i], by_k, by_v, *mask = flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
+            dmask = mask[0] if mask else None
         dk.append(by_k)
         dv.append(by_v)
     return Gradients(_joined(dq, sums.q), _joined(dk, sums.k), _joined(dv, sums.v), dmask)

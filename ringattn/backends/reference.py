@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..gradient import Gradients, Rows
+from ..graph import outside, settled
 from ..mask import Tile
 from ..merge import State, merge_states
 from . import Rules, blocked, ending
@@ -102,6 +103,8 @@ def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: St
 
 def _settled(state: State) -> State:
     """Evaluate `state`, lest the scores of all chunks lie in memory at once; inside mx.compile or mx.vmap, do not."""
+    if outside():
+        return State(*settled(state))
     with suppress(ValueError):
         mx.eval(*state)
     return state

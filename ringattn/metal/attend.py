@@ -83,7 +83,7 @@ class Plan:
             part = self.problem.part(queries, run_of_keys)
             outputs = self.dispatch(part, state, ending if last else None)
             if flight is not None:
-                flight.add(outputs)
+                outputs = flight.add(outputs)
             if not last:
                 state = State(*outputs)
         return outputs

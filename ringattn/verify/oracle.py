@@ -151,15 +151,19 @@ class GradientCase:
     def ratios(self, gradients: dict[str, Any]) -> dict[str, float]:
         """The errors as fractions of what is allowed.
 
-        That is twice the plain formula's, a few ulps of the largest value, and two float32 ulps of the largest sum when
-        no term cancels another; for sinks, whose sum is over all rows of a saved `out`, two ulps of its dtype.
+        That is twice the plain formula's, a few ulps of the largest value, and of the largest sum when no term cancels
+        another what cannot be known better: two float32 ulps, and for each weight, which is exp(score - lse), half an
+        ulp of the largest lse, which is kept in float32; for sinks, whose sum is over all rows of a saved `out`, two
+        ulps of its dtype.
         """
         exact, plain, sizes, found = self.exact(), self.plain(), self.sizes(), {}
-        rounded = 2.0 ** -MANTISSA[self.case.q.dtype]
+        lse = self.case.exact()[1]
+        known = 2 * 2.0**-23 + 2.0**-24 * float(np.abs(lse[np.isfinite(lse)]).max(initial=1.0))
+        rounded = max(known, 2 * 2.0 ** -MANTISSA[self.case.q.dtype])
         for name, x in gradients.items():
             ulp = 2.0 ** -MANTISSA[self.differentiable[name].dtype]
             largest = float(np.abs(exact[name]).max(initial=0.0))
-            floor = 4 * ulp * largest + 2 * sizes[name] * (rounded if name == "sinks" else 2.0**-23)
+            floor = 4 * ulp * largest + sizes[name] * (rounded if name == "sinks" else known)
             budget = 2 * error(plain[name], exact[name]) + floor + 1e-30
             found[name] = error(np.array(x.astype(mx.float32)), exact[name]) / budget
         return found
