@@ -22,20 +22,23 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def main() -> None:
     """Both figures."""
-    found = run_ranks("benchmarks.memory", RANKS, 1, "none")
-    growth, block = max(one["growth"] for one in found), TOKENS // RANKS * HEADS * DIM * 4
-    state, travelling = block + 2 * block // DIM, 2 * 2 * block
-    allowed = block + block // DIM + state + travelling
-    rows = [[f"{growth / 1e6:.0f}", f"{allowed / 1e6:.0f}", f"{growth / allowed:.2f}"]]
+    block, rows = TOKENS // RANKS * HEADS * DIM * 4, []
+    out, state = block + block // DIM, block + 2 * block // DIM
+    for what, holds, allowed in (
+        ("forward", "out, lse, state, two blocks", out + state + 2 * 2 * block),
+        ("and gradient", "out, lse, dq, dk, dv, two blocks with gradients", out + 3 * block + 2 * 4 * block),
+    ):
+        growth = max(one["growth"] for one in run_ranks("benchmarks.memory", RANKS, 1, "none", what))
+        rows.append([what, f"{growth / 1e6:.0f}", f"{allowed / 1e6:.0f}", f"{growth / allowed:.2f}", holds])
     title = f"{TOKENS} tokens x {HEADS} heads x {DIM}, {RANKS} ranks: growth of a rank in a call (aim: at most 1.10)"
-    show(title, ["grown MB", "out, lse, state and two blocks MB", "ratio"], rows)
+    show(title, ["what", "grown MB", "allowed MB", "ratio", "allowed is"], rows)
     whole = 5 * RANKS * block  # q, k, v, out and state of the whole sequence
     with _cgroup(limit := int(0.75 * whole)) as group:
         if group is None:
             print("  no memory cgroup can be made here: the hard way was not tried")
             return
-        alone = run_ranks("benchmarks.memory", 1, 2, group, expect_failure=True)
-        together = run_ranks("benchmarks.memory", RANKS, 1, group)
+        alone = run_ranks("benchmarks.memory", 1, 2, group, "forward", expect_failure=True)
+        together = run_ranks("benchmarks.memory", RANKS, 1, group, "forward")
         rows = [["1 process", "failed" if alone is None else "finished"], [f"{RANKS} ranks", _told(together)]]
         show(f"each process limited to {limit / 1e6:.0f} MB, q, k, v, out and state take {whole / 1e6:.0f} MB",
              ["", "result"], rows)  # fmt: skip
@@ -90,8 +93,16 @@ def worker() -> None:
                     view[0, :, before : before + last - first] = chunk_of(name, first, last, HEADS, DIM)
                     before += last - first
         _warm_up(ring)
+
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return ra.ring_attention(q, k, v, ring=ring, layout=layout, mask="causal")
+
         memory = PeakMemory()
-        out = ra.ring_attention(*tensors, ring=ring, layout=layout, mask="causal")
+        if sys.argv[3] == "forward":
+            out = attend(*tensors)
+        else:  # the gradient of the loss by `out` is q itself
+            (out,), gradients = mx.vjp(attend, tensors, tensors[:1])
+            mx.eval(gradients)
         growth = memory.growth()
         error = sampled_error(np.array(out[0], copy=False), layout.positions(ring.rank), TOKENS, DIM, causal=True)
         assert error < 1e-5, error
@@ -102,7 +113,7 @@ def _warm_up(ring: ra.Ring) -> None:
     """Threads, libraries and connections: what the first call costs whatever its size."""
     layout = ra.Layout.zigzag(1024, ring.size)
     x = mx.random.normal((1, 1, layout.local_length(ring.rank), DIM))
-    ra.ring_attention(x, x, x, ring=ring, layout=layout, mask="causal")
+    mx.eval(mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout, mask="causal").sum())(x))
 
 
 if __name__ == "__main__":

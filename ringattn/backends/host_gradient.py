@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -92,6 +92,8 @@ class _Backward(Work):
 
     rows_in: Rows
     sums: Gradients
+
+    tiles: ClassVar[int] = 2  # weights, and the gradient by scores
 
     @property
     def shares_mask(self) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -84,6 +84,8 @@ class Work:
     rules: Rules
     hidden: Hidden
 
+    tiles: ClassVar[int] = 1  # of scores, held at a time
+
     @property
     def group(self) -> int:
         """Query heads for each key/value head."""
@@ -95,7 +97,7 @@ class Work:
         step = max(1, ROWS // self.group)
         rows = self.group * max(1, min(step, len(q_pos)))
         heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
-        keys = max(EDGE, SCORES // (heads * rows))
+        keys = max(EDGE, SCORES // (self.tiles * heads * rows))
         for start, stop in cut(q_pos, step):
             reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
             pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
