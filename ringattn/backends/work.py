@@ -138,6 +138,7 @@ class Work:
 
 
 def cap(scores: np.ndarray, softcap: float) -> None:
+    """``softcap * tanh(scores / softcap)``, in place."""
     np.divide(scores, np.float32(softcap), out=scores)
     np.tanh(scores, out=scores)
     np.multiply(scores, np.float32(softcap), out=scores)
