@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from .comm.agreement import agree, heard
 from .comm.base import Ring
@@ -14,15 +12,15 @@ from .gradient import Gradients, Rows
 from .graph import opaque, start_evaluation
 from .job import Job, check_ring
 from .layout import Layout
-from .merge import State, finish, merge_states
+from .merge import State, finish
+from .results import Kind, add_states, add_sums, post
 from .schedule import Schedule
-from .spans import Spans, length, locate, positions
-from .wire import Arrival, Block, Slots, collect, relay
+from .spans import length
+from .wire import Block, collect, relay
 from .wire import rows as rows_of
 
 WHAT = "ring_attention"
 GRADIENT = f"the gradient of {WHAT}"
-RESULTS = 4096  # tags of results; those of blocks are their hop
 
 Arrays = Sequence[mx.array]
 
@@ -176,8 +174,7 @@ def _pass_q(job: Job) -> State:
     def add(h: int, block: Block) -> State:
         return job.attend(h, block, keys, None)
 
-    states = Results(job.empty_state, lambda a, b: merge_states(State(*a), State(*b)))
-    return State(*_round_trip(job, job.queries(), job.schedule(), states, add))
+    return State(*_round_trip(job, job.queries(), job.schedule(), Kind(job.empty_state, add_states), add))
 
 
 def _pull_back_queries(job: Job, rows: Rows) -> Gradients:
@@ -192,7 +189,7 @@ def _pull_back_queries(job: Job, rows: Rows) -> Gradients:
         k, v = found.k, found.v
         return [x for x in (found.q, found.mask) if x is not None]
 
-    results = Results(job.gradients_of_queries, _sums)
+    results = Kind(job.gradients_of_queries, add_sums)
     q, *mask = _round_trip(job, job.queries(rows), job.schedule(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 
@@ -208,82 +205,35 @@ def _pull_back_keys(job: Job, rows: Rows) -> Gradients:
         q, mask = found.q, [x for x in (found.mask,) if x is not None]
         return found.k, found.v
 
-    results = Results(job.gradients_of_keys, _sums)
+    results = Kind(job.gradients_of_keys, add_sums)
     k, v = _round_trip(job, job.keys(), job.schedule(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 
 
-@dataclass(frozen=True)
-class Results:
-    """What comes of the tokens of a block: some arrays whose third axis is the tokens.
-
-    Attributes:
-        nothing: Those of so many tokens to which nothing was added.
-        merge: Those of the same tokens from different ranks in one.
-    """
-
-    nothing: Callable[[int], Arrays]
-    merge: Callable[[Arrays, Arrays], Arrays]
-
-    def over(self, arrays: Arrays, have: Spans, want: Spans) -> Arrays:
-        """`arrays` for tokens at `have` as such for those at `want`, which include them; nothing for the others."""
-        if have == want:
-            return arrays
-        at = np.full(length(want), length(have))
-        at[positions(locate(have, want))] = np.arange(length(have))
-        return [mx.take(mx.concatenate([x, none], 2), mx.array(at), 2) for x, none in zip(arrays, self.nothing(1))]
-
-
-def _sums(a: Arrays, b: Arrays) -> Arrays:
-    return [x + y for x, y in zip(a, b)]
-
-
 def _round_trip(
-    job: Job, own: Block, schedule: Schedule, results: Results, compute: Callable[[int, Block], Arrays]
-) -> Arrays:
+    job: Job, own: Block, schedule: Schedule, kind: Kind, compute: Callable[[int, Block], Arrays]
+) -> tuple[mx.array, ...]:
     """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
     arrivals, sends = relay(job.ring, own, schedule.hops)
-    returning = _post_results(job, schedule, results)
-    at_home: Arrays | None = None
-    for h, (hop, arrival) in enumerate(zip(schedule.hops, arrivals)):
+    *stops, home = post(job.ring, schedule, own.spans, kind)
+    at_home: Block | None = None
+    for h, (hop, arrival, stop) in enumerate(zip(schedule.hops, arrivals, stops)):
         job.ring.at(WHAT, h)
         added = None
         if hop.compute:
             job.wait(h, arrival.transfer)
-            added = compute(h, rows_of(arrival.block, hop.compute))
-            added = results.over(added, hop.compute, hop.state if h else own.spans)
+            added = kind.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
         arrival.release()
         if h == 0:
             at_home = added
         elif hop.state:
-            total = _merge_arrived(job, h, returning[h], results, added, hop.state)
-            sends.append(job.ring.send(_block(total, hop.state).load(hop.state), tag=RESULTS + h))
-    at_home = _merge_arrived(job, len(arrivals), returning[-1], results, at_home, own.spans)
-    job.wait(len(arrivals), *sends)
-    return at_home
-
-
-def _post_results(job: Job, schedule: Schedule, results: Results) -> list[Arrival]:
-    """Post the receives of the results that come with each hop, and at the end of those that come home."""
-    spans = [*(hop.returning for hop in schedule.hops), schedule.home]
-    tags = [*range(RESULTS - 1, RESULTS - 1 + len(schedule.hops)), RESULTS + job.ring.size - 1]
-    slots = Slots(_block(results.nothing(1), ((0, 1),)), spans)
-    return [slots.recv(job.ring, held, tag) for held, tag in zip(spans, tags)]
-
-
-def _merge_arrived(job: Job, hop: int, arrival: Arrival, results: Results, added: Arrays | None, want: Spans) -> Arrays:
-    """The results that arrive, merged with what this rank `added` to them, over the tokens at `want`."""
-    total = results.nothing(length(want)) if added is None else added
-    if arrival.transfer is not None:
-        job.wait(hop, arrival.transfer)
-        total = results.merge(results.over(arrival.block.arrays, arrival.block.spans, want), total)
-        mx.eval(*total)
-    arrival.release()
-    return total
-
-
-def _block(arrays: Arrays, spans: Spans) -> Block:
-    return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
+            job.wait(h, stop.arrival.transfer)
+            stop.passed(stop.total(kind, added))
+            stop.arrival.release()
+    job.wait(len(arrivals), home.arrival.transfer)
+    total = home.total(kind, at_home)
+    job.wait(len(arrivals), *sends, *(stop.sent for stop in stops))
+    return total.arrays
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

@@ -94,7 +94,7 @@ class Slots:
         """A packed copy of the tokens of `like` at `spans`, in the slot that is wanted again last."""
         at, arrays = len(self._memory) - 1, self._arrays(len(self._memory) - 1, spans)
         for x, own, axis in zip(arrays, self._like.arrays, self._like.axes):
-            _copy(view(own), self._like.spans, view(x), spans, axis, spans)
+            copy_tokens(view(own), self._like.spans, view(x), spans, axis, spans)
         return Arrival(Block(tuple(arrays), self._like.axes, spans), users=self._users[at])
 
     def _arrays(self, at: int, spans: Spans) -> list[mx.array]:
@@ -184,13 +184,13 @@ def collect(ring: Ring, own: Block, hops: Sequence[Hop]) -> Block:
             ring.wait(arrival.transfer)
         if hop.compute:
             for into, x, axis in zip(arrays, arrival.block.arrays, own.axes):
-                _copy(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)
+                copy_tokens(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)
         arrival.release()
     ring.wait(*sends)
     return Block(tuple(arrays), own.axes, spans)
 
 
-def _copy(x: np.ndarray, held: Spans, into: np.ndarray, wanted: Spans, axis: int, tokens: Spans) -> None:
+def copy_tokens(x: np.ndarray, held: Spans, into: np.ndarray, wanted: Spans, axis: int, tokens: Spans) -> None:
     """Copy `tokens` from `x`, which holds `held`, to their places in `into`, which holds `wanted`."""
     for span in tokens:
         for piece in intersection((span,), held):
