@@ -1,4 +1,4 @@
-"""Two ranks with one thread each against one process with two threads: what the ring itself costs."""
+"""Two ranks with one thread each: against one process with two threads, and against the same work without a ring."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def main() -> None:
     """Take turns between the two, and compare the medians."""
     rows = []
     for what, dim, mask in product(("forward", "and gradient"), (64, 128), ("full", "causal")):
-        seconds: dict[int, list[float]] = {1: [], 2: []}
+        seconds: dict[tuple[int, str], list[float]] = {}
         for _ in range(ROUNDS):
             for ranks in (1, 2):
                 found = run_ranks("benchmarks.ring", ranks, 2 // ranks, dim, mask, what)
-                seconds[ranks].append(max(found))
-        one, two = (median(seconds[ranks]) for ranks in (1, 2))
-        rows.append([what, dim, mask, f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"])
-    head = ["what", "head_dim", "mask", "1 process x 2 threads, s", "2 ranks x 1 thread, s", "throughput of the ring"]
+                for name in ("call", "alone"):
+                    seconds.setdefault((ranks, name), []).append(max(one[name] for one in found))
+        one, two, alone = (median(seconds[which]) for which in ((1, "call"), (2, "call"), (2, "alone")))
+        rows.append([what, dim, mask, *(f"{x:.2f}" for x in (one, two, alone, one / two, alone / two))])
+    head = ["what", "head_dim", "mask", "1 process x 2 threads, s", "2 ranks x 1 thread, s", "2 x 1 without a ring, s",
+            "ring against 1 process", "ring against none"]  # fmt: skip
     show(f"{TOKENS} tokens, {HEADS} heads, float32 (aim: at least 0.95)", head, rows)
 
 
@@ -62,7 +64,26 @@ def worker() -> None:
             error = _gradient_error(ring, q, pull_back(), positions, dim, causal)
             assert error < 1e-4, error
         timed = pull_back if gradient else call
-        write_result(ring.rank, medians({"call": timed}, repeats=5 if gradient else 9)["call"])
+        whole = _without_ring(ring, layout, q, k, v, causal, gradient)
+        write_result(ring.rank, medians({"call": timed, "alone": whole}, repeats=5 if gradient else 9))
+
+
+def _without_ring(
+    ring: ra.Ring, layout: ra.Layout, q: mx.array, k: mx.array, v: mx.array, causal: bool, gradient: bool
+):
+    """What makes the same scores with all keys at hand: both ranks at once, each for its own queries."""
+    places = mx.array(layout.positions(ring.rank)), mx.arange(TOKENS)
+    arrays = [q, *(layout.gather(x, ring) for x in (k, v))]
+    mx.eval(arrays)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return ra.attention(q, k, v, positions=places, mask="causal" if causal else None)
+
+    def call() -> None:
+        ring.barrier()
+        mx.eval(mx.vjp(attend, arrays, [q])[1] if gradient else attend(*arrays))
+
+    return call
 
 
 def _gradient_error(ring: ra.Ring, q: mx.array, found: list[mx.array], positions: np.ndarray, dim: int, causal: bool):

@@ -14,7 +14,7 @@ from .comm.base import Gate, Ring, Transfer
 from .merge import State, merge_states
 from .schedule import Schedule
 from .spans import Spans, length, locate, tokens_at
-from .wire import Arrival, Block, Slots, copy_tokens
+from .wire import Block, Slots, copy_tokens
 
 TAGS = 4096  # tags of results; those of blocks are their hop
 ROWS = 1024  # tokens that are merged at once: this bounds the memory that it takes
@@ -77,11 +77,16 @@ def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
 class Returning:
     """The results that one hop adds to: those that come in, and the message that takes them on."""
 
-    def __init__(self, arrival: Arrival, wanted: Spans):
-        """`wanted` are the tokens whose results go on."""
-        self.arrival, self.wanted = arrival, wanted
+    def __init__(self, ring: Ring, slots: Slots, spans: Spans, tag: int, wanted: Spans):
+        """Those of the tokens at `spans` come in under `tag`, once they are `due`; those at `wanted` go on."""
+        self._due = Gate()
+        self.arrival, self.wanted = slots.recv(ring, spans, tag, [self._due]), wanted
         self.sent: Transfer | None = None
         self._added, self._loads = Gate(), list[Callable]()
+
+    def due(self) -> None:
+        """Say that this rank has done the hop before, so that the left neighbour may have as well."""
+        self._due.open()
 
     def send(self, ring: Ring, tag: int) -> None:
         """Post the message; it starts once results were `passed` on."""
@@ -110,8 +115,8 @@ def post(ring: Ring, schedule: Schedule, own: Spans, kind: Kind) -> list[Returni
     slots = Slots(kind.block(kind.nothing(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home])
     stops = []
     for h, hop in enumerate(schedule.hops):
-        stop = Returning(slots.recv(ring, hop.returning, TAGS + h - 1), hop.state if h else own)
+        stop = Returning(ring, slots, hop.returning, TAGS + h - 1, hop.state if h else own)
         if h and hop.state:
             stop.send(ring, TAGS + h)
         stops.append(stop)
-    return [*stops, Returning(slots.recv(ring, schedule.home, TAGS + ring.size - 1), own)]
+    return [*stops, Returning(ring, slots, schedule.home, TAGS + ring.size - 1, own)]

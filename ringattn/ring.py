@@ -215,23 +215,24 @@ def _round_trip(
 ) -> tuple[mx.array, ...]:
     """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
     arrivals, sends = relay(job.ring, own, schedule.hops)
-    *stops, home = post(job.ring, schedule, own.spans, kind)
+    stops = post(job.ring, schedule, own.spans, kind)
     at_home: Block | None = None
-    for h, (hop, arrival, stop) in enumerate(zip(schedule.hops, arrivals, stops)):
+    for h, (hop, arrival, stop, following) in enumerate(zip(schedule.hops, arrivals, stops, stops[1:])):
         job.ring.at(WHAT, h)
         added = None
         if hop.compute:
             job.wait(h, arrival.transfer)
             added = kind.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
         arrival.release()
+        following.due()
         if h == 0:
             at_home = added
         elif hop.state:
             job.wait(h, stop.arrival.transfer)
             stop.passed(stop.total(kind, added))
             stop.arrival.release()
-    job.wait(len(arrivals), home.arrival.transfer)
-    total = home.total(kind, at_home)
+    job.wait(len(arrivals), stops[-1].arrival.transfer)
+    total = stops[-1].total(kind, at_home)
     job.wait(len(arrivals), *sends, *(stop.sent for stop in stops))
     return total.arrays
 

@@ -106,13 +106,16 @@ class Slots:
         mx.eval(arrays)
         return arrays
 
-    def recv(self, ring: Ring, spans: Spans, tag: int) -> Arrival:
-        """Receive the tokens at `spans` from the left into the slot whose turn it is, once its last users are done."""
+    def recv(self, ring: Ring, spans: Spans, tag: int, after: Sequence[Gate] = ()) -> Arrival:
+        """Receive the tokens at `spans` from the left into the slot whose turn it is, once its last users are done.
+
+        And not before all of `after`: a receive that is open long before anything comes keeps the helper polling.
+        """
         if not spans:
             return Arrival(NOTHING)
         at, self._next = self._next, (self._next + 1) % len(self._memory)
         arrays = self._arrays(at, spans)
-        transfer = ring.recv([raw(x) for x in arrays], tag=tag, after=self._users[at])
+        transfer = ring.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
         users: list[Transfer | Gate] = [Gate()]
         self._users[at] = users
         return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
