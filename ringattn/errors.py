@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "KernelWarning", "RingAttentionError", "RingError", "TransformError"]
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "KernelWarning",
+    "MissingExtraError",
+    "RingAttentionError",
+    "RingError",
+    "TransformError",
+]
 
 
 class RingAttentionError(Exception):
@@ -36,6 +44,10 @@ class RingError(RingAttentionError, RuntimeError):
 
 class TransformError(RingAttentionError, NotImplementedError):
     """A function transformation (grad, jvp, vmap, compile) was asked for where it is not supported."""
+
+
+class MissingExtraError(RingAttentionError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 class KernelWarning(UserWarning):

