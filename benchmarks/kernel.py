@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.backends.blas import threads
+from ringattn.native.blas import threads
 
 from .common import medians, show
 

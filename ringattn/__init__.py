@@ -3,7 +3,10 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
+from .native import sgemm as _sgemm
+
 try:
+    _sgemm.install()  # before MLX is loaded
     import mlx.core as _mx  # noqa: F401
 except ImportError as _error:
     raise ImportError(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
+
+from ..native import load
 
 POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 FUNCTIONS = {
@@ -89,15 +90,4 @@ def _address(x: np.ndarray) -> int:
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
     """``softmax.c``; ``None`` where it was not built."""
-    paths = [Path(__file__).with_name(f"_softmax{suffix}") for suffix in EXTENSION_SUFFIXES]
-    found = next((path for path in paths if path.exists()), None)
-    if found is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(found))
-        for name, arguments in FUNCTIONS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
-    except (OSError, AttributeError):  # built for another machine, or by another version
-        return None
-    return library
+    return load(Path(__file__).with_name("_softmax"), FUNCTIONS)

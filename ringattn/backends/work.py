@@ -18,7 +18,8 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from ..mask import Tile
-from . import Rules, blas
+from ..native import blas
+from . import Rules
 from .hidden import Hidden
 from .tiles import Piece, Unit, cut
 from .views import as_float32

@@ -12,8 +12,7 @@ import numpy as np
 
 from ..demo.job import Job
 from ..demo.runs import Run, read_text, run
-from ..errors import MissingExtraError
-from ..errors import RingAttentionError
+from ..errors import MissingExtraError, RingAttentionError
 from ..schedule import STRATEGIES
 
 

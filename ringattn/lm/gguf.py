@@ -58,7 +58,9 @@ def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any
 
 def _expect(path: Path, metadata: dict, key: str, values: tuple) -> None:
     if (found := metadata.get(key)) not in values:
-        raise UnsupportedModelError(f"model: {path.name} has {key} {found!r}, expected {' or '.join(map(repr, values))}")
+        raise UnsupportedModelError(
+            f"model: {path.name} has {key} {found!r}, expected {' or '.join(map(repr, values))}"
+        )
 
 
 def _model(tensors: dict[str, mx.array], metadata: dict, dtype: mx.Dtype | None) -> nn.Module:

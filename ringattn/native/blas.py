@@ -50,13 +50,19 @@ def single_threaded() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _openblas() -> tuple | None:
-    """The thread setter and getter of the OpenBLAS inside NumPy's wheel; ``None`` for another BLAS (Accelerate)."""
+def library_of_numpy() -> ctypes.CDLL | None:
+    """The OpenBLAS inside NumPy's wheel; ``None`` for another BLAS (Accelerate)."""
     package = Path(np.__file__).parent
-    for path in [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]:
-        library = ctypes.CDLL(str(path))
-        for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
-            name = f"{prefix}openblas_%s_num_threads{suffix}"
-            if hasattr(library, name % "get"):
-                return getattr(library, name % "get"), getattr(library, name % "set")
+    paths = [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]
+    return ctypes.CDLL(str(paths[0])) if paths else None
+
+
+@lru_cache(maxsize=1)
+def _openblas() -> tuple | None:
+    """Its thread getter and setter."""
+    library = library_of_numpy()
+    for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+        name = f"{prefix}openblas_%s_num_threads{suffix}"
+        if hasattr(library, name % "get"):
+            return getattr(library, name % "get"), getattr(library, name % "set")
     return None

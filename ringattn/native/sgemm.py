@@ -1,0 +1,45 @@
+"""MLX's float32 matrix products on Linux, about twenty times faster: done by the BLAS inside NumPy.
+
+MLX's library looks for its BLAS when it is loaded, so this comes before; `ringattn` does it if it is imported first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from . import load
+from .blas import library_of_numpy
+
+SWITCH = "RINGATTN_BLAS"  # "mlx": leave MLX its own
+LIBRARY = Path(__file__).with_name("_sgemm")
+FUNCTIONS = {"ringattn_set_sgemm": [ctypes.c_void_p], "ringattn_sgemm_calls": []}
+REMEDY = (
+    "MLX's own BLAS on Linux is slow, and NumPy's is not in its place: import ringattn before mlx, and install it where "
+    "there is a C compiler; or preload an OpenBLAS (LD_PRELOAD=.../libopenblas.so.0)"
+)
+
+
+@lru_cache(maxsize=1)
+def install() -> bool:
+    """Have MLX, which is not loaded yet, multiply with NumPy's BLAS; whether it will."""
+    if not sys.platform.startswith("linux") or "mlx.core" in sys.modules or os.environ.get(SWITCH) == "mlx":
+        return False
+    numpys, library = library_of_numpy(), load(LIBRARY, FUNCTIONS)
+    if library is None or not hasattr(numpys, "scipy_cblas_sgemm64_"):
+        return False
+    library.ringattn_set_sgemm(ctypes.cast(numpys.scipy_cblas_sgemm64_, ctypes.c_void_p))
+    ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # the same library again: its symbols come before MLX's own
+    return True
+
+
+def calls() -> int:
+    """How many products of this process went that way."""
+    library = load(LIBRARY, FUNCTIONS)
+    if library is None:
+        return 0
+    library.ringattn_sgemm_calls.restype = ctypes.c_int64
+    return int(library.ringattn_sgemm_calls())
