@@ -18,6 +18,7 @@ from ringattn.comm.base import Event
 from ringattn.demo import check, picture, report, smollm
 from ringattn.demo.job import Figures, Job, Progress, Timeline
 from ringattn.demo.runs import Run
+from ringattn.errors import MissingExtraError
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 6, 2, 8, 48
 

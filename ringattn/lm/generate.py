@@ -76,10 +76,9 @@ def shared_prompt(ring: Ring, tokenizer: Any, prompt: str | mx.array | Sequence[
     if ring.rank:
         return ring.broadcast(None)
     if isinstance(prompt, str):
-        prompt = tokenizer.encode(
-            prompt, add_special_tokens=tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        )
-    return ring.broadcast(mx.array(prompt, mx.int32))
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=special)
+    return ring.broadcast(mx.array(prompt if isinstance(prompt, mx.array) else list(prompt), mx.int32))
 
 
 def decided(ring: Ring, sampler: Sampler) -> Sampler:

@@ -95,7 +95,7 @@ def _windows(model: nn.Module) -> Iterator[int | None]:
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
     if isinstance(model, Sharded):
-        yield from model.windows  # type: ignore[attr-defined]
+        yield from model.windows
         return
     for i, cache in enumerate(make_prompt_cache(model)):
         if type(cache) is KVCache:
@@ -156,7 +156,7 @@ def _adapt(kind: type, key: tuple[str, str]) -> None:
         return run(x, mask, cache)
 
     call.plain = plain  # type: ignore[attr-defined]
-    kind.__call__ = call  # type: ignore[attr-defined]
+    setattr(kind, "__call__", call)  # noqa: B010
 
 
 def cost_of(model: nn.Module) -> Cost:

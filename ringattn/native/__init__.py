@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def load(stem: Path, functions: dict[str, list]) -> ctypes.CDLL | None:
-    """The library at `stem`, whose suffix is the platform's, with its functions' argument types (none returns anything).
+    """The library at `stem` plus the platform's suffix, with the argument types of its functions.
 
     ``None`` where it was not built, or for another machine, or by another version.
     """

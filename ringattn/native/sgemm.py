@@ -18,8 +18,8 @@ SWITCH = "RINGATTN_BLAS"  # "mlx": leave MLX its own
 LIBRARY = Path(__file__).with_name("_sgemm")
 FUNCTIONS = {"ringattn_set_sgemm": [ctypes.c_void_p], "ringattn_sgemm_calls": []}
 REMEDY = (
-    "MLX's own BLAS on Linux is slow, and NumPy's is not in its place: import ringattn before mlx, and install it where "
-    "there is a C compiler; or preload an OpenBLAS (LD_PRELOAD=.../libopenblas.so.0)"
+    "MLX's own BLAS on Linux is slow, and NumPy's is not in its place: import ringattn before mlx, and install it "
+    "where there is a C compiler; or preload an OpenBLAS (LD_PRELOAD=.../libopenblas.so.0)"
 )
 
 
@@ -29,7 +29,7 @@ def install() -> bool:
     if not sys.platform.startswith("linux") or "mlx.core" in sys.modules or os.environ.get(SWITCH) == "mlx":
         return False
     numpys, library = library_of_numpy(), load(LIBRARY, FUNCTIONS)
-    if library is None or not hasattr(numpys, "scipy_cblas_sgemm64_"):
+    if library is None or numpys is None or not hasattr(numpys, "scipy_cblas_sgemm64_"):
         return False
     library.ringattn_set_sgemm(ctypes.cast(numpys.scipy_cblas_sgemm64_, ctypes.c_void_p))
     ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # the same library again: its symbols come before MLX's own
