@@ -41,7 +41,7 @@ def next_step(held: Layout, tokens: int, weights: Sequence[float], cost: Cost) -
     Many are cut into one chunk a rank, of contiguous positions, so that each chunk takes the same time. Few are
     computed by every rank, and kept by one.
     """
-    if held.size > 1 and tokens >= LEAST * held.size:
+    if tokens >= LEAST * held.size:
         return Step(round_layout(held.stop, tokens, tuple(weights), cost), True)
     keeper = emptiest(held, weights)
     spans = tuple(((held.stop, held.stop + tokens),) if rank == keeper else () for rank in range(held.size))
@@ -59,7 +59,7 @@ def round_layout(start: int, tokens: int, weights: tuple[float, ...], cost: Cost
     whole, done, ends = a * tokens + b * tokens**2 / 2, 0.0, list[int]()
     for rank, weight in enumerate(weights[:-1]):
         done += weight / total
-        x = (sqrt(a * a + 2 * b * done * whole) - a) / b if b else tokens * done
+        x = 2 * done * whole / (a + sqrt(a * a + 2 * b * done * whole))
         least = ends[-1] + 1 if ends else 1
         ends.append(min(max(round(x), least), tokens - (len(weights) - 1 - rank)))
     ends.append(tokens)

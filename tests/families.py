@@ -1,0 +1,99 @@
+"""Small random models of mlx-lm's families, built by mlx-lm's own classes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+BASE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 61,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, what differs
+    "llama": ("llama", {}),
+    "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"rope_theta": 1e4}),
+    "mistral, windows": ("llama", {"layer_types": WINDOWS, "sliding_window": 21}),
+    "ministral3": (
+        "ministral3",
+        {
+            "layer_types": WINDOWS,
+            "sliding_window": 21,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 64,
+                "type": "default",
+            },
+        },
+    ),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {"sliding_window": 21, "sliding_window_pattern": 2}),
+    "phi3": ("phi3", {}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"layer_types": WINDOWS, "sliding_window": 21, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "mscale": 1.0, "type": "yarn"},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+        },
+    ),
+}
+
+
+def words() -> Any:
+    """A tokenizer of the models' vocabulary, one word a token."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(BASE["vocab_size"])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A model of the family, float32, the same for the same seed; sinks and norms are not what they begin as."""
+    module, changes = FAMILIES[name]
+    found = import_module(f"mlx_lm.models.{module}")
+    kind = found.ModelArgs
+    mx.random.seed(seed)
+    model = found.Model(kind.from_dict({**BASE, "model_type": module, **changes}))
+    weights = [(key, x + 0.1 * mx.random.normal(x.shape)) for key, x in tree_flatten(model.parameters())]
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model

@@ -1,0 +1,119 @@
+"""Language models over a ring of any size give what they give in one process."""
+
+from __future__ import annotations
+
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ringattn import Ring
+
+if "CI" not in os.environ:
+    pytest.importorskip("mlx_lm")
+
+from families import BASE, FAMILIES, build, words
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from ringattn import lm
+from ringattn.lm import cache as caches
+from ringattn.lm import steps
+
+STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
+ULPS = 32  # of the largest logit, float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(caches, "SLACK", 8)
+    monkeypatch.setattr(steps, "RUN", 2)
+    model = build(name)
+    plain = make_prompt_cache(model)
+    lm.shard(model, ring)
+    sharded = make_prompt_cache(model)
+    assert all(type(c) is lm.ShardedKVCache for c in sharded)
+    for tokens in STEPS:
+        ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
+        expected, found = model(ids, cache=plain), model(ids, cache=sharded)
+        assert sharded[0].step is not None
+        if sharded[0].step.shared:
+            expected = sharded[0].step.new.shard(expected, ring.rank, axis=1)
+        assert found.shape == expected.shape
+        error = float(mx.abs(found - expected).max() / mx.abs(expected).max())
+        assert error < ULPS * 2**-23, (tokens, error * 2**23)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_each_rank_holds_its_part(ring: Ring, name: str) -> None:
+    model = lm.shard(build(name), ring)
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 20 * ring.size + 7), mx.int32), cache=cache)
+    for layer in cache:
+        tokens = layer.layout.local_length(ring.rank)
+        assert [x.shape[2] for x in layer.state] == [tokens, tokens]
+        most = layer.layout.length if layer.window is None else layer.window - 1 + layer.layout.length
+        assert layer.layout.stop == 20 * ring.size + 7 and layer.layout.length <= most
+    total = sum(c.nbytes for c in cache)
+    whole = float(ring.all_reduce(mx.array(float(total))).item())
+    assert total <= 1.5 * whole / ring.size
+
+
+def test_window_layers_forget(ring: Ring) -> None:
+    model = lm.shard(build("gemma3"), ring)
+    cache = make_prompt_cache(model)
+    for _ in range(6):
+        model(mx.zeros((1, 100), mx.int32), cache=cache)
+    for layer in cache:
+        if layer.window is not None:
+            assert layer.layout.length <= layer.window - 1 + 100 and not layer.is_trimmable()
+        else:
+            assert layer.layout.length == 600
+
+
+def test_trim(ring: Ring, rng: np.random.Generator) -> None:
+    """Tokens taken back leave no trace."""
+    model = build("llama")
+    ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 130)))
+    expected = model(ids, cache=make_prompt_cache(model))
+    lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    model(ids[:, :111], cache=cache)
+    model(ids[:, :9], cache=cache)
+    assert [c.trim(20) for c in cache] == [20] * 4
+    found = [model(ids[:, 100:101], cache=cache), model(ids[:, 101:104], cache=cache)]
+    np.testing.assert_allclose(np.concatenate(found, 1), np.array(expected)[:, 100:104], atol=1e-4)
+
+
+def test_greedy_tokens(ring: Ring, rng: np.random.Generator) -> None:
+    """mlx-lm's own loop over the ring: the tokens of one process, whatever the length of the prompt."""
+    from mlx_lm.generate import generate_step
+
+    model = build("qwen3", seed=1)
+    prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 403)]
+    expected = [[token for token, _ in generate_step(mx.array(p), model, max_tokens=9)] for p in prompts]
+    lm.shard(model, ring)
+    for prompt, tokens in zip(prompts, expected):
+        theirs = prompt if ring.rank == 0 else []
+        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, chunk=50)]
+        assert found == tokens
+
+
+def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
+    """Ranks whose samplers disagree still go on with the same token."""
+    model = lm.shard(build("llama"), ring)
+    sampler = lambda logprobs: mx.array([ring.rank + 3])  # noqa: E731
+    found = [r.token for r in lm.stream_generate(model, words(), [5], max_tokens=4, sampler=sampler)]
+    assert found == [3, 3, 3, 3]
+
+
+def test_what_cannot_be_sharded(ring: Ring) -> None:
+    model = build("llama")
+    for cache, name in ((RotatingKVCache(8, keep=4), "RotatingKVCache"), (Other(), "Other")):
+        model.make_cache = lambda cache=cache: [KVCache(), cache]
+        with pytest.raises(lm.UnsupportedModelError, match=rf"^model: llama has a {name} at layer 1[^\n]*$"):
+            lm.shard(model, ring)
+
+
+class Other(KVCache):
+    """A cache of another kind."""
