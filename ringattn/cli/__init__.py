@@ -13,6 +13,7 @@ import click
 COMMANDS = {
     "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
     "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
+    "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks."),
     "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),
 }

@@ -11,8 +11,18 @@ The weights are the same on every rank; each holds a part of the keys and values
 
 from .cache import ShardedKVCache
 from .errors import CacheFileError, UnsupportedModelError
+from .files import load_cache, save_cache
 from .generate import stream_generate
 from .load import load
 from .model import shard
 
-__all__ = ["CacheFileError", "ShardedKVCache", "UnsupportedModelError", "load", "shard", "stream_generate"]
+__all__ = [
+    "CacheFileError",
+    "ShardedKVCache",
+    "UnsupportedModelError",
+    "load",
+    "load_cache",
+    "save_cache",
+    "shard",
+    "stream_generate",
+]

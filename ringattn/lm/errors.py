@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..errors import RingAttentionError
+from ..errors import ArgumentError
 
 
-class UnsupportedModelError(RingAttentionError, ValueError):
+class UnsupportedModelError(ArgumentError):
     """A layer or cache of a model cannot be spread over a ring; the message names it."""
 
 
-class CacheFileError(RingAttentionError, ValueError):
+class CacheFileError(ArgumentError):
     """A file of a saved prompt cache is missing, torn or another model's; the message names it."""

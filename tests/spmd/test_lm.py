@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from ringattn import Ring
+from ringattn import ArgumentError, Ring
 
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
@@ -117,3 +118,62 @@ def test_what_cannot_be_sharded(ring: Ring) -> None:
 
 class Other(KVCache):
     """A cache of another kind."""
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("again", [1, 2, "size"])
+def test_a_saved_cache_goes_on(ring: Ring, rng: np.random.Generator, tmp_path_factory, name: str, again) -> None:
+    """On as many ranks as before or on fewer, with a next turn after it."""
+    size = ring.size if again == "size" else min(again, ring.size)
+    path = Path(bytes(ring.broadcast(_text(tmp_path_factory.mktemp("cache"))).tolist()).decode()) / "cache.json"
+    model = build(name)
+    first, second = (mx.array(rng.integers(0, BASE["vocab_size"], (1, n))) for n in (130, 7))
+    plain = make_prompt_cache(model)
+    model(first, cache=plain)
+    expected = model(second, cache=plain)
+    lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    model(first, cache=cache)
+    lm.save_cache(path, cache, {"model": name})
+    lm.save_cache(path, cache, {"model": name})  # over itself
+    ring.barrier()
+    assert len(list(path.parent.iterdir())) == ring.size + 1
+    some = ring.split(0 if ring.rank < size else None)
+    if some is not None:
+        fewer = lm.shard(build(name), some)
+        cache, metadata = lm.load_cache(path, fewer)
+        assert metadata == {"model": name}
+        found = fewer(second, cache=cache)
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5 * float(expected.max()))
+    ring.barrier()
+
+
+def test_a_cache_file_that_is_wrong(ring: Ring, tmp_path_factory) -> None:
+    path = Path(bytes(ring.broadcast(_text(tmp_path_factory.mktemp("cache"))).tolist()).decode()) / "cache.json"
+    model = lm.shard(build("llama"), ring)
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 100), mx.int32), cache=cache)
+    lm.save_cache(path, cache)
+    with pytest.raises(lm.CacheFileError, match=r"cache.json: another model's: its layers"):
+        lm.load_cache(path, lm.shard(build("gemma3"), ring))
+    files = sorted(path.parent.glob("*.safetensors"))
+    ring.barrier()
+    if ring.rank == 0:
+        whole = files[-1].read_bytes()
+        files[-1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    ring.barrier()
+    with pytest.raises(ArgumentError, match=r"safetensors: torn or changed: a digest of [0-9a-f]+, expected"):
+        lm.load_cache(path, model)
+    ring.barrier()
+    if ring.rank == 0:
+        path.write_text(path.read_text()[:-9])
+    ring.barrier()
+    with pytest.raises(lm.CacheFileError, match=r"cache.json: not the manifest of a prompt cache, or torn"):
+        lm.load_cache(path, model)
+    with pytest.raises(lm.CacheFileError, match=r"none.json: No such file"):
+        lm.load_cache(path.with_name("none.json"), model)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)  # the ring still works
+
+
+def _text(path: Path) -> mx.array:
+    return mx.array(list(str(path).encode()), mx.uint8)
