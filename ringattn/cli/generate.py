@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import RingAttentionError
+from ..comm import launched_by
+from ..comm.base import Ring
+from ..errors import ArgumentError, MissingExtraError
 
 
 @click.command()
@@ -69,107 +68,96 @@ def generate(ranks: int | None, **options: Any) -> None:
     """
     if options["prompt"] is None and options["prompt_file"] is None:
         raise click.UsageError("--prompt or --prompt-file is missing")
-    if ranks is not None and ranks > 1:
+    if ranks is not None and ranks > 1 and launched_by() == "solo":
         raise SystemExit(_on_ranks(ranks))
-    with _errors():
-        _generate(**options)
+    raise SystemExit(_on_a_ring(options))
 
 
 def _on_ranks(ranks: int) -> int:
-    """This command again, on local ranks."""
+    """This command again, on local ranks, which find themselves under a launcher."""
     from ..cluster.local import run_local
     from ..cluster.mpiexec import LaunchError, build_command, build_environment, find_mpiexec
 
-    arguments, given = sys.argv[1:], iter(sys.argv[1:])
-    arguments = [argument for argument in given if not _is_ranks(argument, given)]
     try:
-        line = build_command(find_mpiexec(None), ranks, [sys.executable, "-m", "ringattn.cli", *arguments])
+        line = build_command(find_mpiexec(None), ranks, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]])
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     return run_local(line, ranks=ranks, environment=build_environment(ranks, threads=None, timeout=None))
 
 
-def _is_ranks(argument: str, following: Iterator[str]) -> bool:
-    """Whether it is the option for the ranks, with the value that may come after it."""
-    if argument in ("-n", "--ranks"):
-        next(following)
-        return True
-    return argument.startswith(("--ranks=", "-n")) and argument[2:3] not in ("o",)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What goes wrong as one line."""
-    try:
-        yield
-    except RingAttentionError as error:
-        raise click.ClickException(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
-
-
-def _generate(
-    model: str,
-    dtype: str | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    max_tokens: int,
-    temp: float,
-    top_p: float,
-    seed: int | None,
-    ignore_chat_template: bool,
-    prefill_step_size: int | None,
-    prompt_cache_file: Path | None,
-    save_prompt_cache: Path | None,
-    weights: str | None,
-) -> None:
-    import mlx.core as mx
-
-    from .. import init, lm
+def _on_a_ring(options: dict[str, Any]) -> int:
+    """Join the ring and generate; the exit status. What is wrong on one rank is an error on all, told by rank 0."""
+    from .. import init
+    from ..comm.agreement import agree, heard
 
     with init() as ring:
-        network, tokenizer = lm.load(model, getattr(mx, dtype) if dtype else None)
-        lm.shard(network, ring, weights=None if weights is None else _numbers(weights))
-        from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.sample_utils import make_sampler
+        try:
+            with heard(ring, "generate"):
+                network, tokenizer = _loaded(options)
+            agree(ring, "generate", tuple((name, str(value)) for name, value in options.items()))
+            _generate(ring, network, tokenizer, options)
+        except (ArgumentError, MissingExtraError) as error:
+            if ring.rank == 0:
+                click.echo(f"Error: {error}", err=True)
+            return 1
+    return 0
 
-        if prompt_cache_file is None:
-            cache = make_prompt_cache(network)
-        else:
-            cache, metadata = lm.load_cache(prompt_cache_file, network)
-            if metadata.get("model") != model:
-                raise lm.CacheFileError(
-                    f"{prompt_cache_file}: made with the model {metadata.get('model')}, not {model}"
-                )
-        if seed is not None:
-            mx.random.seed(seed)
-        ids = _ids(tokenizer, _text(prompt, prompt_file), ignore_chat_template) if ring.rank == 0 else []
-        with _progress(ring.rank == 0) as shown:
-            said = ""
-            for response in lm.stream_generate(
-                network,
-                tokenizer,
-                ids,
-                max_tokens=max_tokens,
-                sampler=make_sampler(temp, top_p),
-                chunk=prefill_step_size,
-                prompt_cache=cache,
-                prompt_progress_callback=shown,
-            ):
-                said += response.text
-                if ring.rank == 0:
-                    click.echo(response.text, nl=False)
-        if save_prompt_cache is not None:
-            lm.save_cache(save_prompt_cache, cache, {"model": model})
-        if ring.rank == 0:
-            click.echo("" if said else "(no text)")
-            held = sum(c.nbytes for c in cache) / 1e6
-            click.echo(
-                f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s; generation: "
-                f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s; "
-                f"{ring.size} ranks, {held:.1f} MB of keys and values on this one",
-                err=True,
-            )
+
+def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    import mlx.core as mx
+
+    from .. import lm
+
+    try:
+        return lm.load(options["model"], getattr(mx, options["dtype"]) if options["dtype"] else None)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArgumentError(f"--model: {options['model']}: {told}") from None
+
+
+def _generate(ring: Ring, network: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    """Read the prompt, say the answer as it comes, save what is to be saved."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.sample_utils import make_sampler
+
+    from .. import lm
+
+    weights = options["weights"]
+    lm.shard(network, ring, weights=None if weights is None else _numbers(weights))
+    file = options["prompt_cache_file"]
+    cache, metadata = (make_prompt_cache(network), {}) if file is None else lm.load_cache(file, network)
+    if file is not None and metadata.get("model") != options["model"]:
+        raise lm.CacheFileError(f"{file}: made with model {metadata.get('model')}, expected {options['model']}")
+    if options["seed"] is not None:
+        mx.random.seed(options["seed"])
+    speaker = ring.rank == 0
+    for response in lm.stream_generate(
+        network,
+        tokenizer,
+        _ids(tokenizer, options) if speaker else [],
+        max_tokens=options["max_tokens"],
+        sampler=make_sampler(options["temp"], options["top_p"]),
+        chunk=options["prefill_step_size"],
+        prompt_cache=cache,
+        prompt_progress_callback=_Progress() if speaker and sys.stderr.isatty() else None,
+    ):
+        if speaker:
+            click.echo(response.text, nl=False)
+    if options["save_prompt_cache"] is not None:
+        lm.save_cache(options["save_prompt_cache"], cache, {"model": options["model"]})
+    if speaker:
+        held = sum(c.nbytes for c in cache) / 1e6
+        click.echo()
+        click.echo(
+            f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s. Generation: "
+            f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s. "
+            f"Ranks: {ring.size}, keys and values on this one: {held:.1f} MB.",
+            err=True,
+        )
 
 
 def _numbers(text: str) -> list[float]:
@@ -181,32 +169,26 @@ def _numbers(text: str) -> list[float]:
         ) from None
 
 
-def _text(prompt: str | None, file: Path | None) -> str:
+def _ids(tokenizer: Any, options: dict[str, Any]) -> list[int]:
+    """The prompt's tokens."""
+    file, prompt = options["prompt_file"], options["prompt"]
     parts = [] if file is None else [file.read_text(encoding="utf-8")]
     if prompt is not None:
         parts.append(sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t"))
-    return "\n\n".join(parts)
-
-
-def _ids(tokenizer: Any, text: str, ignore_chat_template: bool) -> list[int]:
-    if ignore_chat_template or not tokenizer.has_chat_template:
+    text = "\n\n".join(parts)
+    if options["ignore_chat_template"] or not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-@contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+class _Progress:
     """A line about the prefill on standard error, with tokens per second and the time that is left."""
-    start, live = time.monotonic(), wanted and sys.stderr.isatty()
-    live = live or wanted and "RINGATTN_PROGRESS" in os.environ
 
-    def show(done: int, total: int) -> None:
-        if not live or total < 2:
-            return
-        seconds = max(time.monotonic() - start, 1e-9)
-        rate = done / seconds
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - self.start, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
-        click.echo(f"\rReading {done} of {total} tokens, {rate:.0f} tokens/s{left}   ", nl=done == total, err=True)
-
-    yield show
+        click.echo(f"\rReading {done} of {total} tokens, {rate:.0f} tokens/s{left}    ", nl=done == total, err=True)

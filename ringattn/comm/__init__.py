@@ -48,7 +48,7 @@ def _choose(backend: str | None, comm: Any) -> str:
     if backend is None:
         if comm is not None:
             return "mpi"
-        backend = _launched_by()
+        backend = launched_by()
     if not isinstance(backend, str) or backend not in _BACKENDS:
         raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
     if backend == "mlx":
@@ -60,7 +60,8 @@ def _choose(backend: str | None, comm: Any) -> str:
     return backend
 
 
-def _launched_by() -> str:
+def launched_by() -> str:
+    """The backend that goes with the launcher of this process; ``"solo"`` without one."""
     if any(name in os.environ for name in _MPI_LAUNCHERS):
         return "mpi"
     return "mlx" if any(name in os.environ for name in _MLX_LAUNCHERS) else "solo"
