@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "ringattn.cli", "generate", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+def run(*arguments: str, command: str = "generate", stdin: str = "") -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "ringattn.cli", command, *arguments]
+    return subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def test_ask_and_ask_again(tmp_path):
@@ -33,8 +33,26 @@ def test_ask_and_ask_again(tmp_path):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert "Amparo Quiroga" in one.stdout and two.stdout == one.stdout
     assert "Ranks: 2, keys and values on this one" in two.stderr
-    three = run("--ranks=3", *model, "-p", "And what did she keep?", "-m", "20", "--prompt-cache-file", cache)
-    assert three.returncode == 0 and "bees" in three.stdout, three.stdout + three.stderr
+    three = run(
+        "--ranks=3", *model, "-p", "Say the lighthouse keeper's name again.", "-m", "20", "--prompt-cache-file", cache
+    )
+    assert three.returncode == 0 and "Amparo" in three.stdout, three.stdout + three.stderr
+
+
+def test_chat():
+    """The second turn knows the first; after 'r' it does not."""
+    lines = (
+        "My dog is called Pinto. Say hello to him.\nWhat is my dog called?\nr\nWhat is my dog called?\nq\nnot read\n"
+    )
+    found = run("-n", "2", "--model", "smollm2", "--dtype", "float32", "-m", "16", command="chat", stdin=lines)
+    assert found.returncode == 0, found.stderr
+    answers = found.stdout.splitlines()
+    assert "Pinto" in answers[1] and "Pinto" not in answers[-1], answers
+
+
+def test_the_prompt_from_standard_input():
+    found = run("-n", "2", "--model", "smollm2", "-m", "8", "-p", "-", stdin="What is the capital of France?")
+    assert found.returncode == 0 and "Paris" in found.stdout, found
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import click
 # name: (module, what `ringattn --help` says), so that the list of commands imports none of them
 COMMANDS = {
     "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
+    "chat": ("ringattn.cli.chat", "Talk to a language model whose context is spread over ranks."),
     "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
     "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks."),

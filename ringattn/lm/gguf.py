@@ -53,7 +53,9 @@ def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any
     loaded: Any = mx.load(str(path), return_metadata=True)
     tensors, metadata = loaded
     _expect(path, metadata, "general.architecture", ("llama",))
-    return _model(tensors, metadata, dtype), tokenizer_of(path, metadata)
+    model = _model(tensors, metadata, dtype)
+    mx.eval(model.parameters())
+    return model, tokenizer_of(path, metadata)
 
 
 def _expect(path: Path, metadata: dict, key: str, values: tuple) -> None:

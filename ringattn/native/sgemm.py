@@ -36,6 +36,12 @@ def install() -> bool:
     return True
 
 
+def advice() -> str | None:
+    """What to do where MLX's products are slow; ``None`` where they are not, or where that was chosen."""
+    chosen = os.environ.get(SWITCH) == "mlx" or "blas" in os.environ.get("LD_PRELOAD", "").lower()
+    return None if not sys.platform.startswith("linux") or chosen or install() else REMEDY
+
+
 def calls() -> int:
     """How many products of this process went that way."""
     library = load(LIBRARY, FUNCTIONS)
