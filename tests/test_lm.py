@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -18,6 +19,7 @@ if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
 from ringattn import lm
+from ringattn.lm.gguf import load_gguf
 
 WEIGHTS = st.lists(st.floats(0.2, 5), min_size=1, max_size=6).map(tuple)
 
@@ -85,3 +87,18 @@ def test_gguf_stays_quantised_unless_a_dtype_is_asked_for(smollm2):
 def test_no_such_file():
     with pytest.raises(ArgumentError, match=r"^path: none.gguf, expected a GGUF file that exists$"):
         lm.load("none.gguf")
+
+
+@pytest.mark.parametrize(
+    "tensors, metadata, told",
+    [
+        ({}, {"general.architecture": "mamba"}, "x.gguf has general.architecture 'mamba', expected 'llama'"),
+        ({}, {"llama.rope.scaling.type": "yarn"}, "x.gguf has llama.rope.scaling.type 'yarn', expected None or 'none'"),
+        ({"rope_freqs.weight": mx.ones(4)}, {}, "x.gguf: llama.embedding_length, expected what a Llama has"),
+    ],
+)
+def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
+    whole = {"general.architecture": "llama", **metadata}
+    monkeypatch.setattr(mx, "load", lambda *_, **__: (tensors, whole))
+    with pytest.raises(lm.UnsupportedModelError, match=told.replace(".", r"\.")):
+        load_gguf(Path("x.gguf"))

@@ -53,9 +53,13 @@ def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any
     loaded: Any = mx.load(str(path), return_metadata=True)
     tensors, metadata = loaded
     _expect(path, metadata, "general.architecture", ("llama",))
-    model = _model(tensors, metadata, dtype)
-    mx.eval(model.parameters())
-    return model, tokenizer_of(path, metadata)
+    _expect(path, metadata, "llama.rope.scaling.type", (None, "none"))
+    try:
+        model = _model(tensors, metadata, dtype)
+        mx.eval(model.parameters())
+        return model, tokenizer_of(path, metadata)
+    except KeyError as error:  # a tensor that Llama has not, or a number that it needs
+        raise UnsupportedModelError(f"model: {path.name}: {error.args[0]}, expected what a Llama has") from None
 
 
 def _expect(path: Path, metadata: dict, key: str, values: tuple) -> None:
@@ -78,6 +82,7 @@ def _model(tensors: dict[str, mx.array], metadata: dict, dtype: mx.Dtype | None)
         intermediate_size=int(number("feed_forward_length")),
         num_attention_heads=int(number("attention.head_count")),
         num_key_value_heads=int(number("attention.head_count_kv")),
+        head_dim=int(number("rope.dimension_count")),
         rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_theta=number("rope.freq_base"),
         max_position_embeddings=int(number("context_length")),
@@ -127,6 +132,7 @@ def tokenizer_of(path: Path, metadata: dict) -> Any:
 
     _expect(path, metadata, "tokenizer.ggml.model", ("gpt2",))
     _expect(path, metadata, "tokenizer.ggml.pre", ("smollm", "gpt-2", "default"))
+    _expect(path, metadata, "tokenizer.ggml.add_bos_token", (False, None))
     words: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
