@@ -1,6 +1,8 @@
 """What all tests share."""
 
-import mlx.core as mx
+import ringattn  # noqa: F401  # before MLX, so that it multiplies with NumPy's BLAS
+
+import mlx.core as mx  # isort: skip
 import pytest
 
 from ringattn import metal
