@@ -70,8 +70,10 @@ def add_sums(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
 
 def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
     """The `merge` of states."""
-    for x, merged in zip(into, merge_states(State(*into), State(*part))):
-        x[:] = merged
+    with np.errstate(all="ignore"):  # an infinite score is no matter for a warning
+        merged = merge_states(State(*into), State(*part))
+    for x, y in zip(into, merged):
+        x[:] = y
 
 
 class Returning:
