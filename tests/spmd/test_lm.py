@@ -177,3 +177,14 @@ def test_a_cache_file_that_is_wrong(ring: Ring, tmp_path_factory) -> None:
 
 def _text(path: Path) -> mx.array:
     return mx.array(list(str(path).encode()), mx.uint8)
+
+
+def test_what_a_round_sends_stops_growing(ring: Ring) -> None:
+    """Against a long cache the queries travel: the prompt's traffic is linear, though every round sees all before."""
+    model = lm.shard(build("llama"), ring)
+    cache, sent = make_prompt_cache(model), []
+    for _ in range(16):
+        before = ring.bytes_sent
+        model(mx.zeros((1, 32 * ring.size), mx.int32), cache=cache)
+        sent.append(ring.all_reduce(mx.array(float(ring.bytes_sent - before))).item())
+    assert max(sent[6:]) <= 1.05 * min(sent[6:]), sent
