@@ -1,8 +1,6 @@
 """What all tests share."""
 
-import ringattn  # noqa: F401  # before MLX, so that it multiplies with NumPy's BLAS
-
-import mlx.core as mx  # isort: skip
+import mlx.core as mx
 import pytest
 
 from ringattn import metal
