@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
     "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks."),
+    "serve": ("ringattn.cli.serve", "Answer OpenAI-style requests with a language model spread over ranks."),
     "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),
 }
 

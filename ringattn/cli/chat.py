@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from ..wire import raw
-from .models import Session, model_options, run
+from ..comm.collectives import broadcast_bytes
+from .models import FILES, OPTIONS, Session, run, with_options
 
 HELP = "'q' ends, 'r' begins a new conversation, 'h' says this again."
 
 
 @click.command()
-@model_options
+@with_options(*OPTIONS, *FILES)
 def chat(ranks: int | None, **options: Any) -> None:
     """Talk to an mlx-lm model whose context is spread over the ranks.
 
@@ -44,13 +44,10 @@ def _chat(session: Session) -> None:
 
 def _asked(session: Session) -> str | None:
     """What the user enters at rank 0, on every rank; ``None`` at the end of the input."""
-    import mlx.core as mx
-
     told: bytes | None = None
     if session.speaks:
         click.echo(">> ", nl=False, err=True)
         line = sys.stdin.readline()
         told = b"+" + line.strip().encode() if line else b"-"
-    own = None if told is None else mx.array(list(told), mx.uint8)
-    found = raw(session.ring.broadcast(own)).tobytes()
+    found = broadcast_bytes(session.ring, told)
     return found[1:].decode() if found[:1] == b"+" else None

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from .models import Session, model_options, run
+from .models import FILES, OPTIONS, Session, run, with_options
 
 
 @click.command()
-@model_options
+@with_options(*OPTIONS, *FILES)
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt; '-' reads it from standard input.")
 @click.option(
     "--prompt-file",

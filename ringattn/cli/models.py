@@ -48,6 +48,10 @@ OPTIONS = (
         metavar="TOKENS",
         help="Tokens a rank computes in one round of prefill.  [default: 2048 on a CPU, 8192 on a GPU]",
     ),
+    click.option("--weights", metavar="W,W,...", help="How fast the ranks are: their shares of prefill and cache."),
+)
+
+FILES = (
     click.option(
         "--prompt-cache-file", type=click.Path(dir_okay=False, path_type=Path), help="Go on from this prompt cache."
     ),
@@ -56,15 +60,18 @@ OPTIONS = (
         type=click.Path(dir_okay=False, path_type=Path),
         help="Save the cache of all that was said here, a file for each rank beside it.",
     ),
-    click.option("--weights", metavar="W,W,...", help="How fast the ranks are: their shares of prefill and cache."),
 )
 
 
-def model_options(command: Callable) -> Callable:
-    """All of them."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+def with_options(*options: Callable) -> Callable[[Callable], Callable]:
+    """A decorator that gives a command these options, in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def run(work: Callable[[Session], None], what: str, ranks: int | None, options: dict[str, Any]) -> None:
@@ -129,7 +136,7 @@ class Session:
         from .. import lm
 
         self.ring, self.model, self.tokenizer, self.options = ring, model, tokenizer, options
-        weights, file = options["weights"], options["prompt_cache_file"]
+        weights, file = options["weights"], options.get("prompt_cache_file")
         lm.shard(model, ring, weights=None if weights is None else _numbers(weights))
         if options["seed"] is not None:
             mx.random.seed(options["seed"])

@@ -86,6 +86,12 @@ def _broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
     return y
 
 
+def broadcast_bytes(ring: Ring, data: bytes | None) -> bytes:
+    """The bytes that rank 0 gives, on every rank."""
+    told = ring.broadcast(None if data is None else mx.array(np.frombuffer(data, np.uint8)))
+    return bytes(to_bytes(told))
+
+
 def _name(dtype: mx.Dtype) -> str:
     name = str(dtype).rpartition(".")[2]
     return "bool_" if name == "bool" else name

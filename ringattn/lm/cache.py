@@ -113,8 +113,9 @@ class ShardedKVCache:
     def trim(self, n: int) -> int:
         """Take the last `n` tokens back; how many that were. Every rank calls it."""
         n = min(n, self.layout.stop)
-        self.layout = within(self.layout, 0, self.layout.stop - n)
-        self.offset = self.layout.stop
+        if n:
+            self.layout = within(self.layout, 0, self.layout.stop - n)
+            self.offset = self.layout.stop
         return n
 
     def restore(self, layout: Layout, keys: mx.array, values: mx.array) -> None:

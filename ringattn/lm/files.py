@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..comm.agreement import agree, heard
+from ..comm.collectives import broadcast_bytes
 from ..errors import ArgumentError
 from ..layout import Layout
 from ..spans import intersection, positions
@@ -180,8 +181,7 @@ class _Manifest:
 
 def _generation(ring: Any) -> str:
     """A name that no earlier cache has, the same on every rank."""
-    own = None if ring.rank else mx.array(list(secrets.token_bytes(6)), mx.uint8)
-    return bytes(ring.broadcast(own).tolist()).hex()
+    return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
 
 
 def _described(file: Path) -> dict[str, Any]:

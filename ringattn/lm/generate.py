@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..comm.agreement import heard
 from ..comm.base import Ring
 from ..errors import ArgumentError
 from .model import Sharded
@@ -16,6 +17,7 @@ CHUNK = 2048  # tokens a rank computes in one round of prefill, on a CPU
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token
 
 Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) to logits
 
 
 def stream_generate(
@@ -26,6 +28,9 @@ def stream_generate(
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     chunk: int | None = None,
+    stopped: Callable[[], bool] | None = None,
+    logits_processors: Sequence[Processor] = (),
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
     """As `mlx_lm.stream_generate`, on a model that went through `shard`. Collective.
@@ -41,11 +46,15 @@ def stream_generate(
         sampler: Log-probabilities ``[1, vocabulary]`` to a token ``[1]``, as mlx-lm's. Default: the likeliest.
         chunk: Tokens that a rank computes in one round of prefill: its memory grows with them, and what travels
             falls. Default: 2048 on a CPU, 8192 on a GPU.
-        **options: Of mlx-lm's `generate_step`, the same on every rank: `prompt_cache`, `logits_processors`,
-            `prompt_progress_callback` and so on.
+        stopped: Asked on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
+            cache then holds what was read and said so far, and may hold one token more than was given out.
+        logits_processors: mlx-lm's; those of rank 0 are used.
+        prompt_progress_callback: mlx-lm's; a rank may have its own.
+        **options: Of mlx-lm's `generate_step`, the same on every rank: `prompt_cache` and so on.
 
     Yields:
-        mlx-lm's `GenerationResponse`, on every rank the same.
+        mlx-lm's `GenerationResponse`, on every rank the same but for the `logprobs`, which logits processors change on
+        rank 0 alone.
 
     Raises:
         ArgumentError: The model is not sharded, or the prompt is empty.
@@ -60,15 +69,24 @@ def stream_generate(
     ids = shared_prompt(ring, tokenizer, prompt)
     if not ids.size:
         raise ArgumentError("prompt: no token, expected at least one")
-    yield from mlx_lm.stream_generate(
-        model,
-        tokenizer,
-        ids,
-        max_tokens=max_tokens,
-        sampler=decided(ring, sampler or _likeliest),
-        prefill_step_size=chunk * ring.size,
-        **options,
-    )
+    choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
+    try:
+        for response in mlx_lm.stream_generate(
+            model,
+            tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            sampler=choice.token,
+            logits_processors=[heard(ring, "broadcast")(one) for one in logits_processors if ring.rank == 0],
+            prompt_progress_callback=choice.progress,
+            prefill_step_size=chunk * ring.size,
+            **options,
+        ):
+            if choice.ended:
+                return
+            yield response
+    except _Stopped:
+        return
 
 
 def shared_prompt(ring: Ring, tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.array:
@@ -81,9 +99,46 @@ def shared_prompt(ring: Ring, tokenizer: Any, prompt: str | mx.array | Sequence[
     return ring.broadcast(mx.array(prompt if isinstance(prompt, mx.array) else list(prompt), mx.int32))
 
 
-def decided(ring: Ring, sampler: Sampler) -> Sampler:
-    """`sampler`, whose choice on rank 0 is that of every rank."""
-    return lambda logprobs: ring.broadcast(None if ring.rank else sampler(logprobs))
+class _Stopped(Exception):  # noqa: N818  (a way out, no error)
+    """The text ends in the middle of its prompt."""
+
+
+class Choice:
+    """What rank 0 decides for all: each token, and whether there is to be another one.
+
+    Attributes:
+        ended: Whether the text has ended before its time.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        sampler: Sampler,
+        stopped: Callable[[], bool] | None,
+        progress: Callable[[int, int], None] | None,
+    ):
+        self.ended = False
+        self._ring, self._sampler, self._stopped, self._progress = ring, sampler, stopped, progress
+
+    def token(self, logprobs: mx.array) -> mx.array:
+        """Rank 0's sample ``[1]``, on every rank."""
+        own: mx.array | None = None
+        if self._ring.rank == 0:
+            with heard(self._ring, "broadcast"):
+                own = mx.concatenate([self._sampler(logprobs).astype(mx.int32), self._end()])
+        told = self._ring.broadcast(own)
+        self.ended = bool(told[1].item())
+        return told[:1]
+
+    def progress(self, done: int, total: int) -> None:
+        """mlx-lm's call after each round of prefill: the place to end it."""
+        if self._progress is not None:
+            self._progress(done, total)
+        if done < total and self._ring.broadcast(None if self._ring.rank else self._end()).item():
+            raise _Stopped
+
+    def _end(self) -> mx.array:
+        return mx.array([self._stopped is not None and self._stopped()], mx.int32)
 
 
 def _likeliest(logprobs: mx.array) -> mx.array:

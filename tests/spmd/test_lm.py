@@ -108,6 +108,33 @@ def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
     assert found == [3, 3, 3, 3]
 
 
+@pytest.mark.parametrize("after, tokens, read", [(0, 0, 0), (1, 0, 100), (3, 0, 300), (4, 0, 302), (6, 1, 303)])
+def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> None:
+    """Between rounds of prefill or between tokens; the cache holds what was read until then, and goes on from there."""
+    if 100 % ring.size:
+        pytest.skip("the rounds are of 100 tokens")
+    model = lm.shard(build("llama"), ring)
+    cache, asked = make_prompt_cache(model), iter(range(100))
+    options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
+    prompt = [i % 90 for i in range(301)]
+    found = lm.stream_generate(
+        model, words(), prompt, max_tokens=9, chunk=100 // ring.size, prompt_cache=cache, **options
+    )
+    assert (len(list(found)), cache[0].size()) == (tokens, read)
+    assert len(list(lm.stream_generate(model, words(), [3], max_tokens=2, prompt_cache=cache))) == 2
+
+
+def test_a_processor_that_fails_is_an_error_on_all_ranks(ring: Ring) -> None:
+    model = lm.shard(build("llama"), ring)
+
+    def fails(tokens: mx.array, logits: mx.array) -> mx.array:
+        raise ArgumentError("no such token")
+
+    with pytest.raises(ArgumentError, match=r"no such token"):
+        list(lm.stream_generate(model, words(), [5], max_tokens=4, logits_processors=[fails]))
+    assert len(list(lm.stream_generate(model, words(), [5], max_tokens=4))) == 4
+
+
 def test_what_cannot_be_sharded(ring: Ring) -> None:
     model = build("llama")
     for cache, name in ((RotatingKVCache(8, keep=4), "RotatingKVCache"), (Other(), "Other")):
