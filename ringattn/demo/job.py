@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..comm.base import Event
 
 
@@ -17,107 +15,88 @@ class Job:
     """One run of the demo.
 
     Attributes:
-        model: Path of the GGUF file.
-        ranks: Number of processes.
-        tokens: Length of the whole sequence.
-        layers: How many of the model's first layers to run.
-        strategy: What travels around the ring; see `ringattn.ring_attention`.
-        samples: Rows per rank and layer to check against float64.
+        model: What `ringattn.lm.load` takes.
+        ranks: Number of processes; 0 for one process with mlx-lm alone.
+        chunk: Tokens a rank computes in one round of prefill; ``None`` for the default.
+        most: Tokens of the answer at most.
+        document: The text.
     """
 
     model: str
     ranks: int
-    tokens: int
-    layers: int
-    strategy: str
-    samples: int = 16
+    chunk: int | None
+    most: int
+    document: str
 
     @property
-    def layer_steps(self) -> int:
-        """Steps of progress in one layer: the hops of its attention, and the rest."""
-        return self.ranks + 1
+    def plain(self) -> bool:
+        """Whether mlx-lm does it alone."""
+        return self.ranks == 0
 
-    def write(self, folder: Path, tokens: np.ndarray) -> None:
-        """Put this job and the ids of its tokens into `folder`."""
-        np.save(folder / "tokens.npy", tokens)
-        (folder / "job.json").write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple[Job, np.ndarray]:
-        """The job and its tokens."""
-        return cls(**json.loads((folder / "job.json").read_text())), np.load(folder / "tokens.npy")
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """The attention of one layer on one rank.
-
-    Attributes:
-        start: When it began, in seconds of ``time.time()``; `stop` likewise.
-        stop: When the output was there.
-        events: What happened in between.
-    """
-
-    start: float
-    stop: float
-    events: list[Event]
+    def write(self, folder: Path) -> None:
+        """Put this job into `folder`."""
+        (folder / "job.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
-    def parse(cls, start: float, stop: float, events: list[list[Any]]) -> Timeline:
-        """From JSON, which has turned the events into plain lists."""
-        return cls(start, stop, [Event(*event) for event in events])
+    def read(cls, folder: Path) -> Job:
+        """The job of `folder`."""
+        return cls(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one rank measured.
+    """What one rank saw.
 
     Attributes:
         rank: Which rank.
-        tokens: How many tokens it holds.
-        seconds: Time of all layers, without loading and checking.
+        prompt: Tokens of the prompt.
+        tokens: The ids of the answer.
+        text: The answer.
+        held: Tokens whose keys and values this rank holds in the end.
+        cache: Bytes of its keys and values, all layers.
         sent: Bytes of blocks and states sent to other ranks.
-        key_bytes: Bytes of one token's key and value, all heads of one layer.
-        memory: Growth of the process's peak memory in bytes, from just before the first q, k and v on.
-        error: Largest error of the sampled rows against float64, relative to the largest value of its layer.
-        timelines: One for each layer.
+        reading: Tokens of the prompt per second.
+        writing: Tokens of the answer per second.
+        events: What the ring did in the last whole round of prefill.
     """
 
     rank: int
-    tokens: int
-    seconds: float
+    prompt: int
+    tokens: list[int]
+    text: str
+    held: int
+    cache: int
     sent: int
-    key_bytes: int
-    memory: int
-    error: float
-    timelines: list[Timeline]
-
-    @property
-    def attention_seconds(self) -> float:
-        """Time of the attention of all layers."""
-        return sum(one.stop - one.start for one in self.timelines)
+    reading: float
+    writing: float
+    events: list[Event]
 
     def write(self, folder: Path) -> None:
         """Put these figures into `folder`."""
-        (folder / f"figures-{self.rank}.json").write_text(json.dumps(asdict(self)))
+        (folder / f"figures-{self.rank}.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> Figures:
         """The figures of `rank`."""
-        raw: dict[str, Any] = json.loads((folder / f"figures-{rank}.json").read_text())
-        return cls(**{**raw, "timelines": [Timeline.parse(**one) for one in raw["timelines"]]})
+        raw: dict[str, Any] = json.loads((folder / f"figures-{rank}.json").read_text(encoding="utf-8"))
+        return cls(**{**raw, "events": [Event(*event) for event in raw["events"]]})
 
 
 class Progress:
-    """How far a rank is: a file as many bytes long as steps are done."""
+    """How far a worker is in its prompt: a file that rank 0 writes and the parent reads."""
 
-    def __init__(self, folder: Path, rank: int):
-        self._path = folder / f"progress-{rank}"
+    def __init__(self, folder: Path):
+        self._path = folder / "progress"
 
-    def reach(self, step: int) -> None:
-        """Say that `step` steps are done."""
-        self._path.write_bytes(b"." * step)
+    def reach(self, done: int, total: int) -> None:
+        """Say that `done` of `total` tokens are read."""
+        new = self._path.with_suffix(".new")
+        new.write_text(f"{done} {total}")
+        new.replace(self._path)  # in one step: the parent reads at any time
 
-    def done(self) -> int:
-        """The number of steps done."""
-        return self._path.stat().st_size if self._path.exists() else 0
+    def share(self) -> float:
+        """The part of the prompt that is read, 0 to 1."""
+        if not self._path.exists():
+            return 0.0
+        done, total = map(int, self._path.read_text().split())
+        return done / total

@@ -1,4 +1,4 @@
-"""A picture of the ring at work: what every rank did during the attention of the last layer."""
+"""A picture of the ring at work: what every rank did while one layer's attention went round, late in the prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..comm.base import Event
-from .job import Job
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -15,30 +14,47 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLORS = {"compute": "#0072B2", "send": "#E69F00", "wait": "#D9D9D9"}
 _LABELS = {
-    "compute": "computing with what this hop brought",
+    "compute": "attention to what this hop brought",
     "send": "block on its way to the next rank (long: no room there yet)",
     "wait": "waiting for a block",
 }
+LAYERS = 2  # that are shown
 
 
 def draw(run: Run, path: Path) -> None:
-    """Draw the timeline of `run`'s last layer: a row for each rank, milliseconds to the right."""
+    """Draw two layers of one round of prefill: a row for each rank, milliseconds to the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timelines = [figures.timelines[-1] for figures in run.figures]
-    figure = Figure(figsize=(9, 1.6 + 0.7 * len(timelines)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.7 * run.job.ranks), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    zero, end = min(one.start for one in timelines), max(one.stop for one in timelines)
-    for rank in range(len(timelines)):
-        _draw_rank(axes, rank, run, zero, end)
+    zero, end = window(run)
+    for one in run.figures:
+        _draw_rank(axes, one.rank, within(one.events, zero, end), zero, end)
     _label(axes, run, 1e3 * (end - zero))
     figure.savefig(path)
 
 
-def _draw_rank(axes: Axes, rank: int, run: Run, zero: float, end: float) -> None:
-    events = sorted(run.figures[rank].timelines[-1].events, key=lambda event: event.start)
+def window(run: Run) -> tuple[float, float]:
+    """When the layers that are shown begin and end: in the middle of the model, on the rank that is there first."""
+    starts = [sorted(e.start for e in one.events if (e.kind, e.hop) == ("compute", 0)) for one in run.figures]
+    first = max(0, min(map(len, starts)) // 2 - LAYERS)
+    lasts = [one[first + LAYERS] if first + LAYERS < len(one) else _stop(run) for one in starts]
+    return min(one[first] for one in starts), min(lasts)
+
+
+def _stop(run: Run) -> float:
+    return max(event.stop for one in run.figures for event in one.events)
+
+
+def within(events: list[Event], start: float, stop: float) -> list[Event]:
+    """The parts of `events` between two times, in the order of their beginnings."""
+    cut = [event._replace(start=max(event.start, start), stop=min(event.stop, stop)) for event in events]
+    return sorted((event for event in cut if event.start < event.stop), key=lambda event: event.start)
+
+
+def _draw_rank(axes: Axes, rank: int, events: list[Event], zero: float, end: float) -> None:
     sends = [event for event in events if event.kind == "send"]
     lanes = _lanes(sends)
     height = min(0.12, 0.32 / max([1, *(lane + 1 for lane in lanes)]))
@@ -48,7 +64,8 @@ def _draw_rank(axes: Axes, rank: int, run: Run, zero: float, end: float) -> None
         if event.kind in ("compute", "wait"):
             _bar(axes, event, rank - 0.16, 0.44, zero)
         if event.kind == "compute":
-            text = _name(run.job, rank, event.hop, (event.stop - event.start) / (end - zero))
+            share = (event.stop - event.start) / (end - zero)
+            text = f"hop {event.hop}" if share > 0.06 else f"{event.hop}" if share > 0.02 else ""
             middle = 1e3 * ((event.start + event.stop) / 2 - zero)
             axes.text(middle, rank - 0.16, text, color="white", ha="center", va="center", fontsize=8.5)
 
@@ -70,36 +87,19 @@ def _bar(axes: Axes, event: Event, middle: float, height: float, zero: float) ->
     axes.barh(middle, width, height, left, color=_COLORS[event.kind], edgecolor="white", linewidth=0.8)
 
 
-def _name(job: Job, rank: int, hop: int, share: float) -> str:
-    """What a hop's bar says, as far as a bar over `share` of the picture's width has room for it."""
-    source = (rank - hop) % job.ranks
-    if job.strategy == "gather":
-        text = "all keys"
-    elif job.strategy == "pass_q":
-        text = f"hop {hop}\nqueries of rank {source}"
-    else:
-        text = f"hop {hop}\nkeys of rank {source}"
-    room = 0.006 * max(map(len, text.splitlines())) + 0.03
-    return text if share > room else f"{hop}" if share > 0.02 else ""
-
-
 def _label(axes: Axes, run: Run, milliseconds: float) -> None:
     from matplotlib.patches import Patch
 
-    job = run.job
+    tokens, ranks = run.figures[0].prompt, run.job.ranks
     axes.set_title(
-        f"Ring attention: layer {job.layers} of SmolLM2-135M, {job.tokens:,} tokens, {job.ranks} ranks, {job.strategy}",
+        f"SmolLM2-135M reads {tokens:,} tokens on {ranks} ranks: {LAYERS} layers of one round",
         loc="left",
         pad=24,
     )
-    subtitle = "Every rank keeps its own queries and attends to one block a hop, while the next block is on its way."
-    if job.strategy == "pass_q":
-        subtitle = "Every rank keeps its own keys; queries travel, and what they have gathered follows one hop behind."
-    if job.strategy == "gather":
-        subtitle = "Every rank collects all keys first, and attends to them at once."
+    subtitle = "Every rank attends to one block a hop, while the next is on its way; blank: the rest of the layer."
     axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
-    axes.set_xlabel("milliseconds since the attention of the layer began")
-    axes.set_yticks(range(job.ranks), [f"rank {rank}" for rank in range(job.ranks)])
+    axes.set_xlabel("milliseconds")
+    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     axes.invert_yaxis()
     axes.set_xlim(0, milliseconds)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Start the workers of one job on this machine, follow them, and collect what they measured."""
+"""Start the workers of one job on this machine, follow them, and collect what they saw."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ..errors import RingAttentionError
-from ..layout import Layout
-from ..lm.gguf import find_smollm2
 from .job import Figures, Job, Progress
-from .smollm import load_model, load_tokenizer
 
 
 class RunError(RingAttentionError):
@@ -23,64 +18,43 @@ class RunError(RingAttentionError):
 
 
 class Run(NamedTuple):
-    """What a job gave: the figures of all ranks and the last layer's output ``[tokens, width]``."""
+    """What a job gave: the figures of all ranks."""
 
     job: Job
     figures: list[Figures]
-    hidden: np.ndarray
 
 
-def read_text() -> tuple[Path, np.ndarray]:
-    """The model's path and the tokens of the text: the help topics that ship with CPython, one after the other.
-
-    Raises:
-        MissingExtraError: The model or its tokenizer is not installed.
-    """
-    from pydoc_data.topics import topics
-
-    path = find_smollm2()
-    tokenizer = load_tokenizer(load_model(path))
-    return path, np.array(tokenizer.encode("\n\n".join(topics.values())).ids, np.int32)
-
-
-def run(job: Job, tokens: np.ndarray, folder: Path, progress: Callable[[int], None]) -> Run:
-    """Run `job` over the first of `tokens` in worker processes of this machine.
+def run(job: Job, folder: Path, progress: Callable[[float], None]) -> Run:
+    """Run `job` in worker processes of this machine.
 
     Args:
         folder: An empty folder for what parent and workers tell each other.
-        progress: Called now and then with the number of steps done so far, of ``ranks * layers * layer_steps``.
+        progress: Called now and then with the part of the prompt that is read.
 
     Raises:
         RunError: A worker ended with an error.
     """
-    job.write(folder, tokens[: job.tokens])
-    log = folder / "log"
-    bars = [Progress(folder, rank) for rank in range(job.ranks)]
+    job.write(folder)
+    log, told = folder / "log", Progress(folder)
     with log.open("wb") as out:
         workers = subprocess.Popen(_command(job, folder), stdout=out, stderr=out)
     try:
         while workers.poll() is None:
-            progress(sum(bar.done() for bar in bars))
+            progress(told.share())
             time.sleep(0.1)
     finally:
         if workers.poll() is None:  # interrupted: leave nobody behind
             workers.terminate()
             workers.wait()
-    progress(sum(bar.done() for bar in bars))
+    progress(told.share())
     if workers.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-20:]
         raise RunError("\n".join([f"the workers ended with status {workers.returncode}", *last]))
-    return _collect(job, folder)
+    return Run(job, [Figures.read(folder, rank) for rank in range(max(1, job.ranks))])
 
 
 def _command(job: Job, folder: Path) -> list[str]:
     worker = [sys.executable, "-m", "ringattn.demo.worker", str(folder)]
-    if job.ranks == 1:
+    if job.plain:
         return worker
     return [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(job.ranks), "--", *worker]
-
-
-def _collect(job: Job, folder: Path) -> Run:
-    figures = [Figures.read(folder, rank) for rank in range(job.ranks)]
-    parts = [np.load(folder / f"hidden-{rank}.npy") for rank in range(job.ranks)]
-    return Run(job, figures, Layout.zigzag(job.tokens, job.ranks).unshard(parts, axis=0))

@@ -2,96 +2,81 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
 
 import ringattn as ra
+from ringattn import lm
 from ringattn.comm.base import Event, Ring
-from ringattn.demo import smollm
-from ringattn.demo.check import Sample, sample_error
-from ringattn.demo.job import Figures, Job, Progress, Timeline
-from ringattn.demo.memory import PeakMemory
+from ringattn.demo.document import prompt
+from ringattn.demo.job import Figures, Job, Progress
+
+Told = Callable[[int, int], None]
 
 
-class _Trace(list[Event]):
-    """A trace that also moves the progress bar, hop by hop."""
+class Rounds:
+    """Keeps the events of the last whole round of prefill, and tells `progress` how far it is."""
 
-    def __init__(self, progress: Progress, before: int):
-        super().__init__()
-        self._progress, self._before = progress, before
+    def __init__(self, ring: Ring, progress: Progress):
+        self.events: list[Event] = []
+        self._ring, self._progress = ring, progress
+        self._done = self._longest = 0
 
-    def append(self, event: Event) -> None:
-        super().append(event)
-        if event.kind == "compute":
-            self._progress.reach(self._before + event.hop + 1)
-
-
-class Attention:
-    """The attention of every layer, around the ring. Keeps a timeline and a sample of each."""
-
-    def __init__(self, job: Job, ring: Ring, layout: ra.Layout, progress: Progress):
-        self.job, self.ring, self.layout, self.progress = job, ring, layout, progress
-        self.positions = layout.positions(ring.rank)
-        self.timelines: list[Timeline] = []
-        self.samples: list[Sample] = []
-
-    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Causal attention of this rank's queries over the keys of all ranks."""
-        trace = _Trace(self.progress, len(self.timelines) * self.job.layer_steps)
-        self.ring.barrier()  # otherwise a rank that comes late to this layer would look like a slow transfer
-        self.ring.trace, start = trace, time.time()
-        strategy = self.job.strategy
-        result = ra.ring_attention(q, k, v, ring=self.ring, layout=self.layout, mask="causal", strategy=strategy)
-        out = cast(mx.array, result)  # a pair only with return_lse
-        mx.eval(out)
-        stop, self.ring.trace = time.time(), None
-        self.timelines.append(Timeline(start, stop, list(trace)))
-        # The sample keeps k and v until the check, just as a language model would keep them in its cache.
-        self.samples.append(Sample.take(q, k, v, out, self.positions, self.job.samples))
-        return out
+    def __call__(self, done: int, total: int) -> None:
+        if self._ring.trace and done - self._done >= self._longest:
+            self.events, self._longest = self._ring.trace, done - self._done
+        self._done = done
+        self._ring.trace = [] if done < total else None  # events of single tokens are not kept
+        if self._ring.rank == 0:
+            self._progress.reach(done, total)
 
 
-def run(job: Job, tokens: np.ndarray, ring: Ring, folder: Path) -> Figures:
-    """This rank's tokens through the first layers, then the check of what came out."""
-    layout, progress = ra.Layout.zigzag(job.tokens, ring.size), Progress(folder, ring.rank)
-    model = smollm.load_model(Path(job.model))
-    layers = [smollm.load_layer(model, index) for index in range(job.layers)]
-    x = smollm.embed(model, mx.array(layout.shard(tokens, ring.rank, axis=0)))
-    mx.eval(x)
-    model = model._replace(tensors={})  # from here on only the layers' weights are needed
-    attention = Attention(job, ring, layout, progress)
+def run(job: Job, ring: Ring, progress: Progress) -> Figures:
+    """Read, answer, and say what it took."""
+    model, tokenizer = lm.load(job.model, mx.float32)
+    ids, rounds = prompt(tokenizer, job.document), Rounds(ring, progress)
+    if not job.plain:
+        lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    sent = ring.bytes_sent
+    responses = list(_answer(job, model, tokenizer, ids, cache, rounds))
+    last = responses[-1]
+    return Figures(
+        ring.rank,
+        len(ids),
+        [one.token for one in responses],
+        "".join(one.text for one in responses),
+        cache[0].offset if job.plain else cache[0].layout.local_length(ring.rank),
+        sum(c.nbytes for c in cache),
+        ring.bytes_sent - sent,
+        last.prompt_tps,
+        last.generation_tps,
+        rounds.events,
+    )
 
-    gc.collect()
-    mx.clear_cache()
-    ring.barrier()
-    memory, sent, start = PeakMemory(), ring.bytes_sent, time.perf_counter()
-    for index, layer in enumerate(layers, 1):
-        x = smollm.run_layer(model, layer, x, attention.positions, attention)
-        progress.reach(index * job.layer_steps)
-    ring.barrier()
-    seconds, sent, growth = time.perf_counter() - start, ring.bytes_sent - sent, memory.growth()
 
-    np.save(folder / f"hidden-{ring.rank}.npy", np.array(x))
-    # Only now, as the check needs all keys on every rank.
-    error = float(np.max([sample_error(sample, layout, ring) for sample in attention.samples]))
-    key_bytes = 2 * model.kv_heads * model.head_dim * x.itemsize
-    return Figures(ring.rank, len(attention.positions), seconds, sent, key_bytes, growth, error, attention.timelines)
+def _answer(job: Job, model: Any, tokenizer: Any, ids: list[int], cache: list, told: Told) -> Iterator[Any]:
+    """mlx-lm's responses, by mlx-lm alone or over the ring."""
+    options: dict = {"max_tokens": job.most, "prompt_cache": cache, "prompt_progress_callback": told}
+    if job.plain:
+        return mlx_lm.stream_generate(model, tokenizer, ids, **options)
+    return lm.stream_generate(model, tokenizer, ids, chunk=job.chunk, **options)
 
 
 def main() -> None:
     """Read the job of the folder named on the command line, run it, and leave the figures there."""
     folder = Path(sys.argv[1])
-    job, tokens = Job.read(folder)
-    with ra.init("solo" if job.ranks == 1 else None) as ring:
-        if ring.size != job.ranks:
+    job = Job.read(folder)
+    with ra.init("solo" if job.plain else None) as ring:
+        if ring.size != max(1, job.ranks):
             raise SystemExit(f"ringattn.demo.worker: started with {ring.size} ranks, expected {job.ranks}")
-        run(job, tokens, ring, folder).write(folder)
+        run(job, ring, Progress(folder)).write(folder)
 
 
 if __name__ == "__main__":

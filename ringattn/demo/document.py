@@ -1,0 +1,21 @@
+"""A real document that every Python has with it, and a question about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TOPIC = "debugger"  # of CPython's help: about 20,000 characters of English
+QUESTION = "What is the name of the module that this text describes?"
+
+
+def read_document() -> str:
+    """CPython's help text on its debugger."""
+    from pydoc_data.topics import topics
+
+    return topics[TOPIC]
+
+
+def prompt(tokenizer: Any, document: str) -> list[int]:
+    """The tokens of the document and the question behind it, as a user's turn."""
+    messages = [{"role": "user", "content": f"{document}\n\n{QUESTION}"}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
