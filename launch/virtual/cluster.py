@@ -1,0 +1,271 @@
+"""Making hosts, running commands beside them, and removing every trace of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+STATE = Path("/run/ringattn-virtual")  # a folder for each cluster: who made it, the ssh stand-in
+BURST = "256kb"  # of the links' token buckets: more than the largest segment that the kernel hands over at once
+RANKS = {  # MPICH's way from host to host as on a Mac, also between hosts that share a kernel
+    "MPIR_CVAR_NOLOCAL": "1",
+    "MPIR_CVAR_CH4_NETMOD": "ofi",
+    "FI_PROVIDER": "tcp",
+    "FI_TCP_IFACE": "eth0",
+}
+_count = itertools.count(1)
+
+
+def unavailable() -> str | None:
+    """Why there can be no virtual cluster here, in one line with the remedy; ``None`` where there can."""
+    if os.uname().sysname != "Linux":
+        return "a virtual cluster needs Linux: run it in a virtual machine"
+    if os.geteuid() != 0:
+        return "a virtual cluster needs root: run it with sudo"
+    missing = [name for name in ("ip", "tc", "unshare", "taskset") if shutil.which(name) is None]
+    if missing:
+        return f"a virtual cluster needs {' and '.join(missing)}: install iproute2 and util-linux"
+    tried = subprocess.run(["unshare", "-n", "-u", "true"], capture_output=True, text=True)
+    return f"a virtual cluster needs namespaces: {tried.stderr.strip()}" if tried.returncode else None
+
+
+class Cluster:
+    """`hosts` hosts on one bridge; a context manager, and everything is gone when it is left.
+
+    Args:
+        hosts: How many, 1 to 200.
+        rate: Of each host's link, each way by itself, in tc's units (``"1gbit"``); ``None``: not limited.
+        memory: Of each host (``"2G"``, ``"512M"``); ``None``: not limited.
+        pin: Give each host one core, in turn.
+
+    Attributes:
+        names: The hosts' names, which a process there sees as its own.
+        addresses: Their addresses, which is what `ssh` takes.
+        bridge: The interface over which this machine reaches them.
+        environment: For commands that start ranks: PATH with the ssh stand-in, RINGATTN_HOSTS, MPI's settings.
+    """
+
+    def __init__(self, hosts: int = 2, rate: str | None = None, memory: str | None = None, pin: bool = False):
+        if not 1 <= hosts <= 200:
+            raise ValueError(f"hosts: {hosts}, expected 1 to 200")
+        self._bytes = None if memory is None else _parse_bytes(memory)
+        self._rate, self._pin = rate, pin
+        self._name = f"ra{os.getpid()}x{next(_count)}"
+        self.bridge, self._folder = self._name, STATE / self._name
+        self.names = [f"mac{i}" for i in range(hosts)]
+        subnet = _free_subnet()
+        self.head = f"{subnet}.254"
+        self.addresses = [f"{subnet}.{i + 1}" for i in range(hosts)]
+        self.environment = {
+            **os.environ,
+            **RANKS,
+            "PATH": f"{self._folder}:{os.environ['PATH']}",
+            "RINGATTN_HOSTS": ",".join(self.addresses),
+            "RINGATTN_BRIDGE": self.bridge,
+        }
+
+    def __enter__(self) -> Cluster:
+        clean()
+        self._folder.mkdir(parents=True)
+        (self._folder / "owner").write_text(f"{os.getpid()} {_start_time(os.getpid())}")
+        try:
+            self._make()
+        except BaseException:
+            _remove(self._name)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _remove(self._name)
+
+    def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+        """`subprocess.run` on this machine, from which the hosts can be reached."""
+        return subprocess.run(list(command), env=self.environment, **options)
+
+    def processes(self) -> list[int]:
+        """The processes on all hosts."""
+        return [pid for i in range(len(self.names)) for pid in _processes(self._host(i))]
+
+    def unplug(self, host: int) -> None:
+        """Take a host's cable out."""
+        _do("ip", "link", "set", self._cable(host), "down")
+
+    def plug(self, host: int) -> None:
+        """Put it in again."""
+        _do("ip", "link", "set", self._cable(host), "up")
+
+    def sent(self, host: int) -> int:
+        """Bytes that a host has sent over its cable so far."""
+        return int(Path(f"/sys/class/net/{self._cable(host)}/statistics/rx_bytes").read_text())
+
+    def set_rate(self, rate: str | None) -> None:
+        """Change the rate of all links; ``None``: not limited."""
+        for i in range(len(self.names)):
+            for at, inside in ((self._cable(i), ()), ("eth0", ("-n", self._host(i)))):
+                if rate is None:
+                    subprocess.run(["tc", *inside, "qdisc", "del", "dev", at, "root"], capture_output=True)
+                else:
+                    bucket = ("tbf", "rate", rate, "burst", BURST, "latency", "50ms")
+                    _do("tc", *inside, "qdisc", "replace", "dev", at, "root", *bucket)
+
+    def _host(self, host: int) -> str:
+        return f"{self._name}h{host}"
+
+    def _cable(self, host: int) -> str:
+        return f"{self._name}v{host}"
+
+    def _make(self) -> None:
+        _do("ip", "link", "add", self.bridge, "type", "bridge")
+        _do("ip", "addr", "add", f"{self.head}/24", "dev", self.bridge)
+        _do("ip", "link", "set", self.bridge, "up")
+        for i in range(len(self.names)):
+            self._make_host(i)
+        if self._rate is not None:
+            self.set_rate(self._rate)
+        script = self._folder / "ssh"
+        script.write_text(self._ssh())
+        script.chmod(0o755)
+
+    def _make_host(self, i: int) -> None:
+        host, cable = self._host(i), self._cable(i)
+        _do("ip", "netns", "add", host)
+        _do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host)
+        _do("ip", "link", "set", cable, "master", self.bridge, "up")
+        _do("ip", "-n", host, "addr", "add", f"{self.addresses[i]}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _do("ip", "-n", host, "link", "set", device, "up")
+        known = Path("/etc/netns", host)  # ip netns exec puts it over /etc
+        known.mkdir(parents=True)
+        lines = [f"{a} {n}" for a, n in zip(self.addresses, self.names)]
+        (known / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        if self._bytes is not None:
+            group, limit = _memory_group(host)
+            group.mkdir()
+            (group / limit).write_text(str(self._bytes))
+
+    def _ssh(self) -> str:
+        """The part of ssh that launchers use: a remote shell gets the command as one text, in a clean environment."""
+        cases = "\n".join(self._case(i) for i in range(len(self.names)))
+        return f"""#!/bin/sh
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -[BbcDEeFIiJLlmOopQRSWw]) shift 2 ;;
+        --) shift; break ;;
+        -*) shift ;;
+        *) break ;;
+    esac
+done
+[ $# -gt 0 ] || {{ echo "usage: ssh [options] host command" >&2; exit 255; }}
+host="${{1##*@}}"; shift
+[ "$1" = "--" ] && shift
+case "$host" in
+{cases}
+    *) echo "ssh: Could not resolve hostname $host: Name or service not known" >&2; exit 255 ;;
+esac
+if ip link show "$cable" | grep -q "state DOWN"; then
+    echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255
+fi
+[ -z "$group" ] || echo $$ > "$group/cgroup.procs"
+exec env -i HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \\
+    SSH_CONNECTION="{self.head} 40000 $address 22" taskset -c "$cores" ip netns exec "$space" \\
+    unshare -u sh -c 'hostname "$0"; cd; exec sh -c "$1"' "$name" "$*"
+"""
+
+    def _case(self, i: int) -> str:
+        known = sorted(os.sched_getaffinity(0))
+        cores = str(known[i % len(known)]) if self._pin else ",".join(map(str, known))
+        group = "" if self._bytes is None else str(_memory_group(self._host(i))[0])
+        values = {
+            "name": self.names[i],
+            "address": self.addresses[i],
+            "space": self._host(i),
+            "cable": self._cable(i),
+            "cores": cores,
+            "group": group,
+        }
+        told = "; ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+        return f"    {self.names[i]}|{self.addresses[i]}) {told} ;;"
+
+
+def clean() -> None:
+    """Remove the clusters whose makers live no more."""
+    for folder in STATE.glob("ra*x*") if STATE.is_dir() else ():
+        pid, _, started = (
+            (folder / "owner").read_text().partition(" ") if (folder / "owner").exists() else ("0", "", "")
+        )
+        if _start_time(int(pid)) != started or not started:
+            _remove(folder.name)
+
+
+def _remove(name: str) -> None:
+    """End what runs on the cluster's hosts and take it down, however much of it there is."""
+    ours = re.compile(rf"{name}h\d+")
+    hosts = [path.name for path in Path("/run/netns").glob(f"{name}h*") if ours.fullmatch(path.name)]
+    end = time.monotonic() + 5
+    while any(_kill(host) for host in hosts) and time.monotonic() < end:
+        time.sleep(0.05)
+    for host in hosts:
+        subprocess.run(["ip", "netns", "del", host], capture_output=True)
+        shutil.rmtree(Path("/etc/netns", host), ignore_errors=True)
+        group = _memory_group(host)[0]
+        if group.is_dir():
+            group.rmdir()
+    subprocess.run(["ip", "link", "del", name], capture_output=True)
+    shutil.rmtree(STATE / name, ignore_errors=True)
+
+
+def _kill(host: str) -> bool:
+    """Kill what runs on a host; whether there was anything."""
+    found = list(_processes(host))
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return bool(found)
+
+
+def _processes(host: str) -> Iterator[int]:
+    shown = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
+    return map(int, shown.stdout.split())
+
+
+def _memory_group(host: str) -> tuple[Path, str]:
+    """A host's cgroup, and the name of the file with its limit: version 1 or 2."""
+    first = Path("/sys/fs/cgroup/memory")
+    return (first / host, "memory.limit_in_bytes") if first.is_dir() else (first.parent / host, "memory.max")
+
+
+def _free_subnet() -> str:
+    """The first three numbers of a network that this machine does not use."""
+    used = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True).stdout
+    numbers = (f"10.{200 + i // 250}.{i % 250}" for i in range(os.getpid() % 1000, 12000))
+    return next(number for number in numbers if f" {number}." not in used)
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, or an empty text where none has this number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _parse_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)", text)
+    if not found or not int(found[1]):
+        raise ValueError(f"memory: {text!r}, expected a number with K, M or G behind it")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
+
+
+def _do(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
