@@ -15,10 +15,10 @@ from click.testing import CliRunner
 
 from ringattn.cli import main
 from ringattn.cluster import mpiexec
-from ringattn.cluster.local import Job
+from ringattn.cluster.job import Job
 from ringattn.cluster.mpiexec import LaunchError, Mpiexec
-from ringattn.cluster.rank import describe_end, start_time, unescape
-from ringattn.cluster.records import End, Rank
+from ringattn.cluster.rank import describe_end, settle, start_time, unescape
+from ringattn.cluster.ranks import End, Rank, Ranks
 
 ROOT = Path(__file__).parents[1]
 RANK = "import os, signal, sys, time\nrank = int(os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')))\n"
@@ -163,17 +163,24 @@ def test_mismatch_is_one_line(monkeypatch):
     assert mpiexec.mismatch(Mpiexec("/x/mpiexec", "Open MPI")) is None
 
 
-def test_environment(monkeypatch):
-    monkeypatch.setattr(mpiexec, "available_cores", lambda: 10)
-    built = mpiexec.build_environment(4, timeout=2.5, base={"MKL_NUM_THREADS": "7"})
-    assert built["OMP_NUM_THREADS"] == built["OPENBLAS_NUM_THREADS"] == built["RINGATTN_THREADS"] == "2"
-    assert built["MKL_NUM_THREADS"] == "7" and built["VECLIB_MAXIMUM_THREADS"] == "2"
-    assert built["RINGATTN_TIMEOUT"] == "2.5" and built["RINGATTN_LAUNCH"] == "1"
-    assert mpiexec.build_environment(40, base={})["OMP_NUM_THREADS"] == "1"
-    kept = {"OMP_NUM_THREADS": "5", "RINGATTN_THREADS": "5"}
-    assert mpiexec.build_environment(4, base=kept)["RINGATTN_THREADS"] == "5"
-    built = mpiexec.build_environment(4, threads=3, base=kept)
+def test_environment():
+    built = mpiexec.build_environment(timeout=2.5, base={"MKL_NUM_THREADS": "7"})
+    assert built["RINGATTN_TIMEOUT"] == "2.5" and built["RINGATTN_LAUNCH"] == "1" and "OMP_NUM_THREADS" not in built
+    built = mpiexec.build_environment(threads=3, base={"OMP_NUM_THREADS": "5", "RINGATTN_THREADS": "5"})
     assert (built["OMP_NUM_THREADS"], built["RINGATTN_THREADS"], built["MKL_NUM_THREADS"]) == ("5", "3", "3")
+
+
+@pytest.mark.parametrize(("local", "share"), [("4", "2"), ("40", "1"), ("", "10")])
+def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsys, local, share):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(10), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.chdir(tmp_path)
+    environment = {"MKL_NUM_THREADS": "7", "MPI_LOCALNRANKS": local, "RINGATTN_LAUNCH_CWD": "/no/such/folder"}
+    settle(environment)
+    assert environment["OMP_NUM_THREADS"] == environment["RINGATTN_THREADS"] == share
+    assert environment["MKL_NUM_THREADS"] == "7"
+    assert os.getcwd() == os.path.realpath(os.path.expanduser("~"))
+    assert "cannot go to /no/such/folder (No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -343,8 +350,8 @@ def test_stopped_rank_is_swept(script, tmp_path, code):
 
 
 def test_killed_rank_counts_where_mpiexec_ends_with_zero():
-    job = Job(1)
-    job.ranks["0"] = Rank("0", None, None, End(-signal.SIGKILL, 0.0, True, "killed"))
+    job = Job(1, Ranks([]))
+    job.ranks["0"] = Rank("0", "mac", None, None, None, End(-signal.SIGKILL, 0.0, True, "killed"))
     job._mpiexec = SimpleNamespace(returncode=0)
     assert job.conclude() == 137
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
 import click
 
-from ..cluster.local import run_local
+from ..cluster.hosts import Cluster, check_variable, parse_hosts, read_hostfile
+from ..cluster.job import run as run_ranks
 from ..cluster.mpiexec import (
     LaunchError,
     build_command,
@@ -15,10 +19,30 @@ from ..cluster.mpiexec import (
     find_mpiexec,
     mismatch,
 )
+from ..cluster.reach import check_hosts
+
+TELLING = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("-n", "ranks", required=True, type=click.IntRange(min=1), metavar="N", help="Ranks (processes) to start.")
+@click.option(
+    "-n",
+    "ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks (processes) to start.  [default: one for each slot of the hosts]",
+)
+@click.option("--hosts", metavar="A,B:2,...", help="Hosts to run on, in the order of the ring, with their slots.")
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A file of hosts: MLX's JSON, or lines for MPICH or Open MPI.",
+)
+@click.option("--interface", metavar="NAME", help="The network interface that leads to the hosts, such as bridge0.")
+@click.option(
+    "--env", "variables", multiple=True, metavar="NAME[=VALUE]", help="For the ranks' environment; repeatable."
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -29,31 +53,96 @@ from ..cluster.mpiexec import (
     "--threads",
     type=click.IntRange(min=1),
     metavar="T",
-    help="Threads per rank.  [default: the cores of this machine divided by N]",
+    help="Threads per rank.  [default: the cores of its host, divided by the ranks there]",
 )
 @click.option("--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]")
+@click.option(
+    "--prefix/--no-prefix", default=None, help="Put the rank before each line of output.  [default: with hosts]"
+)
 @click.option("--dry-run", is_flag=True, help="Print the command line and run nothing.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND...")
 def launch(
-    ranks: int, timeout: float | None, threads: int | None, mpiexec: str | None, dry_run: bool, command: tuple[str, ...]
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    interface: str | None,
+    variables: tuple[str, ...],
+    timeout: float | None,
+    threads: int | None,
+    mpiexec: str | None,
+    prefix: bool | None,
+    dry_run: bool,
+    command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND on N ranks of this machine.
+    """Run COMMAND on N ranks, on this machine or on several hosts.
 
     COMMAND is any program with its arguments; a script that ends in .py runs under this Python. Options of COMMAND go
     behind it. When a rank fails, the others are ended and the exit code is that of the first that failed. Ctrl-C ends
     all of them, twice at once.
+
+    Hosts are reached by ssh without a password, and have Python, ringattn and MPI at the same paths as this machine.
     """
     try:
+        cluster = _cluster(hosts, hostfile)
+        count = _ranks(ranks, cluster)
+        given = _variables([*(cluster.variables if cluster else ()), *variables])
+        base = {**os.environ, **given}
+        remote = cluster is not None
+        environment = build_environment(threads=threads, timeout=timeout, interface=interface, remote=remote, base=base)
         found = find_mpiexec(mpiexec)
-        line = build_command(found, ranks, command)
+        line = build_command(
+            found,
+            count,
+            command,
+            hosts=cluster.hosts if cluster else (),
+            interface=interface,
+            variables=[*given, *_told(environment)],
+            prefix=remote if prefix is None else prefix,
+        )
         if dry_run:
-            click.echo(shlex.join(line))
+            click.echo(shlex.join([*_changed(environment), *line]))
             return
         check_command(command)
+        if cluster is not None:
+            check_hosts(cluster.hosts)
     except LaunchError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     if warning := mismatch(found):
         click.echo(f"Warning: {warning}", err=True)
-    environment = build_environment(ranks, threads=threads, timeout=timeout)
-    raise SystemExit(run_local(line, ranks=ranks, environment=environment))
+    addresses = [host.address for host in cluster.hosts] if cluster else []
+    raise SystemExit(run_ranks(line, ranks=count, environment=environment, hosts=addresses))
+
+
+def _cluster(hosts: str | None, hostfile: Path | None) -> Cluster | None:
+    if hosts is not None and hostfile is not None:
+        raise LaunchError("--hosts and --hostfile: both given, expected one of them", 2)
+    return parse_hosts(hosts) if hosts is not None else None if hostfile is None else read_hostfile(hostfile)
+
+
+def _ranks(ranks: int | None, cluster: Cluster | None) -> int:
+    if cluster is None:
+        if ranks is None:
+            raise click.UsageError("Missing option '-n', or --hosts or --hostfile.")
+        return ranks
+    if ranks is not None and ranks > cluster.slots:
+        raise LaunchError(f"-n: {ranks}, expected at most {cluster.slots}, the slots of the hosts (HOST:SLOTS)", 2)
+    return cluster.slots if ranks is None else ranks
+
+
+def _variables(given: Iterable[str]) -> dict[str, str]:
+    """The values of ``NAME=VALUE``, and of ``NAME`` as it is here."""
+    whole = [one if "=" in one else f"{one}={os.environ.get(one, '')}" for one in given]
+    pairs = (check_variable("--env", one).partition("=") for one in whole)
+    return {name: value for name, _, value in pairs}
+
+
+def _told(environment: dict[str, str]) -> list[str]:
+    """The variables that every rank gets, also where MPI does not pass all of them on."""
+    return [*(name for name in environment if name.startswith(TELLING)), "RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR"]
+
+
+def _changed(environment: dict[str, str]) -> list[str]:
+    """Assignments of what the ranks' environment has beyond this one, to be put before a command."""
+    changed = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    return ["env", *sorted(changed)] if changed else []

@@ -83,14 +83,14 @@ def run(work: Callable[[Session], None], what: str, ranks: int | None, options: 
 
 def _on_ranks(ranks: int) -> int:
     """This command again, on local ranks, which find themselves under a launcher."""
-    from ..cluster.local import run_local
+    from ..cluster.job import run as run_ranks
     from ..cluster.mpiexec import LaunchError, build_command, build_environment, find_mpiexec
 
     try:
         line = build_command(find_mpiexec(None), ranks, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]])
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
-    return run_local(line, ranks=ranks, environment=build_environment(ranks, threads=None, timeout=None))
+    return run_ranks(line, ranks=ranks, environment=build_environment())
 
 
 def _on_a_ring(work: Callable[[Session], None], what: str, options: dict[str, Any]) -> int:

@@ -8,16 +8,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import RingAttentionError
+from .rank import THREADS
+
+if TYPE_CHECKING:
+    from .hosts import Host
 
 Flavour = Literal["MPICH", "Open MPI"]
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # ask for no password: nobody may be there to give it
 _WRAPPER = Path(__file__).with_name("rank.py")
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class LaunchError(RingAttentionError):
@@ -112,8 +116,18 @@ def mismatch(mpiexec: Mpiexec) -> str | None:
     )
 
 
-def build_command(mpiexec: Mpiexec, ranks: int, command: Sequence[str], *, root: bool | None = None) -> list[str]:
-    """The command line that runs `command` on `ranks` ranks of this machine, each under its wrapper.
+def build_command(
+    mpiexec: Mpiexec,
+    ranks: int,
+    command: Sequence[str],
+    *,
+    hosts: Sequence[Host] = (),
+    interface: str | None = None,
+    variables: Iterable[str] = (),
+    prefix: bool = False,
+    root: bool | None = None,
+) -> list[str]:
+    """The command line that runs `command` on `ranks` ranks, each under its wrapper.
 
     Threads are left free to spread over all cores (no binding), and ranks may outnumber cores.
 
@@ -121,17 +135,36 @@ def build_command(mpiexec: Mpiexec, ranks: int, command: Sequence[str], *, root:
         mpiexec: From `find_mpiexec`.
         ranks: The number of ranks, at least 1.
         command: The program and its arguments. One that ends in ``.py`` runs under this Python.
+        hosts: Where they run, filled one after the other; none: on this machine.
+        interface: The network interface of this machine that leads to the hosts (a name or an address).
+        variables: Names of the environment's variables that ranks on other hosts get (Open MPI; MPICH gives all).
+        prefix: Put the rank before each line that it prints.
         root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
     """
     line = [mpiexec.path]
+    slots = ",".join(f"{host.ssh}:{host.slots}" for host in hosts)
     if mpiexec.flavour == "Open MPI":
         root = os.geteuid() == 0 if root is None else root
         line += ["--allow-run-as-root"] if root else []
-        line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        line += ["--map-by", "slot:OVERSUBSCRIBE" if hosts else ":OVERSUBSCRIBE", "--bind-to", "none"]
+        line += ["--tag-output"] if prefix else []
+        if hosts:
+            line += ["--host", slots, "--prefix", sys.prefix, "--wdir", "/"]
+            line += [part for name in sorted(set(variables)) for part in ("-x", name)]
+        if interface:
+            line += [part for name in ("btl_tcp_if_include", "oob_tcp_if_include") for part in _mca(name, interface)]
+    else:
+        line += ["-prepend-rank"] if prefix else []
+        line += ["-launcher", "ssh", "-hosts", slots, "-wdir", "/"] if hosts else []
+        line += ["-iface", interface] if interface else []
     line += ["-n", str(ranks), sys.executable, "-IS", str(_WRAPPER), "--"]
     if command[0].endswith(".py"):
         line.append(sys.executable)
     return line + [_escape(argument) for argument in command]
+
+
+def _mca(name: str, value: str) -> tuple[str, str, str]:
+    return ("--mca", name, value)
 
 
 def _escape(argument: str) -> str:
@@ -152,31 +185,37 @@ def check_command(command: Sequence[str]) -> None:
 
 
 def build_environment(
-    ranks: int, *, threads: int | None = None, timeout: float | None = None, base: Mapping[str, str] | None = None
+    *,
+    threads: int | None = None,
+    timeout: float | None = None,
+    interface: str | None = None,
+    remote: bool = False,
+    base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The environment of the ranks: `base` (default: ours), and the cores of this machine shared out fairly.
+    """The environment of the ranks: `base` (default: ours) and what the launcher adds.
+
+    Each rank's wrapper adds the threads of its host, where nothing is said about them.
 
     Args:
-        ranks: How many share the cores.
-        threads: Threads per rank; default: the cores this process may use, divided by `ranks`. What the user has set
-            for BLAS and OpenMP stays.
+        threads: Threads per rank. What the user has set for BLAS and OpenMP stays.
         timeout: Seconds without a sign of life after which a peer counts as dead.
+        interface: The network interface that messages take.
+        remote: Whether ranks run on other hosts.
         base: What the ranks inherit.
     """
     environment = dict(os.environ if base is None else base)
-    share = str(threads if threads is not None else max(1, available_cores() // ranks))
-    for name in (*_THREADS, "RINGATTN_THREADS"):
-        environment.setdefault(name, share)
     if threads is not None:
-        environment["RINGATTN_THREADS"] = share
+        for name in THREADS:
+            environment.setdefault(name, str(threads))
+        environment["RINGATTN_THREADS"] = str(threads)
     if timeout is not None:
         environment["RINGATTN_TIMEOUT"] = f"{timeout:g}"
+    if interface is not None:
+        for name in ("FI_TCP_IFACE", "UCX_NET_DEVICES"):  # MPICH's two ways to the network
+            environment.setdefault(name, interface)
+    if remote:
+        environment["RINGATTN_LAUNCH_CWD"] = os.getcwd()
+        environment.setdefault("HYDRA_LAUNCHER_EXTRA_ARGS", " ".join(SSH_OPTIONS))
+        environment.setdefault("PRTE_MCA_plm_ssh_agent", " ".join(["ssh", *SSH_OPTIONS]))
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment | {"RINGATTN_LAUNCH": "1"}
-
-
-def available_cores() -> int:
-    """The cores this process may run on, which a container or taskset can make fewer than the machine has."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

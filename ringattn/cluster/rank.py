@@ -1,13 +1,16 @@
-"""What every rank runs under: starts the program, stays beside it, and writes down how it ended.
+"""What every rank runs under: starts the program, stays beside it, and tells the launcher how it ended.
 
-Run by path, ``python -IS rank.py -- COMMAND...``, so that a rank pays some 20 ms for it and no library is imported.
-mpiexec starts it, and it shares a directory (``RINGATTN_LAUNCH_DIR``) with the launcher on the same machine:
+Run by path, ``python -IS rank.py -- COMMAND...``, so that a rank pays little for it and no library is imported.
+mpiexec starts it, on whatever host; it connects to the launcher as ``RINGATTN_LAUNCHER`` says, and tells it in JSON,
+one object a line:
 
-    leash       a FIFO whose writing end the launcher holds. When it lets go, or dies, everything here ends
-    2.status    256 bytes in which the library of rank 2 keeps ``rank=2 call=ring_attention hop=3``, NUL-padded
-    2.started   the pid and start time of this process and of the program
-    2.stopped   exists while the program is stopped (SIGSTOP)
-    2.ended     exit code, time, whether a signal that came through here asked for it, and one line for people
+    {"token", "rank", "host", "processes": [[pid, start time], [pid, start time]]}     of this process and the program
+    {"stopped": true}                               or false: the program was stopped (SIGSTOP) or goes on
+    {"ended": code, "asked": false, "line": ""}     whether a signal that came through here asked for it, and in words
+
+The launcher answers with numbers of signals for the program, one a line. The connection is a leash as well: when the
+launcher lets go of it, or dies, everything here ends. The library keeps its place in 256 bytes of memory,
+``rank=2 call=ring_attention hop=3``, in a file of this host that ``RINGATTN_STATUS`` names.
 
 This process outlives the program until the launcher lets go. If it left at once, MPI would kill the other ranks before
 they could say what happened to them, and MPICH's proxy would spin on the closed connection for as long as others run.
@@ -15,12 +18,14 @@ they could say what happened to them, and MPICH's proxy would spin on the closed
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
+import socket
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 STATUS_BYTES = 256
@@ -33,6 +38,8 @@ FORWARDED = (
     signal.SIGCONT,
 )
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_LOST = 20  # s of a dead network, to or from the launcher, after which it counts as gone
 _LOOK_AROUND = 0.5  # seconds between looks at the parent; everything else wakes the wait by itself
 
 
@@ -81,33 +88,62 @@ def unescape(argument: str) -> str:
     return argument[1:] if argument[:1] == "\\" and argument.lstrip("\\") == ":" else argument
 
 
-class Wrapper:
-    """One rank's program and what is written down about it."""
+def keep_alive(link: socket.socket) -> None:
+    """Have the system notice when the other side's host cannot be reached any more; a stopped process answers still."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"
+    values = {idle: _LOST // 4, "TCP_KEEPINTVL": _LOST // 4, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": _LOST * 1000}
+    for name, value in values.items():
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def __init__(self, directory: str, rank: str) -> None:
-        self.directory, self.rank = directory, rank
+
+def connect(told: str) -> tuple[socket.socket, str]:
+    """The connection to the launcher, by one of its addresses, and the token to show."""
+    *doors, token = told.split()
+    error: OSError | None = None
+    for door in doors:
+        address, _, port = door.rpartition(",")
+        try:
+            link = socket.create_connection((address, int(port)), timeout=5)
+        except OSError as wrong:
+            error = wrong
+            continue
+        keep_alive(link)
+        link.settimeout(None)
+        return link, token
+    raise error or OSError("no address")
+
+
+class Wrapper:
+    """One rank's program and what is told about it."""
+
+    def __init__(self, rank: str) -> None:
+        self.rank, self.host = rank, os.uname().nodename
         self.parent = os.getppid()
-        self.leash = os.open(os.path.join(directory, "leash"), os.O_RDONLY | os.O_NONBLOCK)
+        self.link, self.token = connect(os.environ.pop("RINGATTN_LAUNCHER"))
+        folder = os.environ.pop("RINGATTN_LAUNCH_DIR", "")
+        folder = folder if os.path.isdir(folder) else os.environ.get("TMPDIR", "/tmp")
+        self.status = os.path.join(folder, f"ringattn-{os.getpid()}.status")
+        with open(self.status, "wb") as file:
+            file.write(bytes(STATUS_BYTES))
         self.child = 0
         self.code: int | None = None  # as in subprocess: negative for a signal
         self.recorded = False
         self.asked = False  # a signal that means "end" came through here
-        self.record("status", bytes(STATUS_BYTES))
+        self.held = True  # by the launcher
 
-    def path(self, name: str) -> str:
-        return os.path.join(self.directory, f"{self.rank}.{name}")
-
-    def record(self, name: str, content: bytes) -> None:
-        """Write a record so that a reader sees all of it or nothing."""
-        draft = self.path(name + "~")
-        with open(draft, "wb") as file:
-            file.write(content)
-        os.replace(draft, self.path(name))
+    def tell(self, **what: object) -> bool:
+        """Say something to the launcher; whether it could be said."""
+        try:
+            self.link.sendall(json.dumps(what).encode() + b"\n")
+        except OSError:
+            return False  # it is gone, and nobody is left to hear it
+        return True
 
     def start(self, command: Sequence[str]) -> None:
         """Start the program, with every inherited descriptor: MPICH's process manager talks through one of them."""
-        environment = {**os.environ, "RINGATTN_STATUS": self.path("status")}
-        del environment["RINGATTN_LAUNCH_DIR"]
+        environment = {**os.environ, "RINGATTN_STATUS": self.status}
         prctl = _find_prctl()
         wrapper = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # none may fall between the fork and the handlers
@@ -123,8 +159,8 @@ class Wrapper:
             finally:
                 os._exit(126)
         self.wake = self._handle_signals()
-        processes = ((pid, start_time(pid)) for pid in (wrapper, self.child))
-        self.record("started", "".join(f"{pid} {started or ''}\n" for pid, started in processes).encode())
+        processes = [(pid, start_time(pid) or "") for pid in (wrapper, self.child)]
+        self.tell(token=self.token, rank=self.rank, host=self.host, processes=processes)
 
     def _handle_signals(self) -> int:
         """Pass signals on from now; returns a descriptor that turns readable when one, or SIGCHLD, has come."""
@@ -150,54 +186,54 @@ class Wrapper:
         """
         while True:
             self.reap()
-            if not self.leashed():
+            if not self.held or os.getppid() != self.parent:
                 break
             if self.code is not None and self.asked:
                 break  # MPI wants this process gone
-            select.select([self.wake, self.leash], [], [], _LOOK_AROUND)
+            link = self.link.fileno()
+            if link in select.select([self.wake, link], [], [], _LOOK_AROUND)[0]:
+                self.hear()
             _drain(self.wake)
         if self.code is None:
             self.asked = True
             signal_group(self.child, signal.SIGKILL)
             self.ended(os.waitpid(self.child, 0)[1])
+        with suppress(OSError):
+            os.unlink(self.status)
         assert self.code is not None
         if self.recorded:
             return 0
         return self.code if self.code >= 0 else 128 - self.code
 
+    def hear(self) -> None:
+        """Do what the launcher says: signal the program, or let everything here end."""
+        try:
+            said = self.link.recv(4096)
+        except OSError:
+            said = b""
+        self.held = bool(said)
+        for line in said.split():
+            if self.code is None:
+                signal_group(self.child, int(line))
+
     def reap(self) -> None:
-        """Write down what became of the program since the last look."""
+        """Tell what became of the program since the last look."""
         while self.code is None:
             pid, status = os.waitpid(self.child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if pid == 0:
                 return
-            if os.WIFSTOPPED(status):
-                self.record("stopped", b"")
-            elif os.WIFCONTINUED(status):
-                os.unlink(self.path("stopped"))
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                self.tell(stopped=os.WIFSTOPPED(status))
             else:
                 self.ended(status)
 
     def ended(self, status: int) -> None:
-        now = time.monotonic()  # comparable between the processes of one machine
         self.code = os.waitstatus_to_exitcode(status)
-        try:
-            with open(self.path("status"), "rb") as file:
-                place = file.read(STATUS_BYTES)
-            line = describe_end(self.rank, os.uname().nodename, self.code, place)
-            self.record("ended", f"{self.code} {now!r} {int(self.asked)}\n{line}\n".encode())
-            self.recorded = True
-        except OSError:
-            pass  # the launcher is gone and took the directory along: nobody is left to read it
-
-    def leashed(self) -> bool:
-        """Whether the launcher still holds on and mpiexec still lives."""
-        if os.getppid() != self.parent:
-            return False
-        try:
-            return os.read(self.leash, 1) != b""
-        except BlockingIOError:
-            return True
+        place = b""
+        with suppress(OSError), open(self.status, "rb") as file:
+            place = file.read(STATUS_BYTES)
+        line = describe_end(self.rank, self.host, self.code, place)
+        self.recorded = self.tell(ended=self.code, asked=self.asked, line=line)
 
 
 def _find_prctl() -> Any:
@@ -232,16 +268,34 @@ def _drain(descriptor: int) -> None:
         pass
 
 
+def settle(environment: MutableMapping[str, str]) -> None:
+    """Go where the launcher is, on a host that has that folder, and share out the cores of this one."""
+    folder = environment.pop("RINGATTN_LAUNCH_CWD", "")
+    if folder:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            home = os.path.expanduser("~")
+            os.chdir(home)
+            here = f"{os.uname().nodename}: cannot go to {folder} ({error.strerror}); working in {home}"
+            print(f"ringattn: {here}", file=sys.stderr, flush=True)
+    names = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    ranks = next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 1)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    for name in (*THREADS, "RINGATTN_THREADS"):
+        environment.setdefault(name, str(max(1, cores // ranks)))
+
+
 def main() -> int:
     """Run ``COMMAND...``, all that follows the first ``--``."""
     names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
     rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
     try:
-        wrapper = Wrapper(os.environ["RINGATTN_LAUNCH_DIR"], rank)
-    except OSError:
-        return 1  # the launcher gave up before this rank was there
-    if not wrapper.leashed():
+        wrapper = Wrapper(rank)
+    except (OSError, KeyError) as error:
+        print(f"ringattn: rank {rank} ({os.uname().nodename}) cannot reach the launcher: {error}", file=sys.stderr)
         return 1
+    settle(os.environ)
     wrapper.start([unescape(argument) for argument in sys.argv[2:]])
     return wrapper.wait()
 

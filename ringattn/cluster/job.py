@@ -1,12 +1,11 @@
-"""Running a program on several ranks of this machine, and leaving nothing behind.
+"""Running a program on several ranks, here or on several hosts, and leaving nothing behind.
 
-The ranks' wrappers (`rank`) write down what happens; this process reads it, decides, and reports. It, not MPI, ends the
+The ranks' wrappers (`rank`) tell what happens; this process hears it, decides, and reports. It, not MPI, ends the
 others when one rank fails: the survivors get a moment to notice and to say so themselves.
 """
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from .rank import signal_group
-from .records import End, Process, Rank, read_records
+from .ranks import End, Process, Ranks, own_addresses
 
 POLL = 0.05  # seconds
 SURVIVORS = 2.0  # after a rank failed: for the others to end by themselves
@@ -32,14 +31,16 @@ WRAPPER_GRACE = 1.0  # for the wrappers to leave once they are let go
 MPIEXEC_GRACE = 3.0  # for mpiexec to leave after its ranks, when something went wrong
 
 
-def run_local(line: Sequence[str], *, ranks: int, environment: Mapping[str, str]) -> int:
+def run(line: Sequence[str], *, ranks: int, environment: Mapping[str, str], hosts: Sequence[str] = ()) -> int:
     """Run the command line of `mpiexec.build_command` and return the exit code for the whole.
+
+    `hosts` are the addresses of the hosts that ranks run on; none: this machine alone.
 
     It is the code of the rank that failed first, 128 + signal for one that was killed, and 0 only if every rank gave 0.
     SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. When this returns or
     raises, every process of the run is dead and its temporary directory is gone.
     """
-    job = Job(ranks)
+    job = Job(ranks, Ranks(own_addresses(hosts)))
     with _handled(job.interrupt), tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder:
         try:
             job.start(line, environment, Path(folder))
@@ -68,9 +69,8 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 class Job:
     """One run: what is known of its ranks, and whether and when it has to end."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.ranks: dict[str, Rank] = {}
+    def __init__(self, size: int, ranks: Ranks) -> None:
+        self.size, self.ranks = size, ranks
         self.signal = 0  # the one that the launcher got
         self.kill_at = float("inf")
         self._term_at = float("inf")
@@ -78,9 +78,8 @@ class Job:
         self._writing_at = 0.0  # when mpiexec was last seen to be allowed to write
         self._reported = False
         self._look_at = 0.0  # for missing ranks: not at every turn, since it costs a process per rank on a Mac
+        self._free: set[str] = set()  # ranks whose wrappers were told to leave
         self._told: set[str] = set()  # ranks that were still running when we asked them to end
-        self._folder: Path | None = None
-        self._leash = -1
         self._mpiexec: subprocess.Popen[bytes] | None = None
 
     def interrupt(self, number: int, frame: FrameType | None = None) -> None:
@@ -91,8 +90,7 @@ class Job:
 
     def start(self, line: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """Start mpiexec, out of reach of the terminal's Ctrl-C: only we decide who gets which signal."""
-        self._folder, self._leash = folder, _make_leash(folder / "leash")
-        environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder)}
+        environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.told}
         self._mpiexec = subprocess.Popen(list(line), env=environment, start_new_session=True)
 
     def watch(self) -> None:
@@ -113,18 +111,25 @@ class Job:
     def sweep(self) -> None:
         """Kill what still lives and wait until all of it is gone."""
         self._read()
-        for rank in self.ranks.values():
-            rank.child.kill_group()
-        if self._leash >= 0:
-            os.close(self._leash)
+        self._let_go()
         let_go = time.monotonic()
         while self._mpiexec and self._mpiexec.poll() is None:
-            self._read()  # a wrapper may have come after the first look
+            self._read()
+            self._let_go()  # a wrapper may have come after the first look
             self._hurry(let_go)
             time.sleep(POLL / 5)
         for process in self._processes():
             process.kill_group()
         self._await_death()
+        self.ranks.close()
+
+    def _let_go(self) -> None:
+        """Kill the programs, and tell the wrappers to leave."""
+        for number, rank in self.ranks.items():
+            if number not in self._free:
+                self._free.add(number)
+                rank.kill()
+                rank.connection.let_go()
 
     def conclude(self) -> int:
         """The exit code for the whole run, once it is over; a line on what MPI did where no rank has said anything."""
@@ -148,10 +153,8 @@ class Job:
         return over or (len(self.ranks) == self.size and all(rank.end for rank in self.ranks.values()))
 
     def _read(self) -> None:
-        """Read the records, and report the first rank that failed if it was killed (others speak for themselves)."""
-        if self._folder is None:
-            return
-        read_records(self._folder, self.ranks)
+        """Hear the wrappers, and report the first rank that failed if it was killed (others speak for themselves)."""
+        self.ranks.hear()
         failure = self._first_failure()
         if failure and not self._reported:
             self._reported = True
@@ -164,10 +167,11 @@ class Job:
             return
         self._look_at = now + MISSING
         for rank in self.ranks.values():
-            if rank.end is None and not rank.wrapper.alive:
-                rank.child.kill_group()  # on a Mac it outlives its wrapper, and nobody would report its end
+            if rank.end is None and not rank.watched:
+                rank.kill()  # on a Mac it outlives its wrapper, and nobody would report its end
                 if rank.missing_since is not None:
-                    line = f"rank {rank.number} (its wrapper) was killed"
+                    gone = "(its wrapper) was killed" if rank.here else f"({rank.host}): the connection to it was lost"
+                    line = f"rank {rank.number} {gone}"
                     rank.end = End(-signal.SIGKILL, rank.missing_since, self._ending, line)
                 rank.missing_since = rank.missing_since or now
 
@@ -183,7 +187,7 @@ class Job:
     def _pass_on(self, number: int) -> None:
         for rank in self.ranks.values():
             if rank.end is None and rank.number not in self._told:
-                rank.child.signal(number)
+                rank.signal(number)
                 self._told.add(rank.number)
 
     def _end_survivors(self, now: float) -> None:
@@ -211,7 +215,7 @@ class Job:
         return ", ".join(sorted(str(rank) for rank in self.ranks.values() if rank.end is None))
 
     def _processes(self) -> list[Process]:
-        return [process for rank in self.ranks.values() for process in (rank.child, rank.wrapper)]
+        return [process for rank in self.ranks.values() for process in rank.here]
 
     def _hurry(self, let_go: float) -> None:
         """Kill the wrappers, then mpiexec, when they do not leave; one that still writes output may take its time."""
@@ -227,17 +231,9 @@ class Job:
 
     def _await_death(self) -> None:
         end = time.monotonic() + WRAPPER_GRACE
-        while time.monotonic() < end and any(process.alive for process in self._processes()):
+        while time.monotonic() < end and not all(rank.left for rank in self.ranks.values()):
             time.sleep(POLL / 5)
-
-
-def _make_leash(path: Path) -> int:
-    """The writing end of a FIFO; the wrappers hold reading ends and see when this process lets go or dies."""
-    os.mkfifo(path)
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without a reader the writing end does not open
-    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    os.close(reader)
-    return writer
+            self._read()
 
 
 def _output_blocked() -> bool:
