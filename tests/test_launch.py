@@ -279,6 +279,24 @@ def test_programs_that_are_not_python_and_stdin():
     assert result.stderr == "done\ndone\n"
 
 
+def test_lines_with_their_rank(script):
+    """Whole lines, also when written in pieces, and a question that waits for its answer."""
+    path = script(
+        "for i in range(3):\n"
+        "    for piece in (str(i), ' ', 'x' * 5, '\\n'): os.write(1, piece.encode())\n"
+        "print('err', file=sys.stderr)\n"
+        "if rank == 0: print('name? ', end=''); print('hello', sys.stdin.readline().strip(), end='')\n"
+    )
+    process = start("-n", "2", "--prefix", path)
+    seen = ""
+    while "name? " not in seen:
+        seen += os.read(process.stdout.fileno(), 100).decode()
+    out, err = process.communicate("Ada\n", timeout=30)
+    lines = [f"[{rank}] {i} xxxxx" for rank in (0, 1) for i in range(3)]
+    found = sorted((seen + out).replace("\n[0] name? hello Ada", "").splitlines())
+    assert found == lines and sorted(err.splitlines()) == ["[0] err", "[1] err"], seen + out
+
+
 def test_mpi4py_works_under_the_wrapper(script):
     path = script(
         "from mpi4py import MPI\ncomm = MPI.COMM_WORLD\ntotal = comm.allreduce(comm.rank + 1)\n"

@@ -19,6 +19,7 @@ from ..cluster.mpiexec import (
     find_mpiexec,
     mismatch,
 )
+from ..cluster.ranks import own_addresses
 from ..cluster.reach import check_hosts
 
 TELLING = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
@@ -85,19 +86,27 @@ def launch(
     try:
         cluster = _cluster(hosts, hostfile)
         count = _ranks(ranks, cluster)
+        addresses = [host.address for host in cluster.hosts] if cluster else []
         given = _variables([*(cluster.variables if cluster else ()), *variables])
         base = {**os.environ, **given}
         remote = cluster is not None
-        environment = build_environment(threads=threads, timeout=timeout, interface=interface, remote=remote, base=base)
+        environment = build_environment(
+            threads=threads,
+            timeout=timeout,
+            interface=interface,
+            remote=remote,
+            prefix=remote if prefix is None else prefix,
+            base=base,
+        )
         found = find_mpiexec(mpiexec)
         line = build_command(
             found,
             count,
             command,
             hosts=cluster.hosts if cluster else (),
+            home=own_addresses(addresses)[0],
             interface=interface,
             variables=[*given, *_told(environment)],
-            prefix=remote if prefix is None else prefix,
         )
         if dry_run:
             click.echo(shlex.join([*_changed(environment), *line]))
@@ -110,7 +119,6 @@ def launch(
         raise SystemExit(error.exit_code) from None
     if warning := mismatch(found):
         click.echo(f"Warning: {warning}", err=True)
-    addresses = [host.address for host in cluster.hosts] if cluster else []
     raise SystemExit(run_ranks(line, ranks=count, environment=environment, hosts=addresses))
 
 

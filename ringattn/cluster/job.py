@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from .rank import signal_group
+from .rank import signal_group, timeout_of
 from .ranks import End, Process, Ranks, own_addresses
 
 POLL = 0.05  # seconds
@@ -40,7 +40,7 @@ def run(line: Sequence[str], *, ranks: int, environment: Mapping[str, str], host
     SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. When this returns or
     raises, every process of the run is dead and its temporary directory is gone.
     """
-    job = Job(ranks, Ranks(own_addresses(hosts)))
+    job = Job(ranks, Ranks(own_addresses(hosts), timeout_of(environment)))
     with _handled(job.interrupt), tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder:
         try:
             job.start(line, environment, Path(folder))

@@ -122,9 +122,9 @@ def build_command(
     command: Sequence[str],
     *,
     hosts: Sequence[Host] = (),
+    home: str = "127.0.0.1",
     interface: str | None = None,
     variables: Iterable[str] = (),
-    prefix: bool = False,
     root: bool | None = None,
 ) -> list[str]:
     """The command line that runs `command` on `ranks` ranks, each under its wrapper.
@@ -136,9 +136,9 @@ def build_command(
         ranks: The number of ranks, at least 1.
         command: The program and its arguments. One that ends in ``.py`` runs under this Python.
         hosts: Where they run, filled one after the other; none: on this machine.
-        interface: The network interface of this machine that leads to the hosts (a name or an address).
+        home: The address of this machine at which the hosts reach it.
+        interface: The name of the network interface that leads to the hosts, instead.
         variables: Names of the environment's variables that ranks on other hosts get (Open MPI; MPICH gives all).
-        prefix: Put the rank before each line that it prints.
         root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
     """
     line = [mpiexec.path]
@@ -147,16 +147,14 @@ def build_command(
         root = os.geteuid() == 0 if root is None else root
         line += ["--allow-run-as-root"] if root else []
         line += ["--map-by", "slot:OVERSUBSCRIBE" if hosts else ":OVERSUBSCRIBE", "--bind-to", "none"]
-        line += ["--tag-output"] if prefix else []
         if hosts:
             line += ["--host", slots, "--prefix", sys.prefix, "--wdir", "/"]
             line += [part for name in sorted(set(variables)) for part in ("-x", name)]
         if interface:
             line += [part for name in ("btl_tcp_if_include", "oob_tcp_if_include") for part in _mca(name, interface)]
     else:
-        line += ["-prepend-rank"] if prefix else []
         line += ["-launcher", "ssh", "-hosts", slots, "-wdir", "/"] if hosts else []
-        line += ["-iface", interface] if interface else []
+        line += ["-iface", interface] if interface else ["-localhost", home] if hosts else []
     line += ["-n", str(ranks), sys.executable, "-IS", str(_WRAPPER), "--"]
     if command[0].endswith(".py"):
         line.append(sys.executable)
@@ -190,6 +188,7 @@ def build_environment(
     timeout: float | None = None,
     interface: str | None = None,
     remote: bool = False,
+    prefix: bool = False,
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The environment of the ranks: `base` (default: ours) and what the launcher adds.
@@ -201,6 +200,7 @@ def build_environment(
         timeout: Seconds without a sign of life after which a peer counts as dead.
         interface: The network interface that messages take.
         remote: Whether ranks run on other hosts.
+        prefix: Put the rank before each line that it prints.
         base: What the ranks inherit.
     """
     environment = dict(os.environ if base is None else base)
@@ -217,5 +217,7 @@ def build_environment(
         environment["RINGATTN_LAUNCH_CWD"] = os.getcwd()
         environment.setdefault("HYDRA_LAUNCHER_EXTRA_ARGS", " ".join(SSH_OPTIONS))
         environment.setdefault("PRTE_MCA_plm_ssh_agent", " ".join(["ssh", *SSH_OPTIONS]))
+    if prefix:
+        environment["RINGATTN_LAUNCH_PREFIX"] = "1"
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment | {"RINGATTN_LAUNCH": "1"}

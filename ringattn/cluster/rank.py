@@ -24,7 +24,8 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import MutableMapping, Sequence
+import threading
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -39,7 +40,9 @@ FORWARDED = (
 )
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-_LOST = 20  # s of a dead network, to or from the launcher, after which it counts as gone
+DEFAULT_TIMEOUT = 60.0  # s, the ring's
+_QUIET = 0.1  # s without the rest of a line
+_LAST_WORDS = 3  # s for the launcher's host to confirm that it has heard how the program ended
 _LOOK_AROUND = 0.5  # seconds between looks at the parent; everything else wakes the wait by itself
 
 
@@ -88,14 +91,29 @@ def unescape(argument: str) -> str:
     return argument[1:] if argument[:1] == "\\" and argument.lstrip("\\") == ":" else argument
 
 
-def keep_alive(link: socket.socket) -> None:
-    """Have the system notice when the other side's host cannot be reached any more; a stopped process answers still."""
+def keep_alive(link: socket.socket, seconds: float) -> None:
+    """Have the system end a connection whose other host is out of reach that long; a stopped process still answers."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"
-    values = {idle: _LOST // 4, "TCP_KEEPINTVL": _LOST // 4, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": _LOST * 1000}
-    for name, value in values.items():
+    steps = max(1, round(seconds / 4))
+    for name, value in ((idle, steps), ("TCP_KEEPINTVL", steps), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def give_up_after(link: socket.socket, seconds: int) -> None:
+    """Have the system end a connection on which nobody confirms for that long what was sent."""
+    options = {"linux": (getattr(socket, "TCP_USER_TIMEOUT", 18), 1000 * seconds), "darwin": (0x80, seconds)}
+    if sys.platform in options:  # on a Mac TCP_RXT_CONNDROPTIME, which Python does not name
+        link.setsockopt(socket.IPPROTO_TCP, *options[sys.platform])
+
+
+def timeout_of(environment: Mapping[str, str]) -> float:
+    """Seconds without a sign of life after which a host counts as gone, as for the ring; at least 2."""
+    try:
+        return max(2.0, float(environment.get("RINGATTN_TIMEOUT") or DEFAULT_TIMEOUT))
+    except ValueError:
+        return DEFAULT_TIMEOUT  # the ring will say what is wrong with it
 
 
 def connect(told: str) -> tuple[socket.socket, str]:
@@ -109,10 +127,52 @@ def connect(told: str) -> tuple[socket.socket, str]:
         except OSError as wrong:
             error = wrong
             continue
-        keep_alive(link)
+        keep_alive(link, timeout_of(os.environ))
         link.settimeout(None)
         return link, token
     raise error or OSError("no address")
+
+
+class Outputs:
+    """What the program prints, passed on line by line with the rank before each."""
+
+    def __init__(self, rank: str) -> None:
+        self.before = f"[{rank}] ".encode()
+        self.pipes = {descriptor: os.pipe() for descriptor in (1, 2)}
+        self.threads = [threading.Thread(target=self.pass_on, args=(one,), daemon=True) for one in self.pipes]
+
+    def become(self) -> None:
+        """In the program's process: print into the pipes."""
+        for descriptor, (_, writing) in self.pipes.items():
+            os.dup2(writing, descriptor)
+
+    def start(self) -> None:
+        for _, writing in self.pipes.values():
+            os.close(writing)
+        for thread in self.threads:
+            thread.start()
+
+    def pass_on(self, descriptor: int) -> None:
+        """Whole lines at once; of a line that stays unfinished for a while, such as a question, what is there."""
+        reading, rest = self.pipes[descriptor][0], b""
+        open_line = False  # whether a part of the line has gone out, and its rank with it
+        while True:
+            quiet = bool(rest) and not select.select([reading], [], [], _QUIET)[0]
+            part = b"" if quiet else os.read(reading, 1 << 16)
+            *lines, rest = (rest + part).split(b"\n")
+            out = [line + b"\n" for line in lines]
+            if rest and (quiet or not part):
+                out, rest = [*out, rest], b""
+            marked = [line if open_line and i == 0 else self.before + line for i, line in enumerate(out)]
+            open_line = not out[-1].endswith(b"\n") if out else open_line
+            with suppress(OSError):  # nobody reads any more
+                _write(descriptor, b"".join(marked))
+            if not part and not quiet:
+                return
+
+    def finish(self) -> None:
+        for thread in self.threads:
+            thread.join(_QUIET * 10)  # unless something that the program left behind holds on to it
 
 
 class Wrapper:
@@ -132,6 +192,7 @@ class Wrapper:
         self.recorded = False
         self.asked = False  # a signal that means "end" came through here
         self.held = True  # by the launcher
+        self.lost = False  # its host, or the way there
 
     def tell(self, **what: object) -> bool:
         """Say something to the launcher; whether it could be said."""
@@ -144,7 +205,7 @@ class Wrapper:
     def start(self, command: Sequence[str]) -> None:
         """Start the program, with every inherited descriptor: MPICH's process manager talks through one of them."""
         environment = {**os.environ, "RINGATTN_STATUS": self.status}
-        prctl = _find_prctl()
+        prctl, outputs = _find_prctl(), Outputs(self.rank) if environment.pop("RINGATTN_LAUNCH_PREFIX", "") else None
         wrapper = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # none may fall between the fork and the handlers
         self.child = os.fork()
@@ -155,10 +216,15 @@ class Wrapper:
                     prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever kills us leaves no orphan
                     if os.getppid() != wrapper:
                         os._exit(128 + signal.SIGKILL)
+                if outputs:
+                    outputs.become()
                 _become(command, environment, self.rank)
             finally:
                 os._exit(126)
         self.wake = self._handle_signals()
+        if outputs:
+            outputs.start()
+        self.outputs = outputs
         processes = [(pid, start_time(pid) or "") for pid in (wrapper, self.child)]
         self.tell(token=self.token, rank=self.rank, host=self.host, processes=processes)
 
@@ -198,9 +264,13 @@ class Wrapper:
             self.asked = True
             signal_group(self.child, signal.SIGKILL)
             self.ended(os.waitpid(self.child, 0)[1])
+        if self.outputs:
+            self.outputs.finish()
         with suppress(OSError):
             os.unlink(self.status)
         assert self.code is not None
+        if self.lost and os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGKILL)  # MPI's own process here, which would wait for its launcher for ever
         if self.recorded:
             return 0
         return self.code if self.code >= 0 else 128 - self.code
@@ -210,7 +280,7 @@ class Wrapper:
         try:
             said = self.link.recv(4096)
         except OSError:
-            said = b""
+            said, self.lost = b"", True
         self.held = bool(said)
         for line in said.split():
             if self.code is None:
@@ -233,6 +303,7 @@ class Wrapper:
         with suppress(OSError), open(self.status, "rb") as file:
             place = file.read(STATUS_BYTES)
         line = describe_end(self.rank, self.host, self.code, place)
+        give_up_after(self.link, _LAST_WORDS)
         self.recorded = self.tell(ended=self.code, asked=self.asked, line=line)
 
 
@@ -258,6 +329,11 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
     except OSError as error:
         print(f"ringattn: rank {rank} cannot run {command[0]!r}: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def _write(descriptor: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(descriptor, text) :]
 
 
 def _drain(descriptor: int) -> None:

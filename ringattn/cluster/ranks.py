@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .rank import keep_alive, signal_group, start_time
+from .rank import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 
 PATIENCE = 5.0  # s for whoever connects to say who it is
 LONGEST = 1 << 16  # bytes of a line
@@ -68,9 +68,9 @@ class End:
 class Connection:
     """The launcher's side of the connection to one wrapper."""
 
-    def __init__(self, link: socket.socket):
+    def __init__(self, link: socket.socket, timeout: float):
         link.setblocking(False)
-        keep_alive(link)
+        keep_alive(link, timeout)
         self._link, self._rest = link, b""
         self.open = True
         self.since = time.monotonic()
@@ -166,10 +166,12 @@ class Ranks(dict[str, Rank]):
 
     Args:
         addresses: The addresses of this machine at which ranks can reach it.
+        timeout: Seconds without a sign of life after which a host counts as gone.
     """
 
-    def __init__(self, addresses: Sequence[str]):
+    def __init__(self, addresses: Sequence[str], timeout: float = DEFAULT_TIMEOUT):
         super().__init__()
+        self._timeout = timeout
         self._token = secrets.token_hex(16)
         self._coming: list[Connection] = []
         self._doors = []
@@ -188,7 +190,7 @@ class Ranks(dict[str, Rank]):
         """Take in what has been said since the last time."""
         for door in select.select(self._doors, [], [], 0)[0] if self._doors else ():
             with suppress(OSError):
-                self._coming.append(Connection(door.accept()[0]))
+                self._coming.append(Connection(door.accept()[0], self._timeout))
         self._coming = [connection for connection in self._coming if not self._admit(connection)]
         for rank in self.values():
             rank.hear()
