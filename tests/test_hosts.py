@@ -222,6 +222,7 @@ def test_a_cable_pulled(cluster: Cluster, running: subprocess.Popen) -> None:
     begin = time.monotonic()
     _, err = running.communicate(timeout=30)
     assert running.returncode != 0 and "(mac1): the connection to it was lost" in err, err
+    assert time.monotonic() - begin < 10  # 5 s, the timeout, and 5
     assert gone(cluster, 10 - (time.monotonic() - begin)), [start_time(pid) for pid in running.pids]  # type: ignore
     cluster.plug(1)
 

@@ -169,7 +169,7 @@ class Job:
         for rank in self.ranks.values():
             if rank.end is None and not rank.watched:
                 rank.kill()  # on a Mac it outlives its wrapper, and nobody would report its end
-                if rank.missing_since is not None:
+                if rank.missing_since is not None or rank.lost:
                     gone = "(its wrapper) was killed" if rank.here else f"({rank.host}): the connection to it was lost"
                     line = f"rank {rank.number} {gone}"
                     rank.end = End(-signal.SIGKILL, rank.missing_since, self._ending, line)
@@ -226,7 +226,8 @@ class Job:
         clean = not self._ending and all(rank.end and not rank.end.code for rank in self.ranks.values())
         if not self.signal and (clean or _output_blocked()):
             self._writing_at = now
-        if now - max(let_go, self._writing_at) > WRAPPER_GRACE + MPIEXEC_GRACE and self._mpiexec:
+        grace = 0.0 if any(rank.lost for rank in self.ranks.values()) else MPIEXEC_GRACE  # it would wait for ever
+        if now - max(let_go, self._writing_at) > WRAPPER_GRACE + grace and self._mpiexec:
             signal_group(self._mpiexec.pid, signal.SIGKILL)
 
     def _await_death(self) -> None:

@@ -73,6 +73,7 @@ class Connection:
         keep_alive(link, timeout)
         self._link, self._rest = link, b""
         self.open = True
+        self.broken = False  # not closed by the wrapper, but given up by the system: its host is out of reach
         self.since = time.monotonic()
         # Whoever connects to an address of this machine from this machine has it itself.
         self.local = link.getpeername()[0] == link.getsockname()[0]
@@ -87,7 +88,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError:
-            self.open = False
+            self.open, self.broken = False, True
         line, end, rest = self._rest.partition(b"\n")
         self._rest = rest if end else line
         return line if end else None
@@ -130,6 +131,11 @@ class Rank:
     def watched(self) -> bool:
         """Whether its wrapper is there."""
         return self.wrapper.alive if self.connection.local else self.connection.open
+
+    @property
+    def lost(self) -> bool:
+        """Whether its host cannot be reached any more."""
+        return self.connection.broken and not self.connection.local
 
     @property
     def left(self) -> bool:
