@@ -120,6 +120,19 @@ class Ring(abc.ABC):
         Lengths may differ from rank to rank, and no rank needs to know another's beforehand.
         """
 
+    def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array | None:
+        """An `exchange` that is a node of MLX's graph and runs when that is evaluated; ``None`` where there is none.
+
+        Args:
+            payload: Bytes, uint8, of the same number on every rank.
+            check: Called with how every rank's bytes begin, in a later call of the ring (the same one on all ranks),
+                where it may raise.
+
+        Returns:
+            The bytes of all ranks, as rows; zeros for a rank that took part in another way.
+        """
+        return None
+
     @abc.abstractmethod
     def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
         """Send the buffers that `load` returns to the right neighbour once all of `after` are done.

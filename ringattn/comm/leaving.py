@@ -41,6 +41,11 @@ def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackT
     _previous_hook(kind, error, traceback)
     _report(error)
     for ring in _rings:
+        if ring.error is not None and ring.error.rank != ring.rank and ring.error is not error:
+            # What was raised is what came of it, not the cause.
+            print(f"ringattn: {ring.error}", file=sys.stderr, flush=True)
+            break
+    for ring in _rings:
         ring.fail(error)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ArgumentError, ArgumentTypeError, RingError
-from . import collectives, leaving, read_timeout
+from . import collectives, hub, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
 from .pace import wait_until
@@ -23,6 +23,8 @@ FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
 
 def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
+    if hub.is_open():
+        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD
