@@ -68,6 +68,7 @@ class Ring(abc.ABC):
         hosts: The host name of every rank.
         timeout: Seconds without a sign of life after which a peer counts as dead.
         trace: A list that collects `Event`s while it is not ``None``.
+        in_graph: Whether there is an `exchange_in_graph`.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -77,6 +78,7 @@ class Ring(abc.ABC):
     timeout: float
     trace: list[Event] | None = None
     bytes_sent: int = 0
+    in_graph: bool = False
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
@@ -120,18 +122,20 @@ class Ring(abc.ABC):
         Lengths may differ from rank to rank, and no rank needs to know another's beforehand.
         """
 
-    def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array | None:
-        """An `exchange` that is a node of MLX's graph and runs when that is evaluated; ``None`` where there is none.
+    def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
+        """An `exchange` that is a node of MLX's graph and runs when that is evaluated; only where `in_graph` says so.
 
         Args:
             payload: Bytes, uint8, of the same number on every rank.
-            check: Called with how every rank's bytes begin, in a later call of the ring (the same one on all ranks),
-                where it may raise.
+            check: Called by `settle` with how every rank's bytes begin; it may raise.
 
         Returns:
-            The bytes of all ranks, as rows; zeros for a rank that took part in another way.
+            The bytes of all ranks, as rows; zeros for what a rank did not send.
         """
-        return None
+        raise NotImplementedError
+
+    def settle(self, keep: int = 0) -> None:  # noqa: B027  (where there is nothing in a graph, nothing is open)
+        """See to it that all but the last `keep` exchanges in MLX's graph have run, and raise what is wrong in them."""
 
     @abc.abstractmethod
     def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:

@@ -39,6 +39,7 @@ FRAME_BYTES = 33_280  # what a gather carries of every rank: the head of a frame
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
 _HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
+_ROUND_BYTES = 16  # of a head: all but the last number
 _MAGIC = b"rf01"
 INLINE_BYTES = FRAME_BYTES - _HEAD.size
 _OFFER = struct.Struct("<BIqQQ")  # whether the follower sends; channel, tag, bytes, epoch
@@ -316,7 +317,8 @@ class Fabric:
     ) -> mx.array:
         """The same for payloads of one length, as a node of MLX's graph: the bytes of all ranks, as rows.
 
-        The row of a rank that was in another round, or whose payload had another length, is all zeros.
+        The row of a rank that was in another round is all zeros; a payload that is shorter than this rank's is filled
+        up with them.
         """
         with self._gather_turn:
             self._begin()
@@ -329,7 +331,8 @@ class Fabric:
             rows = frames[:, _HEAD.size : _HEAD.size + count]
             if rest.size:
                 rows = mx.concatenate([rows, self._next_in_graph(rest)], axis=1)
-            return mx.where(mx.all(frames[:, : _HEAD.size] == head, axis=1, keepdims=True), rows, 0)
+            same_round = mx.all(frames[:, :_ROUND_BYTES] == head[:_ROUND_BYTES], axis=1, keepdims=True)
+            return mx.where(same_round, rows, 0)
 
     def _next_in_graph(self, x: mx.array) -> mx.array:
         """The gather of `x`, after the last one that is not known to have been evaluated."""

@@ -29,7 +29,6 @@ from .pairing import Parcel
 from .peers import PeerRing
 from .solo import SoloRing
 
-WINDOW = 256  # rounds in MLX's graph that may be unchecked: the layers of two tokens, of which one is being computed
 _CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
 _STUCK_AFTER = 0.5  # s that the main thread has to notice by itself that the ring broke
 
@@ -57,6 +56,8 @@ def open_ring(timeout: float | None) -> Ring:
 class MlxRing(PeerRing):
     """A ring of the processes of `mx.distributed`."""
 
+    in_graph = True
+
     def __init__(self, all_of_us: Hub, timeouts: Sequence[float]):
         self._hub, self._fabric = all_of_us, all_of_us.fabric
         self._channel = all_of_us.new_channel()
@@ -80,7 +81,7 @@ class MlxRing(PeerRing):
             return
         try:
             if not self.broken:
-                self._settle()  # others may still need this rank for it
+                self.settle()  # others may still need this rank for it
         finally:
             self._hub.say_how_far()
             super().close()
@@ -88,14 +89,12 @@ class MlxRing(PeerRing):
     # What the library calls
 
     def exchange(self, payload: Buffers) -> list[memoryview]:
-        self._settle()
+        self._check()
         with self._breaking():
             return self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
         self._check()
-        while len(self._unchecked) >= WINDOW:
-            self._check_one()
         with self._breaking():
             waiting = self._waiting(self._fabric.behind)
             replies = self._fabric.exchange_in_graph(self._channel, payload, waiting)
@@ -103,18 +102,13 @@ class MlxRing(PeerRing):
         self._unchecked.append((begins, check))
         return mx.depends([replies], [begins])[0]  # so that both are evaluated, and the whole can go
 
-    def _settle(self) -> None:
-        """Wait for the rounds in MLX's graph, and see what they have told."""
+    def settle(self, keep: int = 0) -> None:
         self._check()
-        with self._breaking():
-            self._fabric.settle()
-        while self._unchecked:
-            self._check_one()
-
-    def _check_one(self) -> None:
-        begins, check = self._unchecked.popleft()
-        mx.eval(begins)
-        check([memoryview(row) for row in np.array(begins)])
+        while len(self._unchecked) > keep:
+            begins, check = self._unchecked.popleft()
+            with self._breaking():
+                mx.eval(begins)
+            check([memoryview(row) for row in np.array(begins)])
 
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
         collectives.swap_along(self, out, into)
