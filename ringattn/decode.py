@@ -12,7 +12,7 @@ import numpy as np
 from . import backends
 from .backends.views import view
 from .checks import check_flag, check_int, check_qkv
-from .comm.agreement import Fields, agree, agree_in_graph, heard
+from .comm.agreement import Fields, agree, agree_in_graph, fits_in_graph, heard
 from .comm.base import Ring
 from .graph import opaque, start_evaluation
 from .job import check_layout, check_ring, timed
@@ -109,7 +109,8 @@ class _Step:
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
         options = self.options.bind(arrays)
-        lazy = self.ring.in_graph and self.kernel.LAZY
+        fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
+        lazy = fits and self.kernel.LAZY
         with heard(self.ring, WHAT):
             state = self._attend(q, k, v, options, lazy)
             fields = self._fields(q, k, v, options)
@@ -117,7 +118,9 @@ class _Step:
         if lazy:
             rows = agree_in_graph(self.ring, WHAT, fields, mx.concatenate([x.reshape(-1) for x in state]))
             return finish(merge_states(*(_read(row, state) for row in rows)), options.sinks, options.out_dtype)
-        replies = agree(self.ring, WHAT, fields, payload=payload)
+        # The others might be in MLX's graph, where a round has one size.
+        apart = self.ring.in_graph_bytes > 0 and not fits
+        replies = agree(self.ring, WHAT, fields, payload=payload, apart=apart)
         sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
         with np.errstate(all="ignore"):
             # Small and on the host already: NumPy is done before MLX would have begun.
@@ -132,9 +135,8 @@ class _Step:
         with timed(self.ring, "compute", 0):
             state: State = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
             if lazy:
-                start_evaluation(
-                    q, k, v, *options.arrays
-                )  # raises where they are traced, when nothing would be checked
+                # This raises where they are traced: then nothing would be checked.
+                start_evaluation(q, k, v, *options.arrays)
             else:
                 mx.eval(*state)
         return state

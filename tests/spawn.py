@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -71,11 +71,17 @@ def spawn(
 
 
 def spawn_mlx(
-    size: int, arguments: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None
+    size: int,
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    but: Collection[int] = (),
 ) -> list[Result]:
     """Run ``python *arguments`` on `size` ranks of mx.distributed, each until it ends by itself.
 
     As mlx.launch does, but it ends no rank because another one failed: what a rank does then is what is looked at.
+    When only the ranks in `but` are left, they are killed.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "MPI"))}
     begin = time.monotonic()
@@ -99,7 +105,7 @@ def spawn_mlx(
             )
         ended: dict[int, float] = {}
         try:
-            while len(ended) < size and time.monotonic() - begin < timeout:
+            while not ended.keys() >= set(range(size)) - set(but) and time.monotonic() - begin < timeout:
                 for rank, process in enumerate(processes):
                     if rank not in ended and process.poll() is not None:
                         ended[rank] = time.monotonic() - begin

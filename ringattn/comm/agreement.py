@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ArgumentError
 from .base import Ring
 
-__all__ = ["Fields", "agree", "agree_in_graph", "heard"]
+__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
@@ -33,7 +33,13 @@ _LONGEST_TEXT = 4096
 
 
 def agree(
-    ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None, payload: Sequence[memoryview] = ()
+    ring: Ring,
+    what: str,
+    fields: Fields = (),
+    error: BaseException | None = None,
+    payload: Sequence[memoryview] = (),
+    *,
+    apart: bool = False,
 ) -> list[memoryview]:
     """Make sure that every rank is in the same call with the same `fields`, and learn every rank's `payload`.
 
@@ -43,6 +49,8 @@ def agree(
         fields: What has to be equal on all ranks, as ``(name, short text)`` pairs.
         error: What this rank found wrong with its own arguments.
         payload: Bytes for all other ranks to know; their lengths may differ.
+        apart: Whether the payload goes in a round of its own, because a rank that does not agree might not take part in
+            one that carries so much. All must say the same or disagree.
 
     Returns:
         The payload of every rank, in rank order.
@@ -55,11 +63,17 @@ def agree(
     except ArgumentError as late:
         error = error or late
     own = [memoryview(_head(what, fields, error))]
-    return _check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
+    replies = _check(ring, what, fields, error, ring.exchange(own if apart or error is not None else [*own, *payload]))
+    return ring.exchange(payload) if apart else replies
+
+
+def fits_in_graph(ring: Ring, count: int) -> bool:
+    """Whether `agree_in_graph` can carry a payload of `count` bytes."""
+    return _HEAD_BYTES + count <= ring.in_graph_bytes
 
 
 def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> mx.array:
-    """`agree` without waiting, for a `payload` of one shape and dtype everywhere; all in MLX's graph.
+    """`agree` without waiting, all in MLX's graph, for a `payload` of one shape and dtype everywhere that fits.
 
     Returns:
         The payloads of all ranks, flat, as rows, of the same dtype; all NaN where a rank does not agree, and then a

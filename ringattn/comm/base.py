@@ -68,7 +68,7 @@ class Ring(abc.ABC):
         hosts: The host name of every rank.
         timeout: Seconds without a sign of life after which a peer counts as dead.
         trace: A list that collects `Event`s while it is not ``None``.
-        in_graph: Whether there is an `exchange_in_graph`.
+        in_graph_bytes: How long the payload of an `exchange_in_graph` may be; 0 where there is none.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -78,7 +78,7 @@ class Ring(abc.ABC):
     timeout: float
     trace: list[Event] | None = None
     bytes_sent: int = 0
-    in_graph: bool = False
+    in_graph_bytes: int = 0
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
@@ -123,10 +123,10 @@ class Ring(abc.ABC):
         """
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
-        """An `exchange` that is a node of MLX's graph and runs when that is evaluated; only where `in_graph` says so.
+        """An `exchange` that is a node of MLX's graph and runs when that is evaluated.
 
         Args:
-            payload: Bytes, uint8, of the same number on every rank.
+            payload: Bytes, uint8, of the same number on every rank, at most `in_graph_bytes`.
             check: Called by `settle` with how every rank's bytes begin; it may raise.
 
         Returns:

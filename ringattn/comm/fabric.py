@@ -35,7 +35,9 @@ from .group import Group
 from .pairing import Key, Link, Offer, Parcel, leads
 
 OFFER, COMMIT, PASSED, REACHED = 16, 17, 18, 19  # kinds of message between fabrics
-FRAME_BYTES = 33_280  # what a gather carries of every rank: the head of a frame, an agreement and 32 KiB
+FRAME_BYTES = (
+    34 << 10
+)  # what a gather carries of every rank: the states of 64 heads of 128 dims, and what is before them
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
 _HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
@@ -315,31 +317,25 @@ class Fabric:
     def exchange_in_graph(
         self, channel: int, payload: mx.array, wait: Callable[[Callable[[], bool]], None]
     ) -> mx.array:
-        """The same for payloads of one length, as a node of MLX's graph: the bytes of all ranks, as rows.
+        """The same for a payload of at most `INLINE_BYTES`, as a node of MLX's graph.
 
-        The row of a rank that was in another round is all zeros; a payload that is shorter than this rank's is filled
-        up with them.
+        It is the same gather on the link as `exchange` makes, so one rank may be in the one and another in the other.
+
+        Returns:
+            The bytes of all ranks, as rows as long as this rank's payload: zeros for what a rank did not send, and in
+            all of the row of a rank that was in another round.
         """
         with self._gather_turn:
             self._begin()
             wait(lambda: self._quiet)
             count = payload.size
             head = mx.array(np.frombuffer(self.head(channel, count), np.uint8))
-            inline, rest = payload[:INLINE_BYTES], payload[INLINE_BYTES:]
-            frame = mx.concatenate([head, inline, mx.zeros(INLINE_BYTES - inline.size, mx.uint8)])
-            frames = self._next_in_graph(frame)
-            rows = frames[:, _HEAD.size : _HEAD.size + count]
-            if rest.size:
-                rows = mx.concatenate([rows, self._next_in_graph(rest)], axis=1)
+            frame = mx.concatenate([head, payload, mx.zeros(INLINE_BYTES - count, mx.uint8)])
+            if self._last is not None:  # which is not known to have been evaluated: the order is the calls'
+                frame = mx.depends([frame], [self._last])[0]
+            frames = self._last = self.group.gather_in_graph(frame)
             same_round = mx.all(frames[:, :_ROUND_BYTES] == head[:_ROUND_BYTES], axis=1, keepdims=True)
-            return mx.where(same_round, rows, 0)
-
-    def _next_in_graph(self, x: mx.array) -> mx.array:
-        """The gather of `x`, after the last one that is not known to have been evaluated."""
-        if self._last is not None:
-            x = mx.depends([x], [self._last])[0]
-        self._last = self.group.gather_in_graph(x)
-        return self._last
+            return mx.where(same_round, frames[:, _HEAD.size : _HEAD.size + count], 0)
 
     @property
     def pending(self) -> bool:

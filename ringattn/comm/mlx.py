@@ -23,6 +23,7 @@ from ..errors import ArgumentError, RingError
 from . import collectives, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
+from .fabric import INLINE_BYTES
 from .group import launched_size
 from .hub import Hub, hub
 from .pairing import Parcel
@@ -56,7 +57,7 @@ def open_ring(timeout: float | None) -> Ring:
 class MlxRing(PeerRing):
     """A ring of the processes of `mx.distributed`."""
 
-    in_graph = True
+    in_graph_bytes = INLINE_BYTES
 
     def __init__(self, all_of_us: Hub, timeouts: Sequence[float]):
         self._hub, self._fabric = all_of_us, all_of_us.fabric

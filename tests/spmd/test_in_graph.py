@@ -15,7 +15,7 @@ from ringattn.comm import Ring, agreement
 
 @pytest.fixture(autouse=True)
 def in_graph(ring: Ring) -> None:
-    if not ring.in_graph:
+    if not ring.in_graph_bytes:
         pytest.skip("this transport has to evaluate")
 
 
@@ -90,6 +90,22 @@ def test_arguments_that_differ(ring, looked_at):
         ring.barrier()
     assert same(decode(ring))
     ring.barrier()
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_sizes_that_differ(ring, backend):
+    """A state that fits into a round against one that does not: still the same round on the link."""
+    try:
+        out, _ = decode(ring, tokens=80 if ring.rank == 0 else 1, heads=8, backend=backend)
+    except ArgumentError as error:
+        assert "decode_attention: q differs between ranks" in str(error)
+        if backend == "reference":  # the others hear of it in the next call, and so then does this rank
+            with pytest.raises(ArgumentError, match="q differs between ranks"):
+                ring.barrier()
+    else:
+        with pytest.raises(ArgumentError, match="q differs between ranks"):
+            ring.barrier()
+    assert same(decode(ring))
 
 
 def test_arguments_that_differ_among_many_calls(ring, monkeypatch):
