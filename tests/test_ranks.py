@@ -22,7 +22,7 @@ def test_spmd(size: int) -> None:
         (3, "test_comm.py", ""),
         (3, "test_in_graph.py", ""),
         (2, "test_comm.py", "1"),
-        (3, "test_comm.py", "1"),
+        (3, "test_comm.py::test_blocks_forwarded_round_the_ring", "1"),
     ],
 )
 def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:

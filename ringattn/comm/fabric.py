@@ -38,6 +38,7 @@ OFFER, COMMIT, PASSED, REACHED = 16, 17, 18, 19  # kinds of message between fabr
 FRAME_BYTES = (
     34 << 10
 )  # what a gather carries of every rank: the states of 64 heads of 128 dims, and what is before them
+_LAST_WORDS = 0.5  # s in which the news of a death may arrive that explains why a message broke off
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
 _HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
@@ -93,9 +94,11 @@ class Lane:
                 work, self.busy = self.queue.popleft(), True
             try:
                 work.result = work.do(stream)
+            except RingError as error:
+                return self._fabric.fail(error)  # busy for ever: what is still queued has no sense any more
             except BaseException as error:
-                self._fabric.fail(error)
-                return  # busy for ever: what is still queued has no sense any more
+                time.sleep(_LAST_WORDS)
+                return self._fabric.fail(RingError(f"mx.distributed: {' '.join(str(error).split())}"))
             with self._fabric.lock:
                 self.busy = False
                 work.done = True

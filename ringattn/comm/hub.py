@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .mlx import MlxRing
 
 _CARD_BYTES = 4096
-_LAST_WORDS = 0.5  # s in which the news of a death may arrive that explains why a message broke off
 _OPENING = 0  # the channel of the fabric, and of rounds that belong to no ring yet
 
 _hub: Hub | None = None
@@ -143,9 +142,6 @@ class Hub:
 
     def _failed(self, error: BaseException) -> None:
         """Break all rings because the fabric cannot go on."""
-        if not isinstance(error, RingError):
-            time.sleep(_LAST_WORDS)
-            error = RingError(f"mx.distributed: {' '.join(str(error).split())}")
         self._error = error
         for ring in list(self._rings.values()):
             ring.fail(error)
