@@ -21,9 +21,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -32,13 +30,11 @@ import numpy as np
 from ..errors import RingError
 from .base import Buffers
 from .group import Group
+from .lanes import Lane, Work
 from .pairing import Key, Link, Offer, Parcel, leads
 
 OFFER, COMMIT, PASSED, REACHED = 16, 17, 18, 19  # kinds of message between fabrics
-FRAME_BYTES = (
-    34 << 10
-)  # what a gather carries of every rank: the states of 64 heads of 128 dims, and what is before them
-_LAST_WORDS = 0.5  # s in which the news of a death may arrive that explains why a message broke off
+FRAME_BYTES = 34 << 10  # of every rank in a gather: enough for the states of 64 heads of 128 dims
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
 _HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
@@ -51,60 +47,6 @@ _PASSED = struct.Struct("<BQ")  # whether the leader sends; epoch
 _NO_KEY: Key = (0, 0)
 
 Tell = Callable[[int, int, bytes], object]  # peer, kind, note
-
-
-@dataclass
-class Work:
-    """One thing for a lane to do, on its stream."""
-
-    do: Callable[[Any], Any]
-    epoch: int | None  # the gathers before it; None for a gather
-    parcels: tuple[Parcel, ...] = ()
-    done: bool = False
-    result: Any = None
-
-
-class Lane:
-    """A thread that works off a queue. What it shares is guarded by the fabric's lock."""
-
-    def __init__(self, fabric: Fabric, name: str):
-        self._fabric = fabric
-        self.queue: deque[Work] = deque()
-        self.busy = False
-        self.bell = threading.Condition(fabric.lock)
-        threading.Thread(target=self._run, name=f"ringattn {name}", daemon=True).start()
-
-    @property
-    def idle(self) -> bool:
-        return not self.queue and not self.busy
-
-    def add(self, work: Work) -> None:
-        self.queue.append(work)
-        self.bell.notify()
-
-    def empty_before(self, epoch: int) -> bool:
-        """Whether nothing is left that was committed before gather `epoch`."""
-        return not self.busy and all(work.epoch is None or work.epoch >= epoch for work in self.queue)
-
-    def _run(self) -> None:
-        stream = mx.new_stream(mx.cpu)  # a stream belongs to the thread that made it
-        while True:
-            with self._fabric.lock:
-                self.bell.wait_for(lambda: self.queue and self._fabric.admits(self.queue[0]))
-                work, self.busy = self.queue.popleft(), True
-            try:
-                work.result = work.do(stream)
-            except RingError as error:
-                return self._fabric.fail(error)  # busy for ever: what is still queued has no sense any more
-            except BaseException as error:
-                time.sleep(_LAST_WORDS)
-                return self._fabric.fail(RingError(f"mx.distributed: {' '.join(str(error).split())}"))
-            with self._fabric.lock:
-                self.busy = False
-                work.done = True
-                for parcel in work.parcels:
-                    parcel.finish()
-                self._fabric.advance()
 
 
 class Fabric:
@@ -137,8 +79,11 @@ class Fabric:
         self._gathering = False
         self._gather_turn = threading.Lock()
         self._last: mx.array | None = None  # the gather in MLX's graph that nobody has waited for yet
-        lane = Lane(self, "sends" if group.duplex else "moves")
-        self._lanes = {self._out: lane, self._in: Lane(self, "receives") if group.duplex else lane}
+        lane = self._lane("sends" if group.duplex else "moves")
+        self._lanes = {self._out: lane, self._in: self._lane("receives") if group.duplex else lane}
+
+    def _lane(self, name: str) -> Lane:
+        return Lane(name, self.lock, self._admits, self.advance, self.fail)
 
     # Messages
 
@@ -287,7 +232,7 @@ class Fabric:
     def _quiet(self) -> bool:
         return all(link.quiet(self.epoch) and lane.empty_before(self.epoch) for link, lane in self._lanes.items())
 
-    def admits(self, work: Work) -> bool:
+    def _admits(self, work: Work) -> bool:
         """Whether a lane may start `work` now, or only after the gather that this rank is in."""
         return work.epoch is None or not self._gathering or work.epoch < self.epoch
 
