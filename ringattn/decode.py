@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +12,12 @@ import numpy as np
 from . import backends
 from .backends.views import view
 from .checks import check_flag, check_int, check_qkv
-from .comm.agreement import Fields, agree, heard
+from .comm.agreement import Fields, agree, agree_in_graph, fits_in_graph, heard
 from .comm.base import Ring
-from .graph import opaque
+from .graph import opaque, start_evaluation
 from .job import check_layout, check_ring, timed
 from .layout import Layout
-from .merge import State, merge_states, normalise
+from .merge import State, finish, merge_states, normalise
 from .options import Options
 from .spans import positions
 from .wire import raw
@@ -108,24 +109,36 @@ class _Step:
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
         options = self.options.bind(arrays)
+        fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
+        lazy = fits and self.kernel.LAZY
         with heard(self.ring, WHAT):
-            state = self._attend(q, k, v, options)
+            state = self._attend(q, k, v, options, lazy)
             fields = self._fields(q, k, v, options)
-            payload = [raw(x) for x in state]
-        replies = agree(self.ring, WHAT, fields, payload=payload)
+            payload = [] if lazy else [raw(x) for x in state]
+        if lazy:
+            rows = agree_in_graph(self.ring, WHAT, fields, mx.concatenate([x.reshape(-1) for x in state]))
+            return finish(merge_states(*(_read(row, state) for row in rows)), options.sinks, options.out_dtype)
+        # The others might be in MLX's graph, where a round has one size.
+        apart = self.ring.in_graph_bytes > 0 and not fits
+        replies = agree(self.ring, WHAT, fields, payload=payload, apart=apart)
         sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
         with np.errstate(all="ignore"):
             # Small and on the host already: NumPy is done before MLX would have begun.
-            out, lse = normalise(merge_states(*(_read(reply, state) for reply in replies)), sinks)
+            rows_of_all = (np.frombuffer(reply, np.float32) for reply in replies)
+            out, lse = normalise(merge_states(*(_read(row, state) for row in rows_of_all)), sinks)
         return mx.array(out).astype(options.out_dtype), mx.array(lse)
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> State:
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
         q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
         k_pos = positions(self.kv_layout.spans[self.ring.rank])
         columns = None if options.mask is None else k_pos - self.kv_layout.start
         with timed(self.ring, "compute", 0):
-            state = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
-            mx.eval(*state)
+            state: State = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
+            if lazy:
+                # This raises where they are traced: then nothing would be checked.
+                start_evaluation(q, k, v, *options.arrays)
+            else:
+                mx.eval(*state)
         return state
 
     def _fields(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> Fields:
@@ -133,11 +146,10 @@ class _Step:
         return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *options.fields)
 
 
-def _read(reply: memoryview, like: State) -> State:
-    """A rank's state out of its bytes, as NumPy arrays; by the head's agreement it has the shapes of this rank's."""
+def _read(row: Any, like: State) -> State:
+    """A rank's state out of its numbers; by the head's agreement it has the shapes of this rank's."""
     arrays, at = [], 0
     for x in like:
-        flat = np.frombuffer(reply, np.float32, x.size, at)
-        arrays.append(flat.reshape(x.shape))
-        at += x.nbytes
+        arrays.append(row[at : at + x.size].reshape(x.shape))
+        at += x.size
     return State(*arrays)

@@ -1,16 +1,18 @@
-"""Start programs under mpiexec, and never leave one behind."""
+"""Start programs on several ranks, and never leave one behind."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 _BESIDE_PYTHON = Path(sys.executable).with_name("mpiexec")
 MPIEXEC = str(_BESIDE_PYTHON) if _BESIDE_PYTHON.exists() else shutil.which("mpiexec")
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Result(NamedTuple):
@@ -27,7 +31,7 @@ class Result(NamedTuple):
 
     def __str__(self) -> str:
         ended = "was killed" if self.code is None else f"ended with {self.code}"
-        return f"mpiexec {ended} after {self.seconds:.1f} s\n{self.output}"
+        return f"it {ended} after {self.seconds:.1f} s\n{self.output}"
 
 
 def spawn(
@@ -41,13 +45,12 @@ def spawn(
     """Run ``python *arguments`` on `size` ranks, at most `timeout` seconds; `meanwhile` is called while it runs."""
     assert MPIEXEC is not None
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "MPI"))}
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "mpiexec").open("wb") as output:
         process = subprocess.Popen(
             [MPIEXEC, *_apart(folder), "-n", str(size), sys.executable, *arguments],
             cwd=ROOT,
-            env={**inherited, **one_thread, **(env or {})},
+            env={**inherited, **_ONE_THREAD, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -65,6 +68,63 @@ def spawn(
         files = sorted(Path(folder).iterdir())
         texts = [f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files]
         return Result(code, "\n".join(texts), seconds)
+
+
+def spawn_mlx(
+    size: int,
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    but: Collection[int] = (),
+) -> list[Result]:
+    """Run ``python *arguments`` on `size` ranks of mx.distributed, each until it ends by itself.
+
+    As mlx.launch does, but it ends no rank because another one failed: what a rank does then is what is looked at.
+    When only the ranks in `but` are left, they are killed.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "MPI"))}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        hosts = Path(folder) / "hosts"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]) if size > 1 else "")
+        logs = [Path(folder) / f"rank {rank}" for rank in range(size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            own = {**_ONE_THREAD, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            output = stack.enter_context(log.open("wb"))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    cwd=ROOT,
+                    env={**inherited, **own, **(env or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        ended: dict[int, float] = {}
+        try:
+            while not ended.keys() >= set(range(size)) - set(but) and time.monotonic() - begin < timeout:
+                for rank, process in enumerate(processes):
+                    if rank not in ended and process.poll() is not None:
+                        ended[rank] = time.monotonic() - begin
+                time.sleep(0.02)
+        finally:
+            for rank, process in enumerate(processes):
+                if rank not in ended:
+                    process.kill()
+                process.wait()
+        return [
+            Result(p.returncode if r in ended else None, log.read_text(errors="replace"), ended.get(r, timeout))
+            for r, (p, log) in enumerate(zip(processes, logs))
+        ]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 def _apart(folder: str) -> list[str]:

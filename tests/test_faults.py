@@ -22,7 +22,7 @@ import os, signal, sys, threading, time
 import mlx.core as mx
 from ringattn.comm import init
 from ringattn.errors import RingError
-ring = init("mpi", timeout={timeout})
+ring = init(timeout={timeout})
 begin = time.monotonic()
 
 def hops(count, at=lambda hop: None):

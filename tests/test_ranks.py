@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import pytest
-from spawn import MPIEXEC, spawn
+from spawn import MPIEXEC, spawn, spawn_mlx
 
-pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
+needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
 
 
+@needs_mpi
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_spmd(size: int) -> None:
     result = spawn(size, ["-m", "pytest", "tests/spmd", "-x", "-p", "no:cacheprovider"], timeout=600)
     assert result.code == 0, str(result)
 
 
+@pytest.mark.parametrize(
+    ("size", "what", "one_way"),
+    [
+        (2, "", ""),
+        (3, "test_comm.py", ""),
+        (3, "test_in_graph.py", ""),
+        (2, "test_comm.py", "1"),
+        (3, "test_comm.py::test_blocks_forwarded_round_the_ring", "1"),
+    ],
+)
+def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
+    """Over mx.distributed; with `one_way` as where a rank must not send and receive at once."""
+    arguments = ["-m", "pytest", f"tests/spmd/{what}", "-x", "-p", "no:cacheprovider"]
+    results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
+    assert all(result.code == 0 for result in results), "\n".join(map(str, results))
+
+
+@needs_mpi
 def test_failing_rank_ends_all(tmp_path) -> None:
     """One rank fails a test while the others wait for it: all end, and the cause is told."""
     test = "def test_it(ring):\n    assert ring.rank != 1, 'only here'\n    ring.barrier()\n"

@@ -329,7 +329,6 @@ def test_merge_types(case):
 INIT = {
     "backend": ({"backend": "gpu"}, ArgumentError, "backend", "'gpu'", "'mpi', 'mlx', 'solo'"),
     "backend of another type": ({"backend": 3}, ArgumentError, "backend", "3", "'solo'"),
-    "mlx": ({"backend": "mlx"}, ArgumentError, "backend", "'mlx'", "'mpi'"),
     "comm for solo": ({"backend": "solo", "comm": object()}, ArgumentError, "comm", "'mpi'", "'solo'"),
     "timeout below 0": ({"backend": "solo", "timeout": -1.0}, ArgumentError, "timeout", "-1.0", "positive"),
     "timeout of 0": ({"backend": "solo", "timeout": 0}, ArgumentError, "timeout", "0", "positive"),

@@ -24,6 +24,7 @@ from .work import Work, buffer, cap, spread
 __all__ = ["DIFFERENTIABLE", "backward", "finished", "forward", "rows"]
 
 DIFFERENTIABLE = False  # by MLX itself
+LAZY = False
 
 
 def forward(

@@ -18,6 +18,7 @@ from ..metal.tiling import MOST_DIMS
 from . import Rules, blocked, reference
 
 DIFFERENTIABLE = False
+LAZY = True
 
 
 def forward(

@@ -18,6 +18,7 @@ from ..merge import State, merge_states
 from . import Rules, blocked, ending
 
 DIFFERENTIABLE = True
+LAZY = True
 QUERIES, KEYS = 1024, 2048
 
 

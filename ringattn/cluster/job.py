@@ -172,7 +172,7 @@ class Job:
                 if rank.missing_since is not None or rank.lost:
                     gone = "(its wrapper) was killed" if rank.here else f"({rank.host}): the connection to it was lost"
                     line = f"rank {rank.number} {gone}"
-                    rank.end = End(-signal.SIGKILL, rank.missing_since, self._ending, line)
+                    rank.end = End(-signal.SIGKILL, rank.missing_since or now, self._ending, line)
                 rank.missing_since = rank.missing_since or now
 
     @property

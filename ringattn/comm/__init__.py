@@ -21,8 +21,9 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
     """Join the ring of all processes of this job. Collective: every rank calls it.
 
     Args:
-        backend: ``"mpi"``, or ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and
-            ``"solo"`` where there is no launcher.
+        backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
+            ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and ``"solo"`` where there
+            is no launcher. Over ``"mlx"`` there is no `split`.
         comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
         timeout: Seconds without a sign of life after which a rank counts as dead. A long computation is not a
             stall. Default: the environment variable ``RINGATTN_TIMEOUT``, else 60.
@@ -39,9 +40,13 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
         from .solo import SoloRing
 
         return SoloRing(read_timeout(timeout))
-    from .mpi import open_ring
+    if backend == "mlx":
+        from . import mlx
 
-    return open_ring(comm, timeout)
+        return mlx.open_ring(timeout)
+    from . import mpi
+
+    return mpi.open_ring(comm, timeout)
 
 
 def _choose(backend: str | None, comm: Any) -> str:
@@ -51,10 +56,6 @@ def _choose(backend: str | None, comm: Any) -> str:
         backend = launched_by()
     if not isinstance(backend, str) or backend not in _BACKENDS:
         raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
-    if backend == "mlx":
-        raise ArgumentError(
-            "backend: 'mlx' is not there yet, expected 'mpi' (under mpiexec), 'solo' (one process), or None"
-        )
     if comm is not None and backend != "mpi":
         raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
     return backend

@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 
+import mlx.core as mx
+import numpy as np
+
 from ..errors import ArgumentError
 from .base import Ring
 
-__all__ = ["Fields", "agree", "heard"]
+__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
+IN_GRAPH = 256  # calls in MLX's graph that may be unchecked: the layers of two tokens, of which one is computed now
 _HEAD_BYTES = 64
 _HEAD = struct.Struct("<4sBxxxI16s")  # magic, verdict, bytes of error text, digest; zeros up to _HEAD_BYTES
 _MAGIC = b"ra01"
@@ -29,7 +33,13 @@ _LONGEST_TEXT = 4096
 
 
 def agree(
-    ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None, payload: Sequence[memoryview] = ()
+    ring: Ring,
+    what: str,
+    fields: Fields = (),
+    error: BaseException | None = None,
+    payload: Sequence[memoryview] = (),
+    *,
+    apart: bool = False,
 ) -> list[memoryview]:
     """Make sure that every rank is in the same call with the same `fields`, and learn every rank's `payload`.
 
@@ -39,6 +49,8 @@ def agree(
         fields: What has to be equal on all ranks, as ``(name, short text)`` pairs.
         error: What this rank found wrong with its own arguments.
         payload: Bytes for all other ranks to know; their lengths may differ.
+        apart: Whether the payload goes in a round of its own, because a rank that does not agree might not take part in
+            one that carries so much. All must say the same or disagree.
 
     Returns:
         The payload of every rank, in rank order.
@@ -46,8 +58,37 @@ def agree(
     Raises:
         ArgumentError: On every rank, when one rank has an error or the calls differ. The ring still works.
     """
+    try:
+        ring.settle()
+    except ArgumentError as late:
+        error = error or late
     own = [memoryview(_head(what, fields, error))]
-    return _check(ring, what, fields, error, ring.exchange([*own, *payload] if error is None else own))
+    replies = _check(ring, what, fields, error, ring.exchange(own if apart or error is not None else [*own, *payload]))
+    return ring.exchange(payload) if apart else replies
+
+
+def fits_in_graph(ring: Ring, count: int) -> bool:
+    """Whether `agree_in_graph` can carry a payload of `count` bytes."""
+    return _HEAD_BYTES + count <= ring.in_graph_bytes
+
+
+def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> mx.array:
+    """`agree` without waiting, all in MLX's graph, for a `payload` of one shape and dtype everywhere that fits.
+
+    Returns:
+        The payloads of all ranks, flat, as rows, of the same dtype; all NaN where a rank does not agree, and then a
+        later call of the ring raises what `agree` would have raised.
+    """
+    try:
+        ring.settle(keep=IN_GRAPH)
+    except ArgumentError as late:
+        agree(ring, what, fields, late)  # the others may not know
+    head = _good_head(what, fields)
+    own = mx.array(np.frombuffer(head, np.uint8))
+    data = mx.concatenate([own, payload.reshape(-1).view(mx.uint8)])
+    replies = ring.exchange_in_graph(data, lambda told: _check(ring, what, fields, None, told))
+    same = mx.all(replies[:, :_HEAD_BYTES] == own)
+    return mx.where(same, mx.contiguous(replies[:, _HEAD_BYTES:]).view(payload.dtype), mx.nan)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class Ring(abc.ABC):
         hosts: The host name of every rank.
         timeout: Seconds without a sign of life after which a peer counts as dead.
         trace: A list that collects `Event`s while it is not ``None``.
+        in_graph_bytes: How long the payload of an `exchange_in_graph` may be; 0 where there is none.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -77,6 +78,7 @@ class Ring(abc.ABC):
     timeout: float
     trace: list[Event] | None = None
     bytes_sent: int = 0
+    in_graph_bytes: int = 0
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
@@ -119,6 +121,21 @@ class Ring(abc.ABC):
 
         Lengths may differ from rank to rank, and no rank needs to know another's beforehand.
         """
+
+    def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
+        """An `exchange` that is a node of MLX's graph and runs when that is evaluated.
+
+        Args:
+            payload: Bytes, uint8, of the same number on every rank, at most `in_graph_bytes`.
+            check: Called by `settle` with how every rank's bytes begin; it may raise.
+
+        Returns:
+            The bytes of all ranks, as rows; zeros for what a rank did not send.
+        """
+        raise NotImplementedError
+
+    def settle(self, keep: int = 0) -> None:  # noqa: B027  (where there is nothing in a graph, nothing is open)
+        """See to it that all but the last `keep` exchanges in MLX's graph have run, and raise what is wrong in them."""
 
     @abc.abstractmethod
     def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:

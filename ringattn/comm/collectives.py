@@ -22,6 +22,8 @@ PIECE_BYTES = 4 << 20  # of a broadcast: a rank passes one on while it receives 
 
 # Sends slice i of the first list to rank i, and fills the second one with what rank i sends; lengths are agreed on.
 Swap = Callable[[Sequence[memoryview], Sequence[memoryview]], None]
+# Sends the same bytes to every rank, and fills the list with what each rank sends; it has its own in it already.
+Share = Callable[[memoryview, Sequence[memoryview]], None]
 
 
 def check_rank(name: str, rank: Any, size: int) -> int:
@@ -110,14 +112,14 @@ def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
     ring.wait(*transfers)
 
 
-def all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
+def all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
     with heard(ring, "all_reduce"):
         check_array("x", x)
-    return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap),), (x,))[0]
+    return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
 
 
-def _all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
+def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
     with heard(ring, "all_reduce"):
         data = to_bytes(x)
     fields = (("dtype", _name(x.dtype)), ("shape", str(x.shape)))
@@ -137,8 +139,33 @@ def _all_reduce(ring: Ring, x: mx.array, swap: Swap) -> mx.array:
         swap([data[a:b] for a, b in pairwise(cuts)], theirs)
         own = into[cuts[ring.rank] : cuts[ring.rank + 1]]
         own[:] = _sum(theirs, x.dtype)
-        swap([own] * ring.size, [into[a:b] for a, b in pairwise(cuts)])
+        share(own, [into[a:b] for a, b in pairwise(cuts)])
     return y
+
+
+def swap_along(ring: Ring, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+    """A `Swap` by neighbours alone: at each step a rank passes on what it holds for ranks further along."""
+    rank, size = ring.rank, ring.size
+    held = {(rank + far) % size: out[(rank + far) % size] for far in range(1, size)}
+    for step in range(1, size):
+        targets = [(rank + far) % size for far in range(size - step)]  # of what comes, this rank first
+        coming = {target: memoryview(bytearray(len(out[target]))) for target in targets}
+        coming[rank] = into[(rank - step) % size]
+        sent = ring.send(partial(list, held.values()), tag=step)
+        ring.wait(sent, ring.recv(list(coming.values()), tag=step))
+        held = {target: coming[target] for target in targets[1:]}
+
+
+def share_along(ring: Ring, own: memoryview, into: Sequence[memoryview]) -> None:
+    """A `Share` by neighbours alone: each piece goes all the way round, and is passed on as it arrives."""
+    transfers: list[Transfer] = []
+    arrival: list[Transfer] = []
+    for step in range(1, ring.size):
+        piece = into[(ring.rank - step + 1) % ring.size] if step > 1 else own
+        transfers.append(ring.send(partial(list, [piece]), tag=step, after=arrival))
+        arrival = [ring.recv([into[(ring.rank - step) % ring.size]], tag=step)]
+        transfers += arrival
+    ring.wait(*transfers)
 
 
 def _sum(parts: Sequence[memoryview], dtype: mx.Dtype) -> memoryview:

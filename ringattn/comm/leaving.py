@@ -15,15 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .mpi import MpiRing
+    from .peers import PeerRing
 
 PATIENCE = 2.0  # s in which the other ranks of a broken ring can print what they know
 
-_rings: list[MpiRing] = []  # those that are not retired, the oldest first
+_rings: list[PeerRing] = []  # those that are not retired, the oldest first
 _previous_hook = sys.excepthook
 
 
-def watch_over(ring: MpiRing) -> None:
+def watch_over(ring: PeerRing) -> None:
     """See to it that `ring` is left properly however this process ends."""
     global _previous_hook
     if sys.excepthook is not _tell:
@@ -40,6 +40,11 @@ def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackT
     """Print an uncaught exception as ever, then where it happened, and break this process's rings."""
     _previous_hook(kind, error, traceback)
     _report(error)
+    for ring in _rings:
+        if ring.error is not None and ring.error.rank != ring.rank and ring.error is not error:
+            # What was raised is what came of it, not the cause.
+            print(f"ringattn: {ring.error}", file=sys.stderr, flush=True)
+            break
     for ring in _rings:
         ring.fail(error)
 
@@ -78,7 +83,7 @@ def _end() -> None:
     _rings[0].abort()
 
 
-def abandon(ring: MpiRing) -> None:
+def abandon(ring: PeerRing) -> None:
     """End the job from the helper thread of `ring`, whose main thread will not come back from MPI."""
     if ring.error is not None:
         _report(ring.error)

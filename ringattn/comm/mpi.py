@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import mlx.core as mx
-
 from ..errors import ArgumentError, ArgumentTypeError, RingError
-from . import collectives, leaving, read_timeout
+from . import collectives, hub, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
-from .liveness import GRACE, Liveness, Place, describe
 from .pace import wait_until
+from .peers import PeerRing
+from .post import MpiPost
 from .progress import Engine, Helper, Message
 from .rounds import Round, Swap
-from .status import status
 
 FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
 
 
 def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
+    if hub.is_open():
+        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD
@@ -59,30 +59,24 @@ def _load() -> Any:
     return MPI
 
 
-class MpiRing(Ring):
+class MpiRing(PeerRing):
     """A ring of MPI processes. It has two communicators of its own: one for data, one for signs of life."""
 
     def __init__(self, MPI: Any, comm: Any, hosts: tuple[str, ...], timeouts: list[float]):
-        super().__init__()
         self._MPI, self._comm, self._life_comm = MPI, comm.Dup(), comm.Dup()
+        self._foreign = (MPI.Exception,)
         for own in (self._comm, self._life_comm):
             own.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
-        self.rank, self.size, self.hosts = comm.Get_rank(), comm.Get_size(), hosts
+        super().__init__(MpiPost(self._life_comm, MPI.Status()), comm.Get_rank(), hosts, timeouts)
         # Each rank begins with its right neighbour, so that they do not all send to the same one first.
         self._peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
         self._timeouts = timeouts
-        self.timeout = timeouts[self.rank]
-        self._place: Place = ("", 0)
         self._status = MPI.Status()
-        self._closed = False
         self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
-        interval = min(1.0, min(timeouts) / 10)  # often enough for the most impatient rank
-        self._life = Liveness(self._life_comm, hosts, self.timeout, interval, lambda: self._place, MPI.Status())
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved)
-        self._helper = Helper(self._engine, self._beat, interval, self.fail, lambda: self.retired)
-        status.open(self.rank, self.size)
+        self._helper = Helper(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
         leaving.watch_over(self)
 
     # What users call
@@ -107,24 +101,6 @@ class MpiRing(Ring):
                 self._stuck = False
                 return ring
 
-    def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
-        with self.call("broadcast"):
-            return collectives.broadcast(self, x, root)
-
-    def all_reduce(self, x: mx.array) -> mx.array:
-        with self.call("all_reduce"):
-            return collectives.all_reduce(self, x, self._swap)
-
-    def barrier(self) -> None:
-        with self.call("barrier"):
-            agree(self, "barrier")
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._life.say_bye(patience=1.0)
-
     # What the library calls
 
     def exchange(self, payload: Buffers) -> list[memoryview]:
@@ -137,6 +113,9 @@ class MpiRing(Ring):
         self._check()
         swap = Swap(self._comm, self._peers, out, into)
         self._watch(swap.poll, lambda: swap.missing, bulk=True)
+
+    def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
+        self._swap([own] * self.size, into)
 
     def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
         return self._add(Message("send", (self.rank + 1) % self.size, tag, load, after))
@@ -181,45 +160,10 @@ class MpiRing(Ring):
             self._helper.ring()
 
     def fail(self, error: BaseException) -> None:
-        if not isinstance(error, RingError) or error.rank is None:
-            what, hop = self._place
-            text = f"{self._life.name(self.rank)} failed {describe((what, hop))}: {type(error).__name__}: {error}"
-            error = RingError(text, rank=self.rank, host=self.hosts[self.rank], hop=hop)
-        self._life.fail(error)
+        super().fail(error)
         self._helper.broken = True
 
-    def at(self, what: str, hop: int) -> None:
-        if self._life.error is None:  # a broken ring stays where it broke
-            self._place = (what, hop)
-            status.write(what, hop)
-
     # What leaving.py asks
-
-    @property
-    def error(self) -> RingError | None:
-        """What broke the ring."""
-        return self._life.error
-
-    @property
-    def broken(self) -> bool:
-        return self._life.error is not None
-
-    @property
-    def retired(self) -> bool:
-        """Whether this ring is closed on all ranks, or on those that live."""
-        return self._closed and self._life.everybody_left()
-
-    @property
-    def me(self) -> str:
-        return self._life.name(self.rank)
-
-    @property
-    def where(self) -> str:
-        return describe(self._place)
-
-    def hear(self) -> None:
-        """Take in what the others have said."""
-        self._life.hear()
 
     def free(self) -> None:
         """Give a retired ring's communicators back, of which MPI has few."""
@@ -236,45 +180,7 @@ class MpiRing(Ring):
         if self.broken and self._stuck:
             leaving.abandon(self)
 
-    # Waiting with open eyes
-
-    def _check(self) -> None:
-        if self._life.error is not None:
-            raise self._life.error
-        if self._closed:
-            raise RingError("this ring is closed")
-
     def _watch(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
         """Wait until `poll` says True; `missing` are the ranks that this depends on."""
-        since: dict[int, float] = {}  # when a rank that is missing was first seen to have left
-
-        def look() -> None:
-            self._life.hear()
-            self._check()
-            now = time.monotonic()
-            for peer in missing() & self._life.left:
-                # What it sent before it left may still be on the way.
-                if now - since.setdefault(peer, now) > GRACE:
-                    self._deserted(peer)
-
-        try:
-            wait_until(poll, look, bulk)
-        except RingError as error:
-            self.fail(error)
-            raise
-        except self._MPI.Exception as error:
-            self.fail(error)
-            self._check()
-            raise
-        except BaseException as error:
-            self.fail(error)
-            raise
-
-    def _deserted(self, peer: int) -> None:
-        what, hop = self._place
-        raise RingError(
-            f"{self._life.name(peer)} left the ring while rank {self.rank} waited for it {describe((what, hop))}",
-            rank=peer,
-            host=self.hosts[peer],
-            hop=hop,
-        )
+        with self._breaking():
+            wait_until(poll, self._looking(missing), bulk)

@@ -1,4 +1,4 @@
-"""Fixtures for tests that run on every rank at once, under mpiexec (see ``tests/test_ranks.py``).
+"""Fixtures for tests that run on every rank at once, under mpiexec or mlx.launch (see ``tests/test_ranks.py``).
 
 Every rank runs the same tests in the same order with the same random numbers: each makes the whole problem, takes its
 part of it, and compares with its part of the whole answer. A rank that fails breaks the ring, so that no other waits.
@@ -6,19 +6,17 @@ part of it, and compares with its part of the whole answer. A rank that fails br
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from ringattn.comm import Ring, init
+from ringattn.comm import Ring, init, launched_by
 from ringattn.comm.agreement import agree
 
 # Without a launcher there is no ring to test: an ordinary run of the suite passes by here.
-_LAUNCHED = any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE"))
-collect_ignore_glob = [] if _LAUNCHED else ["test_*.py"]
+collect_ignore_glob = ["test_*.py"] if launched_by() == "solo" else []
 
 _rings: list[Ring] = []
 
@@ -26,7 +24,7 @@ _rings: list[Ring] = []
 @pytest.fixture(scope="session")
 def ring() -> Iterator[Ring]:
     """The ring of all ranks."""
-    ring = init("mpi", timeout=30)
+    ring = init(timeout=30)
     _rings.append(ring)
     yield ring
     ring.close()

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ringattn.comm import Gate, init, progress
+from ringattn.comm import Gate, group, init, launched_by, progress
 from ringattn.comm.agreement import agree
 from ringattn.comm.collectives import SMALL_BYTES
 from ringattn.errors import ArgumentError, ArgumentTypeError, RingError, TransformError
@@ -68,6 +68,7 @@ def test_blocks_forwarded_round_the_ring(ring, rng, monkeypatch, longest):
     if ring.size == 1:
         pytest.skip("no neighbour")
     monkeypatch.setattr(progress, "CHUNK_BYTES", max(longest // 4, 100))
+    monkeypatch.setattr(group, "PIECE_BYTES", max(longest // 4, 100))
     for _ in range(400 if longest < 1000 else 40):
         lengths = rng.choice([0, 1, longest // 4, longest // 2, longest], (ring.size, 2))
         lengths = np.where(rng.random(lengths.shape) < 0.5, lengths, rng.integers(0, longest + 1, lengths.shape))
@@ -222,6 +223,8 @@ def test_barrier(ring):
 
 
 def test_split(ring):
+    if launched_by() == "mlx" and ring.size > 1:
+        pytest.skip("mx.distributed has none")
     color = [7, -3, 7, None, -3][ring.rank % 5]
     part = ring.split(color)
     members = [rank for rank in range(ring.size) if [7, -3, 7, None, -3][rank % 5] == color]
@@ -234,8 +237,17 @@ def test_split(ring):
     ring.barrier()
 
 
+def test_split_that_is_not_there(ring):
+    if launched_by() != "mlx" or ring.size == 1:
+        pytest.skip("it is there")
+    for _ in range(2):
+        with pytest.raises(RingError, match="split: mx.distributed cannot divide its ranks; use backend 'mpi'"):
+            ring.split(ring.rank)
+    assert works(ring)
+
+
 def test_two_rings_at_once(ring):
-    with init("mpi", timeout=30) as other:
+    with init(timeout=30) as other:
         if ring.size > 1:
             into = [bytearray(1), bytearray(1)]
             sends = [r.send(lambda i=i: [memoryview(bytes([i]))], tag=0) for i, r in enumerate((ring, other))]
@@ -250,6 +262,8 @@ def test_two_rings_at_once(ring):
 
 
 def test_sub_ring_of_given_communicator(ring):
+    if launched_by() != "mpi":
+        pytest.skip("communicators are MPI's")
     from mpi4py import MPI
 
     with init(comm=MPI.COMM_SELF, timeout=5) as alone:
@@ -318,7 +332,7 @@ def test_wrong_arguments(ring):
     with pytest.raises(ArgumentTypeError, match="color: .red., expected an integer"):
         ring.split("red")
     with pytest.raises(ArgumentError, match="timeout: 0.*, expected a positive"):
-        init("mpi", timeout=0 if ring.rank == last else 5)
+        init(timeout=0 if ring.rank == last else 5)
     assert works(ring)
 
 

@@ -1,0 +1,323 @@
+"""What moves over `mx.distributed` in this process, and in which order.
+
+There is one group of processes, so there is one fabric, which all rings of the process share. Each of its lanes is a
+thread that does one thing after the other: a message to the right, a message from the left, a gather. With two lanes a
+rank sends while it receives; with one it does one thing at a time. The main thread only waits, with open eyes.
+
+No deadlock comes of it, as long as all ranks make the same calls:
+
+- A message is started at one end only when both are ready for it, and both ends start theirs in one order (`pairing`).
+- Two lanes: what is before a message in a lane belongs to the same link, at both ends in the same order, so the first
+  of a link always moves. One lane: the leader commits only when its lane is free, and `pairing.leads` says why the
+  waiting for followers makes no circle.
+- A gather starts when the lanes are empty of what was committed before it, and holds back what is committed after it.
+  A follower that waits for the leader's word hears it, for the leader either commits or comes to the gather as well.
+- Gathers that are nodes of MLX's graph depend on one another in the order of the calls, and are evaluated before
+  anything else is started here.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import RingError
+from .base import Buffers
+from .group import Group
+from .lanes import Lane, Work
+from .pairing import Key, Link, Offer, Parcel, leads
+
+OFFER, COMMIT, PASSED, REACHED = 16, 17, 18, 19  # kinds of message between fabrics
+FRAME_BYTES = 34 << 10  # of every rank in a gather: enough for the states of 64 heads of 128 dims
+LOOK_EVERY = 0.02  # s between two looks of a thread that waits
+
+_HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
+_ROUND_BYTES = 16  # of a head: all but the last number
+_MAGIC = b"rf01"
+INLINE_BYTES = FRAME_BYTES - _HEAD.size
+_OFFER = struct.Struct("<BIqQQ")  # whether the follower sends; channel, tag, bytes, epoch
+_COMMIT = struct.Struct("<QBIqBIq")  # epoch; whether the leader sends, channel, tag; whether it receives, channel, tag
+_PASSED = struct.Struct("<BQ")  # whether the leader sends; epoch
+_NO_KEY: Key = (0, 0)
+
+Tell = Callable[[int, int, bytes], object]  # peer, kind, note
+
+
+class Fabric:
+    """The links to the neighbours and the gathers of all.
+
+    Args:
+        group: What moves the bytes.
+        tell: Sends a note to a neighbour's fabric, which gives it to its `hear`; never waits.
+        on_error: Called with whatever goes wrong on another thread than the caller's.
+
+    Attributes:
+        epoch: The gathers that this rank has begun.
+        reached: The gathers that ranks have finished which said so before they left.
+        lock, changed: Guard all there is, and tell those who `wait`.
+    """
+
+    def __init__(self, group: Group, tell: Tell, on_error: Callable[[BaseException], None]):
+        self.group, self.rank, self.size = group, group.rank, group.size
+        self.epoch = 0
+        self.reached: dict[int, int] = {}
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.on_error = on_error
+        self._tell = tell
+        self._right, self._left = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        self._out = Link(True, leads(self.rank, self._right, True, group.duplex))
+        self._in = Link(False, leads(self.rank, self._left, False, group.duplex))
+        self._turns = [self._out, self._in]  # whose turn it is to lead, where one thing is done at a time
+        self._blocked: list[Parcel] = []
+        self._gathering = False
+        self._gather_turn = threading.Lock()
+        self._last: mx.array | None = None  # the gather in MLX's graph that nobody has waited for yet
+        lane = self._lane("sends" if group.duplex else "moves")
+        self._lanes = {self._out: lane, self._in: self._lane("receives") if group.duplex else lane}
+
+    def _lane(self, name: str) -> Lane:
+        return Lane(name, self.lock, self._admits, self.advance, self.fail)
+
+    # Messages
+
+    def add(self, parcel: Parcel) -> None:
+        """Move `parcel` when it and its other end are ready."""
+        self.settle()
+        with self.lock:
+            self._blocked.append(parcel)
+            self.advance()
+
+    def advance(self) -> None:
+        """Do all that can be done now: after anything has changed."""
+        with self.lock:
+            try:
+                for parcel in [parcel for parcel in self._blocked if parcel.ready]:
+                    self._blocked.remove(parcel)
+                    self._make_ready(parcel)
+                self._commit()
+            except Exception as error:  # it must reach the peers, whichever thread this is
+                self.fail(error)
+            self.changed.notify_all()
+            for lane in self._lanes.values():
+                lane.bell.notify()
+
+    def _make_ready(self, parcel: Parcel) -> None:
+        link = self._out if parcel.sending else self._in
+        parcel.load()
+        link.ready.append(parcel)
+        if not link.leads:
+            parcel.epoch = self.epoch
+            self._tell(parcel.peer, OFFER, _OFFER.pack(link.sending, *parcel.key, parcel.bytes, self.epoch))
+
+    def _commit(self) -> None:
+        """As the leader of a link, start what both ends are ready for."""
+        if self._gathering:
+            return
+        if self.group.duplex:
+            while (parcel := self._out.match(self.epoch)) is not None:
+                self._start(self._out, parcel)
+        elif self._lanes[self._out].idle:
+            self._commit_one()
+
+    def _commit_one(self) -> None:
+        found = {}
+        for link in self._turns:
+            if link.leads and (parcel := link.match(self.epoch)) is not None:
+                found[link] = parcel
+                if self.size > 2:  # with another neighbour, something else
+                    break
+        if found:
+            self._turns.reverse()
+            peer = next(iter(found.values())).peer
+            self._announce(peer, found.get(self._out), found.get(self._in))
+            self._push(self.epoch, found.get(self._out), found.get(self._in))
+
+    def _start(self, link: Link, parcel: Parcel) -> None:
+        self._announce(parcel.peer, parcel, None)
+        self._push(self.epoch, parcel, None)
+
+    def _announce(self, peer: int, out: Parcel | None, into: Parcel | None) -> None:
+        keys = [(parcel is not None, *(_NO_KEY if parcel is None else parcel.key)) for parcel in (out, into)]
+        self._tell(peer, COMMIT, _COMMIT.pack(self.epoch, *keys[0], *keys[1]))
+
+    def _push(self, epoch: int, out: Parcel | None, into: Parcel | None) -> None:
+        """Queue what was committed."""
+        parcels = tuple(parcel for parcel in (out, into) if parcel is not None)
+
+        def do(stream: Any) -> None:
+            sent: Buffers = () if out is None else out.buffers
+            received: Buffers = () if into is None else into.buffers
+            for parcel in parcels:
+                parcel.started = time.time()
+            if self.size == 2 and not self.group.duplex:
+                self.group.swap(sent, received, stream)
+            elif out is not None:
+                self.group.send(sent, self._right, stream)
+            else:
+                self.group.recv(received, self._left, stream)
+
+        lane = self._lanes[self._in if out is None else self._out]
+        lane.add(Work(do, epoch, parcels))
+
+    # What the neighbours say
+
+    def hear(self, sender: int, kind: int, note: bytes) -> None:
+        """Take in what the fabric of another rank has told this one."""
+        with self.lock:
+            if kind == OFFER:
+                sending, channel, tag, count, epoch = _OFFER.unpack(note)
+                link = self._in if sending else self._out
+                link.offers.append(Offer((channel, tag), count, epoch))
+                self._answer()
+            elif kind == COMMIT:
+                epoch, sends, *sent, receives, channel, tag = _COMMIT.unpack(note)
+                out = self._out.take((channel, tag)) if receives else None
+                into = self._in.take((sent[0], sent[1])) if sends else None
+                self._push(epoch, out, into)
+            elif kind == PASSED:
+                sending, epoch = _PASSED.unpack(note)
+                (self._in if sending else self._out).passed = epoch
+            elif kind == REACHED:
+                self.reached[sender] = struct.unpack("<Q", note)[0]
+            self.advance()
+
+    def _answer(self) -> None:
+        """As a leader, tell followers that have offers from before a gather that this rank has come to it."""
+        if self._gathering:
+            for link, peer in ((self._out, self._right), (self._in, self._left)):
+                if link.leads and link.due(self.epoch):
+                    self._tell(peer, PASSED, _PASSED.pack(link.sending, self.epoch))
+
+    # Gathers
+
+    def exchange(self, channel: int, payload: Buffers, wait: Callable[[Callable[[], bool]], None]) -> list[memoryview]:
+        """Every rank's payload, on every rank: one gather, and a second one if any is longer than a frame holds.
+
+        Args:
+            channel: Of the ring whose round it is.
+            payload: This rank's bytes.
+            wait: Returns when what it is given says True, and raises when that will not come.
+        """
+        self.settle()
+        with self._gather_turn:
+            self._begin()
+            wait(lambda: self._quiet)
+            work = Work(lambda stream: self._gather(channel, b"".join(payload), stream), None)
+            with self.lock:
+                self._lanes[self._out].add(work)
+            wait(lambda: work.done)
+            self._end()
+        replies: list[memoryview] = work.result
+        return replies
+
+    def _begin(self) -> None:
+        with self.lock:
+            self.epoch += 1
+            self._gathering = True
+            self._answer()
+
+    def _end(self) -> None:
+        with self.lock:
+            self._gathering = False
+            self.advance()
+
+    @property
+    def _quiet(self) -> bool:
+        return all(link.quiet(self.epoch) and lane.empty_before(self.epoch) for link, lane in self._lanes.items())
+
+    def _admits(self, work: Work) -> bool:
+        """Whether a lane may start `work` now, or only after the gather that this rank is in."""
+        return work.epoch is None or not self._gathering or work.epoch < self.epoch
+
+    def head(self, channel: int, count: int) -> bytes:
+        """The head of this rank's frame in the present gather."""
+        return _HEAD.pack(_MAGIC, channel, self.epoch, count)
+
+    def _gather(self, channel: int, payload: bytes, stream: Any) -> list[memoryview]:
+        frame = np.zeros(FRAME_BYTES, np.uint8)
+        text = self.head(channel, len(payload)) + payload[:INLINE_BYTES]
+        frame[: len(text)] = np.frombuffer(text, np.uint8)
+        frames = self.group.gather(frame, stream)
+        lengths = [self._check_head(rank, memoryview(row), channel) for rank, row in enumerate(frames)]
+        longest = max(lengths)
+        if longest > INLINE_BYTES:
+            rest = np.zeros(longest - INLINE_BYTES, np.uint8)
+            own = np.frombuffer(payload, np.uint8)[INLINE_BYTES:]
+            rest[: len(own)] = own
+            frames = np.concatenate([frames, self.group.gather(rest, stream)], axis=1)
+        return [memoryview(row)[_HEAD.size : _HEAD.size + n] for row, n in zip(frames, lengths)]
+
+    def _check_head(self, rank: int, frame: memoryview, channel: int) -> int:
+        magic, theirs, epoch, count = _HEAD.unpack_from(frame)
+        if (magic, theirs, epoch) != (_MAGIC, channel, self.epoch):
+            raise RingError(f"rank {rank} is in another round: rings must be used in the same order on all ranks")
+        return int(count)
+
+    # Gathers in MLX's graph
+
+    def exchange_in_graph(
+        self, channel: int, payload: mx.array, wait: Callable[[Callable[[], bool]], None]
+    ) -> mx.array:
+        """The same for a payload of at most `INLINE_BYTES`, as a node of MLX's graph.
+
+        It is the same gather on the link as `exchange` makes, so one rank may be in the one and another in the other.
+
+        Returns:
+            The bytes of all ranks, as rows as long as this rank's payload: zeros for what a rank did not send, and in
+            all of the row of a rank that was in another round.
+        """
+        with self._gather_turn:
+            self._begin()
+            wait(lambda: self._quiet)
+            count = payload.size
+            head = mx.array(np.frombuffer(self.head(channel, count), np.uint8))
+            frame = mx.concatenate([head, payload, mx.zeros(INLINE_BYTES - count, mx.uint8)])
+            if self._last is not None:  # which is not known to have been evaluated: the order is the calls'
+                frame = mx.depends([frame], [self._last])[0]
+            frames = self._last = self.group.gather_in_graph(frame)
+            same_round = mx.all(frames[:, :_ROUND_BYTES] == head[:_ROUND_BYTES], axis=1, keepdims=True)
+            return mx.where(same_round, frames[:, _HEAD.size : _HEAD.size + count], 0)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a gather in MLX's graph may have to be evaluated yet."""
+        return self._last is not None
+
+    def settle(self) -> None:
+        """Evaluate the gathers in MLX's graph, so that something else can move."""
+        if self._last is not None:
+            mx.eval(self._last)
+            self._last = None
+            self._end()
+
+    # Waiting
+
+    def wait(self, poll: Callable[[], bool], look: Callable[[], None]) -> None:
+        """Return when `poll` says True; `look`, which may raise, is called now and then."""
+        while True:
+            with self.lock:
+                if self.changed.wait_for(poll, LOOK_EVERY):
+                    return
+            look()
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing goes on from here."""
+        self.on_error(error)
+        with self.lock:
+            self.changed.notify_all()
+
+    def missing(self, channel: int) -> set[int]:
+        """The ranks that have to do something for a message of a ring to be committed."""
+        with self.lock:
+            return {parcel.peer for link in self._lanes for parcel in link.ready if parcel.key[0] == channel}
+
+    def behind(self) -> set[int]:
+        """The ranks that the present gather may still need."""
+        return {peer for peer in range(self.size) if peer != self.rank and self.reached.get(peer, 0) < self.epoch}

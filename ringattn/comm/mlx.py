@@ -1,0 +1,182 @@
+"""The transport over `mx.distributed`, under `mlx.launch`.
+
+Blocks and rounds move over MLX's own links (TCP, or RDMA over Thunderbolt), signs of life over ordinary TCP sockets.
+`fabric` says how the two ends of a link agree what moves next although `mx.distributed` knows no tags, and why nothing
+waits for ever.
+
+A call into `mx.distributed` cannot be interrupted. They are made on threads of their own, so the main thread gets its
+`RingError` when a rank dies, and the process ends without them. Only gathers that are nodes of MLX's graph are
+evaluated by whoever evaluates the graph: if the ring breaks meanwhile, the process says why and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ArgumentError, RingError
+from . import collectives, leaving, read_timeout
+from .agreement import agree, heard
+from .base import Buffers, Event, Gate, Ring, Transfer
+from .fabric import INLINE_BYTES
+from .group import launched_size
+from .hub import Hub, hub
+from .pairing import Parcel
+from .peers import PeerRing
+from .solo import SoloRing
+
+_CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
+_STUCK_AFTER = 0.5  # s that the main thread has to notice by itself that the ring broke
+
+
+def open_ring(timeout: float | None) -> Ring:
+    """The ring of all processes that `mlx.launch` started; see `ringattn.init`."""
+    if launched_size() == 1:
+        return SoloRing(read_timeout(timeout))
+    error: ArgumentError | None = None
+    try:
+        timeout = read_timeout(timeout)
+    except ArgumentError as wrong:
+        error = wrong
+    all_of_us = hub()
+    # One round before anything else, so that an argument that is wrong on one rank is an error on all.
+    told = all_of_us.introduce([timeout, None if error is None else str(error)] if error is None else [0, str(error)])
+    if error is not None:
+        raise error
+    for rank, (_, text) in enumerate(told):
+        if text is not None:
+            raise ArgumentError(f"rank {rank}: {text}")
+    return MlxRing(all_of_us, [seconds for seconds, _ in told])
+
+
+class MlxRing(PeerRing):
+    """A ring of the processes of `mx.distributed`."""
+
+    in_graph_bytes = INLINE_BYTES
+
+    def __init__(self, all_of_us: Hub, timeouts: Sequence[float]):
+        self._hub, self._fabric = all_of_us, all_of_us.fabric
+        self._channel = all_of_us.new_channel()
+        super().__init__(all_of_us.post(self._channel), all_of_us.rank, all_of_us.hosts, timeouts)
+        self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
+        self._broke: float | None = None  # when this was seen
+        all_of_us.join(self._channel, self)
+        leaving.watch_over(self)
+
+    # What users call
+
+    def split(self, color: int | None) -> Ring | None:
+        with self.call("split"):
+            with heard(self, "split"):
+                collectives.check_color(color)
+            agree(self, "split")
+            raise RingError("split: mx.distributed cannot divide its ranks; use backend 'mpi', under mpiexec")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        try:
+            if not self.broken:
+                self.settle()  # others may still need this rank for it
+        finally:
+            self._hub.say_how_far()
+            super().close()
+
+    # What the library calls
+
+    def exchange(self, payload: Buffers) -> list[memoryview]:
+        self._check()
+        with self._breaking():
+            return self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
+
+    def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
+        self._check()
+        with self._breaking():
+            waiting = self._waiting(self._fabric.behind)
+            replies = self._fabric.exchange_in_graph(self._channel, payload, waiting)
+        begins = mx.contiguous(replies[:, :_CHECKED_BYTES])
+        self._unchecked.append((begins, check))
+        return mx.depends([replies], [begins])[0]  # so that both are evaluated, and the whole can go
+
+    def settle(self, keep: int = 0) -> None:
+        self._check()
+        while len(self._unchecked) > keep:
+            begins, check = self._unchecked.popleft()
+            with self._breaking():
+                mx.eval(begins)
+            check([memoryview(row) for row in np.array(begins)])
+
+    def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+        collectives.swap_along(self, out, into)
+
+    def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
+        collectives.share_along(self, own, into)
+
+    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+        return self._add(True, (self.rank + 1) % self.size, tag, load, after)
+
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+        return self._add(False, (self.rank - 1) % self.size, tag, lambda: buffers, after)
+
+    def _add(
+        self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]
+    ) -> Transfer:
+        self._check()
+        parcel = Parcel(sending, peer, (self._channel, tag), load, after, self._moved)
+        for gate in after:
+            if isinstance(gate, Gate):
+                gate.watch(self._fabric.advance)
+        with self._breaking():
+            self._fabric.add(parcel)
+        self._check()
+        return parcel
+
+    def _moved(self, parcel: Parcel) -> None:
+        if parcel.sending:
+            self.bytes_sent += parcel.bytes
+        if self.trace is not None and parcel.bytes:
+            kind = "send" if parcel.sending else "recv"
+            self.trace.append(Event(kind, parcel.key[1], parcel.started, time.time(), parcel.bytes))
+
+    def wait(self, *transfers: Transfer) -> None:
+        if all(transfer.done for transfer in transfers):
+            return
+        self._check()
+        with self._breaking():
+            waiting = self._waiting(lambda: self._fabric.missing(self._channel))
+            waiting(lambda: all(transfer.done for transfer in transfers))
+
+    def _waiting(self, missing: Callable[[], set[int]]) -> Callable[[Callable[[], bool]], None]:
+        look = self._looking(missing)
+        return lambda poll: self._fabric.wait(poll, look)
+
+    # What the hub's thread calls
+
+    @property
+    def interval(self) -> float:
+        """Seconds until the next beat."""
+        return self._interval if self._broke is None else min(self._interval, 0.1)
+
+    def beat(self) -> None:
+        """Tell the others that this rank lives, and end a process that cannot end by itself."""
+        self._life.beat()
+        if not self.broken:
+            return
+        now = time.monotonic()
+        self._broke = now if self._broke is None else self._broke
+        if self._fabric.pending and now - self._broke > _STUCK_AFTER:
+            leaving.abandon(self)
+
+    # What leaving.py asks
+
+    def free(self) -> None:
+        self._hub.part(self._channel)
+
+    def abort(self) -> None:
+        """End this process at once: threads that are in `mx.distributed` would keep it for ever."""
+        os._exit(1)
