@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("imports", "decode", "memory", "ring", "lm", "kernel", "work")
+NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "kernel", "work")
 
 for name in sys.argv[1:] or NAMES:
     if name not in NAMES:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,21 @@ def sampled_error(
     return float(np.abs(acc / total - out[:, picked]).max())
 
 
-def run_ranks(module: str, ranks: int, threads: int, *arguments: object, expect_failure: bool = False) -> list | None:
-    """Run ``python -m module FILE *arguments`` on local ranks; what each wrote as JSON to ``FILE.rank``.
+def run_ranks(
+    module: str,
+    ranks: int,
+    threads: int,
+    *arguments: object,
+    expect_failure: bool = False,
+    hosts: Sequence[str] = (),
+    base: Mapping[str, str] = os.environ,
+) -> list | None:
+    """Run ``python -m module FILE *arguments`` on ranks; what each wrote as JSON to ``FILE.rank``.
+
+    Args:
+        expect_failure: Whether they may fail.
+        hosts: Where they run, one on each, on this machine's disk; none: on this machine.
+        base: The environment.
 
     Returns:
         ``None`` if they failed and that was expected.
@@ -58,9 +71,10 @@ def run_ranks(module: str, ranks: int, threads: int, *arguments: object, expect_
         worker = [sys.executable, "-m", module, str(Path(folder) / "result"), *map(str, arguments)]
         line = worker
         if ranks > 1:
-            launch = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(ranks), "--threads", str(threads), "--"]
-            line = [*launch, *worker]
-        environment = {**os.environ, "RINGATTN_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+            where = ["--hosts", ",".join(hosts)] if hosts else []
+            launch = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(ranks), *where]
+            line = [*launch, "--threads", str(threads), "--", *worker]
+        environment = {**base, "RINGATTN_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             if expect_failure:

@@ -64,15 +64,13 @@ def worker() -> None:
             error = _gradient_error(ring, q, pull_back(), positions, dim, causal)
             assert error < 1e-4, error
         timed = pull_back if gradient else call
-        whole = _without_ring(ring, layout, q, k, v, causal, gradient)
+        whole = without_ring(ring, layout, q, k, v, causal, gradient)
         write_result(ring.rank, medians({"call": timed, "alone": whole}, repeats=5 if gradient else 9))
 
 
-def _without_ring(
-    ring: ra.Ring, layout: ra.Layout, q: mx.array, k: mx.array, v: mx.array, causal: bool, gradient: bool
-):
+def without_ring(ring: ra.Ring, layout: ra.Layout, q: mx.array, k: mx.array, v: mx.array, causal: bool, gradient: bool):
     """What makes the same scores with all keys at hand: both ranks at once, each for its own queries."""
-    places = mx.array(layout.positions(ring.rank)), mx.arange(TOKENS)
+    places = mx.array(layout.positions(ring.rank)), mx.arange(layout.length)
     arrays = [q, *(layout.gather(x, ring) for x in (k, v))]
     mx.eval(arrays)
 

@@ -191,9 +191,13 @@ class Job:
                 self._told.add(rank.number)
 
     def _end_survivors(self, now: float) -> None:
+        left = [rank for rank in self.ranks.values() if rank.end is None]
+        deaf = bool(left) and len(self.ranks) == self.size and all(rank.stopped for rank in left)
         if self._term_at == float("inf"):
             self._term_at, self.kill_at = now + SURVIVORS, now + SURVIVORS + TERM_GRACE
-        elif now >= self._term_at and not self._told:
+        if deaf:  # to all but SIGKILL
+            self._term_at, self.kill_at = min(self._term_at, now), min(self.kill_at, now)
+        if now >= self._term_at and not self._told:
             failure = self._first_failure()
             assert failure is not None
             cause = "" if failure.code < 0 else f"{failure.line}; "  # a killed one has been reported

@@ -41,7 +41,7 @@ FORWARDED = (
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 DEFAULT_TIMEOUT = 60.0  # s, the ring's
-_QUIET = 0.1  # s without the rest of a line
+_QUIET = 0.3  # s without the rest of a line
 _LAST_WORDS = 3  # s for the launcher's host to confirm that it has heard how the program ended
 _LOOK_AROUND = 0.5  # seconds between looks at the parent; everything else wakes the wait by itself
 
@@ -172,7 +172,7 @@ class Outputs:
 
     def finish(self) -> None:
         for thread in self.threads:
-            thread.join(_QUIET * 10)  # unless something that the program left behind holds on to it
+            thread.join(_QUIET * 4)  # unless something that the program left behind holds on to it
 
 
 class Wrapper:

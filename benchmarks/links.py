@@ -1,0 +1,87 @@
+"""Links of a given rate between the hosts of a virtual cluster: whether transfers hide behind compute, or fill them.
+
+A host has one core as long as there are enough. The rate is set so that a hop's transfer takes a given part of its
+compute, which is the time of the same work with all keys at hand, on all hosts at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+
+import ringattn as ra
+from launch.virtual import Cluster, unavailable
+
+from .common import chunk_of, medians, run_ranks, sampled_error, show, write_result
+from .ring import without_ring
+
+HEADS, DIM = 8, 128
+TOKENS = {2: 6144, 4: 8192}
+HIDDEN, BOUND = 0.7, 2.0  # of a hop's compute: a transfer that can hide, and one that cannot
+
+
+def main() -> None:
+    """Both questions, for both masks, on 2 and 4 hosts."""
+    if why := unavailable():
+        print(f"\nlinks: skipped: {why}")
+        return
+    hidden, bound = [], []
+    for hosts, mask in product((2, 4), ("full", "causal")):
+        with Cluster(hosts, pin=True) as cluster:
+            free = _run(cluster, hosts, mask)
+            compute = free["alone"] / hosts  # of a hop
+            # MPI moves both ways at once: in a ring of two the same cable carries one block each way.
+            hop = TOKENS[hosts] // hosts * HEADS * DIM * 2 * 4
+            for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
+                rate = 8 * hop / (part * compute)
+                cluster.set_rate(f"{rate / 1e3:.0f}kbit")
+                found = _run(cluster, hosts, mask)
+                sending = (hosts - 1) * part * compute
+                filled = sending / (found["call"] - found["alone"] / hosts)
+                ratio = found["alone"] / found["call"]
+                rows.append([hosts, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*found.values(), ratio, filled))])
+    head = ["hosts", "mask", "Mbit/s", "ring, s", "without a ring, s", "of pure compute", "of the link's rate"]
+    show(
+        f"{HEADS} heads of {DIM}, a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)",
+        head,
+        hidden,
+    )
+    show(f"the same, {BOUND} of it (aim: 0.95 of the link's rate)", head, bound)
+
+
+def _run(cluster: Cluster, hosts: int, mask: str) -> dict[str, float]:
+    found = run_ranks("benchmarks.links", hosts, 1, mask, hosts=cluster.addresses, base=cluster.environment)
+    assert found is not None
+    return {name: max(one[name] for one in found) for name in ("call", "alone")}
+
+
+def worker() -> None:
+    """One host's share: the median seconds of a call, and of the same work without a ring."""
+    causal = sys.argv[2] == "causal"
+    mx.set_default_device(mx.cpu)
+    with ra.init() as ring:
+        tokens = TOKENS[ring.size]
+        layout = ra.Layout.zigzag(tokens, ring.size)
+        q, k, v = (
+            mx.array(np.concatenate([chunk_of(name, *span, HEADS, DIM) for span in layout.spans[ring.rank]], 1)[None])
+            for name in "qkv"
+        )
+
+        def call() -> mx.array:
+            ring.barrier()
+            mask = "causal" if causal else None
+            out = ra.ring_attention(q, k, v, ring=ring, layout=layout, mask=mask, strategy="pass_kv")
+            mx.eval(out)
+            return out
+
+        error = sampled_error(np.array(call()[0]), layout.positions(ring.rank), tokens, DIM, causal=causal)
+        assert error < 1e-5, error
+        alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
+        write_result(ring.rank, medians({"call": call, "alone": alone}, repeats=5))
+
+
+if __name__ == "__main__":
+    worker()

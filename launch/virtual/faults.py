@@ -1,0 +1,159 @@
+"""Things that go wrong on a cluster, done to a virtual one; what came of it.
+
+sudo python -m launch.virtual.faults            # each once: the table of docs/faults.md
+sudo python -m launch.virtual.faults 100        # a hundred at random, at random moments
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cluster import Cluster
+from .victim import WRONG
+
+HOSTS, TIMEOUT = 3, 5
+ALLOWED = TIMEOUT + 5  # s until everything has ended
+VICTIM = Path(__file__).with_name("victim.py")
+ROOT = VICTIM.parents[2]
+
+# What is done to rank 1 of 3, and what the ranks' own words or the launcher's must say of it.
+FAULTS = {
+    "killed": r"rank 1 \(mac1\) was killed by SIGKILL",
+    "stopped": r"rank 1 \(mac1\) gave no sign of life for 5 s",
+    "cable pulled": r"rank 1 \(mac1\)(: the connection to it was lost| gave no sign of life for 5 s)",
+    "no memory left": r"rank 1 \(mac1\) was killed by SIGKILL",
+    "raises": r"rank 1 \(mac1\) failed .*ValueError: boom",
+    "ends early": r"rank 1 \(mac1\) (left the ring|failed .*SystemExit)",
+    "ends with a code": r"rank 1 \(mac1\) (left the ring|failed .*SystemExit|exited with code 5)",
+    "other arguments": r"ring_attention: scale differs between ranks: 0.25 on ranks 0 and 2, 0.5 on rank 1",
+    "another version": r"rank 1 sent something that \w+ does not understand \(another version\?\)",
+}
+_SENT = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fault.
+
+    Attributes:
+        fault: Which.
+        code: The launcher's exit code; ``None``: it did not end in time.
+        seconds: From the fault until the launcher ended.
+        cause: The words that name the cause, as they were printed; empty if none did.
+        wrong: Whether a rank had a wrong answer.
+        left: How many processes were left on the hosts.
+        output: All that was printed.
+    """
+
+    fault: str
+    code: int | None
+    seconds: float
+    cause: str
+    wrong: bool
+    left: int
+    output: str
+
+    @property
+    def good(self) -> bool:
+        """Whether it ended in time, failed, named the cause, and left nothing."""
+        return bool(self.code and self.cause) and self.seconds < ALLOWED and not self.wrong and not self.left
+
+
+def inflict(cluster: Cluster, fault: str, delay: float = 0.0) -> Outcome:
+    """Start ranks on all hosts, do `fault` to rank 1 once all are at work and `delay` seconds have passed."""
+    with tempfile.TemporaryDirectory(prefix="ringattn-faults-") as name:
+        folder = Path(name)
+        launcher = [sys.executable, "-m", "ringattn.cli", "launch", "--hosts", ",".join(cluster.addresses)]
+        line = [*launcher, "--timeout", str(TIMEOUT), "--threads", "1", str(VICTIM), name, fault, "1"]
+        environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+        with (folder / "output").open("w+") as output:
+            process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            try:
+                begin = _strike(cluster, process, folder, fault, delay)
+                code = _wait(process, begin + ALLOWED + 10)
+                seconds = time.monotonic() - begin
+                while cluster.processes() and time.monotonic() - begin < ALLOWED:
+                    time.sleep(0.1)
+            finally:
+                process.kill()
+            left = len(cluster.processes())
+            output.seek(0)
+            text = output.read()
+        _repair(cluster)
+        found = re.search(FAULTS[fault] + r"[^\n)\"]*", text)
+        wrong = code == WRONG or "WRONG ANSWER" in text
+        return Outcome(fault, code, seconds, found[0] if found else "", wrong, left, text)
+
+
+def _strike(cluster: Cluster, process: subprocess.Popen, folder: Path, fault: str, delay: float) -> float:
+    """Do it; when."""
+    end = time.monotonic() + 60
+    ready = 0 if fault == "another version" else HOSTS
+    while len(list(folder.glob("*.ready"))) < ready and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(delay)
+    begin = time.monotonic()
+    if fault in _SENT:
+        os.kill(int((folder / "1.pid").read_text()), _SENT[fault])
+    elif fault == "cable pulled":
+        cluster.unplug(1)
+    else:
+        (folder / "now").touch()
+    return begin
+
+
+def _wait(process: subprocess.Popen, end: float) -> int | None:
+    try:
+        return process.wait(end - time.monotonic())
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _repair(cluster: Cluster) -> None:
+    """What the next one needs."""
+    for pid in cluster.processes():
+        os.kill(pid, signal.SIGKILL)
+    cluster.plug(1)
+
+
+def make_cluster() -> Cluster:
+    """The cluster that faults are tried on."""
+    return Cluster(HOSTS, rate="1gbit", memory="900M")
+
+
+def main() -> int:
+    """Try each fault once and print a table, or as many at random as the command line says."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    chosen = list(FAULTS) if count is None else random.choices(list(FAULTS), k=count)
+    with make_cluster() as cluster:
+        outcomes = []
+        for number, fault in enumerate(chosen, 1):
+            outcomes.append(inflict(cluster, fault, 0.0 if count is None else random.uniform(0, 1.5)))
+            if count is not None:
+                one = outcomes[-1]
+                told = "" if one.good else f": NOT AS IT SHOULD BE: {one}"
+                print(f"{number}: {fault}, {one.seconds:.1f} s{told}", flush=True)
+    good = sum(one.good for one in outcomes)
+    if count is None:
+        print(table(outcomes))
+    print(f"{good} of {len(outcomes)} as they should be", file=sys.stderr)
+    return int(good < len(outcomes))
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown."""
+    rows = [f"| {one.fault} | {one.code} | {one.seconds:.1f} s | `{one.cause}` |" for one in outcomes]
+    return "\n".join(["| rank 1 of 3 | exit code | ended after | what is said |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

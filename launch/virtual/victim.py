@@ -1,0 +1,64 @@
+"""What ranks run while something is done to one of them: attention round the ring, over and over, each time checked.
+
+``python victim.py FOLDER FAULT RANK``: every rank notes its pid in FOLDER; rank RANK does FAULT to itself if that is
+something a rank can do. A wrong answer ends the rank with code 99, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import ringattn as ra
+from ringattn.comm import agreement
+
+WRONG = 99
+SECONDS = 30  # without a fault
+
+
+def main() -> None:
+    folder, fault, victim = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    with ra.init() as ring:
+        (folder / f"{ring.rank}.pid").write_text(str(os.getpid()))
+        mine, begin, calls = ring.rank == victim, time.monotonic(), 0
+        if mine and fault == "another version":
+            agreement._MAGIC = b"ra00"
+            agreement._good_head.cache_clear()
+        while time.monotonic() - begin < SECONDS:
+            due = mine and (folder / "now").exists()
+            attend(ring, calls, tokens=int(ring.all_reduce(mx.array([0])).item()) + 97, odd=due and fault)
+            calls += 1
+            if calls == 3:
+                (folder / f"{ring.rank}.ready").touch()
+
+
+def attend(ring: ra.Ring, seed: int, tokens: int, odd: str | bool) -> None:
+    """One call, causal, on random numbers that every rank knows."""
+    random = np.random.default_rng(seed)
+    layout = ra.Layout.zigzag(tokens, ring.size)
+    q, k, v = (mx.array(random.standard_normal((1, 2, tokens, 32), np.float32)) for _ in range(3))
+    own = [layout.shard(x, ring.rank) for x in (q, k, v)]
+    if odd == "raises":
+        raise ValueError("boom")
+    if odd in ("ends early", "ends with a code"):
+        sys.exit(0 if odd == "ends early" else 5)
+    if odd == "no memory left":
+        hoard = []
+        while True:
+            hoard.append(b"x" * (8 << 20))
+    scale = 0.5 if odd == "other arguments" else 0.25
+    out = ra.ring_attention(*own, ring=ring, layout=layout, mask="causal", scale=scale)
+    exact = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
+    error = float(mx.abs(out - layout.shard(exact, ring.rank)).max().item())
+    if not error < 1e-4:
+        print(f"WRONG ANSWER: {error}", flush=True)
+        os._exit(WRONG)
+
+
+if __name__ == "__main__":
+    main()
