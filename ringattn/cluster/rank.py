@@ -224,6 +224,12 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
+def launched_rank() -> str:
+    """The rank that mpiexec gave this process, ``"0"`` without one."""
+    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0")
+
+
 def _drain(descriptor: int) -> None:
     try:
         while os.read(descriptor, 512):
@@ -234,8 +240,7 @@ def _drain(descriptor: int) -> None:
 
 def main() -> int:
     """Run ``COMMAND...``, all that follows the first ``--``."""
-    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    rank = launched_rank()
     try:
         wrapper = Wrapper(os.environ["RINGATTN_LAUNCH_DIR"], rank)
     except OSError:

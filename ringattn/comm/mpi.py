@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -46,17 +46,40 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
 
 
 def _load() -> Any:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py itself is missing, or it found no MPI library
-        why = str(error).partition("\n")[0]
-        raise RingError(f"backend 'mpi' needs mpi4py and MPI ({why}): pip install 'ringattn[mpi]'") from error
+    MPI = _import()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RingError(
             "MPI was started without support for threads; import ringattn before anything that starts MPI, leave "
             "mpi4py.rc.thread_level at 'multiple', or use an MPI built with MPI_THREAD_MULTIPLE"
         )
     return MPI
+
+
+def _import() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py itself is missing, or it found no MPI library
+        why = str(error).partition("\n")[0]
+        raise RingError(f"backend 'mpi' needs mpi4py and MPI ({why}): pip install 'ringattn[mpi]'") from error
+    return MPI
+
+
+class Library(NamedTuple):
+    """The MPI library of this process."""
+
+    version: str  # in its own words
+    flavour: str  # "MPICH", "Open MPI" or another
+    threads: str  # the level of support: "single", "funneled", "serialized" or "multiple", which rings need
+    size: int  # processes of the job
+
+
+def library() -> Library:
+    """What MPI this process runs with; starts MPI. `RingError` where there is none."""
+    MPI = _import()
+    levels = ("single", "funneled", "serialized", "multiple")
+    known = {getattr(MPI, f"THREAD_{name.upper()}"): name for name in levels}
+    version = " ".join(MPI.Get_library_version().partition("\n")[0].split())
+    return Library(version.rstrip("\0"), MPI.get_vendor()[0], known[MPI.Query_thread()], MPI.COMM_WORLD.Get_size())
 
 
 class MpiRing(Ring):
