@@ -104,9 +104,8 @@ def next_size(size: int, seconds: float) -> int:
 def _transfer(ring: Ring, senders: tuple[int, ...], size: int) -> float:
     """Seconds until the last rank had sent and received all, counted by each from when all were ready."""
     sends, receives = ring.rank in senders, (ring.rank - 1) % ring.size in senders
-    out, into = (
-        memoryview(bytearray(b"x") * (size * used)) for used in (sends, receives)
-    )  # written, so that it is there
+    # Written, not only allocated: else the first touch of every page would count.
+    out, into = (memoryview(bytearray(b"x") * (size * used)) for used in (sends, receives))
     ring.exchange([])
     start = time.perf_counter()
     transfers = [ring.recv([into], tag=0)] if receives else []

@@ -127,11 +127,18 @@ def _ranks(seen: Examination) -> Iterator[Finding]:
         yield Finding(True, seen.name(number), f"did not start{because}", _reach(seen, number))
     problems = {rank.problem: number for number, rank in reversed(seen.told.ranks.items()) if rank.problem}
     for problem, number in reversed(problems.items()):  # what several ranks say alike is told once
-        yield Finding(True, seen.name(number), problem, "mend that and run ringattn doctor again")
+        yield Finding(True, seen.name(number), problem, _mend(seen.told.ranks[number]))
     for number, rank in seen.told.ranks.items():
         if not (rank.done or rank.problem or seen.ended is None):
             ended = f"ended while {rank.doing}{because}"
             yield Finding(True, seen.name(number), ended, "run ringattn verify on that host")
+
+
+def _mend(rank: Rank) -> str:
+    """What to try where a rank told of a problem."""
+    if rank.doing.startswith("measuring"):
+        return "look at that link: its cable, its interface, its addresses, the firewalls"
+    return f"see whether MPI works there: {INSTALL}"
 
 
 def _reach(seen: Examination, *numbers: int) -> str:
