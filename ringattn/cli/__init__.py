@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
     "chat": ("ringattn.cli.chat", "Talk to a language model whose context is spread over ranks."),
     "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
+    "doctor": ("ringattn.cli.doctor", "Examine hosts, links and versions before a ring runs on them."),
     "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks."),
     "serve": ("ringattn.cli.serve", "Answer OpenAI-style requests with a language model spread over ranks."),

@@ -42,7 +42,8 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
-def _heads(text: str) -> tuple[int, int]:
+def parse_heads(text: str) -> tuple[int, int]:
+    """Query and key/value heads, such as ``32/8``."""
     first, _, second = text.partition("/")
     if first.isdecimal() and second.isdecimal() and int(first) and int(second) and int(first) % int(second) == 0:
         return int(first), int(second)
@@ -80,7 +81,7 @@ def _backend(context: click.Context, parameter: click.Parameter, name: str | Non
 )
 @_shape_option("tokens", _numbers, "Tokens.")
 @_shape_option("dtype", _dtypes, "Of q, k and v.")
-@_shape_option("heads", _heads, "Query / key-value heads.")
+@_shape_option("heads", parse_heads, "Query / key-value heads.")
 @click.option("--causal/--full", default=None, help="One mask only.  [default: both]")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Samples, of which the median.")
 @click.option("--backend", metavar="NAME", callback=_backend, help="The kernel.  [default: the best for this machine]")

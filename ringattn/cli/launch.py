@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..cluster.hosts import Cluster, check_variable, parse_hosts, read_hostfile
+from ..cluster.hosts import check_variable
 from ..cluster.job import run as run_ranks
 from ..cluster.mpiexec import (
     LaunchError,
@@ -21,6 +21,7 @@ from ..cluster.mpiexec import (
 )
 from ..cluster.ranks import own_addresses
 from ..cluster.reach import check_hosts
+from .where import chosen, count_ranks, host_options
 
 TELLING = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
 
@@ -33,14 +34,7 @@ TELLING = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_
     metavar="N",
     help="Ranks (processes) to start.  [default: one for each slot of the hosts]",
 )
-@click.option("--hosts", metavar="A,B:2,...", help="Hosts to run on, in the order of the ring, with their slots.")
-@click.option(
-    "--hostfile",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A file of hosts: MLX's JSON, or lines for MPICH or Open MPI.",
-)
-@click.option("--interface", metavar="NAME", help="The network interface that leads to the hosts, such as bridge0.")
+@host_options
 @click.option(
     "--env", "variables", multiple=True, metavar="NAME[=VALUE]", help="For the ranks' environment; repeatable."
 )
@@ -84,8 +78,8 @@ def launch(
     Hosts are reached by ssh without a password, and have Python, ringattn and MPI at the same paths as this machine.
     """
     try:
-        cluster = _cluster(hosts, hostfile)
-        count = _ranks(ranks, cluster)
+        cluster = chosen(hosts, hostfile)
+        count = count_ranks(ranks, cluster)
         addresses = [host.address for host in cluster.hosts] if cluster else []
         given = _variables([*(cluster.variables if cluster else ()), *variables])
         base = {**os.environ, **given}
@@ -120,22 +114,6 @@ def launch(
     if warning := mismatch(found):
         click.echo(f"Warning: {warning}", err=True)
     raise SystemExit(run_ranks(line, ranks=count, environment=environment, hosts=addresses))
-
-
-def _cluster(hosts: str | None, hostfile: Path | None) -> Cluster | None:
-    if hosts is not None and hostfile is not None:
-        raise LaunchError("--hosts and --hostfile: both given, expected one of them", 2)
-    return parse_hosts(hosts) if hosts is not None else None if hostfile is None else read_hostfile(hostfile)
-
-
-def _ranks(ranks: int | None, cluster: Cluster | None) -> int:
-    if cluster is None:
-        if ranks is None:
-            raise click.UsageError("Missing option '-n', or --hosts or --hostfile.")
-        return ranks
-    if ranks is not None and ranks > cluster.slots:
-        raise LaunchError(f"-n: {ranks}, expected at most {cluster.slots}, the slots of the hosts (HOST:SLOTS)", 2)
-    return cluster.slots if ranks is None else ranks
 
 
 def _variables(given: Iterable[str]) -> dict[str, str]:

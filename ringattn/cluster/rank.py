@@ -344,6 +344,17 @@ def _drain(descriptor: int) -> None:
         pass
 
 
+def launched_rank() -> str:
+    """The rank that mpiexec gave this process, ``"0"`` without one."""
+    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0")
+
+
+def available_cores() -> int:
+    """The cores this process may run on, which a container or taskset can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def settle(environment: MutableMapping[str, str]) -> None:
     """Go where the launcher is, on a host that has that folder, and share out the cores of this one."""
     folder = environment.pop("RINGATTN_LAUNCH_CWD", "")
@@ -357,15 +368,13 @@ def settle(environment: MutableMapping[str, str]) -> None:
             print(f"ringattn: {here}", file=sys.stderr, flush=True)
     names = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
     ranks = next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 1)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for name in (*THREADS, "RINGATTN_THREADS"):
-        environment.setdefault(name, str(max(1, cores // ranks)))
+        environment.setdefault(name, str(max(1, available_cores() // ranks)))
 
 
 def main() -> int:
     """Run ``COMMAND...``, all that follows the first ``--``."""
-    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    rank = launched_rank()
     try:
         wrapper = Wrapper(rank)
     except (OSError, KeyError) as error:

@@ -12,6 +12,7 @@ from ..errors import ArgumentError, ArgumentTypeError, RingError
 from . import collectives, hub, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
+from .library import load_mpi
 from .pace import wait_until
 from .peers import PeerRing
 from .post import MpiPost
@@ -46,11 +47,7 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
 
 
 def _load() -> Any:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py itself is missing, or it found no MPI library
-        why = str(error).partition("\n")[0]
-        raise RingError(f"backend 'mpi' needs mpi4py and MPI ({why}): pip install 'ringattn[mpi]'") from error
+    MPI = load_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RingError(
             "MPI was started without support for threads; import ringattn before anything that starts MPI, leave "

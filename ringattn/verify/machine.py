@@ -9,7 +9,7 @@ from importlib import metadata
 
 def machine() -> str:
     """Versions and the device, in two lines."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("ringattn", "mlx", "numpy", "mpi4py"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ringattn", "mlx", "numpy", "mpi4py"))
     return f"{versions}\nPython {platform.python_version()}, {platform.platform()}, {device()}"
 
 
@@ -24,7 +24,8 @@ def device() -> str:
     return f"{info['device_name']}, {int(info['memory_size']) >> 30} GiB"
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The installed version of a package, or that there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

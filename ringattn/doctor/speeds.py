@@ -1,0 +1,90 @@
+"""How fast one rank computes, each measurement in a fraction of a second.
+
+All ranks measure at the same time, so ranks that share a host see what each gets of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..attention import attention
+from ..bench.kernel import Shape, random_arrays
+
+ENOUGH = 0.05  # seconds of one call, after which no larger problem is tried
+SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
+TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
+
+Work = Callable[[int], tuple[Callable[[], object], float]]  # size -> what to do, and its floating-point operations
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Floating-point operations per second of one rank.
+
+    Attributes:
+        mlx: Of MLX's float32 matrix product on its default device.
+        numpy: Of NumPy's.
+        float16: Of MLX's on a GPU; ``None`` without one.
+        bfloat16: Likewise.
+        attention: Of `ringattn.attention` without a mask.
+    """
+
+    mlx: float
+    numpy: float
+    float16: float | None
+    bfloat16: float | None
+    attention: float
+
+
+def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> Speeds:
+    """Time matrix products, and attention on arrays of such a model."""
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    return Speeds(
+        mlx=fastest(lambda n: _mlx(n, mx.float32), SIZES),
+        numpy=fastest(_numpy, SIZES),
+        float16=fastest(lambda n: _mlx(n, mx.float16), SIZES) if gpu else None,
+        bfloat16=fastest(lambda n: _mlx(n, mx.bfloat16), SIZES) if gpu else None,
+        attention=fastest(lambda n: _attention(Shape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
+    )
+
+
+def fastest(work: Work, sizes: tuple[int, ...]) -> float:
+    """The most operations per second over ever larger sizes, until one takes long enough.
+
+    Each size is done twice and the better time counts, so that kernels are compiled and memory is touched.
+    """
+    best = 0.0
+    for size in sizes:
+        call, flops = work(size)
+        seconds = min(_time(call), _time(call))
+        best = max(best, flops / seconds)
+        if seconds > ENOUGH:
+            break
+    return best
+
+
+def _time(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _mlx(n: int, dtype: mx.Dtype) -> tuple[Callable[[], object], float]:
+    a = mx.ones((n, n), dtype)
+    mx.eval(a)
+    return lambda: mx.eval(a @ a), 2.0 * n**3
+
+
+def _numpy(n: int) -> tuple[Callable[[], object], float]:
+    a = np.ones((n, n), np.float32)
+    return lambda: a @ a, 2.0 * n**3
+
+
+def _attention(shape: Shape) -> tuple[Callable[[], object], float]:
+    q, k, v = random_arrays(shape)
+    return lambda: mx.eval(attention(q, k, v)), shape.flops

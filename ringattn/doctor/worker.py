@@ -1,0 +1,60 @@
+"""What every rank runs for ``ringattn doctor``: ``... -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict
+
+import mlx.core as mx
+
+from ..cluster.rank import launched_rank
+from ..comm import init, launched_by
+from ..errors import RingAttentionError
+from .facts import collect
+from .links import measure_hop, measure_link, pairs
+from .records import say
+from .speeds import measure
+
+
+def main() -> int:
+    """Measure and tell; the exit status."""
+    seconds, dtype, *numbers = sys.argv[1:]
+    signal.alarm(int(seconds))  # should whoever started this be gone, nothing stays behind, whatever it waits for
+    heads, kv_heads, head_dim = map(int, numbers)
+    rank = int(launched_rank())
+    try:
+        say(rank, doing="looking at its host", facts=asdict(collect()))
+        say(rank, doing="timing its kernels")
+        say(rank, speeds=asdict(measure(getattr(mx, dtype), (heads, kv_heads), head_dim)))
+        if launched_by() == "mpi":
+            _measure_ring(rank)
+    except RingAttentionError as error:
+        say(rank, problem=" ".join(str(error).split()))
+        return 1
+    say(rank, done=True)
+    return 0
+
+
+def _measure_ring(rank: int) -> None:
+    from ..comm.library import library
+
+    say(rank, doing="starting MPI")
+    mpi = library()
+    say(rank, doing="opening the ring", mpi=mpi._asdict())
+    if mpi.threads != "multiple":
+        return  # no ring can be opened, and the doctor knows why
+    with init() as ring:
+        for ranks in pairs(ring.size):
+            say(rank, doing=f"measuring link {ranks[0]}-{ranks[1]}")
+            link = measure_link(ring, ranks)
+            if link is not None and ring.rank == ranks[0]:
+                say(rank, link=asdict(link))
+        if ring.size > 1:
+            say(rank, doing="measuring a hop of all ranks")
+            say(rank, hop=measure_hop(ring))  # every rank finds the same
+        ring.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

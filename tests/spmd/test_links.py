@@ -1,0 +1,39 @@
+"""The doctor's look at links: who sends to whom, and that whoever is not asked rests."""
+
+from __future__ import annotations
+
+from ringattn.doctor import links
+
+
+def test_every_link_is_measured_by_its_two_ends(ring):
+    for ranks in links.pairs(ring.size):
+        link = links.measure_link(ring, ranks)
+        assert (link is not None) == (ring.rank in ranks)
+        if link is not None:
+            assert link.ranks == ranks and 0 < link.latency < 10 and link.slowest > 1e5
+
+
+def test_who_sends(ring, monkeypatch):
+    """To the right the first of the two alone, to the left the other, then both."""
+    sent = []
+
+    def bandwidth(pair, senders):
+        before = pair.bytes_sent
+        links._transfer(pair, senders, 1000)
+        sent.append(pair.bytes_sent - before)
+        return 1.0
+
+    monkeypatch.setattr(links, "_bandwidth", bandwidth)
+    for ranks in links.pairs(ring.size):
+        links.measure_link(ring, ranks)
+        expected = {ranks[0]: [1000, 0, 1000], ranks[1]: [0, 1000, 1000]}.get(ring.rank, [])
+        assert sent == expected
+        sent.clear()
+
+
+def test_a_hop_uses_all_links(ring):
+    if ring.size == 1:
+        return
+    before = ring.bytes_sent
+    assert links.measure_hop(ring) > 1e5
+    assert ring.bytes_sent - before >= links.REPEATS * links.LEAST

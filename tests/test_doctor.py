@@ -1,0 +1,416 @@
+"""``ringattn doctor``: every finding can be made, and what ranks do never keeps it waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pytest
+from click.testing import CliRunner
+
+from ringattn.cli import main
+from ringattn.cluster import mpiexec
+from ringattn.comm.solo import SoloRing
+from ringattn.doctor import facts, links, records, speeds
+from ringattn.doctor.breakeven import break_even
+from ringattn.doctor.records import Library, Rank, Told
+from ringattn.doctor.report import Examination, examine
+from ringattn.doctor.run import launcher_words
+from ringattn.doctor.speeds import Speeds
+from ringattn.doctor.table import as_json, text
+from ringattn.errors import RingError
+
+MAC = facts.Facts(
+    host="mac",
+    system="macOS 26.2",
+    chip="Apple M3 Ultra",
+    memory=512 << 30,
+    cores=32,
+    threads=16,
+    python="/venv/bin/python",
+    python_version="3.12.1",
+    ringattn="0.1.0",
+    mlx="0.32.4",
+    mpi4py="4.1.2",
+    numpy="2.4.6",
+    code="abc",
+    metal=True,
+    gpu="Apple M3 Ultra",
+    kernel="metal",
+    blas_advice=None,
+)
+LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
+FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12)
+MPICH = Library("MPICH 5.0.2", "MPICH", "multiple", 3)
+
+
+def healthy(size: int = 3) -> Examination:
+    """Macs on Thunderbolt, of which nothing bad can be said."""
+    ranks = {
+        n: Rank(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
+        for n in range(size)
+    }
+    measured = [links.Link(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in links.pairs(size)]
+    return Examination(size, Told(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
+
+
+def about(seen: Examination, number: int, **changed: object) -> None:
+    """Change what rank `number` has said of its host."""
+    rank = seen.told.ranks[number]
+    assert rank.facts is not None
+    rank.facts = replace(rank.facts, **changed)
+
+
+def found(seen: Examination) -> list[str]:
+    return [str(finding) for finding in examine(seen)]
+
+
+def test_healthy():
+    for size in (1, 2, 3, 8):
+        assert found(healthy(size)) == []
+
+
+# What will not work
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"python": "/other/python"}, "python: differs: /venv/bin/python on ranks 0, 2, /other/python on rank 1"),
+        ({"ringattn": "0.2.0", "code": "x"}, "ringattn: differs: 0.1.0 on ranks 0, 2, 0.2.0 on rank 1"),
+        ({"code": "def"}, "the source of ringattn: differs: abc on ranks 0, 2, def on rank 1"),
+        ({"mlx": "0.31.0"}, "mlx: differs: 0.32.4 on ranks 0, 2, 0.31.0 on rank 1"),
+        ({"mpi4py": "not installed"}, "mpi4py: differs: 4.1.2 on ranks 0, 2, not installed on rank 1"),
+    ],
+)
+def test_difference_is_fatal(change, named):
+    seen = healthy()
+    about(seen, 1, **change)
+    [line] = found(seen)
+    assert line.startswith(f"error: {named}; ") and len(line.partition("; ")[2]) > 10
+
+
+def test_two_mpis():
+    seen = healthy()
+    seen.told.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
+    [line] = found(seen)
+    assert line.startswith("error: MPI: differs: MPICH on ranks 0, 1, Open MPI on rank 2; install the same MPI")
+
+
+def test_thread_level():
+    seen = healthy()
+    seen.told.ranks[1].mpi = replace(MPICH, threads="serialized")
+    [line] = found(seen)
+    assert line.startswith("error: rank 1 (mac1): MPI gives thread level 'serialized'") and "pip install" in line
+
+
+def test_ranks_that_see_themselves_alone():
+    seen = healthy(2)
+    for rank in seen.told.ranks.values():
+        rank.mpi = replace(MPICH, size=1)
+    assert all("sees 1 of 2 ranks" in line and "--mpiexec" in line for line in found(seen)) and len(found(seen)) == 2
+    seen.mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
+    assert found(seen) == ["error: MPI: mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"]
+
+
+def test_rank_that_does_not_start():
+    seen = healthy()
+    del seen.told.ranks[1]
+    seen.ended, seen.launcher = 255, "ssh: connect to host mac1 port 22: Connection refused"
+    [line] = found(seen)
+    assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
+    assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
+    seen.told.ranks.clear()
+    [line] = found(seen)
+    assert line.startswith("error: launch: no rank started (ssh: ") and "ssh mac0 / mac1 / mac2 true" in line
+
+
+def test_rank_that_fails():
+    seen = healthy()
+    seen.ended = 1
+    for number in (0, 2):
+        rank = seen.told.ranks[number]
+        rank.done, rank.doing, rank.problem = False, "measuring link 0-1", "link 0-1: mac1 gave no sign of life"
+    seen.told.ranks[1].done, seen.launcher = False, "rank 1 (mac1) was killed by SIGKILL"
+    first, second = found(seen)
+    assert first.startswith("error: rank 0 (mac0): link 0-1: mac1 gave no sign of life; look at that link")
+    assert second.startswith("error: rank 1 (mac1): ended while measuring a hop (rank 1 (mac1) was killed by SIGKILL)")
+
+
+def test_rank_that_never_ends():
+    seen = healthy()
+    seen.ended, seen.seconds = None, 60
+    seen.told.ranks[2].done, seen.told.ranks[2].doing = False, "opening the ring"
+    [line] = found(seen)
+    assert line.startswith("error: launch: not finished after 60 s (rank 2 (mac2) was opening the ring); look at that ")
+
+
+def test_no_mpi():
+    seen = healthy(1)
+    seen.unlaunched = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
+    [line] = found(seen)
+    assert line.startswith("error: MPI: no mpiexec found, beside this Python or on PATH; pip install 'ringattn[mpi]'")
+
+
+# What costs speed
+
+
+def test_numpy_and_python_may_differ():
+    seen = healthy()
+    about(seen, 0, numpy="1.26.0", python_version="3.10.1")
+    assert [line.partition(" differs")[0] for line in found(seen)] == ["warning: python version:", "warning: numpy:"]
+
+
+def test_slow_blas_on_linux():
+    seen = healthy(2)
+    for rank in seen.told.ranks.values():
+        rank.facts, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
+    [line] = found(seen)  # once for both ranks of this host
+    assert line.startswith("warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; unset RINGATTN_")
+    about(seen, 0, blas_advice="preload an OpenBLAS")
+    assert found(seen) == [line.partition("; ")[0] + "; preload an OpenBLAS"]
+    for rank in seen.told.ranks.values():
+        rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
+    assert found(seen) == []
+
+
+def test_mac_without_metal():
+    seen = healthy()
+    about(seen, 1, kernel="host", gpu=None)
+    [line] = found(seen)
+    assert line.startswith("warning: rank 1 (mac1): attention runs on the 'host' kernel")
+
+
+def test_slow_link():
+    seen = healthy()
+    seen.told.links[1] = replace(seen.told.links[1], to_left=1e9)
+    [line] = found(seen)
+    assert line.startswith("warning: link 1-2: 1.00 GB/s, where others have 3.00") and "cable" in line
+    assert seen.slowest == seen.told.links[1]
+
+
+def test_links_that_need_long_contexts():
+    seen = healthy()
+    seen.told.hop = 0.117e9
+    [line] = found(seen)
+    assert line.startswith("warning: links: transfers hide behind compute only above 7") and "tokens" in line
+
+
+def test_break_even_is_by_the_slowest_rank_and_what_links_carry_together():
+    seen = healthy()
+    assert seen.break_even == break_even(17e12, 3e9, 300e-6)
+    seen.told.ranks[1].speeds = replace(FAST, attention=5e12)
+    seen.told.hop = 2e9
+    assert seen.break_even == break_even(5e12, 2e9, 300e-6)
+    seen.told.hop = None
+    assert seen.break_even is None
+
+
+# What people and programs see
+
+
+def test_table():
+    seen = healthy()
+    seen.told.links[2] = replace(seen.told.links[2], to_right=2.9e9)
+    shown = text(seen, examine(seen), "float16")
+    row = next(line for line in shown.splitlines() if line.startswith("rank 2 (mac2) - rank 0 (mac0)"))
+    assert row.split()[-6:] == ["300", "us", "2.900", "3.200", "3.000", "slowest"]
+    assert shown.count("slowest") == 1 and "macOS 26.2  Apple M3 Ultra  512 GiB  32 (16 a rank)" in shown
+    assert "0,1,2  0.1.0     0.32.4  2.4.6  4.1.2   MPICH 5.0.2  multiple     /venv/bin/python (3.12.1)" in shown
+    assert f"from {seen.break_even:,} tokens per rank on (32/8 heads of 128, float16, causal)" in shown
+    assert shown.endswith("\n\nnothing is wrong")
+
+
+def test_table_of_almost_nothing():
+    seen = Examination(2, Told({1: Rank()}), ended=1, launcher="boom")
+    assert text(seen, examine(seen), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
+
+
+def test_json():
+    seen = healthy()
+    about(seen, 1, mlx="0.1")
+    told = json.loads(json.dumps(as_json(seen, examine(seen), "float16")))
+    assert (told["ok"], told["size"], told["hop_gb_s"], told["slowest_link"]) == (False, 3, 3.0, [0, 1])
+    assert told["links"][0] == {
+        "ranks": [0, 1],
+        "latency_us": pytest.approx(300),
+        "to_right_gb_s": 3.1,
+        "to_left_gb_s": 3.2,
+        "both_gb_s": 3.0,
+    }
+    assert told["ranks"][1]["host"]["mlx"] == "0.1" and told["ranks"][0]["gflop_s"]["attention"] == 17000
+    assert told["findings"][0]["fatal"] and told["findings"][0]["where"] == "mlx"
+
+
+# What ranks say
+
+
+def test_records_come_back_whatever_is_around_them(capfd):
+    records.say(1, doing="timing", facts=asdict(MAC))
+    records.say(1, speeds=asdict(FAST), mpi=asdict(MPICH))
+    records.say(0, link=asdict(links.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
+    lines = capfd.readouterr().out.splitlines()
+    noise = ["hello", f"[2] {records.MARK}" + '{"rank": 2, "cut o', ""]
+    told = records.read("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
+    assert told.ranks == {0: Rank(done=True), 1: Rank(MAC, FAST, MPICH, doing="timing")}
+    assert (told.links, told.hop) == ([links.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Traceback\n  x\nringattn: rank 1 was killed\nringattn: more\n", "rank 1 was killed"),
+        ("Warning: w\nError: --hosts: 'a b'\n", "--hosts: 'a b'"),
+        ("ssh: refused\n\n", "ssh: refused"),
+        ("", ""),
+    ],
+)
+def test_launcher_words(said, words):
+    assert launcher_words(said) == words
+
+
+# Facts and measurements
+
+
+def test_facts_of_this_host():
+    told = facts.collect()
+    assert told.python == sys.executable and told.cores >= 1 and told.memory > 1 << 28
+    assert told.system and told.chip and json.loads(json.dumps(asdict(told))) == asdict(told)
+
+
+def test_fingerprint_changes_with_sources_alone(tmp_path):
+    (tmp_path / "a.py").write_text("1")
+    one = facts.fingerprint(tmp_path)
+    (tmp_path / "a.txt").write_text("1")
+    assert facts.fingerprint(tmp_path) == one
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert facts.fingerprint(tmp_path) != one
+
+
+def test_fastest_stops_at_what_takes_long_enough(monkeypatch):
+    monkeypatch.setattr(speeds, "ENOUGH", 0.02)
+    tried = []
+
+    def work(size: int):
+        tried.append(size)
+        return lambda: time.sleep(size / 1000), 1e6 * size
+
+    assert 1e8 < speeds.fastest(work, (1, 10, 30, 100)) <= 1e9
+    assert tried == [1, 10, 30]
+
+
+def test_pairs():
+    assert links.pairs(1) == [] and links.pairs(2) == [(0, 1)] and links.pairs(3) == [(0, 1), (1, 2), (2, 0)]
+
+
+class SlowRing(SoloRing):
+    """A ring of one that sends to itself, `rate` bytes per second."""
+
+    rate = 125e6  # 1 Gbit/s
+    sent = 0
+
+    def send(self, load, *, tag, after=()):
+        self.sent += sum(map(len, load()))
+        time.sleep(sum(map(len, load())) / self.rate)
+
+    def recv(self, buffers, *, tag, after=()):
+        pass
+
+    def wait(self, *transfers):
+        pass
+
+
+def test_bandwidth_of_a_slow_link_takes_no_time():
+    ring = SlowRing(10.0)
+    start = time.monotonic()
+    assert links.measure_hop(ring) == pytest.approx(125e6, rel=0.3)
+    assert time.monotonic() - start < 3 and 12e6 < ring.sent < 100e6
+
+
+def test_what_breaks_a_link_names_it(monkeypatch):
+    """By the ring's ranks: a pair counts its own."""
+
+    def broken(pair):
+        raise RingError("rank 1 (mac) left")
+
+    monkeypatch.setattr(links, "_latency", broken)
+    with pytest.raises(RingError, match=r"^link 2-0: rank 1 \(mac\) left$"):
+        links.measure_link(SoloRing(10.0), (2, 0))
+
+
+def test_size_that_takes_long_enough():
+    assert links.next_size(1 << 20, 0.05) == 1 << 21
+    assert links.next_size(1 << 20, 1e-9) == links.MOST and links.next_size(1 << 18, 100) == links.LEAST
+
+
+# Real runs
+
+
+def doctor(*arguments: str, **environment: str):
+    return CliRunner(env=environment).invoke(main, ["doctor", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-n", "0"], "'-n': 0"),
+        (["--heads", "32/7"], "32/7"),
+        (["--head-dim", "0"], "'--head-dim': 0"),
+        (["--dtype", "int8"], "int8"),
+        (["--timeout", "0"], "'--timeout': 0"),
+    ],
+)
+def test_one_line_errors(arguments, expected):
+    done = doctor(*arguments)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+def test_two_local_ranks():
+    start = time.monotonic()
+    done = doctor("-n", "2", "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["ok"], told["size"]) == (0, True, 2), done.stdout
+    assert [rank["mpi"]["size"] for rank in told["ranks"]] == [2, 2] and told["ranks"][1]["done"]
+    [link] = told["links"]
+    assert link["ranks"] == told["slowest_link"] == [0, 1] and link["to_left_gb_s"] > 0.001 and link["latency_us"] > 0
+    assert told["break_even_tokens"] >= 1 and not [f for f in told["findings"] if f["fatal"]]
+    assert time.monotonic() - start < 15
+
+
+def test_without_mpi_the_rest_is_reported(monkeypatch):
+    monkeypatch.setattr(mpiexec.shutil, "which", lambda *args, **kwargs: None)
+    done = doctor()
+    assert done.exit_code == 1
+    assert "GFLOP/s of a rank" in done.stdout and "not started" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("error: MPI: no mpiexec found")
+
+
+def test_thread_level_of_a_real_run():
+    done = doctor("-n", "2", MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert done.exit_code == 1
+    assert "\nerror: rank 1 (" in done.stdout and "MPI gives thread level 'serialized'" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_that_dies_or_hangs(tmp_path, number):
+    """Before it can say anything."""
+    rank = "(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK'))"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if {rank} == '1' and 'ringattn.doctor.worker' in sys.orig_argv and '-IS' not in sys.orig_argv:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    start = time.monotonic()
+    done = doctor("-n", "2", "--timeout", "6", PYTHONPATH=path)
+    assert time.monotonic() - start < 20
+    assert done.exit_code == 1 and "error: rank 1" in done.stdout
+    if number == signal.SIGKILL:
+        assert "was killed by SIGKILL" in done.stdout
+    else:
+        assert "not finished after 6 s (rank 0 (" in done.stdout
