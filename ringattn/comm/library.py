@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RingError
 
 LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
-class Library(NamedTuple):
+@dataclass(frozen=True)
+class Library:
     """The MPI that a process runs with.
 
     Attributes:

@@ -50,7 +50,7 @@ def _rank(number: int, rank: Rank) -> dict[str, Any]:
         "rank": number,
         "host": asdict(rank.facts) if rank.facts else None,
         "gflop_s": {name: flops and flops / 1e9 for name, flops in speeds.items()} or None,
-        "mpi": rank.mpi._asdict() if rank.mpi else None,
+        "mpi": asdict(rank.mpi) if rank.mpi else None,
         "done": rank.done,
     }
 

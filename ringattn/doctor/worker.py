@@ -41,7 +41,7 @@ def _measure_ring(rank: int) -> None:
 
     say(rank, doing="starting MPI")
     mpi = library()
-    say(rank, doing="opening the ring", mpi=mpi._asdict())
+    say(rank, doing="opening the ring", mpi=asdict(mpi))
     if mpi.threads != "multiple":
         return  # no ring can be opened, and the doctor knows why
     with init() as ring:
