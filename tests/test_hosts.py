@@ -195,7 +195,7 @@ def test_the_code_of_a_rank_that_fails(cluster: Cluster, tmp_path: Path) -> None
     program.write_text("import os, sys, time\nif os.uname().nodename == 'mac1': sys.exit(7)\ntime.sleep(100)\n")
     shown = launch(cluster, str(program))
     assert shown.returncode == 7, shown.stderr
-    assert "rank 1 (mac1) exited with code 7; ending the ranks still running: 0" in shown.stderr
+    assert "rank 1 (mac1) exited with code 7; ending the ranks still running: 0 (mac0)" in shown.stderr
     assert gone(cluster, 5)
 
 
@@ -221,7 +221,9 @@ def test_a_cable_pulled(cluster: Cluster, running: subprocess.Popen) -> None:
     cluster.unplug(1)
     begin = time.monotonic()
     _, err = running.communicate(timeout=30)
-    assert running.returncode != 0 and "(mac1): the connection to it was lost" in err, err
+    # Open MPI's mpiexec may notice before the launcher does.
+    told = ("(mac1): the connection to it was lost", "ranks that had not ended: 1 (mac1)")
+    assert running.returncode != 0 and any(one in err for one in told), err
     assert time.monotonic() - begin < 10  # 5 s, the timeout, and 5
     assert gone(cluster, 10 - (time.monotonic() - begin)), [start_time(pid) for pid in running.pids]  # type: ignore
     cluster.plug(1)
@@ -258,5 +260,5 @@ def test_dry_run_shows_the_whole_line() -> None:
         cwd=ROOT,
     )
     assert shown.returncode == 0 and shown.stdout.startswith("env "), shown.stderr
-    for part in ("FI_TCP_IFACE=en5", "RINGATTN_TIMEOUT=9", "-hosts a:1,b:1", "-iface en5", "prog 'x y'"):
+    for part in ("FI_TCP_IFACE=en5", "RINGATTN_TIMEOUT=9", "a:1,b:1", " en5 ", "prog 'x y'"):
         assert part in shown.stdout

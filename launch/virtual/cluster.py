@@ -219,7 +219,9 @@ def _remove(name: str) -> None:
         group = _memory_group(host)[0]
         if group.is_dir():
             group.rmdir()
-    subprocess.run(["ip", "link", "del", name], capture_output=True)
+    # A host's end of a cable goes when its last process is gone for good, which the kernel does in its own time.
+    for link in [*(path.name for path in Path("/sys/class/net").glob(f"{name}v*")), name]:
+        subprocess.run(["ip", "link", "del", link], capture_output=True)
     shutil.rmtree(STATE / name, ignore_errors=True)
 
 

@@ -120,7 +120,9 @@ class Rank:
     missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
 
     def __str__(self) -> str:
-        return f"{self.number} (stopped)" if self.stopped else self.number
+        notes = [] if self.connection.local else [self.host]
+        notes += ["stopped"] if self.stopped else []
+        return f"{self.number} ({', '.join(notes)})" if notes else self.number
 
     @property
     def here(self) -> list[Process]:
