@@ -30,16 +30,20 @@ def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarr
 
 
 def sampled_error(
-    out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, rows: int = 4
+    out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, group: int = 1, rows: int = 4
 ) -> float:
-    """The largest error of some rows of `out` ``[heads, tokens here, dim]`` against float64, keys taken in chunks."""
+    """The largest error of some rows of `out` ``[heads, tokens here, dim]`` against float64, keys taken in chunks.
+
+    `group` heads share their keys.
+    """
     heads, picked = out.shape[0], np.linspace(0, len(positions) - 1, rows).astype(int)
     at = positions[picked]
     q = np.stack([chunk_of("q", p, p + 1, heads, dim)[:, 0] for p in at], 1).astype(np.float64)
     total, acc = np.zeros((heads, rows, 1)), np.zeros((heads, rows, dim))
     for start in range(0, tokens, 1024):
         stop = min(start + 1024, tokens)
-        k, v = (chunk_of(name, start, stop, heads, dim).astype(np.float64) for name in "kv")
+        chunks = (chunk_of(name, start, stop, heads // group, dim) for name in "kv")
+        k, v = (chunk.astype(np.float64).repeat(group, axis=0) for chunk in chunks)
         weights = np.exp(q @ k.swapaxes(1, 2) * dim**-0.5)  # scores of normal numbers are small: no maximum needed
         if causal:
             weights *= np.arange(start, stop) <= at[:, None]

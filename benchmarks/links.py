@@ -18,7 +18,7 @@ from launch.virtual import Cluster, unavailable
 from .common import chunk_of, medians, run_ranks, sampled_error, show, write_result
 from .ring import without_ring
 
-HEADS, DIM = 8, 128
+HEADS, KV_HEADS, DIM = 8, 2, 128
 TOKENS = {2: 6144, 4: 8192}
 HIDDEN, BOUND = 0.7, 2.0  # of a hop's compute: a transfer that can hide, and one that cannot
 
@@ -34,7 +34,7 @@ def main() -> None:
             free = _run(cluster, hosts, mask)
             compute = free["alone"] / hosts  # of a hop
             # MPI moves both ways at once: in a ring of two the same cable carries one block each way.
-            hop = TOKENS[hosts] // hosts * HEADS * DIM * 2 * 4
+            hop = TOKENS[hosts] // hosts * KV_HEADS * DIM * 2 * 4
             for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
                 rate = 8 * hop / (part * compute)
                 cluster.set_rate(f"{rate / 1e3:.0f}kbit")
@@ -45,7 +45,7 @@ def main() -> None:
                 rows.append([hosts, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*found.values(), ratio, filled))])
     head = ["hosts", "mask", "Mbit/s", "ring, s", "without a ring, s", "of pure compute", "of the link's rate"]
     show(
-        f"{HEADS} heads of {DIM}, a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)",
+        f"{HEADS}/{KV_HEADS} heads of {DIM}, float32, a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)",
         head,
         hidden,
     )
@@ -66,8 +66,8 @@ def worker() -> None:
         tokens = TOKENS[ring.size]
         layout = ra.Layout.zigzag(tokens, ring.size)
         q, k, v = (
-            mx.array(np.concatenate([chunk_of(name, *span, HEADS, DIM) for span in layout.spans[ring.rank]], 1)[None])
-            for name in "qkv"
+            mx.array(np.concatenate([chunk_of(name, *span, heads, DIM) for span in layout.spans[ring.rank]], 1)[None])
+            for name, heads in zip("qkv", (HEADS, KV_HEADS, KV_HEADS))
         )
 
         def call() -> mx.array:
@@ -77,7 +77,8 @@ def worker() -> None:
             mx.eval(out)
             return out
 
-        error = sampled_error(np.array(call()[0]), layout.positions(ring.rank), tokens, DIM, causal=causal)
+        group, positions = HEADS // KV_HEADS, layout.positions(ring.rank)
+        error = sampled_error(np.array(call()[0]), positions, tokens, DIM, causal=causal, group=group)
         assert error < 1e-5, error
         alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
         write_result(ring.rank, medians({"call": call, "alone": alone}, repeats=5))
