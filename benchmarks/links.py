@@ -33,29 +33,25 @@ def main() -> None:
         with Cluster(hosts, pin=True) as cluster:
             free = _run(cluster, hosts, mask)
             compute = free["alone"] / hosts  # of a hop
-            # MPI moves both ways at once: in a ring of two the same cable carries one block each way.
             hop = TOKENS[hosts] // hosts * KV_HEADS * DIM * 2 * 4
             for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
                 rate = 8 * hop / (part * compute)
                 cluster.set_rate(f"{rate / 1e3:.0f}kbit")
                 found = _run(cluster, hosts, mask)
-                sending = (hosts - 1) * part * compute
-                filled = sending / (found["call"] - found["alone"] / hosts)
+                filled = 8 * found["bytes"] / rate / (found["call"] - found["alone"] / hosts)  # the last hop's compute
                 ratio = found["alone"] / found["call"]
-                rows.append([hosts, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*found.values(), ratio, filled))])
+                figures = (found["call"], found["alone"], ratio, filled)
+                rows.append([hosts, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in figures)])
     head = ["hosts", "mask", "Mbit/s", "ring, s", "without a ring, s", "of pure compute", "of the link's rate"]
-    show(
-        f"{HEADS}/{KV_HEADS} heads of {DIM}, float32, a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)",
-        head,
-        hidden,
-    )
+    what = f"{HEADS}/{KV_HEADS} heads of {DIM}, float32"
+    show(f"{what}: a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)", head, hidden)
     show(f"the same, {BOUND} of it (aim: 0.95 of the link's rate)", head, bound)
 
 
 def _run(cluster: Cluster, hosts: int, mask: str) -> dict[str, float]:
     found = run_ranks("benchmarks.links", hosts, 1, mask, hosts=cluster.addresses, base=cluster.environment)
     assert found is not None
-    return {name: max(one[name] for one in found) for name in ("call", "alone")}
+    return {name: max(one[name] for one in found) for name in ("call", "alone", "bytes")}
 
 
 def worker() -> None:
@@ -81,7 +77,10 @@ def worker() -> None:
         error = sampled_error(np.array(call()[0]), positions, tokens, DIM, causal=causal, group=group)
         assert error < 1e-5, error
         alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
-        write_result(ring.rank, medians({"call": call, "alone": alone}, repeats=5))
+        before = ring.bytes_sent
+        call()
+        sent = ring.bytes_sent - before
+        write_result(ring.rank, {**medians({"call": call, "alone": alone}, repeats=5), "bytes": sent})
 
 
 if __name__ == "__main__":
