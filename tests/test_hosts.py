@@ -40,7 +40,7 @@ def test_hosts_and_slots() -> None:
     [
         ("# ring\na\nb:2  # two\n\n", (Host("a"), Host("b", 2)), ()),
         ("a slots=2 max_slots=4\nb slots=1\n", (Host("a", 2), Host("b")), ()),
-        ('[{"ssh": "me@a", "ips": ["10.0.0.1"]}, {"ssh": "b", "rdma": [null]}]', (Host("me@a"), Host("b")), ()),
+        ('[{"ssh": "me@a", "ips": ["10.0.0.1"]}, {"ssh": "b", "rdma": [null]}]', (Host("me@10.0.0.1"), Host("b")), ()),
         (
             '{"backend": "ring", "envs": ["A=1 $(b)"], "hosts": [{"ssh": "a", "ips": []}]}',
             (Host("a"),),
@@ -65,6 +65,7 @@ def test_host_files(tmp_path: Path, text: str, hosts: tuple[Host, ...], variable
         ("# none\n", "no host, expected at least one"),
         ("-oProxyCommand=x", "host: '-oProxyCommand=x', expected a name"),
         ("[1]", "host 0: 1, expected an object with 'ssh'"),
+        ('[{"ssh": "a", "ips": "b"}]', "host 0: ips 'b', expected a list of addresses"),
         ('[{"ssh": "a;reboot"}]', "host 0: host: 'a;reboot', expected a name"),
         ('{"hosts": {}}', "expected a list of hosts"),
         ('{"hosts": [{"ssh": "a"}], "envs": ["A B=1"]}', "envs: 'A B=1', expected NAME=VALUE"),

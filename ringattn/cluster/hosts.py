@@ -128,9 +128,18 @@ def _parse_json(path: str, text: str) -> Cluster:
         where = f"{path}, host {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("ssh"), str):
             raise LaunchError(f"{where}: {entry!r}, expected an object with 'ssh'")
-        hosts.append(_host(where, entry["ssh"]))
+        hosts.append(_host(where, _reached(where, entry)))
     checked = tuple(check_variable(f"{path}, envs", str(variable)) for variable in variables)
     return Cluster(_distinct(path, hosts).hosts, checked)
+
+
+def _reached(where: str, entry: dict[str, Any]) -> str:
+    """What ssh takes: the first of the addresses, which is the one for the ranks' messages, or else the name."""
+    addresses = entry.get("ips") or []
+    if not isinstance(addresses, list) or not all(isinstance(one, str) for one in addresses):
+        raise LaunchError(f"{where}: ips {addresses!r}, expected a list of addresses")
+    user, at, _ = entry["ssh"].rpartition("@")
+    return user + at + addresses[0] if addresses else str(entry["ssh"])
 
 
 def _distinct(where: str, hosts: list[Host]) -> Cluster:

@@ -53,7 +53,7 @@ def examine_cluster(where: Where, model: Model, dtype: str, seconds: float) -> E
     options = [*where.options, *(["--mpiexec", where.mpiexec] if where.mpiexec else [])]
     launch = ["launch", "-n", str(where.size), "--timeout", f"{SIGN_OF_LIFE:g}", *options, "--"]
     ended, output, said = _run([sys.executable, "-m", "ringattn.cli", *launch, *worker], seconds)
-    words = launcher_words(said) if ended else ""
+    words = launcher_words(said) if ended != 0 else ""
     return Examination(where.size, read(output), model, where.hosts, None, differs, ended, seconds, words)
 
 
