@@ -124,6 +124,8 @@ def test_rank_that_does_not_start():
     [line] = found(seen)
     assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
     assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
+    del seen.told.ranks[2]
+    assert [line.partition(": did")[0] for line in found(seen)] == ["error: rank 1 (mac1), rank 2 (mac2)"]
     seen.told.ranks.clear()
     [line] = found(seen)
     assert line.startswith("error: launch: no rank started (ssh: ") and "ssh mac0 / mac1 / mac2 true" in line

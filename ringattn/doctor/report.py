@@ -123,15 +123,21 @@ def _ranks(seen: Examination) -> Iterator[Finding]:
     if len(missing) == seen.size and seen.ended is not None:
         yield Finding(True, "launch", f"no rank started{because}", _reach(seen, *missing))
         return
-    for number in missing:
-        yield Finding(True, seen.name(number), f"did not start{because}", _reach(seen, number))
+    if missing:
+        yield Finding(True, _names(seen, missing), f"did not start{because}", _reach(seen, *missing))
     problems = {rank.problem: number for number, rank in reversed(seen.told.ranks.items()) if rank.problem}
     for problem, number in reversed(problems.items()):  # what several ranks say alike is told once
         yield Finding(True, seen.name(number), problem, _mend(seen.told.ranks[number]))
-    for number, rank in seen.told.ranks.items():
-        if not (rank.done or rank.problem or seen.ended is None):
-            ended = f"ended while {rank.doing}{because}"
-            yield Finding(True, seen.name(number), ended, "run ringattn verify on that host")
+    ended = {n: rank.doing for n, rank in seen.told.ranks.items() if not (rank.done or rank.problem)}
+    if ended and seen.ended is not None:
+        what = f"ended while {' and '.join(dict.fromkeys(ended.values()))}{because}"
+        yield Finding(
+            True, _names(seen, list(ended)), what, "run ringattn verify there, and see what its system log says"
+        )
+
+
+def _names(seen: Examination, numbers: list[int]) -> str:
+    return ", ".join(map(seen.name, numbers))
 
 
 def _mend(rank: Rank) -> str:
