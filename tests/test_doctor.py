@@ -17,8 +17,9 @@ from ringattn.cluster import mpiexec
 from ringattn.comm.solo import SoloRing
 from ringattn.doctor import facts, links, records, speeds
 from ringattn.doctor.breakeven import break_even
+from ringattn.doctor.examination import Examination
 from ringattn.doctor.records import Library, Rank, Told
-from ringattn.doctor.report import Examination, examine
+from ringattn.doctor.report import examine
 from ringattn.doctor.run import launcher_words
 from ringattn.doctor.speeds import Speeds
 from ringattn.doctor.table import as_json, text

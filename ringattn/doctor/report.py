@@ -1,14 +1,13 @@
-"""What is wrong with a cluster, and what to do about it: a pure function of what its ranks have said."""
+"""What is wrong with a cluster, and what to do about it: a pure function of what is known of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
-from .breakeven import Model, break_even
-from .links import Link
-from .records import Rank, Told
+from .examination import Examination
+from .records import Rank
 
 INSTALL = "pip install 'ringattn[mpi]'"
 SLOW_BLAS = 1 / 3  # of NumPy's speed
@@ -45,53 +44,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{'error' if self.fatal else 'warning'}: {self.where}: {self.what}; {self.remedy}"
-
-
-@dataclass
-class Examination:
-    """All that is known.
-
-    Attributes:
-        size: How many ranks were asked for.
-        told: What they said.
-        model: The attention whose hops are judged.
-        hosts: Where the ranks were to run, as the user named it; empty for this machine.
-        unlaunched: Why no ring was started, with the remedy.
-        mismatch: That mpiexec and the MPI library do not belong together, with the remedy.
-        ended: The exit status of the launch; ``None`` where it took too long.
-        seconds: How long was too long.
-        launcher: The launcher's own words about what went wrong.
-    """
-
-    size: int
-    told: Told
-    model: Model = field(default_factory=Model)
-    hosts: tuple[str, ...] = ()
-    unlaunched: str | None = None
-    mismatch: str | None = None
-    ended: int | None = 0
-    seconds: float = 0.0
-    launcher: str = ""
-
-    def name(self, rank: int) -> str:
-        """A rank for people."""
-        facts = self.told.ranks[rank].facts if rank in self.told.ranks else None
-        host = facts.host if facts else self.hosts[rank] if rank < len(self.hosts) else ""
-        return f"rank {rank} ({host})" if host else f"rank {rank}"
-
-    @property
-    def slowest(self) -> Link | None:
-        """The link with the least bandwidth, in whichever direction."""
-        return min(self.told.links, key=lambda link: link.slowest, default=None)
-
-    @property
-    def break_even(self) -> int | None:
-        """Tokens per rank, by the slowest rank and by what links carry when all are used at once."""
-        flops = [rank.speeds.attention for rank in self.told.ranks.values() if rank.speeds]
-        if not flops or not self.told.hop:
-            return None
-        latency = max((link.latency for link in self.told.links), default=0.0)
-        return break_even(min(flops), self.told.hop, latency, self.model)
 
 
 def examine(seen: Examination) -> list[Finding]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..cluster.mpiexec import LaunchError, find_mpiexec, mismatch
 from .breakeven import Model
+from .examination import Examination
 from .records import read
-from .report import Examination
 
 SIGN_OF_LIFE = 10.0  # seconds without one after which a rank counts as dead
 GRACE = 15.0  # for the launcher to end all ranks, once it is told to

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .examination import Examination
 from .records import Rank
-from .report import Examination, Finding
+from .report import Finding
 
 GIB = 1 << 30
 

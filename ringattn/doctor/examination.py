@@ -1,0 +1,56 @@
+"""All that is known of a cluster: what its ranks have said, and what became of the attempt to start them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .breakeven import Model, break_even
+from .links import Link
+from .records import Told
+
+
+@dataclass
+class Examination:
+    """All that is known.
+
+    Attributes:
+        size: How many ranks were asked for.
+        told: What they said.
+        model: The attention whose hops are judged.
+        hosts: Where the ranks were to run, as the user named it; empty for this machine.
+        unlaunched: Why no ring was started, with the remedy.
+        mismatch: That mpiexec and the MPI library do not belong together, with the remedy.
+        ended: The exit status of the launch; ``None`` where it took too long.
+        seconds: How long was too long.
+        launcher: The launcher's own words about what went wrong.
+    """
+
+    size: int
+    told: Told
+    model: Model = field(default_factory=Model)
+    hosts: tuple[str, ...] = ()
+    unlaunched: str | None = None
+    mismatch: str | None = None
+    ended: int | None = 0
+    seconds: float = 0.0
+    launcher: str = ""
+
+    def name(self, rank: int) -> str:
+        """A rank for people."""
+        facts = self.told.ranks[rank].facts if rank in self.told.ranks else None
+        host = facts.host if facts else self.hosts[rank] if rank < len(self.hosts) else ""
+        return f"rank {rank} ({host})" if host else f"rank {rank}"
+
+    @property
+    def slowest(self) -> Link | None:
+        """The link with the least bandwidth, in whichever direction."""
+        return min(self.told.links, key=lambda link: link.slowest, default=None)
+
+    @property
+    def break_even(self) -> int | None:
+        """Tokens per rank, by the slowest rank and by what links carry when all are used at once."""
+        flops = [rank.speeds.attention for rank in self.told.ranks.values() if rank.speeds]
+        if not flops or not self.told.hop:
+            return None
+        latency = max((link.latency for link in self.told.links), default=0.0)
+        return break_even(min(flops), self.told.hop, latency, self.model)
