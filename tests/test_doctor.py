@@ -267,7 +267,7 @@ def test_records_come_back_whatever_is_around_them(capfd):
     ("said", "words"),
     [
         ("Traceback\n  x\nringattn: rank 1 was killed\nringattn: more\n", "rank 1 was killed"),
-        ("Warning: w\nError: --hosts: 'a b'\n", "--hosts: 'a b'"),
+        ("Warning: w\nError: a: no Python\nError: b: no ssh\n", "a: no Python; b: no ssh"),
         ("ssh: refused\n\n", "ssh: refused"),
         ("", ""),
     ],

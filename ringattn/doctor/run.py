@@ -83,10 +83,8 @@ def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def launcher_words(said: str) -> str:
-    """The line of a launcher's standard error that tells best what went wrong."""
+    """What tells best, of a launcher's standard error, what went wrong: all of its errors, or its first line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    for start in ("Error: ", "ringattn: "):
-        for line in lines:
-            if line.startswith(start):
-                return line.removeprefix(start)
-    return lines[-1] if lines else ""
+    errors = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
+    told = [line.removeprefix("ringattn: ") for line in lines if line.startswith("ringattn: ")]
+    return "; ".join(errors) or next(iter([*told, *reversed(lines)]), "")
