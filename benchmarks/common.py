@@ -74,7 +74,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         worker = [sys.executable, "-m", module, str(Path(folder) / "result"), *map(str, arguments)]
         line = worker
-        if ranks > 1:
+        if ranks > 1 or hosts:
             where = ["--hosts", ",".join(hosts)] if hosts else []
             launch = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(ranks), *where]
             line = [*launch, "--threads", str(threads), "--", *worker]

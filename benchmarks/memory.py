@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
+from launch.virtual import Cluster, unavailable
 
 from .common import chunk_of, run_ranks, sampled_error, show, write_result
 from .peak import PeakMemory
 
 RANKS, TOKENS, HEADS, DIM = 4, 16384, 16, 128
-CGROUPS = Path("/sys/fs/cgroup")
+LONG, HOSTS, LIMIT = 32768, 8, 500 << 20  # tokens; hosts and the bytes of memory of each
 
 
 def main() -> None:
@@ -28,61 +25,35 @@ def main() -> None:
         ("forward", "out, lse, state, two blocks", out + state + 2 * 2 * block),
         ("and gradient", "out, lse, dq, dk, dv, two blocks with gradients", out + 3 * block + 2 * 4 * block),
     ):
-        growth = max(one["growth"] for one in run_ranks("benchmarks.memory", RANKS, 1, "none", what))
+        growth = max(one["growth"] for one in run_ranks("benchmarks.memory", RANKS, 1, TOKENS, what))
         rows.append([what, f"{growth / 1e6:.0f}", f"{allowed / 1e6:.0f}", f"{growth / allowed:.2f}", holds])
     title = f"{TOKENS} tokens x {HEADS} heads x {DIM}, {RANKS} ranks: growth of a rank in a call (aim: at most 1.10)"
     show(title, ["what", "grown MB", "allowed MB", "ratio", "allowed is"], rows)
-    whole = 5 * RANKS * block  # q, k, v, out and state of the whole sequence
-    with _cgroup(limit := int(0.75 * whole)) as group:
-        if group is None:
-            print("  no memory cgroup can be made here: the hard way was not tried")
-            return
-        alone = run_ranks("benchmarks.memory", 1, 2, group, "forward", expect_failure=True)
-        together = run_ranks("benchmarks.memory", RANKS, 1, group, "forward")
-        rows = [["1 process", "failed" if alone is None else "finished"], [f"{RANKS} ranks", _told(together)]]
-        show(f"each process limited to {limit / 1e6:.0f} MB, q, k, v, out and state take {whole / 1e6:.0f} MB",
-             ["", "result"], rows)  # fmt: skip
+    _on_small_hosts()
 
 
-def _told(found: list) -> str:
-    return f"finished, largest error {max(one['error'] for one in found):.1e}"
-
-
-@contextlib.contextmanager
-def _cgroup(limit: int) -> Iterator[str | None]:
-    """A folder in which each process makes a memory cgroup of its own with this limit; ``None`` where none can be."""
-    for parent, name in ((CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")):
-        group = parent / f"ringattn-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            yield f"{group}:{name}:{limit}" if (group / name).exists() else None
-        finally:
-            for inner in [*group.glob("*/"), group]:
-                inner.rmdir()
+def _on_small_hosts() -> None:
+    """Keys and values that no host's memory would hold, on the virtual cluster."""
+    if why := unavailable():
+        print(f"  not tried: {why}")
         return
-    yield None
-
-
-def _enter(told: str) -> None:
-    """Move this process into a cgroup of its own."""
-    if told == "none":
-        return
-    group, name, limit = told.split(":")
-    own = Path(group) / str(os.getpid())
-    own.mkdir()
-    (own / name).write_text(limit)
-    (own / "cgroup.procs").write_text(str(os.getpid()))
+    rows, held = [], 2 * LONG * HEADS * DIM * 4
+    for hosts in (1, HOSTS):
+        with Cluster(hosts, memory=f"{LIMIT >> 20}M") as cluster:
+            options = {"hosts": cluster.addresses, "base": cluster.environment, "expect_failure": hosts == 1}
+            found = run_ranks("benchmarks.memory", hosts, 1, LONG, "forward", **options)
+        result = "failed" if found is None else f"finished, largest error {max(one['error'] for one in found):.1e}"
+        rows.append([f"{hosts} hosts" if hosts > 1 else "1 host", result])
+    title = f"{LONG} tokens, keys and values of {held / 1e6:.0f} MB, hosts with {LIMIT / 1e6:.0f} MB of memory each"
+    show(title, ["", "result"], rows)
 
 
 def worker() -> None:
     """One rank: only its own tokens are ever made."""
-    _enter(sys.argv[2])
+    tokens = int(sys.argv[2])
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
-        layout = ra.Layout.zigzag(TOKENS, ring.size)
+        layout = ra.Layout.zigzag(tokens, ring.size)
         tensors = [mx.zeros((1, HEADS, layout.local_length(ring.rank), DIM)) for _ in "qkv"]
         mx.eval(tensors)
         for name, x in zip("qkv", tensors):
@@ -104,7 +75,7 @@ def worker() -> None:
             (out,), gradients = mx.vjp(attend, tensors, tensors[:1])
             mx.eval(gradients)
         growth = memory.growth()
-        error = sampled_error(np.array(out[0], copy=False), layout.positions(ring.rank), TOKENS, DIM, causal=True)
+        error = sampled_error(np.array(out[0], copy=False), layout.positions(ring.rank), tokens, DIM, causal=True)
         assert error < 1e-5, error
         write_result(ring.rank, {"growth": growth, "error": error})
 
