@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -116,9 +116,12 @@ def launch(
     raise SystemExit(run_ranks(line, ranks=count, environment=environment, hosts=addresses))
 
 
-def _variables(given: Iterable[str]) -> dict[str, str]:
+def _variables(given: Sequence[str]) -> dict[str, str]:
     """The values of ``NAME=VALUE``, and of ``NAME`` as it is here."""
-    whole = [one if "=" in one else f"{one}={os.environ.get(one, '')}" for one in given]
+    for one in given:
+        if "=" not in one and one not in os.environ:
+            raise LaunchError(f"--env: {one!r} is not set here, expected the name of a variable, or NAME=VALUE", 2)
+    whole = [one if "=" in one else f"{one}={os.environ[one]}" for one in given]
     pairs = (check_variable("--env", one).partition("=") for one in whole)
     return {name: value for name, _, value in pairs}
 
