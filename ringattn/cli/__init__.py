@@ -13,10 +13,10 @@ import click
 COMMANDS = {
     "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
     "chat": ("ringattn.cli.chat", "Talk to a language model whose context is spread over ranks."),
-    "demo": ("ringattn.cli.demo", "Let a real language model read a long text on several processes."),
+    "demo": ("ringattn.cli.demo", "Let a real language model read a document on several processes."),
     "doctor": ("ringattn.cli.doctor", "Examine hosts, links and versions before a ring runs on them."),
     "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
-    "launch": ("ringattn.cli.launch", "Run a program on several ranks."),
+    "launch": ("ringattn.cli.launch", "Run a program on several ranks, of this machine or of several hosts."),
     "serve": ("ringattn.cli.serve", "Answer OpenAI-style requests with a language model spread over ranks."),
     "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),
 }
