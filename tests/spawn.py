@@ -70,6 +70,11 @@ def spawn(
         return Result(code, "\n".join(texts), seconds)
 
 
+def _heed() -> None:
+    """What a shell starts in the background inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def spawn_mlx(
     size: int,
     arguments: Sequence[str],
@@ -101,6 +106,7 @@ def spawn_mlx(
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    preexec_fn=_heed,
                 )
             )
         ended: dict[int, float] = {}
