@@ -105,7 +105,7 @@ def test_a_ring_over_the_link(cluster: Cluster) -> None:
         "import ringattn as ra, mlx.core as mx\n"
         "with ra.init() as ring:\n"
         "    x = ring.broadcast(mx.ones((500_000,)))\n"
-        "    print(ring.rank, ring.hosts, float(x.sum().item()))\n"
+        "    print(f'{ring.rank} {ring.hosts} {x.sum().item()}\\n', end='', flush=True)\n"
     )
     line = [MPIEXEC, "-launcher", "ssh", "-iface", cluster.bridge, "-hosts", ",".join(cluster.addresses), "-ppn", "1"]
     before = cluster.sent(0)

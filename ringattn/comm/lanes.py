@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import RingError
 from .pairing import Parcel
-
-_LAST_WORDS = 0.5  # s in which the news of a death may arrive that explains why a message broke off
 
 
 @dataclass
@@ -73,11 +69,8 @@ class Lane:
                 work, self.busy = self.queue.popleft(), True
             try:
                 work.result = work.do(stream)
-            except RingError as error:
-                return self._on_error(error)  # busy for ever: what is still queued has no sense any more
             except BaseException as error:
-                time.sleep(_LAST_WORDS)
-                return self._on_error(RingError(f"mx.distributed: {' '.join(str(error).split())}"))
+                return self._on_error(error)  # busy for ever: what is still queued has no sense any more
             with self._lock:
                 self.busy = False
                 work.done = True

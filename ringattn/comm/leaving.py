@@ -39,6 +39,8 @@ def watch_over(ring: PeerRing) -> None:
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Print an uncaught exception as ever, then where it happened, and break this process's rings."""
     _previous_hook(kind, error, traceback)
+    for ring in _rings:
+        ring.await_cause(error)
     _report(error)
     for ring in _rings:
         if ring.error is not None and ring.error.rank != ring.rank and ring.error is not error:

@@ -31,6 +31,7 @@ from .peers import PeerRing
 from .solo import SoloRing
 
 _CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
+_LAST_WORDS = 1.0  # s in which the news of a death may arrive that explains why a message broke off
 _STUCK_AFTER = 0.5  # s that the main thread has to notice by itself that the ring broke
 
 
@@ -58,6 +59,7 @@ class MlxRing(PeerRing):
     """A ring of the processes of `mx.distributed`."""
 
     in_graph_bytes = INLINE_BYTES
+    _foreign = (RuntimeError,)
 
     def __init__(self, all_of_us: Hub, timeouts: Sequence[float]):
         self._hub, self._fabric = all_of_us, all_of_us.fabric
@@ -150,6 +152,13 @@ class MlxRing(PeerRing):
         with self._breaking():
             waiting = self._waiting(lambda: self._fabric.missing(self._channel))
             waiting(lambda: all(transfer.done for transfer in transfers))
+
+    def await_cause(self, error: BaseException) -> None:
+        if isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]")):
+            deadline = time.monotonic() + _LAST_WORDS
+            while not self.broken and time.monotonic() < deadline:
+                time.sleep(5e-3)
+                self.hear()
 
     def _waiting(self, missing: Callable[[], set[int]]) -> Callable[[Callable[[], bool]], None]:
         look = self._looking(missing)

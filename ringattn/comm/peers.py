@@ -72,7 +72,11 @@ class PeerRing(Ring):
 
     # What the library calls
 
+    def await_cause(self, error: BaseException) -> None:  # noqa: B027  (most errors are their own cause)
+        """Let the news arrive that explains `error`, where that may only be what came of another rank's death."""
+
     def fail(self, error: BaseException) -> None:
+        self.await_cause(error)
         if not isinstance(error, RingError) or error.rank is None:
             what, hop = self._place
             text = f"{self._life.name(self.rank)} failed {describe((what, hop))}: {type(error).__name__}: {error}"
