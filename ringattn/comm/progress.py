@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import RingError
 from .base import Buffers, Gate, Transfer
+from .pace import Looks
 
 CHUNK_BYTES = 128 << 20  # the longest single message; some MPIs refuse more than 2**31 bytes
-POLL = 2e-4  # s between two looks of the helper while messages are under way
 
 
 class Message(Transfer):
@@ -108,6 +108,7 @@ class Engine:
         self._blocked: list[Message] = []
         self._active: list[Message] = []
         self._turn = threading.Lock()
+        self._looks = Looks()
 
     def add(self, message: Message) -> None:
         self._fresh.append(message)
@@ -116,6 +117,11 @@ class Engine:
     def resting(self) -> bool:
         """Whether nothing can happen until somebody adds a message or opens a gate."""
         return not self._active and all(message.gated for message in [*self._fresh, *self._blocked])
+
+    @property
+    def nap(self) -> float:
+        """Seconds that may pass until the next step while the main thread computes."""
+        return self._looks.nap([message.bytes for message in list(self._active)])
 
     @property
     def peers(self) -> set[int]:
@@ -136,6 +142,7 @@ class Engine:
         finished = [message for message in self._active if message.poll(self._status, self._byte)]
         for message in finished:
             self._active.remove(message)
+            self._looks.learn(message.bytes, time.time() - message.started)
             self._on_done(message)
         return bool(finished)
 
@@ -197,7 +204,7 @@ class Helper:
                 due = time.monotonic() + self._interval
             if not self._rest(due):
                 self._guard(self._engine.step)
-                time.sleep(POLL)
+                time.sleep(self._engine.nap)
 
     def _rest(self, due: float) -> bool:
         with self._bell:
