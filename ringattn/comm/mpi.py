@@ -109,7 +109,7 @@ class MpiRing(PeerRing):
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
         self._check()
         swap = Swap(self._comm, self._peers, out, into)
-        self._watch(swap.poll, lambda: swap.missing, bulk=lambda: 0.0)
+        self._watch(swap.poll, lambda: swap.missing, bulk=True)
 
     def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
         self._swap([own] * self.size, into)
@@ -151,7 +151,7 @@ class MpiRing(PeerRing):
 
         self._helper.relieved = True
         try:
-            self._watch(poll, lambda: self._engine.peers, lambda: self._engine.nap)
+            self._watch(poll, lambda: self._engine.peers, bulk=True)
         finally:
             self._helper.relieved = False
             self._helper.ring()
@@ -177,9 +177,7 @@ class MpiRing(PeerRing):
         if self.broken and self._stuck:
             leaving.abandon(self)
 
-    def _watch(
-        self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: Callable[[], float] | None = None
-    ) -> None:
+    def _watch(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
         """Wait until `poll` says True; `missing` are the ranks that this depends on."""
         with self._breaking():
             wait_until(poll, self._looking(missing), bulk)

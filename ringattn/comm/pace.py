@@ -16,19 +16,17 @@ LOOK_EVERY = 2e-3  # s between two looks at the peers' signs of life
 
 POLL = 2e-4  # s between two looks at messages under way, as long as nothing is known of the link
 LONGEST_POLL = 4e-3  # s
-SLOW = 1e-3  # s; a link that allows for a longer nap than this is one
 LOOK_BYTES = 64 << 10  # that may gather between two looks: less than any system buffers for a connection
 TELLING_BYTES = 1 << 20  # of a message whose time is that of its bytes
 
 let_others_run: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-def wait_until(poll: Callable[[], bool], look: Callable[[], None], bulk: Callable[[], float] | None = None) -> None:
+def wait_until(poll: Callable[[], bool], look: Callable[[], None], bulk: bool = False) -> None:
     """Call `poll` until it says True, and `look`, which raises when waiting has become pointless, now and then.
 
-    With `bulk`, every poll moves bytes, and a nap would cap a fast link; it says how long one may be, and where that is
-    long, the link is slow and the core free for others. Without it, a message is either there or not, and where the
-    core is shared a nap ends sooner than the time slice that a yield gives away.
+    With `bulk`, every poll moves bytes, and a nap would cap a fast link. Without it, a message is either there or not,
+    and where the core is shared a nap ends sooner than the time slice that a yield gives away.
     """
     for _ in range(SPINS):
         if poll():
@@ -38,12 +36,10 @@ def wait_until(poll: Callable[[], bool], look: Callable[[], None], bulk: Callabl
     while not poll():
         if napping:
             time.sleep(min(max(NAP, PART * (now - start)), LONGEST_NAP))
-        elif bulk is not None and (nap := bulk()) > SLOW:
-            time.sleep(nap / 4)  # what is late now is late for everybody
         else:
             let_others_run()
         before, now = now, time.monotonic()
-        napping = napping or now - start > YIELD_FOR or (now - before > CROWDED and bulk is None)
+        napping = napping or now - start > YIELD_FOR or (now - before > CROWDED and not bulk)
         if now - looked > LOOK_EVERY:
             looked = now
             look()
