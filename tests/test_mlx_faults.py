@@ -83,6 +83,25 @@ print("done", flush=True)
     assert "done" not in text(results)
 
 
+STUCK = {
+    "message": ("recv", "hops(6)", r"\d+ bytes (to|from) rank [012] \(.+\) are stuck in ring_attention, hop \d"),
+    "round": ("gather", "ring.barrier()", r"a round is stuck: all ranks have been in it for 3 s"),
+}
+
+
+@pytest.mark.parametrize("what", STUCK)
+def test_a_link_that_moves_nothing_while_signs_of_life_go_on(what: str) -> None:
+    """As of a pulled cable, where the ranks also reach one another in another way."""
+    name, call, cause = STUCK[what]
+    program = f"""
+from ringattn.comm.group import Group
+ring.barrier()
+if ring.rank == 1: Group.{name} = lambda *_: time.sleep(60)
+told(lambda: {call})
+"""
+    all_told(run(program), cause, bad=-1)
+
+
 def test_a_rank_that_leaves() -> None:
     results = run("if ring.rank == 1: sys.exit(0)\nelse: told(ring.barrier)")
     all_told(results, r"rank 1 \(.+\) left the ring while rank [02] waited for it in barrier, hop 0")

@@ -33,7 +33,7 @@ from .group import Group
 from .lanes import Lane, Work
 from .pairing import Key, Link, Offer, Parcel, leads
 
-OFFER, COMMIT, PASSED, REACHED = 16, 17, 18, 19  # kinds of message between fabrics
+OFFER, COMMIT, PASSED, REACHED, ARRIVED = 16, 17, 18, 19, 20  # kinds of message between fabrics
 FRAME_BYTES = 34 << 10  # of every rank in a gather: enough for the states of 64 heads of 128 dims
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
@@ -67,6 +67,7 @@ class Fabric:
         self.group, self.rank, self.size = group, group.rank, group.size
         self.epoch = 0
         self.reached: dict[int, int] = {}
+        self._arrived: dict[int, int] = {}  # by rank: the gathers that need nothing from it any more but bytes
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.on_error = on_error
@@ -76,7 +77,8 @@ class Fabric:
         self._in = Link(False, leads(self.rank, self._left, False, group.duplex))
         self._turns = [self._out, self._in]  # whose turn it is to lead, where one thing is done at a time
         self._blocked: list[Parcel] = []
-        self._gathering = False
+        self._gathering = False  # in one, or on the way there
+        self._inside = False  # in one
         self._gather_turn = threading.Lock()
         self._last: mx.array | None = None  # the gather in MLX's graph that nobody has waited for yet
         lane = self._lane("sends" if group.duplex else "moves")
@@ -184,6 +186,8 @@ class Fabric:
             elif kind == PASSED:
                 sending, epoch = _PASSED.unpack(note)
                 (self._in if sending else self._out).passed = epoch
+            elif kind == ARRIVED:
+                self._arrived[sender] = struct.unpack("<Q", note)[0]
             elif kind == REACHED:
                 self.reached[sender] = struct.unpack("<Q", note)[0]
             self.advance()
@@ -211,6 +215,7 @@ class Fabric:
             wait(lambda: self._quiet)
             work = Work(lambda stream: self._gather(channel, b"".join(payload), stream), None)
             with self.lock:
+                self._inside = True
                 self._lanes[self._out].add(work)
             wait(lambda: work.done)
             self._end()
@@ -225,7 +230,7 @@ class Fabric:
 
     def _end(self) -> None:
         with self.lock:
-            self._gathering = False
+            self._gathering = self._inside = False
             self.advance()
 
     @property
@@ -293,9 +298,31 @@ class Fabric:
     def settle(self) -> None:
         """Evaluate the gathers in MLX's graph, so that something else can move."""
         if self._last is not None:
+            self._inside = True
             mx.eval(self._last)
             self._last = None
             self._end()
+
+    # Watching over it
+
+    def say_where(self) -> None:
+        """Tell all others which gathers this rank holds up no longer."""
+        arrived = self.epoch - (self._gathering and not self._inside)
+        for peer in range(self.size):
+            if peer != self.rank:
+                self._tell(peer, ARRIVED, struct.pack("<Q", arrived))
+
+    def moving(self, channel: int) -> list[Parcel]:
+        """The messages of a ring that are on the link, at both ends."""
+        with self.lock:
+            works = [lane.doing for lane in set(self._lanes.values()) if lane.doing is not None]
+            return [parcel for work in works for parcel in work.parcels if parcel.key[0] == channel]
+
+    @property
+    def gather_moving(self) -> int | None:
+        """The gather that all ranks are in, or past."""
+        everybody = all(self._arrived.get(peer, 0) >= self.epoch for peer in range(self.size) if peer != self.rank)
+        return self.epoch if self._inside and everybody else None
 
     # Waiting
 

@@ -46,6 +46,7 @@ class Lane:
         self._lock, self._admits, self._on_done, self._on_error = lock, admits, on_done, on_error
         self.queue: deque[Work] = deque()
         self.busy = False
+        self.doing: Work | None = None
         self.bell = threading.Condition(lock)
         threading.Thread(target=self._run, name=f"ringattn {name}", daemon=True).start()
 
@@ -66,13 +67,14 @@ class Lane:
         while True:
             with self._lock:
                 self.bell.wait_for(lambda: self.queue and self._admits(self.queue[0]))
-                work, self.busy = self.queue.popleft(), True
+                self.doing = work = self.queue.popleft()
+                self.busy = True
             try:
                 work.result = work.do(stream)
             except BaseException as error:
                 return self._on_error(error)  # busy for ever: what is still queued has no sense any more
             with self._lock:
-                self.busy = False
+                self.busy, self.doing = False, None
                 work.done = True
                 for parcel in work.parcels:
                     parcel.finish()

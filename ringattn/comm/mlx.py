@@ -26,8 +26,10 @@ from .base import Buffers, Event, Gate, Ring, Transfer
 from .fabric import INLINE_BYTES
 from .group import launched_size
 from .hub import Hub, hub
+from .liveness import describe
 from .pairing import Parcel
 from .peers import PeerRing
+from .rate import LinkRate
 from .solo import SoloRing
 
 _CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
@@ -67,6 +69,9 @@ class MlxRing(PeerRing):
         super().__init__(all_of_us.post(self._channel), all_of_us.rank, all_of_us.hosts, timeouts)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
         self._broke: float | None = None  # when this was seen
+        self._rate = LinkRate()
+        self._moving: dict[object, float] = {}  # what both ends are moving: for how many seconds
+        self._looked = time.monotonic()
         all_of_us.join(self._channel, self)
         leaving.watch_over(self)
 
@@ -139,6 +144,7 @@ class MlxRing(PeerRing):
         return parcel
 
     def _moved(self, parcel: Parcel) -> None:
+        self._rate.learn(parcel.bytes, time.time() - parcel.started)
         if parcel.sending:
             self.bytes_sent += parcel.bytes
         if self.trace is not None and parcel.bytes:
@@ -174,12 +180,32 @@ class MlxRing(PeerRing):
     def beat(self) -> None:
         """Tell the others that this rank lives, and end a process that cannot end by itself."""
         self._life.beat()
+        self._fabric.say_where()
+        self._judge_link()
         if not self.broken:
             return
         now = time.monotonic()
         self._broke = now if self._broke is None else self._broke
         if self._fabric.pending and now - self._broke > _STUCK_AFTER:
             leaving.abandon(self)
+
+    def _judge_link(self) -> None:
+        """Break the ring when what both ends are moving does not arrive: signs of life go another way, and go on."""
+        now = time.monotonic()
+        awake, self._looked = min(now - self._looked, 2 * self._interval), now  # it may have been stopped
+        parcels, gather = self._fabric.moving(self._channel), self._fabric.gather_moving
+        found: list[object] = [*parcels, *([] if gather is None else [gather])]
+        self._moving = {one: self._moving.get(one, -awake) + awake for one in found}
+        what, hop = self._place
+        for parcel in parcels:
+            allowed = self._rate.deadline(parcel.bytes, self.timeout)
+            if self._moving[parcel] > allowed:
+                way = "to" if parcel.sending else "from"
+                text = f"{parcel.bytes} bytes {way} {self._life.name(parcel.peer)} are stuck {describe((what, hop))}: "
+                text += f"both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
+                self.fail(RingError(text, rank=parcel.peer, host=self.hosts[parcel.peer], hop=hop))
+        if gather is not None and self._moving[gather] > self._rate.deadline(0, self.timeout):
+            raise RingError(f"a round is stuck: all ranks have been in it for {self.timeout:g} s; look at the cables")
 
     # What leaving.py asks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 SPINS = 2  # polls before the first yield, which costs little more than a poll where nobody else wants the core
 YIELD_FOR = 0.5  # s of yielding before the first sleep; fast links move 256 MB in less
@@ -14,10 +14,6 @@ PART = 1e-3  # of the time that it has waited: a nap may be as long, so that wai
 LONGEST_NAP = 1e-2  # s
 LOOK_EVERY = 2e-3  # s between two looks at the peers' signs of life
 
-POLL = 2e-4  # s between two looks at messages under way, as long as nothing is known of the link
-LONGEST_POLL = 4e-3  # s
-LOOK_BYTES = 64 << 10  # that may gather between two looks: less than any system buffers for a connection
-TELLING_BYTES = 1 << 20  # of a message whose time is that of its bytes
 
 let_others_run: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -43,25 +39,3 @@ def wait_until(poll: Callable[[], bool], look: Callable[[], None], bulk: bool = 
         if now - looked > LOOK_EVERY:
             looked = now
             look()
-
-
-class Looks:
-    """How often a thread looks at messages under way while another one computes, on the same core for all it knows.
-
-    A look costs tens of microseconds, so what a slow link needs is far less than what a fast one does.
-    """
-
-    def __init__(self) -> None:
-        self._rate = 0.0  # bytes/s
-
-    def learn(self, count: int, seconds: float) -> None:
-        """A message of `count` bytes has taken `seconds`, perhaps because its other end was late."""
-        if count >= TELLING_BYTES:
-            self._rate = max(count / max(seconds, 1e-6), self._rate / 2)
-
-    def nap(self, counts: Iterable[int]) -> float:
-        """Seconds until the next look at messages of so many bytes."""
-        if not self._rate:
-            return POLL
-        least = min(counts, default=0) / 8  # a short one is worth nothing late
-        return min(max(POLL, min(LOOK_BYTES, least) / self._rate), LONGEST_POLL)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import RingError
 from .base import Buffers, Gate, Transfer
-from .pace import Looks
+from .rate import LinkRate
 
 CHUNK_BYTES = 128 << 20  # the longest single message; some MPIs refuse more than 2**31 bytes
 
@@ -108,7 +108,7 @@ class Engine:
         self._blocked: list[Message] = []
         self._active: list[Message] = []
         self._turn = threading.Lock()
-        self._looks = Looks()
+        self._rate = LinkRate()
 
     def add(self, message: Message) -> None:
         self._fresh.append(message)
@@ -121,7 +121,7 @@ class Engine:
     @property
     def nap(self) -> float:
         """Seconds that may pass until the next step while the main thread computes."""
-        return self._looks.nap([message.bytes for message in list(self._active)])
+        return self._rate.nap([message.bytes for message in list(self._active)])
 
     @property
     def peers(self) -> set[int]:
@@ -142,7 +142,7 @@ class Engine:
         finished = [message for message in self._active if message.poll(self._status, self._byte)]
         for message in finished:
             self._active.remove(message)
-            self._looks.learn(message.bytes, time.time() - message.started)
+            self._rate.learn(message.bytes, time.time() - message.started)
             self._on_done(message)
         return bool(finished)
 
