@@ -21,36 +21,47 @@ from .ring import without_ring
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
 TOKENS = {2: 6144, 4: 8192}
+NETWORKS = (  # hosts; whether neighbours have cables of their own, or all are on one switch; which ways blocks travel
+    (2, False, "one"),
+    (4, False, "one"),
+    (4, False, "both"),
+    (4, True, "one"),
+    (4, True, "both"),
+)
 HIDDEN, BOUND = 0.7, 2.0  # of a hop's compute: a transfer that can hide, and one that cannot
 
 
 def main() -> None:
-    """Both questions, for both masks, on 2 and 4 hosts."""
+    """Both questions, for both masks, on every network."""
     if why := unavailable():
         print(f"\nlinks: skipped: {why}")
         return
     hidden, bound = [], []
-    for hosts, mask in product((2, 4), ("full", "causal")):
-        with Cluster(hosts, pin=True) as cluster:
-            free = _run(cluster, hosts, mask)
+    for (hosts, cables, ways), mask in product(NETWORKS, ("full", "causal")):
+        with Cluster(hosts, pin=True, ring=cables) as cluster:
+            free = _run(cluster, hosts, mask, ways)
             compute = free["alone"] / hosts  # of a hop
             hop = TOKENS[hosts] // hosts * KV_HEADS * DIM * 2 * 4
             for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
-                rate = 8 * hop / (part * compute)
+                rate = 8 * hop / (part * compute)  # of a link, each way: a whole block at one of them takes that long
                 cluster.set_rate(f"{rate / 1e3:.0f}kbit")
-                found = _run(cluster, hosts, mask)
-                filled = 8 * found["bytes"] / rate / (found["call"] - found["alone"] / hosts)  # the last hop's compute
-                ratio = found["alone"] / found["call"]
-                figures = (found["call"], found["alone"], ratio, filled)
-                rows.append([hosts, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in figures)])
-    head = ["hosts", "mask", "Mbit/s", "ring, s", "without a ring, s", "of pure compute", "of the link's rate"]
+                found = _run(cluster, hosts, mask, ways)
+                transfers = found["call"] - found["alone"] / hosts  # all but the last hop's compute
+                links = 2 if cables and ways == "both" else 1
+                figures = (found["call"], found["alone"], found["alone"] / found["call"])
+                filled = 8 * found["bytes"] / links / rate / transfers
+                network = "a cable to each neighbour" if cables else "one cable to a switch"
+                rows.append(
+                    [hosts, network, ways, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*figures, filled))]
+                )
+    head = ["hosts", "each has", "ways", "mask", "Mbit/s", "ring, s", "without, s", "of pure compute", "of the rate"]
     what = f"{HEADS}/{KV_HEADS} heads of {DIM}, float32"
-    show(f"{what}: a transfer takes {HIDDEN} of a hop's compute (aim: 0.95 of pure compute)", head, hidden)
-    show(f"the same, {BOUND} of it (aim: 0.95 of the link's rate)", head, bound)
+    show(f"{what}: a block takes {HIDDEN} of a hop's compute on one link (aim: 0.95 of pure compute)", head, hidden)
+    show(f"the same, {BOUND} of it (aim: 0.95 of the links' rate where that is the bound)", head, bound)
 
 
-def _run(cluster: Cluster, hosts: int, mask: str) -> dict[str, float]:
-    found = run_ranks("benchmarks.links", hosts, 1, mask, hosts=cluster.addresses, base=cluster.environment)
+def _run(cluster: Cluster, hosts: int, mask: str, ways: str) -> dict[str, float]:
+    found = run_ranks("benchmarks.links", hosts, 1, mask, ways, hosts=cluster.addresses, base=cluster.environment)
     assert found is not None
     return {name: max(one[name] for one in found) for name in ("call", "alone", "bytes")}
 
@@ -60,6 +71,7 @@ def worker() -> None:
     causal = sys.argv[2] == "causal"
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
+        ring.both_ways = sys.argv[3] == "both"
         tokens = TOKENS[ring.size]
         layout = ra.Layout.zigzag(tokens, ring.size)
         q, k, v = (

@@ -11,7 +11,7 @@ from .comm.agreement import agree, heard
 from .errors import ArgumentError
 from .graph import opaque
 from .job import check_layout, check_ring
-from .schedule import Hop
+from .schedule import Hop, Schedule
 from .wire import Block, collect
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
         size, spans = ring.size, layout.spans
         held = [(ring.rank - h) % size for h in range(size)]
         hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
-        return collect(ring, Block((x,), (axis,), spans[ring.rank]), hops).arrays[0]
+        schedule = Schedule(tuple(hops), (), spans[ring.rank], 1)
+        return collect(ring, Block((x,), (axis,), spans[ring.rank]), [schedule]).arrays[0]
 
 
 def _checked(layout: Layout, x: mx.array, ring: Ring, axis: int) -> int:

@@ -21,7 +21,7 @@ from .graph import settled
 from .layout import Layout
 from .merge import State
 from .options import Options
-from .schedule import STRATEGIES, Schedule, Sizes, choose, plan
+from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 from .spans import positions
 from .wire import Block
 
@@ -90,18 +90,26 @@ class Job:
             ("layout", self.layout.summary),
             ("kv_layout", self.kv_layout.summary),
             ("strategy", self.strategy),
+            ("both_ways", self.ring.both_ways),
         )
         return tuple((name, str(value)) for name, value in named) + self.options.fields
 
-    def schedule(self, gradient: bool = False) -> Schedule:
-        """This rank's hops."""
-        chosen = self.chosen(gradient)
-        return plan(self.layout, self.kv_layout, self.options.band, chosen, self.ring.rank, gradient)
+    def schedules(self, gradient: bool = False) -> list[Schedule]:
+        """This rank's hops, one way or both ways around."""
+        chosen, where = self.chosen(gradient), (self.layout, self.kv_layout, self.options.band)
+        routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
+        if self.ring.both_ways is None and self.ring.apart:
+            routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
+        return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
 
     def chosen(self, gradient: bool = False) -> str:
         """The strategy, where it is open from numbers that all ranks agree on."""
         if self.strategy is not None:
             return self.strategy
+        return choose(self.layout, self.kv_layout, self.options.band, *self._sizes(gradient), gradient)
+
+    def _sizes(self, gradient: bool) -> tuple[Sizes, Sizes]:
+        """What travels for a key and for a query."""
         q, k, v = self.arrays[:3]
         mask, (batch, heads, _, dim) = self.options.mask, q.shape
         item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
@@ -112,7 +120,7 @@ class Job:
             rows = batch * heads * (v.shape[3] * self.options.out_dtype.size + 8)
             by_mask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
             keys, queries = Sizes(keys.block, key * 4), Sizes(queries.block + rows, query * 4 + by_mask)
-        return choose(self.layout, self.kv_layout, self.options.band, keys, queries, gradient)
+        return keys, queries
 
     def keys(self) -> Block:
         """This rank's keys and values, with their segment ids."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .backends.views import view
-from .comm.base import Gate, Ring, Transfer
+from .comm.base import Gate, Ring, Transfer, Way
 from .merge import State, merge_states
 from .schedule import Schedule
 from .spans import Spans, length, locate, tokens_at
@@ -79,20 +79,20 @@ def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
 class Returning:
     """The results that one hop adds to: those that come in, and the message that takes them on."""
 
-    def __init__(self, ring: Ring, slots: Slots, spans: Spans, tag: int, wanted: Spans):
+    def __init__(self, way: Way, slots: Slots, spans: Spans, tag: int, wanted: Spans):
         """Those of the tokens at `spans` come in under `tag`, once they are `due`; those at `wanted` go on."""
         self._due = Gate()
-        self.arrival, self.wanted = slots.recv(ring, spans, tag, [self._due]), wanted
+        self.arrival, self.wanted = slots.recv(way, spans, tag, [self._due]), wanted
         self.sent: Transfer | None = None
         self._added, self._loads = Gate(), list[Callable]()
 
     def due(self) -> None:
-        """Say that this rank has done the hop before, so that the left neighbour may have as well."""
+        """Say that this rank has done the hop before, so that the one that sends them may have as well."""
         self._due.open()
 
-    def send(self, ring: Ring, tag: int) -> None:
+    def send(self, way: Way, tag: int) -> None:
         """Post the message; it starts once results were `passed` on."""
-        self.sent = ring.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
+        self.sent = way.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
 
@@ -112,13 +112,14 @@ class Returning:
         return total
 
 
-def post(ring: Ring, schedule: Schedule, own: Spans, kind: Kind) -> list[Returning]:
-    """Post all messages of the results: those of each hop, and in the end those that come home to `own` tokens."""
+def post(ring: Ring, schedule: Schedule, kind: Kind) -> list[Returning]:
+    """Post all messages of the results: those of each hop, and in the end those that come home."""
+    way = Way(ring, schedule.step)
     slots = Slots(kind.block(kind.nothing(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home])
     stops = []
     for h, hop in enumerate(schedule.hops):
-        stop = Returning(ring, slots, hop.returning, TAGS + h - 1, hop.state if h else own)
+        stop = Returning(way, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
         if h and hop.state:
-            stop.send(ring, TAGS + h)
+            stop.send(way, TAGS + h)
         stops.append(stop)
-    return [*stops, Returning(ring, slots, schedule.home, TAGS + ring.size - 1, own)]
+    return [*stops, Returning(way, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ from .merge import State, finish
 from .results import Kind, add_states, add_sums, post
 from .schedule import Schedule
 from .spans import length
-from .wire import Block, collect, relay
+from .wire import Block, by_turns, collect, relay
 from .wire import rows as rows_of
 
 WHAT = "ring_attention"
@@ -146,25 +147,25 @@ def _pull_back(job: Job, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.
 
 def _pass_kv(job: Job) -> State:
     """Keys and values travel; the state of this rank's queries is carried from hop to hop."""
-    schedule = job.schedule()
-    arrivals, sends = relay(job.ring, job.keys(), schedule.hops)
-    queries, state = job.queries(), None
-    for h, (hop, arrival) in enumerate(zip(schedule.hops, arrivals)):
+    arrivals, sends = relay(job.ring, job.keys(), job.schedules())
+    queries, state, h = job.queries(), None, 0
+    for h, hop, arrival in arrivals:
         job.ring.at(WHAT, h)
         if hop.compute:
             job.wait(h, arrival.transfer)
             state = job.attend(h, queries, arrival.block, state)
         arrival.release()
-    job.wait(len(arrivals), *sends)
+    job.wait(h + 1, *sends)
     return job.empty_state(job.arrays[0].shape[2]) if state is None else state
 
 
 def _gather(job: Job) -> State:
     """Keys and values travel to all ranks whose queries see them, and each computes once."""
-    schedule = job.schedule()
-    whole = collect(job.ring, job.keys(), schedule.hops)
-    job.ring.at(WHAT, len(schedule.hops))
-    return job.attend(len(schedule.hops), job.queries(), whole, None)
+    schedules = job.schedules()
+    whole = collect(job.ring, job.keys(), schedules)
+    hops = max(len(schedule.hops) for schedule in schedules)
+    job.ring.at(WHAT, hops)
+    return job.attend(hops, job.queries(), whole, None)
 
 
 def _pass_q(job: Job) -> State:
@@ -174,7 +175,7 @@ def _pass_q(job: Job) -> State:
     def add(h: int, block: Block) -> State:
         return job.attend(h, block, keys, None)
 
-    return State(*_round_trip(job, job.queries(), job.schedule(), Kind(job.empty_state, add_states), add))
+    return State(*_round_trip(job, job.queries(), job.schedules(), Kind(job.empty_state, add_states), add))
 
 
 def _pull_back_queries(job: Job, rows: Rows) -> Gradients:
@@ -190,7 +191,7 @@ def _pull_back_queries(job: Job, rows: Rows) -> Gradients:
         return [x for x in (found.q, found.mask) if x is not None]
 
     results = Kind(job.gradients_of_queries, add_sums)
-    q, *mask = _round_trip(job, job.queries(rows), job.schedule(gradient=True), results, add)
+    q, *mask = _round_trip(job, job.queries(rows), job.schedules(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 
 
@@ -206,18 +207,19 @@ def _pull_back_keys(job: Job, rows: Rows) -> Gradients:
         return found.k, found.v
 
     results = Kind(job.gradients_of_keys, add_sums)
-    k, v = _round_trip(job, job.keys(), job.schedule(gradient=True), results, add)
+    k, v = _round_trip(job, job.keys(), job.schedules(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 
 
 def _round_trip(
-    job: Job, own: Block, schedule: Schedule, kind: Kind, compute: Callable[[int, Block], Arrays]
+    job: Job, own: Block, schedules: Sequence[Schedule], kind: Kind, compute: Callable[[int, Block], Arrays]
 ) -> tuple[mx.array, ...]:
     """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
-    arrivals, sends = relay(job.ring, own, schedule.hops)
-    stops = post(job.ring, schedule, own.spans, kind)
+    arrivals, sends = relay(job.ring, own, schedules)
+    routes = [post(job.ring, schedule, kind) for schedule in schedules]
     at_home: Block | None = None
-    for h, (hop, arrival, stop, following) in enumerate(zip(schedule.hops, arrivals, stops, stops[1:])):
+    h = 0
+    for (h, hop, arrival), (stop, following) in zip(arrivals, by_turns(map(pairwise, routes))):
         job.ring.at(WHAT, h)
         added = None
         if hop.compute:
@@ -226,15 +228,19 @@ def _round_trip(
         arrival.release()
         following.due()
         if h == 0:
-            at_home = added
+            at_home = at_home or added
         elif hop.state:
             job.wait(h, stop.arrival.transfer)
             stop.passed(stop.total(kind, added))
             stop.arrival.release()
-    job.wait(len(arrivals), stops[-1].arrival.transfer)
-    total = stops[-1].total(kind, at_home)
-    job.wait(len(arrivals), *sends, *(stop.sent for stop in stops))
-    return total.arrays
+    totals: list[Block] = []
+    for stops in routes:
+        job.wait(h + 1, stops[-1].arrival.transfer)
+        totals.append(stops[-1].total(kind, None if totals else at_home))
+    for part in totals[1:]:
+        kind.add(totals[0], part)
+    job.wait(h + 1, *sends, *(stop.sent for stops in routes for stop in stops))
+    return totals[0].arrays
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

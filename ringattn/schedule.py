@@ -9,19 +9,44 @@ gradient, keys and values have results too (their own gradients), and both ways 
     rank 0 attends to the     keys of 0    keys of 2    keys of 1
     rank 1                    keys of 1    keys of 0    keys of 2
     rank 2                    keys of 2    keys of 1    keys of 0
+
+On cables that carry both directions at once, half of each rank's tokens can travel to the right and half to the left:
+two schedules on each rank, with the same number of hops and half the bytes each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from .layout import Layout
 from .mask import Band
-from .spans import Spans, length, union
+from .spans import Spans, halves, length, union
 
 STRATEGIES = ("pass_kv", "pass_q", "gather")
+HALVED_BYTES = 1 << 20  # the shortest block that is worth two messages and two kernel calls where one would do
+
+
+class Route(NamedTuple):
+    """Which of every rank's tokens travel, and which way: 1 is to the right, -1 to the left."""
+
+    step: int
+    half: int | None  # 0 or 1; None for all
+
+    def tokens(self, spans: Spans) -> Spans:
+        """Those of a rank's that take it."""
+        return spans if self.half is None else halves(spans)[self.half]
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one in which a rank's tokens meet its own."""
+        return not self.half
+
+
+TO_THE_RIGHT = Route(1, None)
+BOTH_WAYS = (Route(1, 0), Route(-1, 1))
 
 
 @dataclass(frozen=True)
@@ -32,9 +57,9 @@ class Hop:
         source: The rank whose tokens are held during this hop.
         held: The tokens of `source` that are here.
         compute: Those of them that this rank's own tokens attend to, or that attend to this rank's.
-        send: Those that go on to the right neighbour.
-        state: Where results travel too: those whose result, with this hop's work added, goes on to the right neighbour.
-        returning: Those whose result comes in from the left before that.
+        send: Those that go on to the next rank.
+        state: Where results travel too: those whose result, with this hop's work added, goes on to the next rank.
+        returning: Those whose result comes in from the rank before.
     """
 
     source: int
@@ -47,27 +72,41 @@ class Hop:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The hops of one rank, hop 0 on its own tokens, and the results that come home after the last one.
+    """The hops of one rank on one route, hop 0 on its own tokens.
 
     What a rank receives for hop h is `hops[h].held`; hops at the end in which nothing happens are left out.
+
+    Attributes:
+        hops: See there.
+        home: Its own tokens whose results come home after the last hop.
+        own: Those that have results of this route, of hop 0 or come home.
+        step: 1 where things travel to the right, -1 to the left.
     """
 
     hops: tuple[Hop, ...]
-    home: Spans = ()
+    home: Spans
+    own: Spans
+    step: int
 
 
-@lru_cache(maxsize=32)
-def plan(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, rank: int, gradient: bool = False) -> Schedule:
+@lru_cache(maxsize=64)
+def plan(
+    q_layout: Layout,
+    kv_layout: Layout,
+    band: Band,
+    strategy: str,
+    rank: int,
+    gradient: bool = False,
+    route: Route = TO_THE_RIGHT,
+) -> Schedule:
     """The schedule of `rank`. ``"gather"`` moves what pass-KV moves; it computes once, at the end."""
     if strategy == "pass_q":
-        return _round_trip(q_layout, kv_layout, band.transposed, rank)
-    if gradient:
-        return _round_trip(kv_layout, q_layout, band, rank)
-    return _pass_kv(q_layout, kv_layout, band, rank)
+        return _journey(q_layout, kv_layout, band.transposed, rank, route, results=True)
+    return _journey(kv_layout, q_layout, band, rank, route, results=gradient)
 
 
-@lru_cache(maxsize=8)
-def _legs(travelling: Layout, staying: Layout, band: Band) -> tuple[tuple[Leg, ...], ...]:
+@lru_cache(maxsize=16)
+def _legs(travelling: Layout, staying: Layout, band: Band, route: Route) -> tuple[tuple[Leg, ...], ...]:
     """For each source rank and each hop of its tokens: how far they travel and whom they have met.
 
     `staying` tokens see `travelling` ones by `band`.
@@ -75,8 +114,8 @@ def _legs(travelling: Layout, staying: Layout, band: Band) -> tuple[tuple[Leg, .
     size = travelling.size
     legs = []
     for source in range(size):
-        own = travelling.spans[source]
-        meet = [band.seen_by(staying.spans[(source + h) % size], own) for h in range(size)]
+        own = route.tokens(travelling.spans[source])
+        meet = [band.seen_by(staying.spans[(source + route.step * h) % size], own) for h in range(size)]
         further: list[Spans] = [()]
         for spans in reversed(meet[1:]):
             further.append(union((*spans, *further[-1])))
@@ -98,27 +137,18 @@ class Leg:
     met: Spans
 
 
-def _pass_kv(q_layout: Layout, kv_layout: Layout, band: Band, rank: int) -> Schedule:
-    hops = []
-    for h, source in enumerate(_sources(rank, q_layout.size)):
-        leg = _legs(kv_layout, q_layout, band)[source][h]
-        hops.append(Hop(source, leg.held, leg.meet, leg.send))
-    return Schedule(_trimmed(hops))
-
-
-def _round_trip(travelling: Layout, staying: Layout, band: Band, rank: int) -> Schedule:
+def _journey(travelling: Layout, staying: Layout, band: Band, rank: int, route: Route, results: bool) -> Schedule:
     """Results follow their tokens: from the first rank that adds to them through all further ones and home."""
-    legs, size = _legs(travelling, staying, band), travelling.size
-    hops = []
-    for h, source in enumerate(_sources(rank, size)):
-        leg = legs[source][h]
-        hops.append(Hop(source, leg.held, leg.meet, leg.send, leg.met, legs[source][h - 1].met if h else ()))
-    return Schedule(_trimmed(hops), legs[rank][size - 1].met)
-
-
-def _sources(rank: int, size: int) -> list[int]:
-    """Whose tokens `rank` holds at each hop."""
-    return [(rank - h) % size for h in range(size)]
+    legs, size, own = _legs(travelling, staying, band, route), travelling.size, travelling.spans[rank]
+    at_home = band.seen_by(staying.spans[rank], own) if route.first else ()
+    hops = [Hop(rank, own, at_home, legs[rank][0].send)]
+    for h in range(1, size):
+        source = (rank - route.step * h) % size
+        leg, before = legs[source][h], legs[source][h - 1]
+        adding = (leg.met, before.met) if results else ()
+        hops.append(Hop(source, leg.held, leg.meet, leg.send, *adding))
+    home = legs[rank][size - 1].met if results else ()
+    return Schedule(_trimmed(hops), home, own if route.first else home, route.step)
 
 
 def _trimmed(hops: list[Hop]) -> tuple[Hop, ...]:
@@ -135,9 +165,17 @@ class Traffic:
     largest_block: int
 
 
-def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, gradient: bool = False) -> Traffic:
+def traffic(
+    q_layout: Layout,
+    kv_layout: Layout,
+    band: Band,
+    strategy: str,
+    gradient: bool = False,
+    routes: Sequence[Route] = (TO_THE_RIGHT,),
+) -> Traffic:
     """Count the tokens that all ranks send."""
-    plans = [plan(q_layout, kv_layout, band, strategy, rank, gradient) for rank in range(q_layout.size)]
+    ranks = range(q_layout.size)
+    plans = [plan(q_layout, kv_layout, band, strategy, rank, gradient, route) for rank in ranks for route in routes]
     hops = [hop for one in plans for hop in one.hops]
     blocks = [length(hop.send) for hop in hops]
     return Traffic(sum(blocks), sum(length(hop.state) for hop in hops), max(blocks))
@@ -145,7 +183,7 @@ def traffic(q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, grad
 
 def minimum(q_layout: Layout, kv_layout: Layout, band: Band) -> int:
     """The fewest key tokens any exchange of keys could move: each key once to each other rank that sees it."""
-    return sum(length(leg.meet) for legs in _legs(kv_layout, q_layout, band) for leg in legs[1:])
+    return sum(length(leg.meet) for legs in _legs(kv_layout, q_layout, band, TO_THE_RIGHT) for leg in legs[1:])
 
 
 class Sizes(NamedTuple):
@@ -153,6 +191,10 @@ class Sizes(NamedTuple):
 
     block: int
     result: int = 0
+
+    def of(self, moved: Traffic) -> int:
+        """All bytes that are `moved`."""
+        return moved.blocks * self.block + moved.results * self.result
 
 
 @lru_cache(maxsize=32)
@@ -171,6 +213,21 @@ def choose(q_layout: Layout, kv_layout: Layout, band: Band, keys: Sizes, queries
     cost, room = {}, {}
     for strategy, sizes in (("pass_kv", keys), ("pass_q", queries)):
         moved = traffic(q_layout, kv_layout, band, strategy, gradient)
-        cost[strategy] = moved.blocks * sizes.block + moved.results * sizes.result
+        cost[strategy] = sizes.of(moved)
         room[strategy] = moved.largest_block * (2 * sizes.block + 3 * sizes.result)
     return "pass_q" if cost["pass_q"] < cost["pass_kv"] and room["pass_q"] <= room["pass_kv"] else "pass_kv"
+
+
+@lru_cache(maxsize=32)
+def choose_routes(
+    q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, sizes: Sizes, gradient: bool = False
+) -> tuple[Route, ...]:
+    """`BOTH_WAYS` where blocks are long and no byte more travels for it, else `TO_THE_RIGHT` alone.
+
+    A window's keys are needed by the next ranks to the right: to the left they would go nearly all the way round.
+    """
+    one, both = (
+        traffic(q_layout, kv_layout, band, strategy, gradient, routes) for routes in ((TO_THE_RIGHT,), BOTH_WAYS)
+    )
+    halved = one.largest_block * sizes.block >= HALVED_BYTES and sizes.of(both) <= sizes.of(one)
+    return BOTH_WAYS if halved else (TO_THE_RIGHT,)

@@ -37,6 +37,19 @@ def length(spans: Spans) -> int:
     return sum(stop - start for start, stop in spans)
 
 
+def halves(spans: Spans) -> tuple[Spans, Spans]:
+    """Half of each of `spans`, and the other half; the odd integers go to either in turn."""
+    first: list[Span] = []
+    second: list[Span] = []
+    extra = 1
+    for start, stop in spans:
+        middle = (start + stop + extra) // 2
+        extra ^= (stop - start) % 2
+        first.append((start, middle))
+        second.append((middle, stop))
+    return union(first), union(second)
+
+
 def locate(part: Spans, whole: Spans) -> Spans:
     """Where the integers of `part` stand when those of `whole` are written in order: spans of indices."""
     found, before = [], 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from .backends.views import view
-from .comm.base import Gate, Ring, Transfer
-from .schedule import Hop
+from .comm.base import Gate, Ring, Transfer, Way
+from .schedule import Hop, Schedule
 from .spans import Spans, intersection, length, locate, tokens_at, union
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class Slots:
         mx.eval(arrays)
         return arrays
 
-    def recv(self, ring: Ring, spans: Spans, tag: int, after: Sequence[Gate] = ()) -> Arrival:
-        """Receive the tokens at `spans` from the left into the slot whose turn it is, once its last users are done.
+    def recv(self, way: Way, spans: Spans, tag: int, after: Sequence[Gate] = ()) -> Arrival:
+        """Receive the tokens at `spans` into the slot whose turn it is, once its last users are done.
 
         And not before all of `after`: a receive that is open long before anything comes keeps the helper polling.
         """
@@ -115,7 +118,7 @@ class Slots:
             return Arrival(NOTHING)
         at, self._next = self._next, (self._next + 1) % len(self._memory)
         arrays = self._arrays(at, spans)
-        transfer = ring.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
+        transfer = way.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
         users: list[Transfer | Gate] = [Gate()]
         self._users[at] = users
         return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
@@ -142,9 +145,9 @@ class Arrival:
     transfer: Transfer | None = None
     users: list[Transfer | Gate] | None = None
 
-    def forward(self, ring: Ring, spans: Spans, tag: int) -> Transfer:
-        """Send the tokens at `spans` on to the right as soon as the block is here."""
-        sent = ring.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
+    def forward(self, way: Way, spans: Spans, tag: int) -> Transfer:
+        """Send the tokens at `spans` on to the next rank as soon as the block is here."""
+        sent = way.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
         if self.users is not None:
             self.users.append(sent)
         return sent
@@ -156,33 +159,49 @@ class Arrival:
                 gate.open()
 
 
-def relay(ring: Ring, own: Block, hops: Sequence[Hop]) -> tuple[list[Arrival], list[Transfer]]:
-    """Post all transfers of the blocks of `hops`; a block is forwarded as it arrives, whatever this rank is doing.
+def relay(
+    ring: Ring, own: Block, schedules: Sequence[Schedule]
+) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+    """Post all transfers of blocks; one is forwarded as it arrives, whatever this rank is doing.
 
     Returns:
-        The block of every hop, to be released after use, and the sends, to be waited for in the end.
+        The hops of all schedules in the order in which ranks have to do them, each with its number and its block, to be
+        released after use; and the sends, to be waited for in the end.
     """
+    posted = [_relay(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
+    return by_turns([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
+
+
+def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     first = hops[0].send
     copied = first if first and not (first == own.spans and own.packed) else ()
     slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
     arrivals, sends = [], []
     for h, hop in enumerate(hops):
-        arrival = slots.recv(ring, hop.held, h - 1) if h else Arrival(own)
+        arrival = slots.recv(way, hop.held, h - 1) if h else Arrival(own)
         if hop.send:
             source = slots.keep(copied) if h == 0 and copied else arrival
-            sends.append(source.forward(ring, hop.send, h))
-        arrivals.append(arrival)
+            sends.append(source.forward(way, hop.send, h))
+        arrivals.append((h, hop, arrival))
     return arrivals, sends
 
 
-def collect(ring: Ring, own: Block, hops: Sequence[Hop]) -> Block:
-    """All the tokens that `hops` compute on in one block, in the order of their positions."""
-    spans = union(span for hop in hops for span in hop.compute)
+def by_turns(journeys: Iterable[Iterable[T]]) -> list[T]:
+    """Hop 0 of each journey, hop 1 of each, and so on.
+
+    On every rank, so that none waits: a hop needs of other ranks only what they do in the hop before.
+    """
+    return [x for turn in zip_longest(*journeys) for x in turn if x is not None]
+
+
+def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
+    """All the tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
+    arrivals, sends = relay(ring, own, schedules)
+    spans = union(span for _, hop, _ in arrivals for span in hop.compute)
     shapes = [_with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
     arrays = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, own.arrays)]
     mx.eval(arrays, own.arrays)
-    arrivals, sends = relay(ring, own, hops)
-    for hop, arrival in zip(hops, arrivals):
+    for _, hop, arrival in arrivals:
         if hop.compute and arrival.transfer is not None:
             ring.wait(arrival.transfer)
         if hop.compute:

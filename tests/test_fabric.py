@@ -24,8 +24,9 @@ class World:
 
     def __init__(self, size: int, duplex: bool):
         self.size, self.duplex = size, duplex
-        self.links: list[queue.Queue] = [queue.Queue() for _ in range(size)]
-        self.taken = [threading.Semaphore(0) for _ in range(size)]
+        ends = [(rank, peer) for rank in range(size) for peer in range(size)]
+        self.links: dict[tuple[int, int], queue.Queue] = {end: queue.Queue() for end in ends}
+        self.taken = {end: threading.Semaphore(0) for end in ends}
         self.barrier = threading.Barrier(size)
         self.rows: list[Any] = [None] * size
 
@@ -38,23 +39,24 @@ class Group:
         self._busy: set[str] = set()
 
     def _enter(self, what: str) -> None:
-        allowed = {"send": {"recv"}, "recv": {"send"}}.get(what, set()) if self.duplex else set()
+        together = self.duplex and what.startswith(("send", "recv"))
+        allowed = {busy for busy in self._busy if together and busy.startswith(("send", "recv")) and busy != what}
         assert self._busy <= allowed, f"{what} while {self._busy}"
         self._busy.add(what)
 
     def send(self, buffers, peer, stream) -> None:
-        self._enter("send")
-        self.world.links[self.rank].put(b"".join(buffers))
-        assert self.world.taken[self.rank].acquire(timeout=PATIENCE)
-        self._busy.remove("send")
+        self._enter(f"send to {peer}")
+        self.world.links[self.rank, peer].put(b"".join(buffers))
+        assert self.world.taken[self.rank, peer].acquire(timeout=PATIENCE)
+        self._busy.remove(f"send to {peer}")
 
     def recv(self, buffers, peer, stream) -> None:
-        self._enter("recv")
-        data = self.world.links[peer].get(timeout=PATIENCE)
+        self._enter(f"recv from {peer}")
+        data = self.world.links[peer, self.rank].get(timeout=PATIENCE)
         assert len(data) == sum(map(len, buffers))
         pour([np.frombuffer(data, np.uint8)], [np.frombuffer(buffer, np.uint8) for buffer in buffers])
-        self.world.taken[peer].release()
-        self._busy.remove("recv")
+        self.world.taken[peer, self.rank].release()
+        self._busy.remove(f"recv from {peer}")
 
     def swap(self, out, into, stream) -> None:
         self._enter("swap")
@@ -131,32 +133,39 @@ def together(size: int, duplex: bool, play) -> None:
 def test_random_messages_and_rounds(size: int, duplex: bool, seed: int) -> None:
     """Each end posts its messages in an order of its own, before, between and after the rounds."""
     rng = random.Random(seed)
-    lengths = [{tag: rng.choice([0, 1, 1000, 70_000]) for tag in range(rng.randrange(12))} for _ in range(size)]
+    steps = (1, -1) if duplex and size > 2 else (1,)
+    lengths = {
+        (number, step): {tag: rng.choice([0, 1, 1000, 70_000]) for tag in range(rng.randrange(12))}
+        for number in range(size)
+        for step in steps
+    }
     rounds = rng.randrange(1, 5)
 
-    def content(link: int, tag: int) -> bytes:
-        return bytes([link * 16 + tag]) * lengths[link][tag]
+    def content(link: tuple[int, int], tag: int) -> bytes:
+        return bytes([link[0] * 32 + (link[1] < 0) * 16 + tag]) * lengths[link][tag]
 
     def play(rank: Rank, number: int) -> None:
-        own, left, parcels = random.Random(seed * 100 + number), (number - 1) % size, []
-        todo: list[Any] = [(True, tag) for tag in lengths[number]] + [(False, tag) for tag in lengths[left]]
+        own, parcels = random.Random(seed * 100 + number), []
+        before = {step: ((number - step) % size, step) for step in steps}
+        todo: list[Any] = [(step, True, tag) for step in steps for tag in lengths[number, step]]
+        todo += [(step, False, tag) for step in steps for tag in lengths[before[step]]]
         own.shuffle(todo)
         for at in sorted(own.choices(range(len(todo) + 1), k=rounds), reverse=True):
             todo.insert(at, "round")
-        into = {tag: bytearray(count) for tag, count in lengths[left].items()}
-        for step, what in enumerate(todo):
+        into = {(step, tag): bytearray(n) for step in steps for tag, n in lengths[before[step]].items()}
+        for at, what in enumerate(todo):
             if what == "round":
-                replies = rank.fabric.exchange(7, [memoryview(bytes([number, step]))], rank.wait)
+                replies = rank.fabric.exchange(7, [memoryview(bytes([number, at]))], rank.wait)
                 assert [reply[0] for reply in replies] == list(range(size))
                 continue
-            sending, tag = what
-            data = memoryview(content(number, tag) if sending else into[tag])
-            peer = (number + 1) % size if sending else left
+            step, sending, tag = what
+            data = memoryview(content((number, step), tag) if sending else into[step, tag])
+            peer = (number + step) % size if sending else before[step][0]
             parcel = Parcel(sending, peer, (7, tag), lambda data=data: [data], (), lambda _: None)
             parcels.append(parcel)
             rank.fabric.add(parcel)
         rank.wait(lambda: all(parcel.done for parcel in parcels))
-        assert into == {tag: bytearray(content(left, tag)) for tag in lengths[left]}
+        assert all(data == content(before[step], tag) for (step, tag), data in into.items())
 
     together(size, duplex, play)
 
@@ -197,7 +206,7 @@ def test_payloads_longer_than_a_frame() -> None:
 
 
 def test_sizes_that_differ_are_an_error_and_nothing_moves() -> None:
-    link = Link(True, leads=True)
+    link = Link(True, 1, leads=True)
     parcel = Parcel(True, 1, (1, 5), lambda: [memoryview(bytes(10))], (), lambda _: None)
     parcel.load()
     link.ready.append(parcel)
@@ -207,7 +216,7 @@ def test_sizes_that_differ_are_an_error_and_nothing_moves() -> None:
 
 
 def test_an_offer_from_after_a_round_waits_for_it() -> None:
-    link = Link(True, leads=True)
+    link = Link(True, 1, leads=True)
     parcel = Parcel(True, 1, (1, 5), lambda: [], (), lambda _: None)
     parcel.load()
     link.ready.append(parcel)

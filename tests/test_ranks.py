@@ -21,6 +21,7 @@ def test_spmd(size: int) -> None:
         (2, "", ""),
         (3, "test_comm.py", ""),
         (3, "test_in_graph.py", ""),
+        (3, "test_both_ways.py", ""),
         (2, "test_comm.py", "1"),
         (3, "test_comm.py::test_blocks_forwarded_round_the_ring", "1"),
     ],

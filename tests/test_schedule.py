@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 
 from ringattn import Layout
 from ringattn.mask import Band, Tile
-from ringattn.schedule import STRATEGIES, Schedule, Sizes, choose, minimum, plan, traffic
+from ringattn.schedule import (
+    BOTH_WAYS,
+    HALVED_BYTES,
+    STRATEGIES,
+    TO_THE_RIGHT,
+    Route,
+    Schedule,
+    Sizes,
+    choose,
+    choose_routes,
+    minimum,
+    plan,
+    traffic,
+)
+from ringattn.spans import halves, length, union
 
 steady = settings(deadline=None, derandomize=True, max_examples=120)
 
@@ -54,11 +68,16 @@ class Problem:
         queries, keys = (range(x.start, x.stop) for x in (self.q_layout, self.kv_layout))
         return {(i, j) for i in queries for j in keys if attends(i, j, self.causal, self.window)}
 
-    def plans(self, strategy: str) -> list[Schedule]:
-        return [plan(self.q_layout, self.kv_layout, self.band, strategy, rank) for rank in range(self.size)]
+    def plans(self, strategy: str, route: Route = TO_THE_RIGHT) -> list[Schedule]:
+        ranks = range(self.size)
+        return [plan(self.q_layout, self.kv_layout, self.band, strategy, rank, route=route) for rank in ranks]
 
     def travelling(self, strategy: str) -> Layout:
         return self.q_layout if strategy == "pass_q" else self.kv_layout
+
+    def on(self, route: Route, strategy: str, rank: int) -> set[int]:
+        """The tokens of a rank that take a route."""
+        return tokens(route.tokens(self.travelling(strategy).spans[rank]))
 
     def met(self, strategy: str) -> dict[int, set[int]]:
         """For every travelling token, the ranks that hold a token it forms an attending pair with."""
@@ -117,17 +136,19 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+every_route = pytest.mark.parametrize("route", [TO_THE_RIGHT, *BOTH_WAYS], ids=["all", "right half", "left half"])
 
 
 # (a) what is computed
 
 
 @every_strategy
+@pytest.mark.parametrize("routes", [(TO_THE_RIGHT,), BOTH_WAYS], ids=["one way", "both ways"])
 @steady
 @given(problem=problems())
-def test_every_pair_is_computed_exactly_once(strategy, problem):
+def test_every_pair_is_computed_exactly_once(strategy, routes, problem):
     computed: Counter = Counter()
-    for rank, schedule in enumerate(problem.plans(strategy)):
+    for rank, schedule in (one for route in routes for one in enumerate(problem.plans(strategy, route))):
         stays = (problem.kv_layout if strategy == "pass_q" else problem.q_layout).positions(rank).tolist()
         for hop in schedule.hops:
             assert tokens(hop.compute) <= tokens(hop.held)
@@ -145,35 +166,38 @@ def test_every_pair_is_computed_exactly_once(strategy, problem):
 
 
 @every_strategy
+@every_route
 @steady
 @given(problem=problems())
-def test_what_arrives_is_what_the_left_neighbour_sends(strategy, problem):
-    plans = problem.plans(strategy)
+def test_what_arrives_is_what_the_rank_before_sends(strategy, route, problem):
+    plans = problem.plans(strategy, route)
     for rank, schedule in enumerate(plans):
-        left = plans[rank - 1]
+        before = plans[(rank - route.step) % problem.size]
         assert hop_of(schedule, 0, "held") == set(problem.travelling(strategy).positions(rank).tolist())
         assert hop_of(schedule, 0, "returning") == hop_of(schedule, 0, "state") == set()
         for h in range(1, problem.size):
-            assert hop_of(schedule, h, "held") == hop_of(left, h - 1, "send")
-            assert hop_of(schedule, h, "returning") == hop_of(left, h - 1, "state")
+            assert hop_of(schedule, h, "held") == hop_of(before, h - 1, "send")
+            assert hop_of(schedule, h, "returning") == hop_of(before, h - 1, "state")
         assert len(schedule.hops) <= problem.size
         assert hop_of(schedule, problem.size - 1, "send") == set(), "the last hop sends no block"
-        assert tokens(schedule.home) == (hop_of(left, problem.size - 1, "state") if problem.size > 1 else set())
-        assert all(hop.source == (rank - h) % problem.size for h, hop in enumerate(schedule.hops))
+        assert tokens(schedule.home) == (hop_of(before, problem.size - 1, "state") if problem.size > 1 else set())
+        assert all(hop.source == (rank - route.step * h) % problem.size for h, hop in enumerate(schedule.hops))
+        assert schedule.step == route.step
 
 
 # (c) and no further than it is needed
 
 
 @every_strategy
+@every_route
 @steady
 @given(problem=problems())
-def test_a_token_travels_to_the_last_rank_that_needs_it(strategy, problem):
+def test_a_token_travels_to_the_last_rank_that_needs_it(strategy, route, problem):
     met = problem.met(strategy)
-    for rank, schedule in enumerate(problem.plans(strategy)):
+    for rank, schedule in enumerate(problem.plans(strategy, route)):
         for h, hop in enumerate(schedule.hops):
-            further = {(rank + x) % problem.size for x in range(1, problem.size - h)}
-            own = problem.travelling(strategy).positions(hop.source).tolist()
+            further = {(rank + route.step * x) % problem.size for x in range(1, problem.size - h)}
+            own = problem.on(route, strategy, hop.source)
             assert tokens(hop.send) == {p for p in own if met[p] & further}
 
 
@@ -181,10 +205,11 @@ def test_a_token_travels_to_the_last_rank_that_needs_it(strategy, problem):
 
 
 @every_strategy
+@every_route
 @steady
 @given(problem=problems())
-def test_nothing_is_left_of_hops_in_which_nothing_happens(strategy, problem):
-    for schedule in problem.plans(strategy):
+def test_nothing_is_left_of_hops_in_which_nothing_happens(strategy, route, problem):
+    for schedule in problem.plans(strategy, route):
         last = schedule.hops[-1]
         assert len(schedule.hops) == 1 or last.held or last.returning
 
@@ -223,19 +248,46 @@ def test_zigzag_has_equal_causal_work_at_every_hop(size, chunk):
         assert work == {2 * chunk**2 if h else chunk * (chunk + 1) + chunk**2}
 
 
-# (g) the states of pass-Q
+@pytest.mark.parametrize("size", range(3, 10))
+def test_zigzag_has_equal_work_at_every_hop_both_ways_too(size):
+    problem = Problem(layout := Layout.zigzag(4 * size, size), layout, True, None)
+    routes = [problem.plans("pass_kv", route) for route in BOTH_WAYS]
+    for h in range(1, size):
+        work = set()
+        for rank, schedules in enumerate(zip(*routes)):
+            keys = set().union(*(hop_of(schedule, h, "compute") for schedule in schedules))
+            work.add(sum(attends(i, j, True, None) for i in layout.positions(rank).tolist() for j in keys))
+        assert work == {8}
 
 
 @steady
 @given(problems())
-def test_states_follow_their_queries_from_the_first_rank_that_adds(problem):
+def test_halves(problem):
+    """Of every span, so that zigzag stays even; and together all of it."""
+    for spans in problem.kv_layout.spans:
+        one, other = halves(spans)
+        assert union((*one, *other)) == spans and length(one) + length(other) == length(spans)
+        assert 0 <= length(one) - length(other) <= 1
+        for start, stop in spans:
+            inside = [length(tuple(s for s in half if start <= s[0] < stop)) for half in (one, other)]
+            assert abs(inside[0] - inside[1]) <= 1
+
+
+# (g) the states of pass-Q
+
+
+@every_route
+@steady
+@given(problem=problems())
+def test_states_follow_their_queries_from_the_first_rank_that_adds(route, problem):
     met, size = problem.met("pass_q"), problem.size
-    for rank, schedule in enumerate(problem.plans("pass_q")):
-        own = problem.q_layout.positions(rank).tolist()
-        assert tokens(schedule.home) == {p for p in own if met[p] - {rank}}
+    for rank, schedule in enumerate(problem.plans("pass_q", route)):
+        assert tokens(schedule.home) == {p for p in problem.on(route, "pass_q", rank) if met[p] - {rank}}
+        own = set(problem.q_layout.positions(rank).tolist())
+        assert tokens(schedule.own) == (own if route.first else tokens(schedule.home))
         for h, hop in enumerate(schedule.hops):
-            so_far = {(hop.source + x) % size for x in range(1, h + 1)}
-            rows = problem.q_layout.positions(hop.source).tolist()
+            so_far = {(hop.source + route.step * x) % size for x in range(1, h + 1)}
+            rows = problem.on(route, "pass_q", hop.source)
             assert tokens(hop.state) == {p for p in rows if met[p] & so_far}
             if h:
                 assert tokens(hop.state) == tokens(hop.returning) | tokens(hop.compute)
@@ -349,6 +401,27 @@ def test_choose_minds_memory():
     assert choose(q_layout, kv_layout, Band(), Sizes(key), Sizes(query, state)) == "pass_q"
     assert choose(q_layout, kv_layout, Band(), Sizes(key), Sizes(query, 200)) == "pass_kv"
     assert queries.blocks * query + queries.results * 200 < far_keys.blocks * key, "though it would move fewer bytes"
+
+
+KEY = Sizes(2 * 8 * 128 * 2)
+
+
+@pytest.mark.parametrize("size", [3, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "causal"), [(Layout.zigzag, True), (Layout.zigzag, False), (Layout.contiguous, False)]
+)
+def test_both_ways_where_all_need_all(size, kind, causal):
+    tokens = 2 * size * -(-HALVED_BYTES // KEY.block)
+    for n, expected in ((tokens, BOTH_WAYS), (tokens // 4, (TO_THE_RIGHT,))):
+        layout = kind(n, size)
+        assert choose_routes(layout, layout, Band.of(causal, None), "pass_kv", KEY) == expected
+
+
+@pytest.mark.parametrize("size", [3, 4, 8])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_one_way_where_the_left_neighbour_needs_it_last(size, window):
+    layout = Layout.contiguous(4096 * size, size)
+    assert choose_routes(layout, layout, Band.of(True, window), "pass_kv", KEY) == (TO_THE_RIGHT,)
 
 
 # (i) the band

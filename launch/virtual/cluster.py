@@ -46,6 +46,8 @@ class Cluster:
         rate: Of each host's link, each way by itself, in tc's units (``"1gbit"``); ``None``: not limited.
         memory: Of each host (``"2G"``, ``"512M"``); ``None``: not limited.
         pin: Give each host one core, in turn.
+        ring: Also join each host to the next by a cable of its own, the last to the first, as Macs on Thunderbolt are:
+            neighbours reach each other over these alone, and `rate` is theirs. At least 3 hosts.
 
     Attributes:
         names: The hosts' names, which a process there sees as its own.
@@ -54,11 +56,18 @@ class Cluster:
         environment: For commands that start ranks: PATH with the ssh stand-in, RINGATTN_HOSTS, MPI's settings.
     """
 
-    def __init__(self, hosts: int = 2, rate: str | None = None, memory: str | None = None, pin: bool = False):
-        if not 1 <= hosts <= 200:
-            raise ValueError(f"hosts: {hosts}, expected 1 to 200")
+    def __init__(
+        self,
+        hosts: int = 2,
+        rate: str | None = None,
+        memory: str | None = None,
+        pin: bool = False,
+        ring: bool = False,
+    ):
+        if not (3 if ring else 1) <= hosts <= 200:
+            raise ValueError(f"hosts: {hosts}, expected {3 if ring else 1} to 200")
         self._bytes = None if memory is None else _parse_bytes(memory)
-        self._rate, self._pin = rate, pin
+        self._rate, self._pin, self._ring = rate, pin, ring
         self._name = f"ra{os.getpid()}x{next(_count)}"
         self.bridge, self._folder = self._name, STATE / self._name
         self.names = [f"mac{i}" for i in range(hosts)]
@@ -96,7 +105,7 @@ class Cluster:
         return [pid for i in range(len(self.names)) for pid in _processes(self._host(i))]
 
     def unplug(self, host: int) -> None:
-        """Take a host's cable out."""
+        """Take a host's cable to the bridge out."""
         _do("ip", "link", "set", self._cable(host), "down")
 
     def plug(self, host: int) -> None:
@@ -104,18 +113,22 @@ class Cluster:
         _do("ip", "link", "set", self._cable(host), "up")
 
     def sent(self, host: int) -> int:
-        """Bytes that a host has sent over its cable so far."""
+        """Bytes that a host has sent over its cable to the bridge so far."""
         return int(Path(f"/sys/class/net/{self._cable(host)}/statistics/rx_bytes").read_text())
 
     def set_rate(self, rate: str | None) -> None:
         """Change the rate of all links; ``None``: not limited."""
         for i in range(len(self.names)):
-            for at, inside in ((self._cable(i), ()), ("eth0", ("-n", self._host(i)))):
+            inside = ("-n", self._host(i))
+            ends: list[tuple[str, tuple[str, ...]]] = [(self._cable(i), ()), ("eth0", inside)]
+            if self._ring:
+                ends = [("left", inside), ("right", inside)]
+            for at, where in ends:
                 if rate is None:
-                    subprocess.run(["tc", *inside, "qdisc", "del", "dev", at, "root"], capture_output=True)
+                    subprocess.run(["tc", *where, "qdisc", "del", "dev", at, "root"], capture_output=True)
                 else:
                     bucket = ("tbf", "rate", rate, "burst", BURST, "latency", "50ms")
-                    _do("tc", *inside, "qdisc", "replace", "dev", at, "root", *bucket)
+                    _do("tc", *where, "qdisc", "replace", "dev", at, "root", *bucket)
 
     def _host(self, host: int) -> str:
         return f"{self._name}h{host}"
@@ -129,6 +142,8 @@ class Cluster:
         _do("ip", "link", "set", self.bridge, "up")
         for i in range(len(self.names)):
             self._make_host(i)
+        for i in range(len(self.names) if self._ring else 0):
+            self._join(i, (i + 1) % len(self.names))
         if self._rate is not None:
             self.set_rate(self._rate)
         script = self._folder / "ssh"
@@ -151,6 +166,17 @@ class Cluster:
             group, limit = _memory_group(host)
             group.mkdir()
             (group / limit).write_text(str(self._bytes))
+
+    def _join(self, host: int, other: int) -> None:
+        """A cable between two hosts, over which they reach each other's address."""
+        spaces = self._host(host), self._host(other)
+        _do("ip", "-n", spaces[0], "link", "add", "right", "type", "veth", "peer", "name", "left", "netns", spaces[1])
+        ends = ((host, "right", other), (other, "left", host))
+        for at, device, _ in ends:
+            _do("ip", "-n", self._host(at), "link", "set", device, "up")
+        for at, device, to in ends:
+            source = ("src", self.addresses[at])
+            _do("ip", "-n", self._host(at), "route", "add", f"{self.addresses[to]}/32", "dev", device, *source)
 
     def _ssh(self) -> str:
         """The part of ssh that launchers use: a remote shell gets the command as one text, in a clean environment."""

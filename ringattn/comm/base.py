@@ -1,7 +1,8 @@
 """What every transport gives the rest of the library.
 
 A transport moves bytes and knows no attention. Blocks travel to the right neighbour (``rank + 1``) and come from the
-left one; everything else is built on `Ring.exchange`, one round in which every rank learns the bytes of all others.
+left one, or the other way; everything else is built on `Ring.exchange`, one round in which every rank learns the bytes
+of all others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import RingError
+from ..errors import ArgumentError, ArgumentTypeError, RingError
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
 
@@ -69,6 +70,7 @@ class Ring(abc.ABC):
         timeout: Seconds without a sign of life after which a peer counts as dead.
         trace: A list that collects `Event`s while it is not ``None``.
         in_graph_bytes: How long the payload of an `exchange_in_graph` may be; 0 where there is none.
+        duplex: Whether messages may come and go on all links at once.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -79,11 +81,42 @@ class Ring(abc.ABC):
     trace: list[Event] | None = None
     bytes_sent: int = 0
     in_graph_bytes: int = 0
+    duplex: bool = True
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
+        self._both_ways: bool | None = None
 
     # What users call
+
+    @property
+    def both_ways(self) -> bool | None:
+        """Whether `ring_attention` halves blocks and sends one half to the right, one to the left: the same everywhere.
+
+        A cable between neighbours carries both directions at once, so a hop's transfer takes half the time. ``None``,
+        the default, is yes where there are three ranks or more, neighbours are on different hosts, blocks are long,
+        and nothing has to travel further for it. The result may differ in its last bits: the order of the sums does.
+
+        Raises:
+            ArgumentError: When set to ``True`` where it cannot be: on fewer than three ranks, or over `jaccl`.
+        """
+        return self._both_ways
+
+    @both_ways.setter
+    def both_ways(self, value: bool | None) -> None:
+        if not (value is None or isinstance(value, bool)):
+            raise ArgumentTypeError(f"both_ways: {type(value).__name__}, expected True, False or None")
+        if value and self.size < 3:
+            raise ArgumentError(f"both_ways: True, expected False or None on {self.size} ranks: there is but one link")
+        if value and not self.duplex:
+            raise ArgumentError("both_ways: True, expected False or None where a rank does one thing at a time")
+        self._both_ways = value
+
+    @property
+    def apart(self) -> bool:
+        """Whether both neighbours of every rank are on other hosts and can be reached at once."""
+        pairs = zip(self.hosts, (*self.hosts[1:], *self.hosts[:1]))
+        return self.size > 2 and self.duplex and all(host != other for host, other in pairs)
 
     @abc.abstractmethod
     def split(self, color: int | None) -> Ring | None:
@@ -138,8 +171,12 @@ class Ring(abc.ABC):
         """See to it that all but the last `keep` exchanges in MLX's graph have run, and raise what is wrong in them."""
 
     @abc.abstractmethod
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
         """Send the buffers that `load` returns to the right neighbour once all of `after` are done.
+
+        With a `step` of -1, which takes three ranks and a `duplex` ring, to the left one.
 
         `load` is called once, when the message starts, and perhaps on another thread: it may touch memoryviews and
         NumPy arrays, nothing of MLX. The transfer keeps the buffers alive until it is done.
@@ -147,8 +184,11 @@ class Ring(abc.ABC):
         """
 
     @abc.abstractmethod
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
-        """Receive from the left neighbour into `buffers`, of exactly the sizes that it sends."""
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+        """Receive from the left neighbour into `buffers`, of exactly the sizes that it sends.
+
+        With a `step` of -1, what travels to the left: from the right one.
+        """
 
     @abc.abstractmethod
     def wait(self, *transfers: Transfer) -> None:
@@ -191,3 +231,18 @@ class Call:
         if error is None:
             self._ring.at(f"after {self._what}", 0)  # after an exception the place says where it happened
         self._ring._busy.release()
+
+
+class Way(NamedTuple):
+    """One way around a ring: messages come from the rank before and go to the next."""
+
+    ring: Ring
+    step: int  # 1 to the right, -1 to the left
+
+    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+        """See `Ring.send`."""
+        return self.ring.send(load, tag=tag, after=after, step=self.step)
+
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+        """See `Ring.recv`."""
+        return self.ring.recv(buffers, tag=tag, after=after, step=self.step)

@@ -1,15 +1,16 @@
 """What moves over `mx.distributed` in this process, and in which order.
 
 There is one group of processes, so there is one fabric, which all rings of the process share. Each of its lanes is a
-thread that does one thing after the other: a message to the right, a message from the left, a gather. With two lanes a
-rank sends while it receives; with one it does one thing at a time. The main thread only waits, with open eyes.
+thread that does one thing after the other: a message to a neighbour, a message from one, a gather. With a lane for each
+link a rank does all four at once (two where there is but one neighbour); with one lane for all, messages go to the
+right, one at a time. The main thread only waits, with open eyes.
 
 No deadlock comes of it, as long as all ranks make the same calls:
 
 - A message is started at one end only when both are ready for it, and both ends start theirs in one order (`pairing`).
-- Two lanes: what is before a message in a lane belongs to the same link, at both ends in the same order, so the first
-  of a link always moves. One lane: the leader commits only when its lane is free, and `pairing.leads` says why the
-  waiting for followers makes no circle.
+- A lane for each link: what is before a message in a lane is of the same link, at both ends in the same order, so the
+  first of a link always moves. One lane: the leader commits only when its lane is free, and `pairing.leads` says why
+  the waiting for followers makes no circle.
 - A gather starts when the lanes are empty of what was committed before it, and holds back what is committed after it.
   A follower that waits for the leader's word hears it, for the leader either commits or comes to the gather as well.
 - Gathers that are nodes of MLX's graph depend on one another in the order of the calls, and are evaluated before
@@ -72,17 +73,21 @@ class Fabric:
         self.changed = threading.Condition(self.lock)
         self.on_error = on_error
         self._tell = tell
-        self._right, self._left = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        self._out = Link(True, leads(self.rank, self._right, True, group.duplex))
-        self._in = Link(False, leads(self.rank, self._left, False, group.duplex))
-        self._turns = [self._out, self._in]  # whose turn it is to lead, where one thing is done at a time
+        right, left = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        ends = [(True, right), (False, left)]
+        if group.duplex and self.size > 2:
+            ends += [(True, left), (False, right)]
+        self._links = {end: Link(*end, leads(self.rank, end[1], end[0], group.duplex)) for end in ends}
+        self._turns = list(self._links.values())  # whose turn it is to lead, where one thing is done at a time
         self._blocked: list[Parcel] = []
         self._gathering = False  # in one, or on the way there
         self._inside = False  # in one
         self._gather_turn = threading.Lock()
         self._last: mx.array | None = None  # the gather in MLX's graph that nobody has waited for yet
-        lane = self._lane("sends" if group.duplex else "moves")
-        self._lanes = {self._out: lane, self._in: self._lane("receives") if group.duplex else lane}
+        names = [f"{'to' if sending else 'from'} rank {peer}" for sending, peer in ends]
+        lanes = [self._lane(name) for name in (names if group.duplex else ["moves"])]
+        self._lanes = dict(zip(self._links.values(), lanes * (len(ends) // len(lanes))))
+        self._gathers = lanes[0]
 
     def _lane(self, name: str) -> Lane:
         return Lane(name, self.lock, self._admits, self.advance, self.fail)
@@ -111,7 +116,7 @@ class Fabric:
                 lane.bell.notify()
 
     def _make_ready(self, parcel: Parcel) -> None:
-        link = self._out if parcel.sending else self._in
+        link = self._links[parcel.sending, parcel.peer]
         parcel.load()
         link.ready.append(parcel)
         if not link.leads:
@@ -123,27 +128,25 @@ class Fabric:
         if self._gathering:
             return
         if self.group.duplex:
-            while (parcel := self._out.match(self.epoch)) is not None:
-                self._start(self._out, parcel)
-        elif self._lanes[self._out].idle:
+            for link in self._links.values():
+                while link.leads and (parcel := link.match(self.epoch)) is not None:
+                    self._announce(parcel.peer, parcel, None)
+                    self._push(self.epoch, parcel, None)
+        elif self._gathers.idle:
             self._commit_one()
 
     def _commit_one(self) -> None:
-        found = {}
+        found: dict[bool, Parcel] = {}
         for link in self._turns:
             if link.leads and (parcel := link.match(self.epoch)) is not None:
-                found[link] = parcel
+                found[link.sending] = parcel
                 if self.size > 2:  # with another neighbour, something else
                     break
         if found:
             self._turns.reverse()
             peer = next(iter(found.values())).peer
-            self._announce(peer, found.get(self._out), found.get(self._in))
-            self._push(self.epoch, found.get(self._out), found.get(self._in))
-
-    def _start(self, link: Link, parcel: Parcel) -> None:
-        self._announce(parcel.peer, parcel, None)
-        self._push(self.epoch, parcel, None)
+            self._announce(peer, found.get(True), found.get(False))
+            self._push(self.epoch, found.get(True), found.get(False))
 
     def _announce(self, peer: int, out: Parcel | None, into: Parcel | None) -> None:
         keys = [(parcel is not None, *(_NO_KEY if parcel is None else parcel.key)) for parcel in (out, into)]
@@ -161,12 +164,12 @@ class Fabric:
             if self.size == 2 and not self.group.duplex:
                 self.group.swap(sent, received, stream)
             elif out is not None:
-                self.group.send(sent, self._right, stream)
-            else:
-                self.group.recv(received, self._left, stream)
+                self.group.send(sent, out.peer, stream)
+            elif into is not None:
+                self.group.recv(received, into.peer, stream)
 
-        lane = self._lanes[self._in if out is None else self._out]
-        lane.add(Work(do, epoch, parcels))
+        link = self._links[parcels[0].sending, parcels[0].peer]
+        self._lanes[link].add(Work(do, epoch, parcels))
 
     # What the neighbours say
 
@@ -175,17 +178,17 @@ class Fabric:
         with self.lock:
             if kind == OFFER:
                 sending, channel, tag, count, epoch = _OFFER.unpack(note)
-                link = self._in if sending else self._out
+                link = self._links[not sending, sender]
                 link.offers.append(Offer((channel, tag), count, epoch))
                 self._answer()
             elif kind == COMMIT:
                 epoch, sends, *sent, receives, channel, tag = _COMMIT.unpack(note)
-                out = self._out.take((channel, tag)) if receives else None
-                into = self._in.take((sent[0], sent[1])) if sends else None
+                out = self._links[True, sender].take((channel, tag)) if receives else None
+                into = self._links[False, sender].take((sent[0], sent[1])) if sends else None
                 self._push(epoch, out, into)
             elif kind == PASSED:
                 sending, epoch = _PASSED.unpack(note)
-                (self._in if sending else self._out).passed = epoch
+                self._links[not sending, sender].passed = epoch
             elif kind == ARRIVED:
                 self._arrived[sender] = struct.unpack("<Q", note)[0]
             elif kind == REACHED:
@@ -195,9 +198,9 @@ class Fabric:
     def _answer(self) -> None:
         """As a leader, tell followers that have offers from before a gather that this rank has come to it."""
         if self._gathering:
-            for link, peer in ((self._out, self._right), (self._in, self._left)):
+            for link in self._links.values():
                 if link.leads and link.due(self.epoch):
-                    self._tell(peer, PASSED, _PASSED.pack(link.sending, self.epoch))
+                    self._tell(link.peer, PASSED, _PASSED.pack(link.sending, self.epoch))
 
     # Gathers
 
@@ -216,7 +219,7 @@ class Fabric:
             work = Work(lambda stream: self._gather(channel, b"".join(payload), stream), None)
             with self.lock:
                 self._inside = True
-                self._lanes[self._out].add(work)
+                self._gathers.add(work)
             wait(lambda: work.done)
             self._end()
         replies: list[memoryview] = work.result

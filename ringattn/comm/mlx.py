@@ -69,6 +69,7 @@ class MlxRing(PeerRing):
         super().__init__(all_of_us.post(self._channel), all_of_us.rank, all_of_us.hosts, timeouts)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
         self._broke: float | None = None  # when this was seen
+        self.duplex = self._fabric.group.duplex
         self._rate = LinkRate()
         self._moving: dict[object, float] = {}  # what both ends are moving: for how many seconds
         self._looked = time.monotonic()
@@ -124,11 +125,13 @@ class MlxRing(PeerRing):
     def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
         collectives.share_along(self, own, into)
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
-        return self._add(True, (self.rank + 1) % self.size, tag, load, after)
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
+        return self._add(True, (self.rank + step) % self.size, tag, load, after)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
-        return self._add(False, (self.rank - 1) % self.size, tag, lambda: buffers, after)
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+        return self._add(False, (self.rank - step) % self.size, tag, lambda: buffers, after)
 
     def _add(
         self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]

@@ -114,11 +114,13 @@ class MpiRing(PeerRing):
     def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
         self._swap([own] * self.size, into)
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
-        return self._add(Message("send", (self.rank + 1) % self.size, tag, load, after))
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
+        return self._add(Message("send", (self.rank + step) % self.size, tag, load, after))
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
-        return self._add(Message("recv", (self.rank - 1) % self.size, tag, lambda: buffers, after))
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+        return self._add(Message("recv", (self.rank - step) % self.size, tag, lambda: buffers, after))
 
     def _add(self, message: Message) -> Message:
         self._check()

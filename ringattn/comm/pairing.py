@@ -79,14 +79,15 @@ class Link:
 
     Attributes:
         sending: Whether this rank is the one that sends on it.
+        peer: The rank at its other end.
         leads: Whether this end leads.
         ready: Messages that could move, and are not committed.
         offers: What the follower has offered, where this end leads.
         passed: The epoch of the last gather that the leader has said to have passed on to, where this end follows.
     """
 
-    def __init__(self, sending: bool, leads: bool):
-        self.sending, self.leads = sending, leads
+    def __init__(self, sending: bool, peer: int, leads: bool):
+        self.sending, self.peer, self.leads = sending, peer, leads
         self.ready: list[Parcel] = []
         self.offers: list[Offer] = []
         self.passed = 0

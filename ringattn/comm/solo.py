@@ -51,10 +51,12 @@ class SoloRing(Ring):
         self._check()
         return [memoryview(b"".join(payload))]
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to send to")
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to receive from")
 
     def wait(self, *transfers: Transfer) -> None:
