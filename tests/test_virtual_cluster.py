@@ -119,6 +119,30 @@ def test_a_ring_over_the_link(cluster: Cluster) -> None:
     assert cluster.sent(0) - before > 2_000_000 and cluster.processes() == []
 
 
+@pytest.mark.skipif(MPIEXEC is None, reason="no MPI")
+def test_blocks_travel_both_ways_over_cables_of_their_own() -> None:
+    """Half of every block leaves over either cable, and next to nothing over the bridge."""
+    program = (
+        "import ringattn as ra, mlx.core as mx\n"
+        "with ra.init() as ring:\n"
+        "    layout = ra.Layout.zigzag(3 * 1024, 3)\n"
+        "    x = mx.random.normal((1, 2, 1024, 64), key=mx.random.key(ring.rank))\n"
+        "    mx.eval(ra.ring_attention(x, x, x, ring=ring, layout=layout, strategy='pass_kv'))\n"
+        "    ring.barrier()\n"
+    )
+    with Cluster(3, ring=True, rate="200mbit") as cables:
+        hosts = ",".join(cables.addresses)
+        line = [MPIEXEC, "-launcher", "ssh", "-iface", cables.bridge, "-hosts", hosts, "-ppn", "1", "-n", "3"]
+        line += ["-genv", "PYTHONPATH", str(ROOT), sys.executable, "-c", program]
+        done = cables.run(line, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        told = ssh(cables, 1, "cat /sys/class/net/left/statistics/tx_bytes /sys/class/net/right/statistics/tx_bytes")
+        sent = [int(line) for line in told.stdout.split()]
+        block = 1024 * 2 * 64 * 2 * 4
+        assert all(block < count < 1.3 * block for count in sent), sent  # two hops of half a block
+        assert cables.sent(1) < 0.3 * block
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     """After an exception, after the end of the command, and after the maker was killed."""
 
