@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ringattn.comm import fabric as fabrics
-from ringattn.comm.fabric import INLINE_BYTES, Fabric
+from ringattn.comm.fabric import Fabric
+from ringattn.comm.frames import INLINE_BYTES
 from ringattn.comm.group import cut, pour
 from ringattn.comm.pairing import Link, Parcel, leads
 from ringattn.errors import RingError

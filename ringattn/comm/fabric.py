@@ -26,22 +26,16 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from ..errors import RingError
+from . import frames
 from .base import Buffers
 from .group import Group
 from .lanes import Lane, Work
 from .pairing import Key, Link, Offer, Parcel, leads
 
 OFFER, COMMIT, PASSED, REACHED, ARRIVED = 16, 17, 18, 19, 20  # kinds of message between fabrics
-FRAME_BYTES = 34 << 10  # of every rank in a gather: enough for the states of 64 heads of 128 dims
 LOOK_EVERY = 0.02  # s between two looks of a thread that waits
 
-_HEAD = struct.Struct("<4sIQQ")  # magic, channel, epoch, bytes of the payload
-_ROUND_BYTES = 16  # of a head: all but the last number
-_MAGIC = b"rf01"
-INLINE_BYTES = FRAME_BYTES - _HEAD.size
 _OFFER = struct.Struct("<BIqQQ")  # whether the follower sends; channel, tag, bytes, epoch
 _COMMIT = struct.Struct("<QBIqBIq")  # epoch; whether the leader sends, channel, tag; whether it receives, channel, tag
 _PASSED = struct.Struct("<BQ")  # whether the leader sends; epoch
@@ -216,7 +210,8 @@ class Fabric:
         with self._gather_turn:
             self._begin()
             wait(lambda: self._quiet)
-            work = Work(lambda stream: self._gather(channel, b"".join(payload), stream), None)
+            epoch, data = self.epoch, b"".join(payload)
+            work = Work(lambda stream: frames.gather(self.group, channel, epoch, data, stream), None)
             with self.lock:
                 self._inside = True
                 self._gathers.add(work)
@@ -244,54 +239,22 @@ class Fabric:
         """Whether a lane may start `work` now, or only after the gather that this rank is in."""
         return work.epoch is None or not self._gathering or work.epoch < self.epoch
 
-    def head(self, channel: int, count: int) -> bytes:
-        """The head of this rank's frame in the present gather."""
-        return _HEAD.pack(_MAGIC, channel, self.epoch, count)
-
-    def _gather(self, channel: int, payload: bytes, stream: Any) -> list[memoryview]:
-        frame = np.zeros(FRAME_BYTES, np.uint8)
-        text = self.head(channel, len(payload)) + payload[:INLINE_BYTES]
-        frame[: len(text)] = np.frombuffer(text, np.uint8)
-        frames = self.group.gather(frame, stream)
-        lengths = [self._check_head(rank, memoryview(row), channel) for rank, row in enumerate(frames)]
-        longest = max(lengths)
-        if longest > INLINE_BYTES:
-            rest = np.zeros(longest - INLINE_BYTES, np.uint8)
-            own = np.frombuffer(payload, np.uint8)[INLINE_BYTES:]
-            rest[: len(own)] = own
-            frames = np.concatenate([frames, self.group.gather(rest, stream)], axis=1)
-        return [memoryview(row)[_HEAD.size : _HEAD.size + n] for row, n in zip(frames, lengths)]
-
-    def _check_head(self, rank: int, frame: memoryview, channel: int) -> int:
-        magic, theirs, epoch, count = _HEAD.unpack_from(frame)
-        if (magic, theirs, epoch) != (_MAGIC, channel, self.epoch):
-            raise RingError(f"rank {rank} is in another round: rings must be used in the same order on all ranks")
-        return int(count)
-
     # Gathers in MLX's graph
 
     def exchange_in_graph(
         self, channel: int, payload: mx.array, wait: Callable[[Callable[[], bool]], None]
     ) -> mx.array:
-        """The same for a payload of at most `INLINE_BYTES`, as a node of MLX's graph.
+        """The same for a payload of at most `frames.INLINE_BYTES`, as a node of MLX's graph.
 
         It is the same gather on the link as `exchange` makes, so one rank may be in the one and another in the other.
-
-        Returns:
-            The bytes of all ranks, as rows as long as this rank's payload: zeros for what a rank did not send, and in
-            all of the row of a rank that was in another round.
+        `frames.gather_in_graph` says what is returned.
         """
         with self._gather_turn:
             self._begin()
             wait(lambda: self._quiet)
-            count = payload.size
-            head = mx.array(np.frombuffer(self.head(channel, count), np.uint8))
-            frame = mx.concatenate([head, payload, mx.zeros(INLINE_BYTES - count, mx.uint8)])
-            if self._last is not None:  # which is not known to have been evaluated: the order is the calls'
-                frame = mx.depends([frame], [self._last])[0]
-            frames = self._last = self.group.gather_in_graph(frame)
-            same_round = mx.all(frames[:, :_ROUND_BYTES] == head[:_ROUND_BYTES], axis=1, keepdims=True)
-            return mx.where(same_round, frames[:, _HEAD.size : _HEAD.size + count], 0)
+            # What is not known to have been evaluated comes before: the order is the calls'.
+            self._last, replies = frames.gather_in_graph(self.group, channel, self.epoch, payload, self._last)
+            return replies
 
     @property
     def pending(self) -> bool:

@@ -23,7 +23,7 @@ from ..errors import ArgumentError, RingError
 from . import collectives, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
-from .fabric import INLINE_BYTES
+from .frames import INLINE_BYTES
 from .group import launched_size
 from .hub import Hub, hub
 from .liveness import describe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from ..comm.base import Ring
@@ -69,9 +70,12 @@ def measure_link(ring: Ring, ranks: tuple[int, int]) -> Link | None:
 
 
 def measure_hop(ring: Ring) -> float:
-    """Bytes per second that every rank sends to the right while all others do so too, as in a hop. Collective."""
+    """Bytes per second that every rank sends while all others do so too, as in a hop. Collective.
+
+    To the right; half of them each way where `ring_attention` would do so.
+    """
     with ring.call("hop of all ranks"):
-        return _bandwidth(ring, tuple(range(ring.size)))
+        return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.apart else (1,))
 
 
 def _latency(pair: Ring) -> float:
@@ -85,15 +89,15 @@ def _latency(pair: Ring) -> float:
     return _largest(pair, median(seconds))
 
 
-def _bandwidth(ring: Ring, senders: tuple[int, ...]) -> float:
-    """Bytes per second when these ranks send to the right, from messages that take long enough to be timed."""
+def _bandwidth(ring: Ring, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
+    """Bytes per second when these ranks send, from messages that take long enough to be timed."""
     size = LEAST
-    seconds = _transfer(ring, senders, size)
+    seconds = _transfer(ring, senders, size, steps)
     while seconds < LONG_ENOUGH and size < MOST:
         size = min(MOST, size * GROWTH)
-        seconds = _transfer(ring, senders, size)
+        seconds = _transfer(ring, senders, size, steps)
     size = next_size(size, seconds)
-    return size / median(_transfer(ring, senders, size) for _ in range(REPEATS))
+    return size / median(_transfer(ring, senders, size, steps) for _ in range(REPEATS))
 
 
 def next_size(size: int, seconds: float) -> int:
@@ -101,15 +105,21 @@ def next_size(size: int, seconds: float) -> int:
     return max(LEAST, min(MOST, int(size * TARGET / max(seconds, 1e-9))))
 
 
-def _transfer(ring: Ring, senders: tuple[int, ...], size: int) -> float:
-    """Seconds until the last rank had sent and received all, counted by each from when all were ready."""
-    sends, receives = ring.rank in senders, (ring.rank - 1) % ring.size in senders
+def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
+    """Seconds until the last rank had sent and received all, counted by each from when all were ready.
+
+    An equal part of the bytes goes each of the ways in `steps`.
+    """
+    sends = steps if ring.rank in senders else ()
+    receives = [step for step in steps if (ring.rank - step) % ring.size in senders]
     # Written, not only allocated: else the first touch of every page would count.
-    out, into = (memoryview(bytearray(b"x") * (size * used)) for used in (sends, receives))
+    out, into = (
+        {step: memoryview(bytearray(b"x") * (size // len(steps))) for step in used} for used in (sends, receives)
+    )
     ring.exchange([])
     start = time.perf_counter()
-    transfers = [ring.recv([into], tag=0)] if receives else []
-    transfers += [ring.send(lambda: [out], tag=0)] if sends else []
+    transfers = [ring.recv([into[step]], tag=0, step=step) for step in receives]
+    transfers += [ring.send(partial(list, [out[step]]), tag=0, step=step) for step in sends]
     ring.wait(*transfers)
     return _largest(ring, time.perf_counter() - start)
 

@@ -25,7 +25,7 @@ def test_who_sends(ring, monkeypatch):
 
     def bandwidth(pair, senders):
         before = pair.bytes_sent
-        links._transfer(pair, senders, 1000)
+        links._transfer(pair, senders, 1000, (1,))
         sent.append(pair.bytes_sent - before)
         return 1.0
 
@@ -37,9 +37,15 @@ def test_who_sends(ring, monkeypatch):
         sent.clear()
 
 
-def test_a_hop_uses_all_links(ring):
+def test_a_hop_uses_all_links(ring, monkeypatch):
+    """Both ways around where ranks are on different hosts."""
     if ring.size == 1:
         return
-    before = ring.bytes_sent
-    assert links.measure_hop(ring) > 1e5
-    assert ring.bytes_sent - before >= links.REPEATS * links.LEAST
+    for hosts in (ring.hosts, tuple(f"mac{i}" for i in range(ring.size))):
+        monkeypatch.setattr(ring, "hosts", hosts)
+        before, ring.trace = ring.bytes_sent, []
+        assert links.measure_hop(ring) > 1e5
+        trace, ring.trace = ring.trace, None
+        assert ring.bytes_sent - before >= links.REPEATS * links.LEAST
+        first = [event.bytes for event in trace if event.kind == "send"][:2]
+        assert first[0] == (links.LEAST // 2 if ring.apart else links.LEAST)
