@@ -316,11 +316,11 @@ class SlowRing(SoloRing):
     rate = 125e6  # 1 Gbit/s
     sent = 0
 
-    def send(self, load, *, tag, after=()):
+    def send(self, load, *, tag, after=(), step=1):
         self.sent += sum(map(len, load()))
         time.sleep(sum(map(len, load())) / self.rate)
 
-    def recv(self, buffers, *, tag, after=()):
+    def recv(self, buffers, *, tag, after=(), step=1):
         pass
 
     def wait(self, *transfers):
