@@ -1,7 +1,8 @@
 """Links of a given rate between the hosts of a virtual cluster: whether transfers hide behind compute, or fill them.
 
 A host has one core as long as there are enough. The rate is set so that a hop's transfer takes a given part of its
-compute, which is the time of the same work with all keys at hand, on all hosts at once.
+compute, which is the time of the same work with all keys at hand in one kernel call, on all hosts at once. What a ring
+takes beyond that is waiting for blocks, the time that moving them takes from the host's cores, and kernel calls hop by hop.
 """
 
 from __future__ import annotations
@@ -48,13 +49,24 @@ def main() -> None:
                 found = _run(cluster, hosts, mask, ways)
                 transfers = found["call"] - found["alone"] / hosts  # all but the last hop's compute
                 links = 2 if cables and ways == "both" else 1
-                figures = (found["call"], found["alone"], found["alone"] / found["call"])
+                figures = (found["call"], found["alone"], found["waited"], found["alone"] / found["call"])
                 filled = 8 * found["bytes"] / links / rate / transfers
                 network = "a cable to each neighbour" if cables else "one cable to a switch"
                 rows.append(
                     [hosts, network, ways, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*figures, filled))]
                 )
-    head = ["hosts", "each has", "ways", "mask", "Mbit/s", "ring, s", "without, s", "of pure compute", "of the rate"]
+    head = [
+        "hosts",
+        "each has",
+        "ways",
+        "mask",
+        "Mbit/s",
+        "ring, s",
+        "without, s",
+        "waited, s",
+        "of pure compute",
+        "of the rate",
+    ]
     what = f"{HEADS}/{KV_HEADS} heads of {DIM}, float32"
     show(f"{what}: a block takes {HIDDEN} of a hop's compute on one link (aim: 0.95 of pure compute)", head, hidden)
     show(f"the same, {BOUND} of it (aim: 0.95 of the links' rate where that is the bound)", head, bound)
@@ -63,7 +75,7 @@ def main() -> None:
 def _run(cluster: Cluster, hosts: int, mask: str, ways: str) -> dict[str, float]:
     found = run_ranks("benchmarks.links", hosts, 1, mask, ways, hosts=cluster.addresses, base=cluster.environment)
     assert found is not None
-    return {name: max(one[name] for one in found) for name in ("call", "alone", "bytes")}
+    return {name: max(one[name] for one in found) for name in ("call", "alone", "waited", "bytes")}
 
 
 def worker() -> None:
@@ -89,16 +101,17 @@ def worker() -> None:
         error = sampled_error(np.array(call()[0]), positions, tokens, DIM, causal=causal, group=group)
         assert error < 1e-5, error
         alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
-        before = ring.bytes_sent
+        before, ring.trace = ring.bytes_sent, []
         call()
-        sent = ring.bytes_sent - before
+        sent, trace, ring.trace = ring.bytes_sent - before, ring.trace, None
+        waited = sum(event.stop - event.start for event in trace if event.kind == "wait")
 
         def whole(work: Callable[[], object]) -> Callable[[], None]:
             """Until the last rank is done: nobody waits for it in the next one's time."""
             return lambda: (work(), ring.barrier())[1]
 
         timed = medians({"call": whole(call), "alone": whole(alone)}, repeats=5)
-        write_result(ring.rank, {**timed, "bytes": sent})
+        write_result(ring.rank, {**timed, "waited": waited, "bytes": sent})
 
 
 if __name__ == "__main__":
