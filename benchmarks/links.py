@@ -2,7 +2,7 @@
 
 A host has one core as long as there are enough. The rate is set so that a hop's transfer takes a given part of its
 compute, which is the time of the same work with all keys at hand in one kernel call, on all hosts at once. What a ring
-takes beyond that is waiting for blocks, the time that moving them takes from the host's cores, and kernel calls hop by hop.
+takes beyond that is waiting for blocks, the time that moving them takes from the host's cores, and a kernel call a hop.
 """
 
 from __future__ import annotations
