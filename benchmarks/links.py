@@ -1,8 +1,9 @@
 """Links of a given rate between the hosts of a virtual cluster: whether transfers hide behind compute, or fill them.
 
-A host has one core as long as there are enough. The rate is set so that a hop's transfer takes a given part of its
-compute, which is the time of the same work with all keys at hand in one kernel call, on all hosts at once. What a ring
-takes beyond that is waiting for blocks, the time that moving them takes from the host's cores, and a kernel call a hop.
+A host has one core as long as there are enough, or one that computes and one beside it. The rate is set so that a hop's
+transfer takes a given part of its compute, which is the time of the same work with all keys at hand in one kernel call,
+on all hosts at once. What a ring takes beyond that is waiting for blocks, the time that moving them takes from the core
+that computes, and a kernel call a hop.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from itertools import product
+from statistics import median
 
 import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
 from launch.virtual import Cluster, unavailable
+from ringattn.bench.timing import turns
+from ringattn.cluster.rank import available_cores
 
-from .common import chunk_of, medians, run_ranks, sampled_error, show, write_result
+from .common import chunk_of, run_ranks, sampled_error, show, write_result
 from .ring import without_ring
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
@@ -29,6 +33,7 @@ NETWORKS = (  # hosts; whether neighbours have cables of their own, or all are o
     (4, True, "one"),
     (4, True, "both"),
 )
+CORES = (1, 2)  # of a host, of which one computes: a Mac's GPU does, and its CPU has time for messages
 HIDDEN, BOUND = 0.7, 2.0  # of a hop's compute: a transfer that can hide, and one that cannot
 
 
@@ -38,25 +43,30 @@ def main() -> None:
         print(f"\nlinks: skipped: {why}")
         return
     hidden, bound = [], []
-    for (hosts, cables, ways), mask in product(NETWORKS, ("full", "causal")):
-        with Cluster(hosts, pin=True, ring=cables) as cluster:
+    for cores, (hosts, cables, ways), mask in product(CORES, NETWORKS, ("full", "causal")):
+        if cores > 1 and cores * hosts > available_cores():
+            continue
+        with Cluster(hosts, cores=cores, ring=cables) as cluster:
             free = _run(cluster, hosts, mask, ways)
-            compute = free["alone"] / hosts  # of a hop
+            compute = median(free["alone"]) / hosts  # of a hop
             hop = TOKENS[hosts] // hosts * KV_HEADS * DIM * 2 * 4
             for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
                 rate = 8 * hop / (part * compute)  # of a link, each way: a whole block at one of them takes that long
                 cluster.set_rate(f"{rate / 1e3:.0f}kbit")
                 found = _run(cluster, hosts, mask, ways)
-                transfers = found["call"] - found["alone"] / hosts  # all but the last hop's compute
+                pairs = list(zip(found["call"], found["alone"]))  # one after the other, in the same spell
+                transfers = median(call - alone / hosts for call, alone in pairs)  # all but the last hop's compute
                 links = 2 if cables and ways == "both" else 1
-                figures = (found["call"], found["alone"], found["waited"], found["alone"] / found["call"])
+                share = median(alone / call for call, alone in pairs)
+                figures = (median(found["call"]), median(found["alone"]), found["waited"], share)
                 filled = 8 * found["bytes"] / links / rate / transfers
                 network = "a cable to each neighbour" if cables else "one cable to a switch"
                 rows.append(
-                    [hosts, network, ways, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*figures, filled))]
+                    [hosts, cores, network, ways, mask, f"{rate / 1e6:.0f}", *(f"{x:.2f}" for x in (*figures, filled))]
                 )
     head = [
         "hosts",
+        "cores",
         "each has",
         "ways",
         "mask",
@@ -72,14 +82,15 @@ def main() -> None:
     show(f"the same, {BOUND} of it (aim: 0.95 of the links' rate where that is the bound)", head, bound)
 
 
-def _run(cluster: Cluster, hosts: int, mask: str, ways: str) -> dict[str, float]:
+def _run(cluster: Cluster, hosts: int, mask: str, ways: str) -> dict:
+    """What `worker` found: times until the last rank is done, and the most that any rank waited and sent."""
     found = run_ranks("benchmarks.links", hosts, 1, mask, ways, hosts=cluster.addresses, base=cluster.environment)
     assert found is not None
-    return {name: max(one[name] for one in found) for name in ("call", "alone", "waited", "bytes")}
+    return {**found[0], **{name: max(one[name] for one in found) for name in ("waited", "bytes")}}
 
 
 def worker() -> None:
-    """One host's share: the median seconds of a call, and of the same work without a ring."""
+    """One host's share: the seconds of several calls, and of the same work without a ring in turn with them."""
     causal = sys.argv[2] == "causal"
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
@@ -110,7 +121,7 @@ def worker() -> None:
             """Until the last rank is done: nobody waits for it in the next one's time."""
             return lambda: (work(), ring.barrier())[1]
 
-        timed = medians({"call": whole(call), "alone": whole(alone)}, repeats=5)
+        timed = turns({"call": whole(call), "alone": whole(alone)}, repeats=9)
         write_result(ring.rank, {**timed, "waited": waited, "bytes": sent})
 
 

@@ -44,7 +44,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, wh
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {"sliding_window": 21, "sliding_window_pattern": 2}),
+    "gemma4, shared keys": (
+        "gemma4_text",
+        {
+            "layer_types": WINDOWS,
+            "sliding_window": 21,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 16,
+        },
+    ),
+    "phi": ("phi", {"num_key_value_heads": 4, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", {}),
+    "stablelm": (
+        "stablelm",
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "use_qkv_bias": True, "rope_theta": 1e4},
+    ),
+    "plamo3": ("plamo3", {"window_size": 21, "sliding_window": 21, "sliding_window_pattern": 2}),
     "gpt_oss": (
         "gpt_oss",
         {"layer_types": WINDOWS, "sliding_window": 21, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -86,9 +102,17 @@ def words() -> Any:
     return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A model of the family, float32, the same for the same seed; sinks and norms are not what they begin as."""
+def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
+    """A model of the family, float32, the same for the same seed; sinks and norms are not what they begin as.
+
+    `more` changes its configuration further.
+    """
     module, changes = FAMILIES[name]
+    return build_other(module, {**changes, **more}, seed)
+
+
+def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Module:
+    """A model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
     found = import_module(f"mlx_lm.models.{module}")
     kind = found.ModelArgs
     mx.random.seed(seed)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 
 import pytest
 from click.testing import CliRunner
+from clusters import needs_hosts
+from spawn import ROOT
 
+import ringattn
+from launch.virtual import Cluster
 from ringattn.cli import main
 from ringattn.cluster import mpiexec
+from ringattn.cluster.hosts import Host
+from ringattn.cluster.reach import Trouble
+from ringattn.comm.introduction import introduce
 from ringattn.comm.solo import SoloRing
-from ringattn.doctor import facts, links, records, speeds
+from ringattn.doctor import facts, links, records, speeds, ways
 from ringattn.doctor.breakeven import break_even
 from ringattn.doctor.examination import Examination
 from ringattn.doctor.records import Library, Rank, Told
@@ -23,6 +33,7 @@ from ringattn.doctor.report import examine
 from ringattn.doctor.run import launcher_words
 from ringattn.doctor.speeds import Speeds
 from ringattn.doctor.table import as_json, text
+from ringattn.doctor.ways import Dead
 from ringattn.errors import RingError
 
 MAC = facts.Facts(
@@ -79,27 +90,45 @@ def test_healthy():
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "named", "usual", "other"),
     [
-        ({"python": "/other/python"}, "python: differs: /venv/bin/python on ranks 0, 2, /other/python on rank 1"),
-        ({"ringattn": "0.2.0", "code": "x"}, "ringattn: differs: 0.1.0 on ranks 0, 2, 0.2.0 on rank 1"),
-        ({"code": "def"}, "the source of ringattn: differs: abc on ranks 0, 2, def on rank 1"),
-        ({"mlx": "0.31.0"}, "mlx: differs: 0.32.4 on ranks 0, 2, 0.31.0 on rank 1"),
-        ({"mpi4py": "not installed"}, "mpi4py: differs: 4.1.2 on ranks 0, 2, not installed on rank 1"),
+        ({"python": "/other/python"}, "python", "/venv/bin/python", "/other/python"),
+        ({"ringattn": "0.2.0", "code": "x"}, "ringattn", "0.1.0", "0.2.0"),
+        ({"code": "def"}, "the source of ringattn", "abc", "def"),
+        ({"mlx": "0.31.0"}, "mlx", "0.32.4", "0.31.0"),
+        ({"mpi4py": "not installed"}, "mpi4py", "4.1.2", "not installed"),
     ],
 )
-def test_difference_is_fatal(change, named):
+def test_difference_is_fatal(change, named, usual, other):
     seen = healthy()
     about(seen, 1, **change)
     [line] = found(seen)
-    assert line.startswith(f"error: {named}; ") and len(line.partition("; ")[2]) > 10
+    told = f"error: {named}: differs: {usual} on ranks 0, 2 (mac0, mac2), {other} on rank 1 (mac1); "
+    assert line.startswith(told) and len(line.partition("; ")[2]) > 10
+
+
+def test_hosts_between_which_nothing_passes():
+    """Each pair once, whichever ranks tried; and what ends because of it is not told as well."""
+    seen = healthy(4)
+    about(seen, 3, host="mac2")
+    seen.told.dead = [Dead(1, 2, "timed out"), Dead(1, 3, "timed out"), Dead(2, 1, "no route"), Dead(0, 1, "refused")]
+    seen.ended = 1
+    for rank in seen.told.ranks.values():
+        rank.done, rank.doing = False, "connecting to all other hosts"
+    first, second = found(seen)
+    ends = "from mac1 to mac2 (timed out) and from mac2 to mac1 (no route)"
+    assert first.startswith(f"error: mac1 and mac2: no TCP connection {ends}, and MPI needs one")
+    assert first.endswith("and at their firewalls")
+    assert second.startswith("error: mac0 and mac1: no TCP connection from mac0 to mac1 (refused), and MPI needs one")
 
 
 def test_two_mpis():
     seen = healthy()
     seen.told.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
     [line] = found(seen)
-    assert line.startswith("error: MPI: differs: MPICH on ranks 0, 1, Open MPI on rank 2; install the same MPI")
+    assert line.startswith(
+        "error: MPI: differs: MPICH on ranks 0, 1 (mac0, mac1), Open MPI on rank 2 (mac2); install the same MPI"
+    )
 
 
 def test_thread_level():
@@ -126,10 +155,42 @@ def test_rank_that_does_not_start():
     assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
     assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
     del seen.told.ranks[2]
-    assert [line.partition(": did")[0] for line in found(seen)] == ["error: rank 1 (mac1), rank 2 (mac2)"]
+    assert [line.partition(": did")[0] for line in found(seen)] == ["error: ranks 1, 2 (mac1, mac2)"]
     seen.told.ranks.clear()
     [line] = found(seen)
-    assert line.startswith("error: launch: no rank started (ssh: ") and "ssh mac0 / mac1 / mac2 true" in line
+    assert line.startswith("error: launch: no rank started (ssh: ") and "`ssh mac1 true`" in line
+    seen.launcher = "ssh: connect to host mac10 port 22"
+    assert "`ssh mac0 / mac1 / mac2 true`" in found(seen)[0]
+
+
+def test_hosts_that_are_left_out():
+    """Of the others everything is told, and each remedy is for its host alone."""
+    seen = healthy()
+    seen.troubles = (Trouble(Host("me@mac3"), "Connection refused", "start its sshd"), Trouble(Host("mac4"), "a", "b"))
+    assert found(seen) == ["error: host me@mac3: Connection refused; start its sshd", "error: host mac4: a; b"]
+    nothing = Examination(0, Told(), troubles=seen.troubles)
+    assert text(nothing, examine(nothing), "float16").splitlines() == found(seen)
+    assert as_json(nothing, examine(nothing), "float16")["ok"] is False
+
+
+def test_ranks_with_different_versions_of_ringattn():
+    """What a ring says of them has its own remedy; where hosts' facts say it too, it is told once."""
+    with pytest.raises(RingError) as error:
+        introduce(None, lambda mine: [mine, ["0.0.1", *mine[1:]]])
+    seen = healthy(2)
+    seen.ended = 1
+    for rank in seen.told.ranks.values():
+        rank.done, rank.doing, rank.problem = False, "opening the ring", str(error.value)
+    [line] = found(seen)
+    told = (
+        f"error: ringattn: differs: {ringattn.__version__} on rank 0, 0.0.1 on rank 1; install the same version on all"
+    )
+    assert line == told
+    about(seen, 1, ringattn="0.0.1")
+    [line] = found(seen)
+    assert line.startswith(
+        "error: ringattn: differs: 0.1.0 on rank 0 (mac0), 0.0.1 on rank 1 (mac1); install the same v"
+    )
 
 
 def test_rank_that_fails():
@@ -173,9 +234,10 @@ def test_slow_blas_on_linux():
     for rank in seen.told.ranks.values():
         rank.facts, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
     [line] = found(seen)  # once for both ranks of this host
-    assert line.startswith("warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; unset RINGATTN_")
+    told = "warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; "
+    assert line.startswith(f"{told}see what else runs there") and "unset" not in line
     about(seen, 0, blas_advice="preload an OpenBLAS")
-    assert found(seen) == [line.partition("; ")[0] + "; preload an OpenBLAS"]
+    assert found(seen) == [f"{told}preload an OpenBLAS"]
     for rank in seen.told.ranks.values():
         rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
     assert found(seen) == []
@@ -285,10 +347,31 @@ def test_facts_of_this_host():
     assert told.system and told.chip and json.loads(json.dumps(asdict(told))) == asdict(told)
 
 
+@pytest.mark.parametrize(
+    ("environment", "advice"),
+    [
+        ({}, "advice"),
+        ({"RINGATTN_BLAS": "mlx"}, "unset RINGATTN_BLAS, so that"),
+        ({"RINGATTN_BLAS": "numpy", "LD_PRELOAD": "libc.so"}, "advice"),
+        ({"RINGATTN_BLAS": "mlx", "LD_PRELOAD": "/usr/lib/libopenblas.so.0"}, "unset RINGATTN_BLAS and LD_PRELOAD, so"),
+    ],
+)
+def test_only_what_is_set_is_to_be_unset(monkeypatch, environment, advice):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(facts.sgemm, "advice", lambda: "advice")
+    for name in ("RINGATTN_BLAS", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert facts.collect().blas_advice.startswith(advice)
+
+
 def test_fingerprint_changes_with_sources_alone(tmp_path):
+    """Not with the C files, which are not installed."""
     (tmp_path / "a.py").write_text("1")
     one = facts.fingerprint(tmp_path)
     (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "a.c").write_text("1")
     assert facts.fingerprint(tmp_path) == one
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     assert facts.fingerprint(tmp_path) != one
@@ -304,6 +387,39 @@ def test_fastest_stops_at_what_takes_long_enough(monkeypatch):
 
     assert 1e8 < speeds.fastest(work, (1, 10, 30, 100)) <= 1e9
     assert tried == [1, 10, 30]
+
+
+def test_a_disturbed_timing_does_not_count(monkeypatch):
+    pauses = iter([0.05, 0.05, 0.05, 0.001])
+    assert speeds.fastest(lambda size: (lambda: time.sleep(next(pauses)), 1e6), (1,)) > 1e8
+
+
+def test_ways_between_hosts(monkeypatch):
+    """Of three ranks on two hosts, one of which is called by an address where somebody else listens."""
+    monkeypatch.setattr(ways, "HELLO", 1.0)
+    hosts = ["127.0.0.1", "127.0.0.1", "127.0.0.2"]
+    with closing(ways.Exchange("127.0.0.1", 3)) as exchange, ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda rank: ways.find_dead(exchange.told, rank, hosts), range(3))) == [[]] * 3
+    monkeypatch.setattr(ways._Door, "_run", lambda door: None)  # nobody answers
+    with closing(ways.Exchange("127.0.0.1", 3)) as exchange, ThreadPoolExecutor(3) as pool:
+        told = list(pool.map(lambda rank: ways.find_dead(exchange.told, rank, hosts), range(3)))
+    assert [(way.caller, way.peer) for way in told[0]] == [(0, 2), (1, 2), (2, 0), (2, 1)] and told == [told[0]] * 3
+    assert told[0][0].why == "127.0.0.2: timed out, 127.0.0.1: timed out"
+
+
+def test_a_door_is_for_those_who_know_its_secret():
+    with closing(ways._Door()) as door, closing(ways._Door()) as other:
+        card = ways._Card(["127.0.0.1"], door.port, door.secret)
+        assert ways._call(card) is None
+        assert ways._call(card._replace(secret=other.secret)) == "127.0.0.1 is another machine"
+        assert ways._call(card._replace(addresses=["nowhere.invalid", "127.0.0.1"])) is None
+
+
+def test_a_doctor_out_of_reach_is_named():
+    with closing(ways.Exchange("127.0.0.1", 1)) as exchange:
+        told = exchange.told
+    with pytest.raises(RingError, match=r"^no TCP connection to the doctor at 127.0.0.1 \(.*refused\)$"):
+        ways.Voice(told.replace(told.split(",")[1], "1"), 0)
 
 
 def test_pairs():
@@ -385,12 +501,67 @@ def test_two_local_ranks():
     assert time.monotonic() - start < 15
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(3) as one:
+        yield one
+
+
+def doctor_there(cluster: Cluster, *arguments: str):
+    """The doctor's exit status and what it tells, beside a virtual cluster."""
+    line = [sys.executable, "-m", "ringattn.cli", "doctor", "--json", *arguments]
+    environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return done.returncode, json.loads(done.stdout or "null"), done.stderr
+
+
+@needs_hosts
+def test_hosts_that_can_be_reached_are_examined_without_the_others(cluster):
+    hosts = [cluster.addresses[0], "mac9", cluster.addresses[2]]
+    code, told, _ = doctor_there(cluster, "--hosts", ",".join(hosts))
+    assert (code, told["ok"], told["size"]) == (1, False, 2)
+    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac2"] and len(told["links"]) == 1
+    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    assert finding["where"] == "host mac9" and finding["what"].startswith("ssh: Could not resolve hostname mac9")
+    assert not any(address in finding["remedy"] for address in cluster.addresses)
+
+
+@needs_hosts
+def test_a_dead_way_between_two_hosts_is_named(cluster):
+    """Both reach this machine and the third host, and MPI would say nothing."""
+    space, to = f"{cluster.bridge}h2", f"{cluster.addresses[1]}/32"
+    subprocess.run(["ip", "-n", space, "route", "add", "blackhole", to], check=True)
+    begin = time.monotonic()
+    code, told, _ = doctor_there(cluster, "--hosts", ",".join(cluster.addresses))
+    subprocess.run(["ip", "-n", space, "route", "del", "blackhole", to], check=True)
+    assert code == 1 and time.monotonic() - begin < 40
+    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    assert finding["where"] == "mac1 and mac2" and "from mac1 to mac2" in finding["what"], finding
+    assert [rank["host"]["host"] for rank in told["ranks"]] == cluster.names
+
+
+@needs_hosts
+def test_fewer_ranks_than_slots(cluster):
+    """Hosts that get no rank are not waited for."""
+    hosts = ",".join(f"{address}:2" for address in cluster.addresses)
+    code, told, said = doctor_there(cluster, "-n", "3", "--hosts", hosts)
+    assert (code, told["size"]) == (0, 3), told["findings"]
+    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac0", "mac1"]
+
+
+@needs_hosts
+def test_no_host_that_can_be_reached(cluster):
+    code, told, _ = doctor_there(cluster, "--hosts", "mac8,mac9")
+    assert (code, told["ok"], told["size"], told["ranks"], told["links"]) == (1, False, 0, [], [])
+    assert [finding["where"] for finding in told["findings"]] == ["host mac8", "host mac9"]
+
+
 def test_without_mpi_the_rest_is_reported(monkeypatch):
     monkeypatch.setattr(mpiexec.shutil, "which", lambda *args, **kwargs: None)
     done = doctor()
     assert done.exit_code == 1
     assert "GFLOP/s of a rank" in done.stdout and "not started" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("error: MPI: no mpiexec found")
+    assert any(line.startswith("error: MPI: no mpiexec found") for line in done.stdout.splitlines())
 
 
 def test_thread_level_of_a_real_run():

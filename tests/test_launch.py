@@ -17,7 +17,7 @@ from ringattn.cli import main
 from ringattn.cluster import mpiexec
 from ringattn.cluster.job import Job
 from ringattn.cluster.mpiexec import LaunchError, Mpiexec
-from ringattn.cluster.rank import describe_end, settle, start_time, unescape
+from ringattn.cluster.rank import describe_end, parse_status, settle, start_time, unescape
 from ringattn.cluster.ranks import End, Rank, Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -87,12 +87,29 @@ def living(processes: list[int]) -> list[int]:
 # Command lines
 
 
+@pytest.mark.parametrize("code", [0, 5])
+def test_dry_run_prints_a_line_that_runs(script, code):
+    """Of mpiexec alone, with nobody to report to; a rank that fails is then MPI's affair."""
+    path = script("print(rank, sys.argv[1:], os.environ['RINGATTN_THREADS'], flush=True)\nsys.exit(int(sys.argv[2]))")
+    printed = launch("-n", "2", "--threads", "3", "--dry-run", path, "a b", str(code), ":").stdout
+    done = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, timeout=30, env=_environment())
+    told = [f"{rank} ['a b', '{code}', ':'] 3" for rank in range(2)]
+    assert bool(done.returncode) is bool(code), done.stderr
+    assert code or sorted(done.stdout.splitlines()) == told  # MPI may drop what a job printed that fails
+
+
 def test_mpich_command_line():
     line = mpiexec.build_command(Mpiexec("/x/mpiexec", "MPICH"), 3, ["prog", "a b", "-n", ":", "\\:"])
     assert line[:3] == ["/x/mpiexec", "-n", "3"]
     assert line[3:5] == [sys.executable, "-IS"]
     assert line[-6:] == ["--", "prog", "a b", "-n", "\\:", "\\\\:"]
     assert [unescape(argument) for argument in line[-2:]] == [":", "\\:"]
+
+
+def test_ringattn_runs_under_this_python_whatever_path_says():
+    line = mpiexec.build_command(Mpiexec("/x/mpiexec", "MPICH"), 2, ["ringattn", "generate"])
+    assert line[-5:] == ["--", sys.executable, "-m", "ringattn.cli", "generate"]
+    mpiexec.check_command(["ringattn", "generate"])
 
 
 @pytest.mark.parametrize("root", [False, True])
@@ -194,7 +211,7 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
     ],
 )
 def test_describes_an_end(code, status, line):
-    assert describe_end("5", "mac", code, status.ljust(256, b"\0")) == line
+    assert describe_end("5", "mac", code, parse_status(status.ljust(256, b"\0"))) == line
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])  # /proc, and ps
@@ -372,8 +389,8 @@ def test_stopped_rank_is_swept(script, tmp_path, code):
 
 
 def test_killed_rank_counts_where_mpiexec_ends_with_zero():
-    job = Job(1, Ranks([]))
-    job.ranks["0"] = Rank("0", "mac", None, None, None, End(-signal.SIGKILL, 0.0, True, "killed"))
+    job = Job(1, Ranks([]), 60.0)
+    job.ranks["0"] = Rank("0", "mac", None, None, None, End(-signal.SIGKILL, 0.0, True, False, "killed"))
     job._mpiexec = SimpleNamespace(returncode=0)
     assert job.conclude() == 137
 

@@ -6,13 +6,15 @@ import importlib.util
 import os
 from pathlib import Path
 
+import families
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout
-from ringattn.errors import ArgumentError
+from ringattn.errors import ArgumentError, KernelWarning
 from ringattn.lm.steps import LEAST, RUN, Cost, next_step, round_layout
 
 if "CI" not in os.environ:
@@ -77,11 +79,24 @@ def test_gguf_tokens_and_text(smollm2):
 
 
 def test_gguf_stays_quantised_unless_a_dtype_is_asked_for(smollm2):
-    model, tokenizer = lm.load("smollm2")
+    with pytest.warns(KernelWarning, match="quantised weights slowly on a CPU, float32 ones .* --dtype float32"):
+        model, tokenizer = lm.load("smollm2")
     ids = mx.array([tokenizer.encode("The capital of France is")])
     plain, quantised = smollm2[0](ids)[0, -1], model(ids)[0, -1]
     assert model.layers[0].mlp.up_proj.bits == 4
     assert plain.argmax().item() == quantised.argmax().item()
+
+
+def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
+    """Of an mlx-lm model as of a GGUF file."""
+    import mlx_lm
+
+    model = families.build("llama")
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda name, _: name.endswith("down_proj"))
+    monkeypatch.setattr(mlx_lm, "load", lambda path: (model, None))
+    found, _ = lm.load("somewhere", mx.float32)
+    assert found.layers[0].mlp.down_proj.weight.dtype == mx.float32
+    assert not [one for one in recwarn if "float32 ones" in str(one.message)]
 
 
 def test_no_such_file():

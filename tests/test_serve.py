@@ -147,6 +147,21 @@ def test_models_and_health(server: Server) -> None:
         (CHAT, {"messages": QUESTION, "stream": True, "stream_options": 1}, 400, "stream_options: 1"),
         (CHAT, {"messages": QUESTION, "max_tokens": "many"}, 400, "max_tokens must be"),
         (CHAT, {"messages": QUESTION, "temperature": -1}, 400, "temperature must be"),
+        (CHAT, b'{"messages": ' + b"[" * 10**5, 400, "nested too deep"),
+        (CHAT, b'{"stop": ' + b'{"a": ' * 900 + b"1" + b"}" * 901, 400, "messages: expected a list"),
+        (TEXT, {"prompt": "x", "stop": json.loads("[" * 400 + "]" * 400)}, 400, "stop: [[["),
+        (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, "request body: Exceeds the limit"),
+        (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN, which is not JSON"),
+        (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "1e999, expected finite numbers"),
+        (TEXT, {"prompt": "x", "temperature": 10**400}, 400, "temperature: 1000"),
+        (TEXT, {"prompt": "x", "presence_penalty": -(10**400)}, 400, "presence_penalty: -1000"),
+        (TEXT, {"prompt": "x", "logit_bias": {"5": "nan"}}, 400, "logit_bias: nan for token 5"),
+        (TEXT, {"prompt": "x", "top_k": 49152, "temperature": 1}, 400, "top_k: 49152, expected less than 49152"),
+        (TEXT, {"prompt": "x", "seed": -1}, 400, "seed: -1, expected a whole number from 0 to 18446744073709551615"),
+        (TEXT, {"prompt": "x", "seed": 10**30}, 400, "seed: 1000000000000000000000000000000, expected"),
+        (TEXT, {"prompt": "x", "seed": True}, 400, "seed: True"),
+        (TEXT, {"prompt": "x", "max_tokens": 10**30}, 400, "max_tokens: 1000"),
+        (TEXT, {"prompt": "x", "repetition_penalty": 2, "repetition_context_size": 10**30}, 400, "context_size: 1000"),
         (TEXT, {}, 400, "prompt"),
         (TEXT, {"prompt": 5}, 400, "prompt: of type int"),
         (TEXT, {"prompt": ""}, 400, "prompt: no token"),
@@ -188,8 +203,38 @@ def test_requests_wait_for_their_turn(server: Server) -> None:
     assert len(set(found)) == 1 and "Paris" in found[0]
 
 
+def test_arguments_for_the_chat_template() -> None:
+    """Those of the command line, which a request may change."""
+    from argparse import Namespace
+
+    from ringattn.lm.server import Engine
+
+    seen = {}
+
+    class Tokenizer:
+        has_chat_template, has_tool_calling, has_thinking, response_initial_state = True, False, False, None
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
+            seen.update(options)
+            return [1, 2]
+
+    arguments = Namespace(chat_template_args={"enable_thinking": False, "more": 1})
+    engine = Engine(Namespace(ring=None), Tokenizer(), arguments, 0)  # type: ignore[arg-type]
+    request = Namespace(request_type="chat", messages=[{"role": "assistant", "content": "x"}], tools=None)
+    request.role_mapping = None
+    assert engine.tokens(request, {"more": 2})[0] == [1, 2]
+    assert (seen["enable_thinking"], seen["more"]) == (False, 2)
+
+
+def test_template_arguments_that_are_no_object_are_one_line() -> None:
+    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "none.gguf", "--chat-template-args", "5"]
+    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and "'5', expected a JSON object such as" in found.stderr, found.stderr
+
+
 def test_a_port_in_use_is_one_line(server: Server) -> None:
-    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "smollm2", "--port", str(server.port)]
+    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "smollm2", "--dtype", "float32"]
+    line += ["--port", str(server.port)]
     found = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
     assert f"cannot listen on 127.0.0.1:{server.port}" in found.stderr

@@ -19,6 +19,7 @@ from launch.virtual.cluster import STATE
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 PYTHON = shlex.quote(sys.executable)
+TCP = ["-genv", "MPIR_CVAR_CH4_NETMOD", "ofi", "-genv", "FI_PROVIDER", "tcp"]  # what ringattn launch tells MPICH
 TRANSFER = """
 import socket, sys, threading, time
 here, there = sys.argv[1:]
@@ -110,7 +111,7 @@ def test_a_ring_over_the_link(cluster: Cluster) -> None:
     line = [MPIEXEC, "-launcher", "ssh", "-iface", cluster.bridge, "-hosts", ",".join(cluster.addresses), "-ppn", "1"]
     before = cluster.sent(0)
     shown = cluster.run(
-        [*line, "-n", "2", "-genv", "PYTHONPATH", str(ROOT), sys.executable, "-c", program],
+        [*line, *TCP, "-n", "2", "-genv", "PYTHONPATH", str(ROOT), sys.executable, "-c", program],
         capture_output=True,
         text=True,
         timeout=60,
@@ -133,7 +134,7 @@ def test_blocks_travel_both_ways_over_cables_of_their_own() -> None:
     with Cluster(3, ring=True, rate="200mbit") as cables:
         hosts = ",".join(cables.addresses)
         line = [MPIEXEC, "-launcher", "ssh", "-iface", cables.bridge, "-hosts", hosts, "-ppn", "1", "-n", "3"]
-        line += ["-genv", "PYTHONPATH", str(ROOT), sys.executable, "-c", program]
+        line += [*TCP, "-genv", "PYTHONPATH", str(ROOT), sys.executable, "-c", program]
         done = cables.run(line, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         told = ssh(cables, 1, "cat /sys/class/net/left/statistics/tx_bytes /sys/class/net/right/statistics/tx_bytes")

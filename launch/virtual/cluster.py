@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 STATE = Path("/run/ringattn-virtual")  # a folder for each cluster: who made it, the ssh stand-in
+# What TCP does about a full link, as on a Mac, whatever this machine does. BBR leaves a tenth of a link unused on which
+# blocks go one way and the confirmations of others the other.
+CONGESTION = ("congctl", "cubic")
 BURST = "256kb"  # of the links' token buckets: more than the largest segment that the kernel hands over at once
-RANKS = {  # MPICH's way from host to host as on a Mac, also between hosts that share a kernel
+RANKS = {  # for MPICH: these hosts share a kernel, but no memory, and have one interface for their names
     "MPIR_CVAR_NOLOCAL": "1",
-    "MPIR_CVAR_CH4_NETMOD": "ofi",
-    "FI_PROVIDER": "tcp",
     "FI_TCP_IFACE": "eth0",
 }
 _count = itertools.count(1)
@@ -45,7 +46,7 @@ class Cluster:
         hosts: How many, 1 to 200.
         rate: Of each host's link, each way by itself, in tc's units (``"1gbit"``); ``None``: not limited.
         memory: Of each host (``"2G"``, ``"512M"``); ``None``: not limited.
-        pin: Give each host one core, in turn.
+        cores: Give each host so many cores, in turn; ``None``: all of them to all.
         ring: Also join each host to the next by a cable of its own, the last to the first, as Macs on Thunderbolt are:
             neighbours reach each other over these alone, and `rate` is theirs. At least 3 hosts.
 
@@ -61,13 +62,15 @@ class Cluster:
         hosts: int = 2,
         rate: str | None = None,
         memory: str | None = None,
-        pin: bool = False,
+        cores: int | None = None,
         ring: bool = False,
     ):
         if not (3 if ring else 1) <= hosts <= 200:
             raise ValueError(f"hosts: {hosts}, expected {3 if ring else 1} to 200")
         self._bytes = None if memory is None else _parse_bytes(memory)
-        self._rate, self._pin, self._ring = rate, pin, ring
+        if cores is not None and not 1 <= cores <= os.cpu_count():
+            raise ValueError(f"cores: {cores}, expected 1 to {os.cpu_count()}")
+        self._rate, self._cores, self._ring = rate, cores, ring
         self._name = f"ra{os.getpid()}x{next(_count)}"
         self.bridge, self._folder = self._name, STATE / self._name
         self.names = [f"mac{i}" for i in range(hosts)]
@@ -158,6 +161,8 @@ class Cluster:
         _do("ip", "-n", host, "addr", "add", f"{self.addresses[i]}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _do("ip", "-n", host, "link", "set", device, "up")
+        subnet, source = f"{self.addresses[i].rpartition('.')[0]}.0/24", ("src", self.addresses[i])
+        _do("ip", "-n", host, "route", "change", subnet, "dev", "eth0", *source, *CONGESTION)
         known = Path("/etc/netns", host)  # ip netns exec puts it over /etc
         known.mkdir(parents=True)
         lines = [f"{a} {n}" for a, n in zip(self.addresses, self.names)]
@@ -176,7 +181,8 @@ class Cluster:
             _do("ip", "-n", self._host(at), "link", "set", device, "up")
         for at, device, to in ends:
             source = ("src", self.addresses[at])
-            _do("ip", "-n", self._host(at), "route", "add", f"{self.addresses[to]}/32", "dev", device, *source)
+            neighbour = f"{self.addresses[to]}/32"
+            _do("ip", "-n", self._host(at), "route", "add", neighbour, "dev", device, *source, *CONGESTION)
 
     def _ssh(self) -> str:
         """The part of ssh that launchers use: a remote shell gets the command as one text, in a clean environment."""
@@ -208,14 +214,14 @@ exec env -i HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin
 
     def _case(self, i: int) -> str:
         known = sorted(os.sched_getaffinity(0))
-        cores = str(known[i % len(known)]) if self._pin else ",".join(map(str, known))
+        own = known if self._cores is None else [known[(i * self._cores + j) % len(known)] for j in range(self._cores)]
         group = "" if self._bytes is None else str(_memory_group(self._host(i))[0])
         values = {
             "name": self.names[i],
             "address": self.addresses[i],
             "space": self._host(i),
             "cable": self._cable(i),
-            "cores": cores,
+            "cores": ",".join(map(str, own)),
             "group": group,
         }
         told = "; ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())

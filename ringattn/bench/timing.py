@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 
-def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, float]:
-    """The median seconds of each call; the calls take turns, so that a slow spell of the machine hits all alike.
+def turns(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, list[float]]:
+    """The seconds of each call; the calls take turns, so that a slow spell of the machine hits all alike.
 
     `pause` seconds go by before each: a library's threads may spin for some time after its call, and take a core from
     whoever comes next.
@@ -20,4 +20,9 @@ def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: floa
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, float]:
+    """The median seconds of each call; see `turns`."""
+    return {name: median(times) for name, times in turns(calls, repeats, pause).items()}

@@ -64,7 +64,9 @@ def doctor(
     compute. Per link, in the ring's order: latency, and bandwidth each way and both ways at once. And from how many
     tokens per rank on the transfers of a model's attention hide behind its compute.
 
-    The exit status is 1 if something will not work. What only costs speed is a warning.
+    A host that cannot be reached, or lacks something, is told and left out. Before MPI starts, every host tries a TCP
+    connection to every other: where one does not come about, that is told, and no link is measured. The exit status is
+    1 if something will not work. What only costs speed is a warning.
 
     --json prints ok, size, ranks (rank, host, gflop_s, mpi, done), links (ranks, latency_us, to_right_gb_s,
     to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
@@ -72,18 +74,12 @@ def doctor(
     """
     model = Model(*heads, head_dim, DTYPES[dtype], causal)
     try:
-        cluster = chosen(hosts, hostfile)
+        cluster = chosen(hosts, hostfile, interface)
         size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
+        click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
+        seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
-    options = ["--no-prefix", *(["--interface", interface] if interface else [])]
-    names: list[str] = []
-    if cluster is not None:
-        options += ["--hosts", hosts] if hosts is not None else ["--hostfile", str(hostfile)]
-        names = [host.ssh for host in cluster.hosts for _ in range(host.slots)]
-    where = Where(size, tuple(options), tuple(names), mpiexec)
-    seen = examine_cluster(where, model, dtype, timeout)
     findings = examine(seen)
     click.echo(json.dumps(as_json(seen, findings, dtype), indent=1) if wanted else text(seen, findings, dtype))
     raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

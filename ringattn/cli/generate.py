@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .models import FILES, OPTIONS, Session, run, with_options
+from ..errors import ArgumentError
+from .models import Session, run
+from .options import OPTIONS, TALK, with_options
 
 
 @click.command()
-@with_options(*OPTIONS, *FILES)
+@with_options(*OPTIONS, *TALK)
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt; '-' reads it from standard input.")
 @click.option(
-    "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text file, put before --prompt.",
+    "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A text file, put before --prompt."
 )
 @click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as it is.")
 def generate(ranks: int | None, **options: Any) -> None:
@@ -25,18 +26,19 @@ def generate(ranks: int | None, **options: Any) -> None:
 
     Run it on several processes of this machine with -n, or on any ranks with ringattn launch or mpiexec:
 
-        ringattn generate -n 4 --model smollm2 --prompt-file book.txt --prompt 'Who is the narrator?'
+        ringattn generate -n 4 --model smollm2 --dtype float32 --prompt-file book.txt --prompt 'Who tells it?'
     """
     if options["prompt"] is None and options["prompt_file"] is None:
         raise click.UsageError("--prompt or --prompt-file is missing")
-    run(_generate, "generate", ranks, options)
+    if options["system_prompt"] is not None and options["prompt_cache_file"] is not None:
+        raise click.UsageError("--system-prompt: given with --prompt-cache-file, which goes on after a first turn")
+    run(_generate, "generate", ranks, options, _text)
 
 
 def _generate(session: Session) -> None:
     """One answer, and what it took."""
     options = session.options
-    ids = session.tokens(_text(options), plain=options["ignore_chat_template"]) if session.speaks else []
-    response = session.answer(ids)
+    response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))
     session.save()
     if session.speaks:
         held = sum(c.nbytes for c in session.cache) / 1e6
@@ -51,7 +53,23 @@ def _generate(session: Session) -> None:
 def _text(options: dict[str, Any]) -> str:
     """The prompt."""
     file, prompt = options["prompt_file"], options["prompt"]
-    parts = [] if file is None else [file.read_text(encoding="utf-8")]
-    if prompt is not None:
-        parts.append(sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t"))
+    parts = [] if file is None else [_decoded(f"--prompt-file: {file}", _bytes(file))]
+    if prompt == "-":
+        parts.append(_decoded("--prompt: standard input", sys.stdin.buffer.read()))
+    elif prompt is not None:
+        parts.append(_decoded("--prompt", os.fsencode(prompt)).replace("\\n", "\n").replace("\\t", "\t"))
     return "\n\n".join(parts)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArgumentError(f"--prompt-file: {file}: {error.strerror}") from None
+
+
+def _decoded(what: str, text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{what}: {error.reason} at byte {error.start}, expected UTF-8") from None

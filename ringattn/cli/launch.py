@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..cluster.hosts import check_variable
+from ..cluster.hosts import Cluster, check_variable
 from ..cluster.job import run as run_ranks
 from ..cluster.mpiexec import (
     LaunchError,
@@ -19,11 +19,11 @@ from ..cluster.mpiexec import (
     find_mpiexec,
     mismatch,
 )
-from ..cluster.ranks import own_addresses
-from ..cluster.reach import check_hosts
+from ..cluster.reach import check_hosts, home_address
 from .where import chosen, count_ranks, host_options
 
 TELLING = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
+FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # what is known only once the launcher runs
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -71,18 +71,16 @@ def launch(
 ) -> None:
     """Run COMMAND on N ranks, on this machine or on several hosts.
 
-    COMMAND is any program with its arguments; a script that ends in .py runs under this Python. Options of COMMAND go
-    behind it. When a rank fails, the others are ended and the exit code is that of the first that failed. Ctrl-C ends
-    all of them, twice at once.
+    COMMAND is any program with its arguments; a script that ends in .py, and ringattn, run under this Python. Options
+    of COMMAND go behind it. When a rank fails, the others are ended and the exit code is that of the first that failed.
+    Ctrl-C ends all of them, twice at once.
 
     Hosts are reached by ssh without a password, and have Python, ringattn and MPI at the same paths as this machine.
     """
     try:
-        cluster = chosen(hosts, hostfile)
+        cluster = chosen(hosts, hostfile, interface)
         count = count_ranks(ranks, cluster)
-        addresses = [host.address for host in cluster.hosts] if cluster else []
         given = _variables([*(cluster.variables if cluster else ()), *variables])
-        base = {**os.environ, **given}
         remote = cluster is not None
         environment = build_environment(
             threads=threads,
@@ -90,30 +88,39 @@ def launch(
             interface=interface,
             remote=remote,
             prefix=remote if prefix is None else prefix,
-            base=base,
+            base={**os.environ, **given},
         )
         found = find_mpiexec(mpiexec)
+        if not dry_run:
+            check_command(command)
+        if cluster is not None and not dry_run:
+            check_hosts(cluster.hosts, found, interface)
         line = build_command(
             found,
             count,
             command,
             hosts=cluster.hosts if cluster else (),
-            home=own_addresses(addresses)[0],
+            home=home_address(cluster.hosts) if cluster else "",
             interface=interface,
-            variables=[*given, *_told(environment)],
+            variables=[*given, *_told(environment), *(() if dry_run else FOR_WRAPPERS)],
         )
-        if dry_run:
-            click.echo(shlex.join([*_changed(environment), *line]))
-            return
-        check_command(command)
-        if cluster is not None:
-            check_hosts(cluster.hosts)
     except LaunchError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    if warning := mismatch(found):
+    warnings = (_another_transport(hostfile, cluster), mismatch(found))
+    for warning in filter(None, warnings):
         click.echo(f"Warning: {warning}", err=True)
+    if dry_run:
+        click.echo(shlex.join([*_changed(environment), *line]))
+        return
+    addresses = [host.address for host in cluster.hosts] if cluster else []
     raise SystemExit(run_ranks(line, ranks=count, environment=environment, hosts=addresses))
+
+
+def _another_transport(hostfile: Path | None, cluster: Cluster | None) -> str | None:
+    if cluster is None or cluster.backend in (None, "mpi", "any"):
+        return None
+    return f"{hostfile}: backend {cluster.backend!r} is for mlx.launch; here ranks talk over MPI"
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
@@ -128,7 +135,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 def _told(environment: dict[str, str]) -> list[str]:
     """The variables that every rank gets, also where MPI does not pass all of them on."""
-    return [*(name for name in environment if name.startswith(TELLING)), "RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR"]
+    return [name for name in environment if name.startswith(TELLING)]
 
 
 def _changed(environment: dict[str, str]) -> list[str]:

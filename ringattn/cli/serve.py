@@ -10,13 +10,19 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
-from .models import OPTIONS, Session, run, with_options
+from .models import Session, run
+from .options import OPTIONS, JsonObject, with_options
 
 SERVING = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: a free one."),
-    click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="Sampling top-k; 0: all."),
-    click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Sampling min-p."),
+    click.option(
+        "--chat-template-args",
+        type=JsonObject(),
+        default="{}",
+        metavar="JSON",
+        help="More for the model's chat template, such as '{\"enable_thinking\": false}'.",
+    ),
     click.option(
         "--allowed-origins",
         default="*",
@@ -43,7 +49,7 @@ def serve(ranks: int | None, **options: Any) -> None:
     and /health, of rank 0. Requests are answered one after the other; sampling options are defaults that a request may
     change. There is no password: who can reach the address can ask.
 
-        ringattn serve -n 2 --model smollm2
+        ringattn serve -n 2 --model smollm2 --dtype float32
     """
     run(_serve, "serve", ranks, options)
 
@@ -63,7 +69,7 @@ def _serve(session: Session) -> None:
         min_p=options["min_p"],
         allowed_origins=options["allowed_origins"].split(","),
         num_draft_tokens=0,
-        chat_template_args={},
+        chat_template_args=options["chat_template_args"],
     )
     size, chunk = options["prompt_cache_size"], options["prefill_step_size"]
     engine = Engine(session.model, session.tokenizer, arguments, size, chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import click
 
 from ..cluster.hosts import Cluster, parse_hosts, read_hostfile
 from ..cluster.mpiexec import LaunchError
+
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
+
+
+def _interface(context: click.Context, option: click.Parameter, given: str | None) -> str | None:
+    if given is not None and not _INTERFACE.fullmatch(given):
+        raise click.BadParameter(f"{given!r}, expected the name of a network interface")
+    return given
+
 
 _OPTIONS = (
     click.option("--hosts", metavar="A,B:2,...", help="Hosts to run on, in the order of the ring, with their slots."),
@@ -18,7 +28,12 @@ _OPTIONS = (
         metavar="PATH",
         help="A file of hosts: MLX's JSON, or lines for MPICH or Open MPI.",
     ),
-    click.option("--interface", metavar="NAME", help="The network interface that leads to the hosts, such as bridge0."),
+    click.option(
+        "--interface",
+        metavar="NAME",
+        callback=_interface,
+        help="The network interface that leads from each host to the others, such as bridge0.",
+    ),
 )
 
 
@@ -29,10 +44,12 @@ def host_options(command: Callable) -> Callable:
     return command
 
 
-def chosen(hosts: str | None, hostfile: Path | None) -> Cluster | None:
+def chosen(hosts: str | None, hostfile: Path | None, interface: str | None) -> Cluster | None:
     """The hosts that the user named; ``None`` for this machine alone."""
     if hosts is not None and hostfile is not None:
         raise LaunchError("--hosts and --hostfile: both given, expected one of them", 2)
+    if hosts is None and hostfile is None and interface is not None:
+        raise LaunchError(f"--interface: {interface!r} without hosts, expected --hosts or --hostfile as well", 2)
     return parse_hosts(hosts) if hosts is not None else None if hostfile is None else read_hostfile(hostfile)
 
 

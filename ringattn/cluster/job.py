@@ -22,25 +22,35 @@ from .rank import signal_group, timeout_of
 from .ranks import End, Process, Ranks, own_addresses
 
 POLL = 0.05  # seconds
-SURVIVORS = 2.0  # after a rank failed: for the others to end by themselves
+SURVIVORS = 2.0  # after a rank failed: for the others to end by themselves, which takes the library 1.5 s
 TERM_GRACE = 1.5  # after that, from SIGTERM to SIGKILL
 SIGNAL_GRACE = 3.0  # from a signal to the launcher to SIGKILL
 STOPPED = 3.0  # how long the last ranks may be stopped when others have ended
 MISSING = 1.0  # how long a rank may be dead without a record before that counts as its end
 WRAPPER_GRACE = 1.0  # for the wrappers to leave once they are let go
+AT_ONCE = 1.0  # between two SIGINTs of which the second one ends patient ranks
 MPIEXEC_GRACE = 3.0  # for mpiexec to leave after its ranks, when something went wrong
 
 
-def run(line: Sequence[str], *, ranks: int, environment: Mapping[str, str], hosts: Sequence[str] = ()) -> int:
+def run(
+    line: Sequence[str],
+    *,
+    ranks: int,
+    environment: Mapping[str, str],
+    hosts: Sequence[str] = (),
+    patient: bool = False,
+) -> int:
     """Run the command line of `mpiexec.build_command` and return the exit code for the whole.
 
     `hosts` are the addresses of the hosts that ranks run on; none: this machine alone.
 
     It is the code of the rank that failed first, 128 + signal for one that was killed, and 0 only if every rank gave 0.
-    SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. When this returns or
-    raises, every process of the run is dead and its temporary directory is gone.
+    SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. With `patient`, the
+    ranks get a SIGINT to do with as they like, and it ends them only if one fails of it, or if it comes twice within a
+    second. When this returns or raises, every process of the run is dead and its temporary directory is gone.
     """
-    job = Job(ranks, Ranks(own_addresses(hosts), timeout_of(environment)))
+    timeout = timeout_of(environment)
+    job = Job(ranks, Ranks(own_addresses(hosts), timeout), timeout, patient)
     with _handled(job.interrupt), tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder:
         try:
             job.start(line, environment, Path(folder))
@@ -67,16 +77,25 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 class Job:
-    """One run: what is known of its ranks, and whether and when it has to end."""
+    """One run: what is known of its ranks, and whether and when it has to end.
 
-    def __init__(self, size: int, ranks: Ranks) -> None:
-        self.size, self.ranks = size, ranks
+    Args:
+        size: How many ranks there are to be.
+        ranks: Those that have reported.
+        timeout: Seconds after which ranks that wait for a ring that cannot open any more are given up.
+        patient: Whether the ranks may go on after a SIGINT.
+    """
+
+    def __init__(self, size: int, ranks: Ranks, timeout: float, patient: bool = False) -> None:
+        self.size, self.ranks, self._timeout = size, ranks, timeout
         self.signal = 0  # the one that the launcher got
         self.kill_at = float("inf")
+        self._patient, self._interrupted_at, self._interrupting = patient, -float("inf"), False
         self._term_at = float("inf")
         self._stopped_since: float | None = None
         self._writing_at = 0.0  # when mpiexec was last seen to be allowed to write
         self._reported = False
+        self._gave_up = False  # on ranks that waited for a ring
         self._look_at = 0.0  # for missing ranks: not at every turn, since it costs a process per rank on a Mac
         self._free: set[str] = set()  # ranks whose wrappers were told to leave
         self._told: set[str] = set()  # ranks that were still running when we asked them to end
@@ -85,6 +104,10 @@ class Job:
     def interrupt(self, number: int, frame: FrameType | None = None) -> None:
         """Take a signal: the first one is passed on to the ranks, the second one kills them."""
         now = time.monotonic()
+        patient = self._patient and number == signal.SIGINT and not self.signal and len(self.ranks) == self.size
+        if patient and now - self._interrupted_at > AT_ONCE:
+            self._interrupted_at, self._interrupting = now, True
+            return
         self.kill_at = now if self.signal else min(self.kill_at, now + SIGNAL_GRACE)
         self.signal = self.signal or number
 
@@ -98,12 +121,14 @@ class Job:
         while not self._finished():
             now = time.monotonic()
             self._look_for_missing(now)
+            self._interrupt_patient()
             if self.signal:
                 self._pass_on(self.signal)
             elif self._first_failure():
                 self._end_survivors(now)
             else:
                 self._mind_stopped(now)
+                self._mind_opening(now)
             if now >= self.kill_at:
                 return
             time.sleep(POLL)
@@ -137,7 +162,11 @@ class Job:
             return 128 + self.signal
         failure = self._first_failure()
         if failure:
+            if not self._reported and not failure.caused:
+                say(failure.line)
             return failure.status
+        if self._gave_up:
+            return 1
         ends = [rank.end for rank in self.ranks.values() if rank.end]
         if len(ends) == self.size and not any(end.code for end in ends):
             return 0
@@ -155,11 +184,12 @@ class Job:
     def _read(self) -> None:
         """Hear the wrappers, and report the first rank that failed if it was killed (others speak for themselves)."""
         self.ranks.hear()
-        failure = self._first_failure()
-        if failure and not self._reported:
+        failure, now = self._first_failure(), time.monotonic()
+        if failure and not self.signal and now - self._interrupted_at < SIGNAL_GRACE:
+            self.signal, self.kill_at = signal.SIGINT, now + SIGNAL_GRACE
+        elif failure and not self._reported and failure.code < 0:
             self._reported = True
-            if failure.code < 0:
-                say(failure.line)
+            say(failure.line)
 
     def _look_for_missing(self, now: float) -> None:
         """Give up ranks whose wrapper died, unless MPI killed them: then mpiexec ends too, with the code."""
@@ -172,7 +202,7 @@ class Job:
                 if rank.missing_since is not None or rank.lost:
                     gone = "(its wrapper) was killed" if rank.here else f"({rank.host}): the connection to it was lost"
                     line = f"rank {rank.number} {gone}"
-                    rank.end = End(-signal.SIGKILL, rank.missing_since or now, self._ending, line)
+                    rank.end = End(-signal.SIGKILL, rank.missing_since or now, self._ending, False, line)
                 rank.missing_since = rank.missing_since or now
 
     @property
@@ -180,9 +210,18 @@ class Job:
         return bool(self.signal) or self.kill_at < float("inf")
 
     def _first_failure(self) -> End | None:
-        """The cause: the first that failed without having been asked to end."""
+        """The cause: the first that failed without having been asked to end, and by itself if there is one."""
         ends = (rank.end for rank in self.ranks.values() if rank.number not in self._told)
-        return min((e for e in ends if e and e.code and not e.asked), key=lambda e: e.time, default=None)
+        failed = (end for end in ends if end and end.code and not end.asked)
+        return min(failed, key=lambda end: (end.caused, end.time), default=None)
+
+    def _interrupt_patient(self) -> None:
+        """Tell ranks that may go on of a SIGINT."""
+        if self._interrupting:
+            self._interrupting = False
+            for rank in self.ranks.values():
+                if rank.end is None:
+                    rank.signal(signal.SIGINT)
 
     def _pass_on(self, number: int) -> None:
         for rank in self.ranks.values():
@@ -200,7 +239,8 @@ class Job:
         if now >= self._term_at and not self._told:
             failure = self._first_failure()
             assert failure is not None
-            cause = "" if failure.code < 0 else f"{failure.line}; "  # a killed one has been reported
+            cause = "" if self._reported else f"{failure.line}; "
+            self._reported = True
             say(f"{cause}ending the ranks still running: {self._living()}")
             self._pass_on(signal.SIGTERM)
 
@@ -214,6 +254,27 @@ class Job:
         elif now - self._stopped_since > STOPPED:
             say(f"all other ranks have ended; killing the ranks left: {self._living()}")
             self.kill_at = now
+
+    def _mind_opening(self, now: float) -> None:
+        """End ranks that wait for a ring when nobody is left who could still come to open it."""
+        left = [rank for rank in self.ranks.values() if rank.end is None]
+        since = [rank.opening_since for rank in left if not rank.stopped]
+        if not since or any(start is None or now - start < self._timeout for start in since):
+            return  # one of them may come, however long its work before that takes
+        never = [str(number) for number in range(self.size) if str(number) not in self.ranks]
+        absent = {
+            "had ended": [str(rank) for rank in self.ranks.values() if rank.end],
+            "stopped": [rank.number for rank in left if rank.stopped],
+            "had not started": never,
+        }
+        why = ", ".join(f"{how}: {', '.join(sorted(who))}" for how, who in absent.items() if who)
+        say(
+            f"no ring within {self._timeout:g} s: ranks that wait for it in init: {self._living()}; "
+            + (why or "see what ringattn doctor says of the network between them")
+        )
+        self._gave_up, self._reported = True, True
+        self._told.update(rank.number for rank in left)
+        self.kill_at = now
 
     def _living(self) -> str:
         return ", ".join(sorted(str(rank) for rank in self.ranks.values() if rank.end is None))

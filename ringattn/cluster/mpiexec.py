@@ -55,7 +55,7 @@ def find_mpiexec(path: str | None = None) -> Mpiexec:
         found = shutil.which(path)
         if found is None:
             raise LaunchError(f"--mpiexec: {path!r} is not a program that can be run", 127)
-    return Mpiexec(found, _flavour(found))
+    return Mpiexec(os.path.abspath(found), _flavour(found))
 
 
 @functools.lru_cache
@@ -134,10 +134,11 @@ def build_command(
     Args:
         mpiexec: From `find_mpiexec`.
         ranks: The number of ranks, at least 1.
-        command: The program and its arguments. One that ends in ``.py`` runs under this Python.
+        command: The program and its arguments. One that ends in ``.py``, and ``ringattn``, run under this Python.
         hosts: Where they run, filled one after the other; none: on this machine.
         home: The address of this machine at which the hosts reach it.
-        interface: The name of the network interface that leads to the hosts, instead.
+        interface: The network interface that the ranks' messages take (Open MPI; MPICH is told by the environment). Not
+            that of the launcher's, which leave from here, where it may have another name.
         variables: Names of the environment's variables that ranks on other hosts get (Open MPI; MPICH gives all).
         root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
     """
@@ -150,19 +151,18 @@ def build_command(
         if hosts:
             line += ["--host", slots, "--prefix", sys.prefix, "--wdir", "/"]
             line += [part for name in sorted(set(variables)) for part in ("-x", name)]
-        if interface:
-            line += [part for name in ("btl_tcp_if_include", "oob_tcp_if_include") for part in _mca(name, interface)]
+        line += ["--mca", "btl_tcp_if_include", interface] if interface else []
     else:
-        line += ["-launcher", "ssh", "-hosts", slots, "-wdir", "/"] if hosts else []
-        line += ["-iface", interface] if interface else ["-localhost", home] if hosts else []
+        line += ["-launcher", "ssh", "-hosts", slots, "-wdir", "/", "-localhost", home] if hosts else []
     line += ["-n", str(ranks), sys.executable, "-IS", str(_WRAPPER), "--"]
-    if command[0].endswith(".py"):
-        line.append(sys.executable)
-    return line + [_escape(argument) for argument in command]
+    return line + [_escape(argument) for argument in (*_under_this_python(command[0]), *command[1:])]
 
 
-def _mca(name: str, value: str) -> tuple[str, str, str]:
-    return ("--mca", name, value)
+def _under_this_python(program: str) -> list[str]:
+    """How every host runs `program`: scripts and ringattn itself under the Python that is at the same path there."""
+    if program == "ringattn":
+        return [sys.executable, "-m", "ringattn.cli"]
+    return [sys.executable, program] if program.endswith(".py") else [program]
 
 
 def _escape(argument: str) -> str:
@@ -176,7 +176,7 @@ def check_command(command: Sequence[str]) -> None:
     if program.endswith(".py"):
         if not os.path.isfile(program):
             raise LaunchError(f"COMMAND: there is no file {program!r}", 127)
-    elif shutil.which(program) is None:
+    elif program != "ringattn" and shutil.which(program) is None:
         there = os.sep in program and os.path.exists(program)
         problem = f"{program!r} cannot be run" if there else f"program {program!r} not found"
         raise LaunchError(f"COMMAND: {problem}", 126 if there else 127)
@@ -198,7 +198,7 @@ def build_environment(
     Args:
         threads: Threads per rank. What the user has set for BLAS and OpenMP stays.
         timeout: Seconds without a sign of life after which a peer counts as dead.
-        interface: The network interface that messages take.
+        interface: The network interface of those hosts that messages take.
         remote: Whether ranks run on other hosts.
         prefix: Put the rank before each line that it prints.
         base: What the ranks inherit.
@@ -210,14 +210,27 @@ def build_environment(
         environment["RINGATTN_THREADS"] = str(threads)
     if timeout is not None:
         environment["RINGATTN_TIMEOUT"] = f"{timeout:g}"
-    if interface is not None:
-        for name in ("FI_TCP_IFACE", "UCX_NET_DEVICES"):  # MPICH's two ways to the network
-            environment.setdefault(name, interface)
     if remote:
+        _choose_network(environment, interface)
         environment["RINGATTN_LAUNCH_CWD"] = os.getcwd()
         environment.setdefault("HYDRA_LAUNCHER_EXTRA_ARGS", " ".join(SSH_OPTIONS))
         environment.setdefault("PRTE_MCA_plm_ssh_agent", " ".join(["ssh", *SSH_OPTIONS]))
     if prefix:
         environment["RINGATTN_LAUNCH_PREFIX"] = "1"
+    elif sys.stderr.isatty():
+        environment["RINGATTN_TERMINAL"] = "1"  # where what the ranks write will be seen
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment | {"RINGATTN_LAUNCH": "1"}
+
+
+def _choose_network(environment: dict[str, str], interface: str | None) -> None:
+    """Have MPICH talk over TCP where the user has chosen nothing else, and through `interface`.
+
+    Its wheel for Linux prefers UCX, which that for macOS has not: they could not talk to each other. And UCX spreads
+    its messages over all interfaces, whatever address a host was named by.
+    """
+    way = environment.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+    if way == "ofi":
+        environment.setdefault("FI_PROVIDER", "tcp")
+    if interface is not None:
+        environment["UCX_NET_DEVICES" if way == "ucx" else "FI_TCP_IFACE"] = interface

@@ -6,7 +6,9 @@ one object a line:
 
     {"token", "rank", "host", "processes": [[pid, start time], [pid, start time]]}     of this process and the program
     {"stopped": true}                               or false: the program was stopped (SIGSTOP) or goes on
-    {"ended": code, "asked": false, "line": ""}     whether a signal that came through here asked for it, and in words
+    {"opening": true}                               or false: it waits for the others to open a ring, or does no longer
+    {"ended": code, "asked": false, "caused": false, "line": ""}        whether a signal that came through here asked
+                                        for it, whether another rank caused it, and in words
 
 The launcher answers with numbers of signals for the program, one a line. The connection is a leash as well: when the
 launcher lets go of it, or dies, everything here ends. The library keeps its place in 256 bytes of memory,
@@ -75,10 +77,14 @@ def signal_group(pid: int, number: int) -> None:
             continue
 
 
-def describe_end(rank: str, host: str, code: int, status: bytes) -> str:
-    """One line on how a rank ended. `code` is negative for a signal; `status` is what its library left behind."""
+def parse_status(status: bytes) -> dict[str, str]:
+    """What a rank's library has left in its status file, by name."""
     words = status.split(b"\0", 1)[0].decode("ascii", "replace").split()
-    known = dict(word.split("=", 1) for word in words if "=" in word)
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def describe_end(rank: str, host: str, code: int, known: Mapping[str, str]) -> str:
+    """One line on how a rank ended. `code` is negative for a signal; `known` is of `parse_status`."""
     call, between = known.get("call", "-"), known.get("call", "").startswith("after:")
     where = "" if call == "-" else f" {call.replace(':', ' ', 1)}" if between else f" in {call}"
     where += f", hop {known['hop']}" if where and not between and "hop" in known else ""
@@ -190,6 +196,7 @@ class Wrapper:
         self.child = 0
         self.code: int | None = None  # as in subprocess: negative for a signal
         self.recorded = False
+        self.opening = False  # it waits for the others to open a ring
         self.asked = False  # a signal that means "end" came through here
         self.held = True  # by the launcher
         self.lost = False  # its host, or the way there
@@ -252,6 +259,7 @@ class Wrapper:
         """
         while True:
             self.reap()
+            self.look()
             if not self.held or os.getppid() != self.parent:
                 break
             if self.code is not None and self.asked:
@@ -297,14 +305,25 @@ class Wrapper:
             else:
                 self.ended(status)
 
-    def ended(self, status: int) -> None:
-        self.code = os.waitstatus_to_exitcode(status)
-        place = b""
+    def place(self) -> dict[str, str]:
+        """What the program's library says of itself."""
         with suppress(OSError), open(self.status, "rb") as file:
-            place = file.read(STATUS_BYTES)
-        line = describe_end(self.rank, self.host, self.code, place)
+            return parse_status(file.read(STATUS_BYTES))
+        return {}
+
+    def look(self) -> None:
+        """Tell when the program begins, or ceases, to wait for a ring."""
+        opening = self.code is None and self.place().get("call") == "init"
+        if opening != self.opening:
+            self.opening = opening
+            self.tell(opening=opening)
+
+    def ended(self, status: int) -> None:
+        self.code, known = os.waitstatus_to_exitcode(status), self.place()
+        line = describe_end(self.rank, self.host, self.code, known)
         give_up_after(self.link, _LAST_WORDS)
-        self.recorded = self.tell(ended=self.code, asked=self.asked, line=line)
+        caused = known.get("broken") == "elsewhere"
+        self.recorded = self.tell(ended=self.code, asked=self.asked, caused=caused, line=line)
 
 
 def _find_prctl() -> Any:
@@ -375,13 +394,17 @@ def settle(environment: MutableMapping[str, str]) -> None:
 def main() -> int:
     """Run ``COMMAND...``, all that follows the first ``--``."""
     rank = launched_rank()
+    command = [unescape(argument) for argument in sys.argv[2:]]
+    if "RINGATTN_LAUNCHER" not in os.environ:  # mpiexec alone runs the line that --dry-run has printed
+        settle(os.environ)
+        _become(command, dict(os.environ), rank)
     try:
         wrapper = Wrapper(rank)
-    except (OSError, KeyError) as error:
+    except OSError as error:
         print(f"ringattn: rank {rank} ({os.uname().nodename}) cannot reach the launcher: {error}", file=sys.stderr)
         return 1
     settle(os.environ)
-    wrapper.start([unescape(argument) for argument in sys.argv[2:]])
+    wrapper.start(command)
     return wrapper.wait()
 
 

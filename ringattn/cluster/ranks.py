@@ -51,12 +51,14 @@ class End:
         code: The exit code; negative for a signal.
         time: When the launcher heard of it, in seconds of ``time.monotonic()``.
         asked: Whether a signal from MPI or the launcher asked for it, so that it is not the cause of anything.
+        caused: Whether another rank broke the ring before, so that this is what came of it.
         line: One line for people.
     """
 
     code: int
     time: float
     asked: bool
+    caused: bool
     line: str
 
     @property
@@ -117,6 +119,7 @@ class Rank:
     connection: Connection
     end: End | None = None
     stopped: bool = False
+    opening_since: float | None = None  # when it began to wait for the others to open a ring, if it does
     missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
 
     def __str__(self) -> str:
@@ -164,8 +167,10 @@ class Rank:
             said = json.loads(line)
             if "stopped" in said:
                 self.stopped = said["stopped"]
+            elif "opening" in said:
+                self.opening_since = time.monotonic() if said["opening"] else None
             elif "ended" in said and self.end is None:
-                self.end = End(said["ended"], time.monotonic(), said["asked"], said["line"])
+                self.end = End(said["ended"], time.monotonic(), said["asked"], said["caused"], said["line"])
                 self.stopped = False
 
 

@@ -142,7 +142,7 @@ class Ring(abc.ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
+        if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.fail(error)
         self.close()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .peers import PeerRing
 
-PATIENCE = 2.0  # s in which the other ranks of a broken ring can print what they know
+PATIENCE = 1.5  # s in which the other ranks of a broken ring can print what they know
 
 _rings: list[PeerRing] = []  # those that are not retired, the oldest first
 _previous_hook = sys.excepthook

@@ -38,6 +38,8 @@ class Liveness:
         timeout: Seconds of silence after which a rank counts as dead.
         interval: Seconds between two heartbeats.
         place: Says what this rank is doing.
+        moving: Says which messages to or from a rank are under way here, in lists that JSON can hold.
+        on_broken: Called with what broke the ring, once.
     """
 
     def __init__(
@@ -48,13 +50,18 @@ class Liveness:
         timeout: float,
         interval: float,
         place: Callable[[], Place],
+        moving: Callable[[int], list[list]],
+        on_broken: Callable[[RingError], None],
     ):
         self.error: RingError | None = None
+        self.exit_code = 1  # of a process that ends because of it
         self.left: set[int] = set()
         self._post, self._hosts, self._timeout, self._interval, self._place = post, hosts, timeout, interval, place
+        self._me, self._moving, self._on_broken = rank, moving, on_broken
         self._peers = [peer for peer in range(len(hosts)) if peer != rank]
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
+        self.moving: dict[int, list[list]] = {}  # what each rank has said last of its messages to and from this one
         self._sending: dict[int, Sent] = {}
         self._outbox: list[Sent] = []  # goodbyes and failures still leaving
         self._said_bye = False
@@ -70,11 +77,11 @@ class Liveness:
         """Hear the others, tell them that this rank lives, and judge who does not."""
         with self._lock:
             self.hear()
-            note = json.dumps(self._place()).encode()
             for peer in [] if self._said_bye else self._peers:
                 # One that does not drain its messages gets no more of them.
                 if peer not in self._sending or self._sending[peer]():
-                    self._sending[peer] = self._post.send(peer, BEAT, note)
+                    note = [*self._place(), self._moving(peer)]
+                    self._sending[peer] = self._post.send(peer, BEAT, json.dumps(note).encode())
             self._judge()
 
     def _judge(self) -> None:
@@ -85,12 +92,12 @@ class Liveness:
         for peer in self._peers:
             self._silent[peer] += awake
             if self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
-                self._mourn(peer, f"gave no sign of life for {self._timeout:g} s")
+                self._mourn(peer, f"gave no sign of life for {self._timeout:g} s", silent=True)
 
-    def _mourn(self, peer: int, how: str) -> None:
+    def _mourn(self, peer: int, how: str, silent: bool = False) -> None:
         what, hop = self._places[peer]
         text = f"{self.name(peer)} {how}; it was last heard of {describe((what, hop))}"
-        self.fail(RingError(text, rank=peer, host=self._hosts[peer], hop=hop))
+        self.fail(RingError(text, rank=peer, host=self._hosts[peer], hop=hop), silent=silent)
 
     # What both threads do
 
@@ -114,19 +121,46 @@ class Liveness:
         self._silent[sender] = 0.0
         if kind == BEAT:
             self._places[sender] = (said[0], said[1])
+            self.moving[sender] = said[2]
         elif kind == BYE:
             self.left.add(sender)
         elif self.error is None:
-            self.error = RingError(said["text"], rank=said["rank"], host=said["host"], hop=said["hop"])
+            text, rank = said["text"], said["rank"]
+            if said["silent"] and self._hears(rank):
+                seen = "is alive" if rank == self._me else f"is heard by {self.name(self._me)}"
+                text += f" ({self.name(sender)} says so, but it {seen}: look at the way between the two)"
+            self.exit_code = said["exit_code"]
+            self._break(RingError(text, rank=rank, host=said["host"], hop=said["hop"]))
 
-    def fail(self, error: RingError) -> None:
-        """Break the ring because of `error`, and tell everybody. The first error stands."""
+    def _hears(self, rank: int) -> bool:
+        """Whether `rank` has told of itself of late: this rank itself, or one that is heard."""
+        return rank == self._me or self._silent[rank] < 4 * self._interval
+
+    def _break(self, error: RingError) -> None:
+        self.error = error
+        self._on_broken(error)
+
+    def fail(self, error: RingError, exit_code: int = 1, silent: bool = False) -> None:
+        """Break the ring because of `error`, and tell everybody. The first error stands.
+
+        `exit_code` is that of the rank that failed. All end with it, for any of them may be the first to be seen.
+        `silent` says that a rank is accused of silence, which others may know better.
+        """
         with self._lock:
             if self.error is not None:
                 return
-            self.error = error
-            note = {"text": str(error)[:_LONGEST_TEXT], "rank": error.rank, "host": error.host, "hop": error.hop}
-            self._tell(json.dumps(note).encode(), FAIL)
+            self.exit_code = exit_code
+            self._break(error)
+            about = {"rank": error.rank, "host": error.host, "hop": error.hop, "exit_code": exit_code, "silent": silent}
+            self._tell(json.dumps({"text": str(error)[:_LONGEST_TEXT], **about}).encode(), FAIL)
+
+    def met(self, place: Place) -> None:
+        """All ranks were seen at `place`, later than any heartbeat could say."""
+        self._places = dict.fromkeys(self._peers, place)
+
+    def seen(self, peer: int) -> None:
+        """Something of `peer` has arrived: it lives, however many bytes its heartbeats wait behind."""
+        self._silent[peer] = 0.0
 
     def say_bye(self, patience: float) -> None:
         """Tell everybody that this rank leaves, and see to it for at most `patience` seconds that they are told."""

@@ -19,18 +19,20 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ArgumentError, RingError
+from ..errors import RingError
 from . import collectives, leaving, read_timeout
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
 from .frames import INLINE_BYTES
 from .group import launched_size
 from .hub import Hub, hub
-from .liveness import describe
+from .introduction import introduce
 from .pairing import Parcel
 from .peers import PeerRing
 from .rate import LinkRate
 from .solo import SoloRing
+from .status import status
+from .watch import Moving
 
 _CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
 _LAST_WORDS = 1.0  # s in which the news of a death may arrive that explains why a message broke off
@@ -41,20 +43,10 @@ def open_ring(timeout: float | None) -> Ring:
     """The ring of all processes that `mlx.launch` started; see `ringattn.init`."""
     if launched_size() == 1:
         return SoloRing(read_timeout(timeout))
-    error: ArgumentError | None = None
-    try:
-        timeout = read_timeout(timeout)
-    except ArgumentError as wrong:
-        error = wrong
+    status.opening()
     all_of_us = hub()
-    # One round before anything else, so that an argument that is wrong on one rank is an error on all.
-    told = all_of_us.introduce([timeout, None if error is None else str(error)] if error is None else [0, str(error)])
-    if error is not None:
-        raise error
-    for rank, (_, text) in enumerate(told):
-        if text is not None:
-            raise ArgumentError(f"rank {rank}: {text}")
-    return MlxRing(all_of_us, [seconds for seconds, _ in told])
+    _, timeouts = introduce(timeout, all_of_us.introduce)
+    return MlxRing(all_of_us, timeouts)
 
 
 class MlxRing(PeerRing):
@@ -71,8 +63,6 @@ class MlxRing(PeerRing):
         self._broke: float | None = None  # when this was seen
         self.duplex = self._fabric.group.duplex
         self._rate = LinkRate()
-        self._moving: dict[object, float] = {}  # what both ends are moving: for how many seconds
-        self._looked = time.monotonic()
         all_of_us.join(self._channel, self)
         leaving.watch_over(self)
 
@@ -100,7 +90,9 @@ class MlxRing(PeerRing):
     def exchange(self, payload: Buffers) -> list[memoryview]:
         self._check()
         with self._breaking():
-            return self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
+            replies = self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
+        self._life.met(self._place)
+        return replies
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
         self._check()
@@ -184,7 +176,7 @@ class MlxRing(PeerRing):
         """Tell the others that this rank lives, and end a process that cannot end by itself."""
         self._life.beat()
         self._fabric.say_where()
-        self._judge_link()
+        self._judge_links()
         if not self.broken:
             return
         now = time.monotonic()
@@ -192,22 +184,12 @@ class MlxRing(PeerRing):
         if self._fabric.pending and now - self._broke > _STUCK_AFTER:
             leaving.abandon(self)
 
-    def _judge_link(self) -> None:
+    def _judge_links(self) -> None:
         """Break the ring when what both ends are moving does not arrive: signs of life go another way, and go on."""
-        now = time.monotonic()
-        awake, self._looked = min(now - self._looked, 2 * self._interval), now  # it may have been stopped
-        parcels, gather = self._fabric.moving(self._channel), self._fabric.gather_moving
-        found: list[object] = [*parcels, *([] if gather is None else [gather])]
-        self._moving = {one: self._moving.get(one, -awake) + awake for one in found}
-        what, hop = self._place
-        for parcel in parcels:
-            allowed = self._rate.deadline(parcel.bytes, self.timeout)
-            if self._moving[parcel] > allowed:
-                way = "to" if parcel.sending else "from"
-                text = f"{parcel.bytes} bytes {way} {self._life.name(parcel.peer)} are stuck {describe((what, hop))}: "
-                text += f"both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
-                self.fail(RingError(text, rank=parcel.peer, host=self.hosts[parcel.peer], hop=hop))
-        if gather is not None and self._moving[gather] > self._rate.deadline(0, self.timeout):
+        parcels = [Moving(p, p.sending, p.peer, p.bytes) for p in self._fabric.moving(self._channel)]
+        gather = self._fabric.gather_moving
+        ages = self._judge_link(parcels, self._rate, [] if gather is None else [gather])
+        if gather is not None and ages[gather] > self._rate.deadline(0, self.timeout):
             raise RingError(f"a round is stuck: all ranks have been in it for {self.timeout:g} s; look at the cables")
 
     # What leaving.py asks
@@ -217,4 +199,4 @@ class MlxRing(PeerRing):
 
     def abort(self) -> None:
         """End this process at once: threads that are in `mx.distributed` would keep it for ever."""
-        os._exit(1)
+        os._exit(self.exit_code)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import ArgumentError, ArgumentTypeError, RingError
-from . import collectives, hub, leaving, read_timeout
+from ..errors import ArgumentTypeError, RingError
+from . import collectives, hub, leaving
 from .agreement import agree, heard
 from .base import Buffers, Event, Gate, Ring, Transfer
+from .introduction import introduce
 from .library import load_mpi
 from .pace import wait_until
 from .peers import PeerRing
 from .post import MpiPost
 from .progress import Engine, Helper, Message
 from .rounds import Round, Swap
+from .status import status
 
 FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
 
@@ -26,24 +27,13 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
     if hub.is_open():
         raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
+    status.opening()
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm):
         raise ArgumentTypeError(f"comm: {type(comm).__name__}, expected an mpi4py intracommunicator")
-    error: ArgumentError | None = None
-    try:
-        timeout = read_timeout(timeout)
-    except ArgumentError as wrong:
-        error = wrong
-    # One round before anything else, so that an argument that is wrong on one rank is an error on all.
-    told = comm.allgather((platform.node(), timeout, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    for rank, (_, _, text) in enumerate(told):
-        if text is not None:
-            raise ArgumentError(f"rank {rank}: {text}")
-    return MpiRing(MPI, comm, tuple(host for host, _, _ in told), [seconds for _, seconds, _ in told])
+    return MpiRing(MPI, comm, *introduce(timeout, comm.allgather))
 
 
 def _load() -> Any:
@@ -72,7 +62,7 @@ class MpiRing(PeerRing):
         self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
-        self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved)
+        self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
         self._helper = Helper(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
         leaving.watch_over(self)
 
@@ -102,13 +92,14 @@ class MpiRing(PeerRing):
 
     def exchange(self, payload: Buffers) -> list[memoryview]:
         self._check()
-        round_ = Round(self._comm, self._status, self.rank, self._peers, payload)
+        round_ = Round(self._comm, self._status, self.rank, self._peers, payload, self._life.seen)
         self._watch(round_.poll, lambda: round_.missing)
+        self._life.met(self._place)
         return round_.replies
 
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
         self._check()
-        swap = Swap(self._comm, self._peers, out, into)
+        swap = Swap(self._comm, self._peers, out, into, self._life.seen)
         self._watch(swap.poll, lambda: swap.missing, bulk=True)
 
     def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
@@ -172,10 +163,14 @@ class MpiRing(PeerRing):
 
     def abort(self) -> None:
         """End all processes of the job."""
-        self._comm.Abort(1)
+        self._comm.Abort(self.exit_code)
+
+    def _told_of(self, peer: int) -> list[list]:
+        return self._engine.told_of(peer)
 
     def _beat(self) -> None:
         self._life.beat()
+        self._judge_link(self._engine.moving(self._life.moving), self._engine.rate)
         if self.broken and self._stuck:
             leaving.abandon(self)
 

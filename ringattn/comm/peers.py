@@ -15,7 +15,9 @@ from .agreement import agree
 from .base import Ring
 from .liveness import GRACE, Liveness, Place, describe
 from .post import Post
+from .rate import LinkRate
 from .status import status
+from .watch import Moving, Watch
 
 
 class PeerRing(Ring):
@@ -40,8 +42,18 @@ class PeerRing(Ring):
         self._place: Place = ("", 0)
         self._closed = False
         self._interval = min(1.0, min(timeouts) / 10)  # often enough for the most impatient rank
-        self._life = Liveness(post, rank, hosts, self.timeout, self._interval, lambda: self._place)
-        status.open(self.rank, self.size)
+        self._life = Liveness(
+            post,
+            rank,
+            hosts,
+            self.timeout,
+            self._interval,
+            lambda: self._place,
+            self._told_of,
+            lambda error: status.broken(here=error.rank in (None, rank)),
+        )
+        self._watch_links = Watch(self._interval)
+        status.opened(self.rank, self.size)
 
     # What users call
 
@@ -77,11 +89,12 @@ class PeerRing(Ring):
 
     def fail(self, error: BaseException) -> None:
         self.await_cause(error)
+        exit_code = exit_code_of(error)
         if not isinstance(error, RingError) or error.rank is None:
             what, hop = self._place
             text = f"{self._life.name(self.rank)} failed {describe((what, hop))}: {type(error).__name__}: {error}"
             error = RingError(text, rank=self.rank, host=self.hosts[self.rank], hop=hop)
-        self._life.fail(error)
+        self._life.fail(error, exit_code)
 
     def at(self, what: str, hop: int) -> None:
         if self._life.error is None:  # a broken ring stays where it broke
@@ -98,6 +111,11 @@ class PeerRing(Ring):
     @property
     def broken(self) -> bool:
         return self._life.error is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Of a process that ends because the ring broke: that of the rank that broke it, and never 0."""
+        return self._life.exit_code
 
     @property
     def retired(self) -> bool:
@@ -122,7 +140,7 @@ class PeerRing(Ring):
 
     @abc.abstractmethod
     def abort(self) -> None:
-        """End this process, and those that will not end by themselves where the transport can."""
+        """End this process with `exit_code`, and those that will not end by themselves where the transport can."""
 
     # Waiting with open eyes
 
@@ -147,6 +165,27 @@ class PeerRing(Ring):
 
         return look
 
+    def _told_of(self, peer: int) -> list[list]:
+        """What `peer` is to know of the messages between it and this rank; see `Liveness`."""
+        return []
+
+    def _judge_link(self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = ()) -> dict[object, float]:
+        """Break the ring when something of `found` has not moved for longer than its bytes take at a tenth of `rate`.
+
+        Returns:
+            The seconds since each of these, and of `more`, was first seen.
+        """
+        ages = self._watch_links.look([*(one.key for one in found), *more])
+        what, hop = self._place
+        for one in found:
+            allowed = rate.deadline(one.bytes, self.timeout)
+            if ages[one.key] > allowed:
+                way = "to" if one.sending else "from"
+                text = f"{one.bytes} bytes {way} {self._life.name(one.peer)} are stuck {describe((what, hop))}: "
+                text += f"both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
+                self.fail(RingError(text, rank=one.peer, host=self.hosts[one.peer], hop=hop))
+        return ages
+
     def _deserted(self, peer: int) -> None:
         what, hop = self._place
         raise RingError(
@@ -166,3 +205,9 @@ class PeerRing(Ring):
             if isinstance(error, self._foreign):
                 self._check()
             raise
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What Python ends with after `error`; 1 where that is 0, for the other ranks have been left."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    return (code & 255 or 1) if isinstance(code, int) else 1

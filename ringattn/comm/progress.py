@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RingError
 from .base import Buffers, Gate, Transfer
 from .rate import LinkRate
+from .watch import Moving
 
-CHUNK_BYTES = 128 << 20  # the longest single message; some MPIs refuse more than 2**31 bytes
+# The longest single message. Its arrival is a sign of life of its sender, whose heartbeats wait behind its data on a
+# slow link; and some MPIs refuse more than 2**31 bytes.
+CHUNK_BYTES = 4 << 20
 
 
 class Message(Transfer):
@@ -54,7 +57,7 @@ class Message(Transfer):
         self.bytes = sum(len(chunk) for chunk in self._chunks)
         self._requests = [post(chunk, self.peer, self.tag) for chunk in self._chunks]
 
-    def poll(self, status: Any, byte: Any) -> bool:
+    def poll(self, status: Any, byte: Any, on_arrival: Callable[[int], None]) -> bool:
         """Ask MPI once how far it is. Chunks are matched in order, so the first one not there ends the look."""
         while self._requests:
             if not self._test(status):
@@ -64,9 +67,16 @@ class Message(Transfer):
                     f"rank {self.peer} sent {got} bytes where {len(self._chunks[0])} were expected (tag {self.tag})",
                     rank=self.peer,
                 )
+            if self.kind == "recv":
+                on_arrival(self.peer)
             del self._requests[0], self._chunks[0]
         self._done = True
         return True
+
+    @property
+    def left(self) -> list[int]:
+        """The bytes of each chunk that has not passed."""
+        return [len(chunk) for chunk in self._chunks]
 
     def _test(self, status: Any) -> bool:
         try:
@@ -92,6 +102,7 @@ class Engine:
         new_status: Makes an MPI status object.
         byte: MPI's type of a byte.
         on_done: Called with every message that has finished.
+        on_arrival: Called with the rank that something has come from.
     """
 
     def __init__(
@@ -101,14 +112,15 @@ class Engine:
         new_status: Callable[[], Any],
         byte: Any,
         on_done: Callable[[Message], None],
+        on_arrival: Callable[[int], None],
     ):
         self._post = {"send": post_send, "recv": post_recv}
-        self._status, self._byte, self._on_done = new_status(), byte, on_done
+        self._status, self._byte, self._on_done, self._on_arrival = new_status(), byte, on_done, on_arrival
         self._fresh: list[Message] = []  # appended by the main thread without a lock
         self._blocked: list[Message] = []
         self._active: list[Message] = []
         self._turn = threading.Lock()
-        self._rate = LinkRate()
+        self.rate = LinkRate()
 
     def add(self, message: Message) -> None:
         self._fresh.append(message)
@@ -121,7 +133,21 @@ class Engine:
     @property
     def nap(self) -> float:
         """Seconds that may pass until the next step while the main thread computes."""
-        return self._rate.nap([message.bytes for message in list(self._active)])
+        return self.rate.nap([message.bytes for message in list(self._active)])
+
+    def told_of(self, peer: int) -> list[list]:
+        """The messages between this rank and `peer` that are under way here, as the other's `moving` takes them."""
+        return [[message.kind, message.tag] for message in list(self._active) if message.peer == peer]
+
+    def moving(self, told: Mapping[int, list[list]]) -> list[Moving]:
+        """The messages that are under way at both ends, by what the other ranks have told."""
+        other_end = {"send": "recv", "recv": "send"}
+        found = []
+        for message in list(self._active):
+            left = message.left
+            if left and [other_end[message.kind], message.tag] in told.get(message.peer, ()):
+                found.append(Moving((message, len(left)), message.kind == "send", message.peer, left[0]))
+        return found
 
     @property
     def peers(self) -> set[int]:
@@ -139,10 +165,10 @@ class Engine:
             self._turn.release()
 
     def _finish(self) -> bool:
-        finished = [message for message in self._active if message.poll(self._status, self._byte)]
+        finished = [message for message in self._active if message.poll(self._status, self._byte, self._on_arrival)]
         for message in finished:
             self._active.remove(message)
-            self._rate.learn(message.bytes, time.time() - message.started)
+            self.rate.learn(message.bytes, time.time() - message.started)
             self._on_done(message)
         return bool(finished)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import progress
@@ -18,8 +18,16 @@ class Round:
     Messages are probed for, never posted, so that a length that nobody expects is seen and not cut off.
     """
 
-    def __init__(self, comm: Any, status: Any, rank: int, peers: Sequence[int], payload: Buffers):
-        self._comm, self._status = comm, status
+    def __init__(
+        self,
+        comm: Any,
+        status: Any,
+        rank: int,
+        peers: Sequence[int],
+        payload: Buffers,
+        on_arrival: Callable[[int], None],
+    ):
+        self._comm, self._status, self._on_arrival = comm, status, on_arrival
         self._mine = mine = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
         pieces = [mine]
         if len(mine) >= progress.CHUNK_BYTES:
@@ -47,6 +55,7 @@ class Round:
         message = self._comm.Improbe(peer, ROUND_TAG, self._status)
         if message is None:
             return False
+        self._on_arrival(peer)
         part = memoryview(bytearray(self._status.Get_count()))
         self._parts[peer].append(part)
         request = message.Irecv(part)
@@ -69,17 +78,28 @@ class Round:
 class Swap:
     """Pieces of lengths that both sides know: `out[i]` goes to rank i, `into[i]` is filled by it."""
 
-    def __init__(self, comm: Any, peers: Sequence[int], out: Sequence[memoryview], into: Sequence[memoryview]):
-        self._requests = [(p, comm.Irecv(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([into[p]])]
-        self._requests += [(p, comm.Isend(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([out[p]])]
-        self._alive = (out, into)  # MPI does not keep the memory alive
+    def __init__(
+        self,
+        comm: Any,
+        peers: Sequence[int],
+        out: Sequence[memoryview],
+        into: Sequence[memoryview],
+        on_arrival: Callable[[int], None],
+    ):
+        self._coming = [(p, comm.Irecv(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([into[p]])]
+        self._leaving = [(p, comm.Isend(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([out[p]])]
+        self._alive, self._on_arrival = (out, into), on_arrival  # MPI does not keep the memory alive
 
     def poll(self) -> bool:
         """Move what can be moved; whether all is done."""
-        self._requests = [(peer, request) for peer, request in self._requests if not request.Test()]
-        return not self._requests
+        arrived = [(peer, request) for peer, request in self._coming if request.Test()]
+        for one in arrived:
+            self._on_arrival(one[0])
+            self._coming.remove(one)
+        self._leaving = [(peer, request) for peer, request in self._leaving if not request.Test()]
+        return not (self._coming or self._leaving)
 
     @property
     def missing(self) -> set[int]:
         """The ranks that have something to do yet."""
-        return {peer for peer, _ in self._requests}
+        return {peer for peer, _ in self._coming + self._leaving}

@@ -23,7 +23,7 @@ class SoloRing(Ring):
         self.hosts = (platform.node(),)
         self.timeout = timeout
         self._error: RingError | None = None
-        status.open(0, 1)
+        status.opened(0, 1)
 
     def split(self, color: int | None) -> Ring | None:
         with self.call("split"):

@@ -6,7 +6,9 @@ The launcher makes one file per process and names it in the environment variable
     rank=2 size=4 call=ring_attention hop=3
 
 ``call`` is ``-`` before the first call, and ``after:NAME`` between calls (then ``hop`` is 0). Names hold no blanks.
-It is mapped into memory, so an update costs about a microsecond and survives a SIGKILL.
+While a process waits for the others to join it in a ring, there is ``call=init`` and no rank yet. Where the ring broke,
+``broken=here`` or ``broken=elsewhere`` says whether this rank was the cause. The file is mapped into memory, so an
+update costs about a microsecond and survives a SIGKILL.
 """
 
 from __future__ import annotations
@@ -23,26 +25,45 @@ class Status:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._who = ""
+        self._who = self._place = ""
 
-    def open(self, rank: int, size: int) -> None:
+    def opening(self) -> None:
+        """Say that this process is about to wait for the others; later rings change nothing."""
+        if self._map is None:
+            self._open()
+            self.write("init", 0)
+
+    def opened(self, rank: int, size: int) -> None:
         """Say which rank this process is; the first ring of a process decides."""
+        if not self._who:
+            self._who = f"rank={rank} size={size} "
+            if self._map is None:
+                self._open()
+            self.write("-", 0)
+
+    def _open(self) -> None:
         path = os.environ.get("RINGATTN_STATUS")
-        if not path or self._map is not None:
+        if not path:
             return
         try:
             with Path(path).open("r+b") as file:
                 file.truncate(STATUS_BYTES)
                 self._map = mmap.mmap(file.fileno(), STATUS_BYTES)
         except OSError:
-            return  # the variable came from another host, or the launcher has gone: nobody will read it
-        self._who = f"rank={rank} size={size}"
-        self.write("-", 0)
+            pass  # the variable came from another host, or the launcher has gone: nobody will read it
 
     def write(self, what: str, hop: int) -> None:
+        """Where this rank is."""
+        self._place = f"{self._who}call={what.replace(' ', ':')} hop={hop}"
+        self._put(self._place)
+
+    def broken(self, here: bool) -> None:
+        """Say that the ring broke, because of this rank or of another."""
+        self._put(f"{self._place} broken={'here' if here else 'elsewhere'}")
+
+    def _put(self, line: str) -> None:
         if self._map is not None:
-            line = f"{self._who} call={what.replace(' ', ':')} hop={hop}\n"
-            self._map[:] = line.encode("ascii", "replace")[:STATUS_BYTES].ljust(STATUS_BYTES, b"\0")
+            self._map[:] = f"{line}\n".encode("ascii", "replace")[:STATUS_BYTES].ljust(STATUS_BYTES, b"\0")
 
 
 status = Status()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..cluster.reach import Trouble
 from .breakeven import Model, break_even
 from .links import Link
 from .records import Told
@@ -14,10 +16,11 @@ class Examination:
     """All that is known.
 
     Attributes:
-        size: How many ranks were asked for.
+        size: How many ranks were to start, on hosts that can be reached; 0 where there is none.
         told: What they said.
         model: The attention whose hops are judged.
         hosts: Where the ranks were to run, as the user named it; empty for this machine.
+        troubles: Hosts without ranks, and why.
         unlaunched: Why no ring was started, with the remedy.
         mismatch: That mpiexec and the MPI library do not belong together, with the remedy.
         ended: The exit status of the launch; ``None`` where it took too long.
@@ -29,6 +32,7 @@ class Examination:
     told: Told
     model: Model = field(default_factory=Model)
     hosts: tuple[str, ...] = ()
+    troubles: tuple[Trouble, ...] = ()
     unlaunched: str | None = None
     mismatch: str | None = None
     ended: int | None = 0
@@ -37,9 +41,18 @@ class Examination:
 
     def name(self, rank: int) -> str:
         """A rank for people."""
+        return self.names([rank])
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """Ranks for people: ``rank 0 (mac0)``, ``ranks 0, 2, 3 (mac0, mac1)``."""
+        hosts = ", ".join(dict.fromkeys(filter(None, map(self.host, ranks))))
+        numbers = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        return f"{numbers} ({hosts})" if hosts else numbers
+
+    def host(self, rank: int) -> str:
+        """The name of its host, in its own words or the user's; empty where neither is known."""
         facts = self.told.ranks[rank].facts if rank in self.told.ranks else None
-        host = facts.host if facts else self.hosts[rank] if rank < len(self.hosts) else ""
-        return f"rank {rank} ({host})" if host else f"rank {rank}"
+        return facts.host if facts else self.hosts[rank] if rank < len(self.hosts) else ""
 
     @property
     def slowest(self) -> Link | None:

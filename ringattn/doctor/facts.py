@@ -35,7 +35,8 @@ class Facts:
         metal: Whether MLX has Metal here.
         gpu: The GPU's name, where MLX computes on one.
         kernel: The backend that `ringattn.attention` takes.
-        blas_advice: What to do about MLX's slow matrix products, where they are; see `ringattn.native.sgemm`.
+        blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
+            as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
     """
 
     host: str
@@ -80,7 +81,7 @@ def collect() -> Facts:
         metal=mx.metal.is_available(),
         gpu=_gpu(),
         kernel=select(None).__name__.rpartition(".")[2],
-        blas_advice=sgemm.advice(),
+        blas_advice=_blas_advice(),
     )
 
 
@@ -92,10 +93,23 @@ def _gpu() -> str | None:
     return str(mx.device_info().get("device_name", "GPU"))
 
 
+def _blas_advice() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    chosen = [sgemm.SWITCH] if os.environ.get(sgemm.SWITCH) == "mlx" else []
+    chosen += ["LD_PRELOAD"] if "blas" in os.environ.get("LD_PRELOAD", "").lower() else []
+    if chosen:
+        return f"unset {' and '.join(chosen)}, so that NumPy's BLAS takes the place of MLX's"
+    return sgemm.advice()
+
+
 def fingerprint(folder: Path) -> str:
-    """A hash of the sources in `folder`: names and contents of all Python and Metal files."""
+    """A hash of the sources in `folder`: names and contents of all Python and Metal files.
+
+    Not of the C files, which a checkout has and what is installed from it has not.
+    """
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal", ".c")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal")):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return total.hexdigest()[:12]

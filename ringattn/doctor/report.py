@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -10,13 +11,14 @@ from .examination import Examination
 from .records import Rank
 
 INSTALL = "pip install 'ringattn[mpi]'"
+VERSIONS = "ringattn differs between ranks: "  # how `ringattn.comm.introduction` begins
 SLOW_BLAS = 1 / 3  # of NumPy's speed
 SLOW_LINK = 0.6  # of the median link
 MANY_TOKENS = 16384  # per rank: a context of as many is not what everybody has
 
 SAME = {  # what has to be the same on all ranks -> what to do where it is not
     "python": "put the virtual environment at the same path on all hosts",
-    "ringattn": "install the same ringattn on all hosts",
+    "ringattn": "install the same version on all hosts",
     "mlx": "install the same mlx on all hosts: pip install mlx==VERSION",
     "mpi4py": "install the same mpi4py on all hosts: pip install mpi4py==VERSION",
 }
@@ -48,9 +50,28 @@ class Finding:
 
 def examine(seen: Examination) -> list[Finding]:
     """Everything that is wrong, what is fatal first."""
-    checks = (_launch, _ranks, _threads, _alone, _differences, _metal, _blas, _links, _tokens)
+    checks = (_hosts, _ways, _launch, _ranks, _threads, _alone, _differences, _metal, _blas, _links, _tokens)
     found = [finding for check in checks for finding in check(seen)]
     return sorted(found, key=lambda finding: not finding.fatal)
+
+
+def _hosts(seen: Examination) -> Iterator[Finding]:
+    """Those on which no rank can start."""
+    for trouble in seen.troubles:
+        yield Finding(True, f"host {trouble.host.ssh}", trouble.what, trouble.remedy)
+
+
+def _ways(seen: Examination) -> Iterator[Finding]:
+    """Pairs of hosts between which nothing passes, each once, in the words of the first ranks that tried."""
+    pairs: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for way in seen.told.dead:
+        ends = seen.host(way.caller), seen.host(way.peer)
+        pairs.setdefault(tuple(sorted(ends)), {}).setdefault(ends, way.why)
+    for pair, whys in pairs.items():
+        ways = " and ".join(f"from {caller} to {peer} ({why})" for (caller, peer), why in whys.items())
+        what = f"no TCP connection {ways}, and MPI needs one between every two hosts"
+        remedy = "look at the cables, addresses and routes between these two, and at their firewalls"
+        yield Finding(True, " and ".join(pair), what, remedy)
 
 
 def _launch(seen: Examination) -> Iterator[Finding]:
@@ -68,7 +89,7 @@ def _launch(seen: Examination) -> Iterator[Finding]:
 
 def _ranks(seen: Examination) -> Iterator[Finding]:
     """Those that did not start, or not finish."""
-    if seen.unlaunched:
+    if seen.unlaunched or not seen.size:
         return
     because = f" ({seen.launcher})" if seen.launcher else ""
     missing = [number for number in range(seen.size) if number not in seen.told.ranks]
@@ -76,24 +97,27 @@ def _ranks(seen: Examination) -> Iterator[Finding]:
         yield Finding(True, "launch", f"no rank started{because}", _reach(seen, *missing))
         return
     if missing:
-        yield Finding(True, _names(seen, missing), f"did not start{because}", _reach(seen, *missing))
+        yield Finding(True, seen.names(missing), f"did not start{because}", _reach(seen, *missing))
     problems = {rank.problem: number for number, rank in reversed(seen.told.ranks.items()) if rank.problem}
     for problem, number in reversed(problems.items()):  # what several ranks say alike is told once
-        yield Finding(True, seen.name(number), problem, _mend(seen.told.ranks[number]))
+        if problem.startswith(VERSIONS):
+            what, _, remedy = problem.removeprefix(VERSIONS).rpartition("; ")
+            if _versions_agree(seen):  # else `_differences` says so
+                yield Finding(True, "ringattn", f"differs: {what}", remedy)
+        else:
+            yield Finding(True, seen.name(number), problem, _mend(seen.told.ranks[number]))
     ended = {n: rank.doing for n, rank in seen.told.ranks.items() if not (rank.done or rank.problem)}
-    if ended and seen.ended is not None:
+    if ended and seen.ended is not None and not seen.told.dead:
         what = f"ended while {' and '.join(dict.fromkeys(ended.values()))}{because}"
         yield Finding(
-            True, _names(seen, list(ended)), what, "run ringattn verify there, and see what its system log says"
+            True, seen.names(list(ended)), what, "run ringattn verify there, and see what its system log says"
         )
-
-
-def _names(seen: Examination, numbers: list[int]) -> str:
-    return ", ".join(map(seen.name, numbers))
 
 
 def _mend(rank: Rank) -> str:
     """What to try where a rank told of a problem."""
+    if rank.doing.startswith("connecting"):
+        return "look at the firewall of the machine that starts the ranks, and at the way there"
     if rank.doing.startswith("measuring"):
         return "look at that link: its cable, its interface, its addresses, the firewalls"
     return f"see whether MPI works there: {INSTALL}"
@@ -101,7 +125,11 @@ def _mend(rank: Rank) -> str:
 
 def _reach(seen: Examination, *numbers: int) -> str:
     """What to try where ranks did not start."""
-    hosts = dict.fromkeys(seen.hosts[number] for number in numbers if number < len(seen.hosts))
+    hosts = list(dict.fromkeys(seen.hosts[number] for number in numbers if number < len(seen.hosts)))
+    # Where one host keeps all ranks from starting, the launcher's words may say which.
+    hosts = [
+        host for host in hosts if re.search(rf"(?<![\w.@-]){re.escape(host)}(?![\w-]|\.\w)", seen.launcher)
+    ] or hosts
     if not hosts:
         return "see whether python -c 'import ringattn' works"
     return f"see whether `ssh {' / '.join(hosts)} true` works without a password, and ringattn is installed there"
@@ -130,27 +158,27 @@ def _differences(seen: Examination) -> Iterator[Finding]:
     for fatal, names in ((True, SAME), (False, ALIKE)):
         for name, remedy in names.items():
             values = {number: str(getattr(one, name)) for number, one in facts.items()}
-            yield from _unequal(fatal, name.replace("_", " "), values, remedy)
+            yield from _unequal(seen, fatal, name.replace("_", " "), values, remedy)
     flavours = {number: rank.mpi.flavour for number, rank in seen.told.ranks.items() if rank.mpi}
-    yield from _unequal(True, "MPI", flavours, f"install the same MPI on all hosts: {INSTALL}")
-    if len({one.ringattn for one in facts.values()}) == 1:  # where versions differ, that has been said
+    yield from _unequal(seen, True, "MPI", flavours, f"install the same MPI on all hosts: {INSTALL}")
+    if _versions_agree(seen):  # else that has been said
         codes = {number: one.code for number, one in facts.items()}
-        yield from _unequal(True, "the source of ringattn", codes, "bring all checkouts to the same commit")
+        yield from _unequal(seen, True, "the source of ringattn", codes, "bring all checkouts to the same commit")
 
 
-def _unequal(fatal: bool, name: str, values: dict[int, str], remedy: str) -> Iterator[Finding]:
+def _versions_agree(seen: Examination) -> bool:
+    """Whether all hosts seem to have the same version of ringattn installed."""
+    return len({rank.facts.ringattn for rank in seen.told.ranks.values() if rank.facts}) < 2
+
+
+def _unequal(seen: Examination, fatal: bool, name: str, values: dict[int, str], remedy: str) -> Iterator[Finding]:
     """A finding where not all ranks have the same."""
     groups: dict[str, list[int]] = {}
     for number, value in values.items():
         groups.setdefault(value, []).append(number)
     if len(groups) > 1:
-        told = ", ".join(f"{value} on {ranks(numbers)}" for value, numbers in groups.items())
+        told = ", ".join(f"{value} on {seen.names(numbers)}" for value, numbers in groups.items())
         yield Finding(fatal, name, f"differs: {told}", remedy)
-
-
-def ranks(numbers: list[int]) -> str:
-    """Ranks for people: ``rank 0``, ``ranks 0, 2, 3``."""
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _metal(seen: Examination) -> Iterator[Finding]:
@@ -166,8 +194,8 @@ def _blas(seen: Examination) -> Iterator[Finding]:
             what = (
                 f"MLX multiplies float32 at {rank.speeds.mlx / 1e9:.0f} GFLOP/s, NumPy at {rank.speeds.numpy / 1e9:.0f}"
             )
-            default = "unset RINGATTN_BLAS and LD_PRELOAD, so that NumPy's BLAS takes the place of MLX's"
-            yield Finding(False, seen.name(number), what, rank.facts.blas_advice or default)
+            remedy = rank.facts.blas_advice or "see what else runs there, and run the doctor again"
+            yield Finding(False, seen.name(number), what, remedy)
 
 
 def _by_host(seen: Examination) -> Iterator[tuple[int, Rank]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 
-from ..cluster.mpiexec import LaunchError, find_mpiexec, mismatch
+from ..cluster.hosts import Cluster, Host
+from ..cluster.mpiexec import LaunchError, Mpiexec, find_mpiexec, mismatch
+from ..cluster.reach import find_troubles, home_address
 from .breakeven import Model
 from .examination import Examination
-from .records import read
+from .records import Told, read
+from .ways import Exchange
 
 SIGN_OF_LIFE = 10.0  # seconds without one after which a rank counts as dead
 GRACE = 15.0  # for the launcher to end all ranks, once it is told to
@@ -23,38 +27,71 @@ class Where:
 
     Attributes:
         size: Ranks.
-        options: Those of ``ringattn launch`` that say where they run.
-        hosts: The host of every rank, as far as the user named it.
+        cluster: The hosts they run on; ``None``: this machine.
+        interface: That of the hosts that messages take.
         mpiexec: The one to use; ``None`` for the best.
     """
 
     size: int
-    options: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
+    cluster: Cluster | None = None
+    interface: str | None = None
     mpiexec: str | None = None
 
 
 def examine_cluster(where: Where, model: Model, dtype: str, seconds: float) -> Examination:
     """Have every rank look at its host and measure its links; without MPI, look at this machine alone.
 
+    Hosts on which no rank can start are left out.
+
     Args:
         where: Where.
         model: The attention that is timed and judged.
         dtype: Of its keys and values, a key of `DTYPES`.
         seconds: After so many the ranks are ended, and what they had found by then is all there is.
+
+    Raises:
+        LaunchError: The hosts cannot be told where this machine is.
     """
     numbers = (model.heads, model.kv_heads, model.head_dim)
     worker = [sys.executable, "-m", "ringattn.doctor.worker", str(int(seconds + GRACE)), dtype, *map(str, numbers)]
     try:
-        differs = mismatch(find_mpiexec(where.mpiexec))
+        mpiexec = find_mpiexec(where.mpiexec)
     except LaunchError as error:
         ended, output, _ = _run(worker, seconds)
         return Examination(1, read(output), model, ended=ended, seconds=seconds, unlaunched=str(error))
-    options = [*where.options, *(["--mpiexec", where.mpiexec] if where.mpiexec else [])]
-    launch = ["launch", "-n", str(where.size), "--timeout", f"{SIGN_OF_LIFE:g}", *options, "--"]
-    ended, output, said = _run([sys.executable, "-m", "ringattn.cli", *launch, *worker], seconds)
+    asked = where.cluster.hosts if where.cluster else ()
+    troubles = tuple(find_troubles(asked, mpiexec, where.interface)) if asked else ()
+    hosts = [host for host in asked if host not in [trouble.host for trouble in troubles]]
+    if asked and not hosts:
+        return Examination(0, Told(), model, troubles=troubles)
+    return replace(_examine(where, mpiexec, hosts, worker, seconds), model=model, troubles=troubles)
+
+
+def _examine(
+    where: Where, mpiexec: Mpiexec, hosts: Sequence[Host], worker: Sequence[str], seconds: float
+) -> Examination:
+    """What the ranks find out on these of the hosts."""
+    names = [host.ssh for host in hosts for _ in range(host.slots)][: where.size]
+    size = len(names) if hosts else where.size
+    options = [*_options(where, hosts), "--timeout", f"{SIGN_OF_LIFE:g}", "--mpiexec", mpiexec.path]
+    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(size), *options, "--", *worker]
+    with closing(Exchange(home_address(hosts), size)) if hosts else nullcontext() as exchange:
+        several = [exchange.told, ",".join(name.rpartition("@")[2] for name in names)] if exchange else []
+        ended, output, said = _run([*line, *several], seconds)
     words = launcher_words(said) if ended != 0 else ""
-    return Examination(where.size, read(output), model, where.hosts, None, differs, ended, seconds, words)
+    differs = mismatch(mpiexec)
+    return Examination(
+        size, read(output), hosts=tuple(names), mismatch=differs, ended=ended, seconds=seconds, launcher=words
+    )
+
+
+def _options(where: Where, hosts: Sequence[Host]) -> list[str]:
+    """Those of ``ringattn launch`` for these of the hosts."""
+    if where.cluster is None:
+        return []
+    variables = [part for variable in where.cluster.variables for part in ("--env", variable)]
+    through = ["--interface", where.interface] if where.interface else []
+    return ["--no-prefix", "--hosts", ",".join(f"{host.ssh}:{host.slots}" for host in hosts), *variables, *through]
 
 
 def _run(line: Sequence[str], seconds: float) -> tuple[int | None, str, str]:

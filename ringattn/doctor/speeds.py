@@ -17,6 +17,7 @@ from ..bench.kernel import Shape, random_arrays
 
 ENOUGH = 0.05  # seconds of one call, after which no larger problem is tried
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
+TIMES = 4  # each size is done, of which the best counts: the first touches memory, another may be disturbed
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 Work = Callable[[int], tuple[Callable[[], object], float]]  # size -> what to do, and its floating-point operations
@@ -54,14 +55,11 @@ def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> Speeds:
 
 
 def fastest(work: Work, sizes: tuple[int, ...]) -> float:
-    """The most operations per second over ever larger sizes, until one takes long enough.
-
-    Each size is done twice and the better time counts, so that kernels are compiled and memory is touched.
-    """
+    """The most operations per second over ever larger sizes, until one takes long enough."""
     best = 0.0
     for size in sizes:
         call, flops = work(size)
-        seconds = min(_time(call), _time(call))
+        seconds = min(_time(call) for _ in range(TIMES))
         best = max(best, flops / seconds)
         if seconds > ENOUGH:
             break

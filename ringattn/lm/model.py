@@ -14,12 +14,14 @@ import mlx.nn as nn
 from ..comm.base import Ring
 from ..errors import ArgumentError
 from ..job import check_ring
+from ..layout import Layout
 from .adapters import ADAPTERS
 from .attention import NAME, dispatching
-from .cache import ShardedKVCache
+from .cache import Probe, ShardedKVCache, step_through
 from .errors import UnsupportedModelError
-from .steps import Cost, next_step
+from .steps import Cost, Step, next_step
 
+UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 
 
@@ -29,6 +31,8 @@ class Sharded:
     ring: Ring
     weights: tuple[float, ...]
     cost: Cost
+    windows: list[int | None]
+    longest: float  # tokens of context
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **rest: Any) -> mx.array:
         """As the model's own call, whose `inputs` are the same on every rank; with sharded caches it is collective.
@@ -39,23 +43,27 @@ class Sharded:
         sharded = [c for c in cache or () if isinstance(c, ShardedKVCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
-        step = next_step(sharded[0].layout, inputs.shape[1], self.weights, self.cost)
+        # A window layer's few tokens say little about which rank has room.
+        fullest = max((c.layout for c in sharded), key=lambda layout: layout.length)
+        step = next_step(fullest, inputs.shape[1], self.weights, self.cost)
+        if step.new.stop > self.longest:
+            name = _name(self)  # type: ignore[arg-type]
+            raise UnsupportedModelError(
+                f"model: {name} has a rope that depends on how many tokens come at once beyond {self.longest:,.0f} of "
+                f"context, and this is token {step.new.stop:,}"
+            )
         if step.shared:
             ((start, stop),) = step.new.spans[self.ring.rank]
             own = slice(start - step.new.start, stop - step.new.start)
             inputs = inputs[:, own]
             if rest.get("input_embeddings") is not None:
                 rest["input_embeddings"] = rest["input_embeddings"][:, own]
-        for c in sharded:
-            c.begin(step)
-        out = super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
-        for c in sharded:
-            c.end()
-        return out
+        with step_through(sharded, step):
+            return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
     def make_cache(self) -> list[ShardedKVCache]:
         """An empty cache, one for each layer."""
-        return [ShardedKVCache(self.ring, window) for window in self.windows]  # type: ignore[attr-defined]
+        return [ShardedKVCache(self.ring, window) for window in self.windows]
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
@@ -82,10 +90,17 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
     windows = list(_windows(model))
     _rebind(model)
+    _probe(model, windows)
     kind = type(model)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
-    for name, value in (("ring", ring), ("weights", weights), ("windows", windows), ("cost", cost_of(model))):
+    for name, value in (
+        ("ring", ring),
+        ("weights", weights),
+        ("windows", windows),
+        ("cost", cost_of(model)),
+        ("longest", _longest(model)),
+    ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
 
@@ -107,6 +122,25 @@ def _windows(model: nn.Module) -> Iterator[int | None]:
                 f"model: {_name(model)} has a {type(cache).__name__} at layer {i}, expected KVCache or "
                 "RotatingKVCache: its state cannot be spread over a ring"
             )
+
+
+def _probe(model: nn.Module, windows: Sequence[int | None]) -> None:
+    """See whether each layer attends to what its cache, or another layer's, gave it. Nothing is evaluated."""
+    if type(model).__module__ in UNSUITABLE:
+        raise UnsupportedModelError(f"model: {_name(model)} {UNSUITABLE[type(model).__module__]}")
+    caches = [Probe(window) for window in windows]
+    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
+    try:
+        with step_through(caches, Step(Layout((((0, 2),),)), False)):
+            kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
+    except ArgumentError as error:
+        raise UnsupportedModelError(f"model: {_name(model)} has a layer of another kind: {error}") from None
+
+
+def _longest(model: nn.Module) -> float:
+    """The context from which on the rope's base follows the tokens of a call, of which every rank has its own."""
+    ropes = [part for part in model.modules() if type(part).__name__ == "DynamicNTKScalingRoPE"]
+    return min((float(rope.max_position_embeddings) for rope in ropes), default=float("inf"))
 
 
 def _name(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from http.server import ThreadingHTTPServer
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from .engine import Engine
 
 LARGEST = 64 << 20  # bytes of a request
 PATIENCE = 60.0  # s that a client may neither send what it announced nor take what it is sent
+REALS = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
+WHOLES = ("seed", "max_tokens", "repetition_context_size", "presence_context_size", "frequency_context_size")
+LARGEST_REAL, LARGEST_WHOLE, LARGEST_SEED = 1e6, 2**31 - 1, 2**64 - 1
 DEFAULT = "default_model"  # mlx-lm's name for the model of the command line
 
 
@@ -57,6 +61,8 @@ class Handler(mlx_server.APIHandler):
             super().do_POST()
         except RefusedError as refused:
             self._refuse(refused.status, str(refused))
+        except RecursionError:
+            self._refuse(400, "request body: nested too deep, expected JSON of a few levels")
         except (ConnectionError, TimeoutError) as error:
             self.log_message("the client has left: %s", error or type(error).__name__)
         except Exception as error:  # an answer that broke off
@@ -77,10 +83,7 @@ class Handler(mlx_server.APIHandler):
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             raise ConnectionResetError("its request is not complete")
-        try:
-            body.decode()
-        except UnicodeDecodeError as error:
-            raise RefusedError(400, f"request body: not UTF-8 ({error.reason} at byte {error.start})") from None
+        _check_json(body)
         return body
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
@@ -127,11 +130,28 @@ class Handler(mlx_server.APIHandler):
         options = self.stream_options
         if options is not None and not (isinstance(options, dict) and "include_usage" in options):
             raise RefusedError(400, f"stream_options: {options!r}, expected an object with include_usage")
+        self._check_numbers()
         vocabulary = len(self.response_generator.tokenizer.get_vocab())
+        if self.top_k >= vocabulary:
+            raise RefusedError(400, f"top_k: {self.top_k}, expected less than {vocabulary}")
         if wrong := [token for token in self.logit_bias or () if not 0 <= token < vocabulary]:
             raise RefusedError(400, f"logit_bias: token {wrong[0]}, expected 0 to {vocabulary - 1}")
         if request.request_type == "text" and not isinstance(request.prompt, str):
             raise RefusedError(400, f"prompt: of type {type(request.prompt).__name__}, expected a text")
+
+    def _check_numbers(self) -> None:
+        """What is a number for mlx-lm's handler, but not for the sampling."""
+        for name in REALS:
+            if not abs(getattr(self, name)) <= LARGEST_REAL:
+                raise RefusedError(400, f"{name}: {getattr(self, name)}, expected at most {LARGEST_REAL:g}")
+        for token, bias in (self.logit_bias or {}).items():
+            if not abs(bias) <= LARGEST_REAL:
+                raise RefusedError(400, f"logit_bias: {bias} for token {token}, expected at most {LARGEST_REAL:g}")
+        whole = {name: getattr(self, name) for name in WHOLES if getattr(self, name) is not None}
+        for name, value in whole.items():
+            most = LARGEST_SEED if name == "seed" else LARGEST_WHOLE
+            if isinstance(value, bool) or not 0 <= value <= most:
+                raise RefusedError(400, f"{name}: {value}, expected a whole number from 0 to {most}")
 
     def handle_models_request(self) -> None:
         """The one model that is served here."""
@@ -170,6 +190,29 @@ class Handler(mlx_server.APIHandler):
     def flush_headers(self) -> None:
         super().flush_headers()
         self._begun = True
+
+
+def _check_json(body: bytes) -> None:
+    """Refuse what Python takes for JSON and should not; mlx-lm's own handler answers where it is none at all."""
+    try:
+        json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise RefusedError(400, f"request body: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError:
+        pass
+    except ValueError as error:  # an integer of thousands of digits
+        raise RefusedError(400, f"request body: {error}") from None
+
+
+def _no_number(text: str) -> None:
+    raise RefusedError(400, f"request body: {text}, which is not JSON, expected finite numbers")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise RefusedError(400, f"request body: {text[:32]}, expected finite numbers")
+    return number
 
 
 def _check_messages(messages: Any) -> None:
