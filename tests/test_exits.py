@@ -88,6 +88,20 @@ def test_a_rank_that_never_comes(tmp_path: Path, body: str, why: str) -> None:
     assert why in done.stderr and "SIGKILL" not in done.stderr, done.stderr
 
 
+def test_a_ring_that_did_not_open_is_not_waited_for(tmp_path: Path) -> None:
+    """A program that catches the error may go on for as long as it likes."""
+    program = f"""
+import time
+import ringattn as ra
+try:
+    ra.init(timeout=-1)
+except ra.ArgumentError:
+    time.sleep({TIMEOUT + 2})
+"""
+    done, _ = launch(tmp_path, program)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 def test_a_rank_that_comes_late(tmp_path: Path) -> None:
     """It may have a model to read first."""
     done, _ = launch(tmp_path, BEFORE.format(body=f"time.sleep({TIMEOUT + 2})"))

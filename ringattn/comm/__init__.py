@@ -9,6 +9,7 @@ from typing import Any
 from ..checks import told
 from ..errors import ArgumentError, ArgumentTypeError
 from .base import Event, Gate, Ring, Transfer
+from .status import status
 
 __all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
 
@@ -40,13 +41,14 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
         from .solo import SoloRing
 
         return SoloRing(read_timeout(timeout))
-    if backend == "mlx":
-        from . import mlx
+    with status.opening():
+        if backend == "mlx":
+            from . import mlx
 
-        return mlx.open_ring(timeout)
-    from . import mpi
+            return mlx.open_ring(timeout)
+        from . import mpi
 
-    return mpi.open_ring(comm, timeout)
+        return mpi.open_ring(comm, timeout)
 
 
 def _choose(backend: str | None, comm: Any) -> str:

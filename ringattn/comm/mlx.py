@@ -31,7 +31,6 @@ from .pairing import Parcel
 from .peers import PeerRing
 from .rate import LinkRate
 from .solo import SoloRing
-from .status import status
 from .watch import Moving
 
 _CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
@@ -43,7 +42,6 @@ def open_ring(timeout: float | None) -> Ring:
     """The ring of all processes that `mlx.launch` started; see `ringattn.init`."""
     if launched_size() == 1:
         return SoloRing(read_timeout(timeout))
-    status.opening()
     all_of_us = hub()
     _, timeouts = introduce(timeout, all_of_us.introduce)
     return MlxRing(all_of_us, timeouts)

@@ -18,7 +18,6 @@ from .peers import PeerRing
 from .post import MpiPost
 from .progress import Engine, Helper, Message
 from .rounds import Round, Swap
-from .status import status
 
 FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
 
@@ -27,7 +26,6 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
     if hub.is_open():
         raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
-    status.opening()
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD

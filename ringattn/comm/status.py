@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 STATUS_BYTES = 256
@@ -27,23 +29,29 @@ class Status:
         self._map: mmap.mmap | None = None
         self._who = self._place = ""
 
-    def opening(self) -> None:
-        """Say that this process is about to wait for the others; later rings change nothing."""
-        if self._map is None:
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Say that this process waits for the others, until its first ring is open or could not be opened."""
+        first = not self._who
+        if first:
             self._open()
             self.write("init", 0)
+        try:
+            yield
+        finally:
+            if first and not self._who:
+                self.write("-", 0)
 
     def opened(self, rank: int, size: int) -> None:
         """Say which rank this process is; the first ring of a process decides."""
         if not self._who:
             self._who = f"rank={rank} size={size} "
-            if self._map is None:
-                self._open()
+            self._open()
             self.write("-", 0)
 
     def _open(self) -> None:
         path = os.environ.get("RINGATTN_STATUS")
-        if not path:
+        if not path or self._map is not None:
             return
         try:
             with Path(path).open("r+b") as file:
