@@ -227,7 +227,8 @@ import mlx.core as mx
 import ringattn as ra
 with ra.init() as ring:
     total = ring.all_reduce(mx.array([ring.rank + 1.0]))
-    print(ring.rank, ring.hosts[ring.rank], total.item(), os.environ["RINGATTN_THREADS"], sys.argv[1:], flush=True)
+    told = (ring.rank, ring.hosts[ring.rank], total.item(), os.environ["RINGATTN_THREADS"], sys.argv[1:])
+    sys.stdout.write(" ".join(map(str, told)) + "\\n")  # in one piece: without the launcher, ranks' pieces mix
 """
 WAIT = "import os, time, pathlib\npathlib.Path(os.environ['NOTES'], str(os.getpid())).touch()\ntime.sleep(100)\n"
 

@@ -90,7 +90,8 @@ def living(processes: list[int]) -> list[int]:
 @pytest.mark.parametrize("code", [0, 5])
 def test_dry_run_prints_a_line_that_runs(script, code):
     """Of mpiexec alone, with nobody to report to; a rank that fails is then MPI's affair."""
-    path = script("print(rank, sys.argv[1:], os.environ['RINGATTN_THREADS'], flush=True)\nsys.exit(int(sys.argv[2]))")
+    told = "f\"{rank} {sys.argv[1:]} {os.environ['RINGATTN_THREADS']}\\n\""  # in one piece, lest ranks' pieces mix
+    path = script(f"sys.stdout.write({told})\nsys.exit(int(sys.argv[2]))")
     printed = launch("-n", "2", "--threads", "3", "--dry-run", path, "a b", str(code), ":").stdout
     done = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, timeout=30, env=_environment())
     told = [f"{rank} ['a b', '{code}', ':'] 3" for rank in range(2)]
