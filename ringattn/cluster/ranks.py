@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..comm.meeting import own_address_towards
 from .rank import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 
 PATIENCE = 5.0  # s for whoever connects to say who it is
@@ -189,8 +190,7 @@ class Ranks(dict[str, Rank]):
         self._coming: list[Connection] = []
         self._doors = []
         for address in dict.fromkeys(addresses):
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            door = socket.create_server((address, 0), family=family, backlog=256)
+            door = socket.create_server((address, 0), backlog=256)
             door.setblocking(False)
             self._doors.append(door)
 
@@ -232,14 +232,7 @@ class Ranks(dict[str, Rank]):
 
 def own_addresses(hosts: Sequence[str]) -> list[str]:
     """The addresses of this machine from which its ways to `hosts` begin; where there are none, its own to itself."""
-    found = []
-    for host in hosts:
-        with suppress(OSError):
-            family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing
-                found.append(probe.getsockname()[0])
-    return list(dict.fromkeys(found)) or ["127.0.0.1"]
+    return list(dict.fromkeys(filter(None, map(own_address_towards, hosts)))) or ["127.0.0.1"]
 
 
 def is_here(host: str) -> bool:
