@@ -326,10 +326,15 @@ def test_a_rank_killed_elsewhere(cluster: Cluster, running: subprocess.Popen) ->
 
 
 @needs_hosts
-def test_a_cable_pulled(cluster: Cluster, running: subprocess.Popen) -> None:
+@pytest.mark.parametrize("said", [False, True], ids=["silent", "with something on its way"])
+def test_a_cable_pulled(cluster: Cluster, running: subprocess.Popen, said: bool) -> None:
     """The launcher ends what it can reach, and the other host what is there, within the timeout and 5 s."""
     cluster.unplug(1)
     begin = time.monotonic()
+    for pid in running.pids if said else ():  # type: ignore[attr-defined]
+        for number in (signal.SIGSTOP, signal.SIGCONT):  # which the wrapper tells the launcher
+            os.kill(pid, number)
+            time.sleep(0.1)
     _, err = running.communicate(timeout=30)
     # Open MPI's mpiexec may notice before the launcher does.
     told = ("(mac1): the connection to it was lost", "ranks that had not ended: 1 (mac1)")

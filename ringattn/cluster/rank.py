@@ -97,6 +97,13 @@ def unescape(argument: str) -> str:
     return argument[1:] if argument[:1] == "\\" and argument.lstrip("\\") == ":" else argument
 
 
+def give_up_after(link: socket.socket, seconds: int) -> None:
+    """Have the system end a connection on which nobody confirms for that long what was sent."""
+    options = {"linux": (getattr(socket, "TCP_USER_TIMEOUT", 18), 1000 * seconds), "darwin": (0x80, seconds)}
+    if sys.platform in options:  # on a Mac TCP_RXT_CONNDROPTIME, which Python does not name
+        link.setsockopt(socket.IPPROTO_TCP, *options[sys.platform])
+
+
 def keep_alive(link: socket.socket, seconds: float) -> None:
     """Have the system end a connection whose other host is out of reach that long; a stopped process still answers."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -105,13 +112,7 @@ def keep_alive(link: socket.socket, seconds: float) -> None:
     for name, value in ((idle, steps), ("TCP_KEEPINTVL", steps), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def give_up_after(link: socket.socket, seconds: int) -> None:
-    """Have the system end a connection on which nobody confirms for that long what was sent."""
-    options = {"linux": (getattr(socket, "TCP_USER_TIMEOUT", 18), 1000 * seconds), "darwin": (0x80, seconds)}
-    if sys.platform in options:  # on a Mac TCP_RXT_CONNDROPTIME, which Python does not name
-        link.setsockopt(socket.IPPROTO_TCP, *options[sys.platform])
+    give_up_after(link, 4 * steps)  # nothing is asked of the other side while something is on its way there
 
 
 def timeout_of(environment: Mapping[str, str]) -> float:
