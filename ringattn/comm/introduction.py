@@ -9,6 +9,8 @@ from ..errors import ArgumentError, RingError
 from . import read_timeout
 from .agreement import by_rank
 
+DIFFERS = "ringattn differs between ranks: "  # how the error begins that the doctor tells from others
+
 
 def introduce(timeout: float | None, exchange: Callable[[list], list]) -> tuple[tuple[str, ...], list[float]]:
     """The host and the timeout of every rank.
@@ -34,7 +36,7 @@ def introduce(timeout: float | None, exchange: Callable[[list], list]) -> tuple[
         raise error
     versions = [one[0] for one in told]  # whatever else another version says may mean something else
     if len(set(versions)) > 1:
-        raise RingError(f"ringattn differs between ranks: {by_rank(versions)}; install the same version on all")
+        raise RingError(f"{DIFFERS}{by_rank(versions)}; install the same version on all")
     for rank, (_, _, _, text) in enumerate(told):
         if text is not None:
             raise ArgumentError(f"rank {rank}: {text}")

@@ -96,9 +96,7 @@ def _gpu() -> str | None:
 def _blas_advice() -> str | None:
     if not sys.platform.startswith("linux"):
         return None
-    chosen = [sgemm.SWITCH] if os.environ.get(sgemm.SWITCH) == "mlx" else []
-    chosen += ["LD_PRELOAD"] if "blas" in os.environ.get("LD_PRELOAD", "").lower() else []
-    if chosen:
+    if chosen := sgemm.chosen():
         return f"unset {' and '.join(chosen)}, so that NumPy's BLAS takes the place of MLX's"
     return sgemm.advice()
 

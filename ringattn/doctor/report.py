@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from ..comm.introduction import DIFFERS
 from .examination import Examination
 from .records import Rank
 
 INSTALL = "pip install 'ringattn[mpi]'"
-VERSIONS = "ringattn differs between ranks: "  # how `ringattn.comm.introduction` begins
 SLOW_BLAS = 1 / 3  # of NumPy's speed
 SLOW_LINK = 0.6  # of the median link
 MANY_TOKENS = 16384  # per rank: a context of as many is not what everybody has
@@ -100,8 +100,8 @@ def _ranks(seen: Examination) -> Iterator[Finding]:
         yield Finding(True, seen.names(missing), f"did not start{because}", _reach(seen, *missing))
     problems = {rank.problem: number for number, rank in reversed(seen.told.ranks.items()) if rank.problem}
     for problem, number in reversed(problems.items()):  # what several ranks say alike is told once
-        if problem.startswith(VERSIONS):
-            what, _, remedy = problem.removeprefix(VERSIONS).rpartition("; ")
+        if problem.startswith(DIFFERS):
+            what, _, remedy = problem.removeprefix(DIFFERS).rpartition("; ")
             if _versions_agree(seen):  # else `_differences` says so
                 yield Finding(True, "ringattn", f"differs: {what}", remedy)
         else:

@@ -36,10 +36,15 @@ def install() -> bool:
     return True
 
 
+def chosen() -> list[str]:
+    """The variables with which the user has chosen another BLAS than NumPy's."""
+    switched = [SWITCH] if os.environ.get(SWITCH) == "mlx" else []
+    return switched + (["LD_PRELOAD"] if "blas" in os.environ.get("LD_PRELOAD", "").lower() else [])
+
+
 def advice() -> str | None:
     """What to do where MLX's products are slow; ``None`` where they are not, or where that was chosen."""
-    chosen = os.environ.get(SWITCH) == "mlx" or "blas" in os.environ.get("LD_PRELOAD", "").lower()
-    return None if not sys.platform.startswith("linux") or chosen or install() else REMEDY
+    return None if not sys.platform.startswith("linux") or chosen() or install() else REMEDY
 
 
 def calls() -> int:
