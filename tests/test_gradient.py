@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from ringattn.gradient import Gradients
 from ringattn.graph import opaque
 from ringattn.mask import Band
 from ringattn.verify.features import FEATURES
-from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, to64
 
 BACKENDS = ("host", "metal", "reference", "blocked")
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -112,6 +113,124 @@ def test_padding_may_hold_any_bits(backend):
     for a, b in zip(want, got):
         assert mx.array_equal(a, b)
         assert np.all(np.array(b)[:, :, ids[0] < 0] == 0)
+
+
+HIDING = {  # ways for a key not to be seen: 60 queries at positions 0 to 59, 80 keys at 0 to 79
+    "causal": lambda r: {"mask": "causal"},
+    "window": lambda r: {"window": (5, 3)},
+    "softcap": lambda r: {"window": (5, 3), "softcap": 2.0},
+    "boolean": lambda r: {"mask": mx.array((r.random((60, 80)) < 0.7) & (np.arange(80) % 9 != 4))},
+    "additive": lambda r: {"mask": mx.array(np.where(r.random((4, 60, 80)) < 0.7, r.random((4, 60, 80)), -np.inf))},
+    "additive, softcap": lambda r: {**HIDING["additive"](r), "softcap": 2.0},
+    "segments": lambda r: {
+        "segments": (
+            mx.array(np.arange(120).reshape(2, 60) // 25),
+            mx.array([[1] * 50 + [7] * 30, [3] * 50 + [9] * 30]),
+        )
+    },
+}
+
+
+def hiding_case(way: str, dtype: mx.Dtype = mx.float32) -> tuple[Case, np.ndarray]:
+    """A problem with keys that no query sees, and these keys, bool ``[B, Hkv, Lk]``."""
+    r = np.random.default_rng(0)
+    shapes = (2, 4, 60, 16), (2, 2, 80, 16), (2, 2, 80, 24)
+    q, k, v = (mx.array(r.standard_normal(shape)).astype(dtype) for shape in shapes)
+    options = HIDING[way](r)
+    if way.startswith("additive"):
+        options["mask"][..., 70:] = -mx.inf
+    case = Case(q, k, v, np.arange(60), np.arange(80), options)
+    unseen = ~case.visible.reshape(2, 2, 2, 60, 80).any((2, 3))
+    assert unseen.any() and not unseen.all()
+    return case, unseen
+
+
+def put(case: Case, name: str, where: np.ndarray, value: float) -> Case:
+    """The same problem with `value` in some tokens of q, k or v; `where` is bool ``[B, H, L]``."""
+    x = getattr(case, name)
+    return replace(case, **{name: mx.where(mx.array(where)[..., None], mx.array(value, x.dtype), x)})
+
+
+def loss_gradients(case: Case, backend: str) -> dict[str, np.ndarray]:
+    """The gradients of a loss through `out` and the lse by all that has one."""
+    named = GradientCase.random(case).differentiable
+
+    def loss(*arrays: mx.array) -> mx.array:
+        given = {**case.options, **dict(zip(named, arrays))}
+        q, k, v = (given.pop(name) for name in "qkv")
+        out, lse = ra.attention(q, k, v, offset=0, backend=backend, return_lse=True, **given)
+        out = out.astype(mx.float32)
+        return (out * out).sum() + mx.where(lse == -mx.inf, 0.0, lse).sum()
+
+    found = mx.grad(loss, argnums=list(range(len(named))))(*named.values())
+    return {name: to64(x) for name, x in zip(named, found)}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles for the host as well, empty and full ones among them."""
+    for name, size in {"ROWS": 32, "SCORES": 32 * 16, "SMALL": 1, "EDGE": 16}.items():
+        monkeypatch.setattr(work, name, size)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("way", HIDING)
+def test_keys_that_no_query_sees_may_hold_any_bits(backend, small_tiles, way, dtype):
+    clean, unseen = hiding_case(way, dtype)
+    want = loss_gradients(clean, backend)
+    for name in ("k", "v"):
+        for value in (np.nan, np.inf, -np.inf):
+            got = loss_gradients(put(clean, name, unseen, value), backend)
+            assert not got["k"][unseen].any() and not got["v"][unseen].any()
+            for x in got:
+                np.testing.assert_array_equal(got[x], want[x], err_msg=f"d{x}, {value} in {name}")
+
+
+@every_backend
+@pytest.mark.parametrize("way", HIDING)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_of_what_is_not_finite(backend, small_tiles, way, value, name):
+    """NaN comes out in what depends on it. Rows that do not see it, and keys that only they see, are unchanged."""
+    clean, _ = hiding_case(way)
+    visible, heads = clean.visible, getattr(clean, name).shape[1]
+    where = np.zeros(getattr(clean, name).shape[:3], bool)
+    where[1, heads - 1, 10 if way != "segments" else 30] = True
+    rows = (np.repeat(where, 4 // heads, 1)[:, :, None] & visible).any(-1) if name != "q" else where & visible.any(-1)
+    keys = (rows[..., None] & visible).reshape(2, 2, 2, 60, 80).any((2, 3))
+    assert rows.any() and not rows[1].all() and keys.any() and not keys[1].all()
+    want, got = loss_gradients(clean, backend), loss_gradients(put(clean, name, where, value), backend)
+    for x, touched in {"q": rows, "k": keys, "v": keys}.items():
+        np.testing.assert_allclose(got[x][~touched], want[x][~touched], rtol=0, atol=1e-5, err_msg=f"d{x}")
+        if np.isnan(value):
+            np.testing.assert_array_equal(np.isnan(got[x]).any(-1), touched, err_msg=f"d{x}")
+    if "mask" in got:
+        touched = (rows[..., None] & visible).any(0)
+        np.testing.assert_allclose(got["mask"][~touched], want["mask"][~touched], rtol=0, atol=1e-5)
+        if np.isnan(value):
+            np.testing.assert_array_equal(np.isnan(got["mask"]), touched)
+
+
+@every_backend
+def test_incoming_gradients_of_rows_that_see_nothing_may_be_anything(backend, small_tiles):
+    """As where a loss divides by the norm of such a row's `out`, which is zero."""
+    case, _ = hiding_case("segments")
+    blind = ~case.visible.any(-1)
+    assert blind.any() and not blind.all()
+
+    def gradient(dout: np.ndarray) -> list[mx.array]:
+        def function(q, k, v):
+            return [ra.attention(q, k, v, offset=0, backend=backend, **case.options)]
+
+        return mx.vjp(function, [case.q, case.k, case.v], [mx.array(dout)])[1]
+
+    dout = np.random.default_rng(1).standard_normal((2, 4, 60, 24)).astype(np.float32)
+    want = gradient(dout)
+    for value in (np.nan, np.inf):
+        dout[blind] = value
+        for a, b in zip(gradient(dout), want):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
 
 
 @every_backend

@@ -62,15 +62,6 @@ def ending(forward: Callable[..., State]) -> Callable[..., tuple[mx.array, mx.ar
     return finished
 
 
-def cleared(rules: Rules, q: mx.array, k: mx.array, v: mx.array, dout: mx.array) -> tuple[mx.array, ...]:
-    """The same with zeros for padding, whose bits must not meet anything: products carry NaN even through zeros."""
-    if rules.segments is None:
-        return q, k, v, dout
-    by_query, by_key = ((ids >= 0)[:, None, :, None] for ids in rules.segments)
-    pairs = (q, by_query), (k, by_key), (v, by_key), (dout, by_query)
-    return tuple(mx.where(real, x, mx.zeros((), x.dtype)) for x, real in pairs)
-
-
 NAMES = ("host", "metal", "reference")
 
 

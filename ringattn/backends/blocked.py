@@ -17,7 +17,8 @@ import numpy as np
 from ..gradient import Gradients, Rows
 from ..graph import InFlight
 from ..mask import Tile, segment_tile
-from . import Rules, cleared
+from . import Rules
+from .products import finite, marked
 from .tiles import cut
 
 SCORES = 1 << 24  # of a block, all heads and batch entries together: 64 MB
@@ -89,8 +90,7 @@ def gradient(
     elementwise: Elementwise,
 ) -> Gradients:
     """`sums` with the gradients added; see `ringattn.backends`."""
-    q, k, v, dout = cleared(rules, q, k, v, rows.dout)
-    problem = _Problem(q, k, v, q_pos, k_pos, rules, Rows(dout, rows.lse, rows.delta), elementwise)
+    problem = _Problem(q, k, v, q_pos, k_pos, rules, rows, elementwise)
     queries, keys = list(cut(q_pos, problem.queries)), list(cut(k_pos, KEYS))
     dq = [sums.q[:, :, slice(*a)] for a in queries]
     dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
@@ -149,15 +149,19 @@ class _Problem:
     def block(self, a: Span, b: Span, partial: bool) -> Gradients:
         """What queries `a` x keys `b` add; `mask` comes as ``[B, Hq, queries, keys]``."""
         rows, keys = slice(*a), slice(*b)
-        q, dout = (self._stacked(x[:, :, rows]) for x in (self.q, self.rows.dout))
+        per_query = Rows(*(x[:, :, rows] for x in self.rows))
+        if partial:
+            per_query = marked(per_query)
+        q, dout = self._stacked(self.q[:, :, rows]), self._stacked(per_query.dout)
         k, v = (x[:, :, keys].astype(mx.float32) for x in (self.k, self.v))
         heads = (q.shape[0], self.q.shape[1], a[1] - a[0])
-        per_query = Rows(*(x[:, :, rows] for x in self.rows))
         scores, by_weights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
         found = self.elementwise(
             Block(scores, by_weights, per_query, self.q_pos[rows], self.k_pos[keys], self._rules(a, b), partial)
         )
         weights, by_products = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.by_products))
+        if partial:
+            q, k = finite(q), finite(k)
         return Gradients(
             (by_products @ k).reshape(*heads, -1),
             by_products.swapaxes(-1, -2) @ q,
