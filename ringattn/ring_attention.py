@@ -8,6 +8,7 @@ from .autograd.custom_function import opaque
 from .layout import Layout
 from .ring import loop
 from .ring.arguments import check_ring
+from .ring.backward import backward
 from .ring.call import RingCall
 from .ring.loop import WHAT
 from .transport.base import Ring
@@ -96,6 +97,6 @@ def ring_attention(
             WHAT,
             lambda *arrays: loop.forward(call.bind(arrays)),
             call.arrays,
-            gradient=lambda *arrays: loop.backward(call.bind(arrays[:-4]), *arrays[-4:]),
+            gradient=lambda *arrays: backward(call.bind(arrays[:-4]), *arrays[-4:]),
         )
     return (out, lse) if return_lse else out

@@ -1,4 +1,4 @@
-"""What comes of tokens that travel, one hop behind them: it arrives, is added to in place, and goes on."""
+"""Results of tokens that travel, one hop behind them: they arrive, are added to in place, and go on."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ Arrays = Sequence[mx.array]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of results: some float32 arrays whose third axis is the tokens.
+class Accumulator:
+    """One kind of results (states, or gradients): float32 arrays whose third axis is the tokens.
 
     Attributes:
-        nothing: Those of so many tokens to which nothing was added.
-        merge: Adds to the first, in place, what is the second: NumPy arrays of the same tokens.
+        zeros: Makes the arrays of so many tokens to which zeros was added.
+        merge: Adds the second arrays to the first, in place: NumPy arrays of the same tokens.
     """
 
-    nothing: Callable[[int], Arrays]
+    zeros: Callable[[int], Arrays]
     merge: Callable[[Sequence[Any], Sequence[Any]], None]
 
     def block(self, arrays: Arrays, spans: Spans) -> Block:
-        """`arrays`, of the tokens at `spans`, as they can be sent and added to."""
+        """Make a block of `arrays`, of the tokens at `spans`, that can be sent and added to."""
         return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
 
-    def over(self, block: Block | None, spans: Spans) -> Block:
-        """`block` as one of the tokens at `spans`, which include its own; nothing for the others."""
+    def expand(self, block: Block | None, spans: Spans) -> Block:
+        """Expand `block` to the tokens at `spans`, which include its own; the others get zeros."""
         if block is not None and block.spans == spans:
             return block
-        whole = self.block(self.nothing(length(spans)), spans)
+        whole = self.block(self.zeros(length(spans)), spans)
         mx.eval(whole.arrays)
         if block is not None:
             mx.eval(block.arrays)
@@ -56,71 +56,73 @@ class Kind:
         mx.eval(into.arrays, part.arrays)
         whole, added = ([view(x) for x in block.arrays] for block in (into, part))
         for span in part.spans:
-            ((at, _),), ((start, stop),) = locate((span,), into.spans), locate((span,), part.spans)
-            for first in range(start, stop, ROWS):
-                last = min(first + ROWS, stop)
+            ((at, _),), ((start, result),) = locate((span,), into.spans), locate((span,), part.spans)
+            for first in range(start, result, ROWS):
+                last = min(first + ROWS, result)
                 here = tokens_at(2, at + first - start, at + last - start)
                 self.merge([x[here] for x in whole], [x[tokens_at(2, first, last)] for x in added])
 
 
 def add_sums(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
-    """The `merge` of running sums."""
+    """Merge running sums."""
     for x, y in zip(into, part):
         x += y
 
 
 def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
-    """The `merge` of states."""
+    """Merge states."""
     with np.errstate(all="ignore"):  # an infinite score is no matter for a warning
         merged = merge_states(State(*into), State(*part))
     for x, y in zip(into, merged):
         x[:] = y
 
 
-class Returning:
-    """The results that one hop adds to: those that come in, and the message that takes them on."""
+class ResultHop:
+    """The results that one hop adds to: they come in, and a message takes them on."""
 
     def __init__(self, way: Way, slots: Slots, spans: Spans, tag: int, wanted: Spans):
-        """Those of the tokens at `spans` come in under `tag`, once they are `due`; those at `wanted` go on."""
-        self._due = Gate()
-        self.arrival, self.wanted = slots.recv(way, spans, tag, [self._due]), wanted
+        """Post the receive of the results at `spans` under `tag`; results at `wanted` go on."""
+        self._allowed = Gate()
+        self.arrival, self.wanted = slots.recv(way, spans, tag, [self._allowed]), wanted
         self.sent: Transfer | None = None
         self._added, self._loads = Gate(), list[Callable]()
 
-    def due(self) -> None:
-        """Say that this rank has done the hop before, so that the one that sends them may have as well."""
-        self._due.open()
+    def allow_receive(self) -> None:
+        """Let the receive start: this rank has done the hop before, so that the sender may have as well."""
+        self._allowed.open()
 
     def send(self, way: Way, tag: int) -> None:
-        """Post the message; it starts once results were `passed` on."""
+        """Post the message; it starts with `send_total`."""
         self.sent = way.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
 
-    def passed(self, total: Block) -> None:
-        """Let `total` go."""
+    def send_total(self, total: Block) -> None:
+        """Start the send of `total`."""
         self._loads.append(total.load(self.wanted))
         self._added.open()
 
-    def total(self, kind: Kind, added: Block | None) -> Block:
-        """What has arrived and what this rank `added`, in the memory of one of the two if its tokens are those."""
+    def total(self, accumulator: Accumulator, added: Block | None) -> Block:
+        """Sum what has arrived and what this rank `added`, in the memory of one of them where that has all tokens."""
         parts = [self.arrival.block] if self.arrival.transfer is not None else []
         parts += [] if added is None else [added]
         parts.sort(key=lambda block: block.spans != self.wanted)
-        total = kind.over(parts[0] if parts else None, self.wanted)
+        total = accumulator.expand(parts[0] if parts else None, self.wanted)
         for part in parts[1:]:
-            kind.add(total, part)
+            accumulator.add(total, part)
         return total
 
 
-def post(ring: Ring, schedule: Schedule, kind: Kind) -> list[Returning]:
-    """Post all messages of the results: those of each hop, and in the end those that come home."""
+def post_results(ring: Ring, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
+    """Post all messages of the results: one for each hop, and in the end the one that comes home."""
     way = Way(ring, schedule.step)
-    slots = Slots(kind.block(kind.nothing(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home])
-    stops = []
+    slots = Slots(
+        accumulator.block(accumulator.zeros(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home]
+    )
+    results = []
     for h, hop in enumerate(schedule.hops):
-        stop = Returning(way, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
+        result = ResultHop(way, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
         if h and hop.state:
-            stop.send(way, TAGS + h)
-        stops.append(stop)
-    return [*stops, Returning(way, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]
+            result.send(way, TAGS + h)
+        results.append(result)
+    return [*results, ResultHop(way, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]

@@ -28,7 +28,7 @@ def relay(
         released after use; and the sends, to be waited for in the end.
     """
     posted = [_relay(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
-    return by_turns([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
+    return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
 
 
 def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
@@ -45,12 +45,12 @@ def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, H
     return arrivals, sends
 
 
-def by_turns(journeys: Iterable[Iterable[T]]) -> list[T]:
-    """Hop 0 of each journey, hop 1 of each, and so on.
+def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
+    """Return hop 0 of each route, then hop 1 of each, and so on.
 
     On every rank, so that none waits: a hop needs of other ranks only what they do in the hop before.
     """
-    return [x for turn in zip_longest(*journeys) for x in turn if x is not None]
+    return [x for turn in zip_longest(*routes) for x in turn if x is not None]
 
 
 def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:

@@ -30,18 +30,18 @@ HALVED_BYTES = 1 << 20  # the shortest block that is worth two messages and two 
 
 
 class Route(NamedTuple):
-    """Which of every rank's tokens travel, and which way: 1 is to the right, -1 to the left."""
+    """The part of each rank's tokens that travels, and its direction: 1 is to the right, -1 to the left."""
 
     step: int
     half: int | None  # 0 or 1; None for all
 
     def tokens(self, spans: Spans) -> Spans:
-        """Those of a rank's that take it."""
+        """Return the part of a rank's tokens `spans` that uses this route."""
         return spans if self.half is None else halves(spans)[self.half]
 
     @property
     def first(self) -> bool:
-        """Whether it is the one in which a rank's tokens meet its own."""
+        """Whether a rank's tokens meet its own on this route."""
         return not self.half
 
 
@@ -56,10 +56,10 @@ class Hop:
     Attributes:
         source: The rank whose tokens are held during this hop.
         held: The tokens of `source` that are here.
-        compute: Those of them that this rank's own tokens attend to, or that attend to this rank's.
-        send: Those that go on to the next rank.
-        state: Where results travel too: those whose result, with this hop's work added, goes on to the next rank.
-        returning: Those whose result comes in from the rank before.
+        compute: The tokens of `held` that attend to this rank's own tokens, or that these attend to.
+        send: The tokens of `held` that go on to the next rank.
+        state: The tokens whose result goes on to the next rank, with this hop's work added.
+        returning: The tokens whose result comes in from the rank before.
     """
 
     source: int
@@ -77,10 +77,10 @@ class Schedule:
     What a rank receives for hop h is `hops[h].held`; hops at the end in which nothing happens are left out.
 
     Attributes:
-        hops: See there.
-        home: Its own tokens whose results come home after the last hop.
-        own: Those that have results of this route, of hop 0 or come home.
-        step: 1 where things travel to the right, -1 to the left.
+        hops: The hops, in order.
+        home: This rank's own tokens whose results come home after the last hop.
+        own: This rank's own tokens that have results on this route: those of hop 0 and those that come home.
+        step: 1 where tokens travel to the right, -1 to the left.
     """
 
     hops: tuple[Hop, ...]
@@ -99,55 +99,66 @@ def plan(
     gradient: bool = False,
     route: Route = TO_THE_RIGHT,
 ) -> Schedule:
-    """The schedule of `rank`. ``"gather"`` moves what pass-KV moves; it computes once, at the end."""
+    """Make the schedule of `rank`. ``"gather"`` moves the same as pass-KV and computes once, at the end."""
     if strategy == "pass_q":
-        return _journey(q_layout, kv_layout, band.transposed, rank, route, results=True)
-    return _journey(kv_layout, q_layout, band, rank, route, results=gradient)
+        return _build(q_layout, kv_layout, band.transposed, rank, route, results=True)
+    return _build(kv_layout, q_layout, band, rank, route, results=gradient)
 
 
 @lru_cache(maxsize=16)
-def _legs(travelling: Layout, staying: Layout, band: Band, route: Route) -> tuple[tuple[Leg, ...], ...]:
-    """For each source rank and each hop of its tokens: how far they travel and whom they have met.
+def _source_hops(travelling: Layout, staying: Layout, band: Band, route: Route) -> tuple[tuple[SourceHop, ...], ...]:
+    """Follow the tokens of each source rank around the ring, hop by hop.
 
     `staying` tokens see `travelling` ones by `band`.
     """
     size = travelling.size
-    legs = []
+    sources = []
     for source in range(size):
         own = route.tokens(travelling.spans[source])
-        meet = [band.seen_by(staying.spans[(source + route.step * h) % size], own) for h in range(size)]
+        visible = [band.seen_by(staying.spans[(source + route.step * h) % size], own) for h in range(size)]
         further: list[Spans] = [()]
-        for spans in reversed(meet[1:]):
+        for spans in reversed(visible[1:]):
             further.append(union((*spans, *further[-1])))
-        met: list[Spans] = [()]
-        for spans in meet[1:]:
-            met.append(union((*spans, *met[-1])))
+        since: list[Spans] = [()]
+        for spans in visible[1:]:
+            since.append(union((*spans, *since[-1])))
         held = [own, *reversed(further)]
-        legs.append(tuple(Leg(held[h], meet[h], held[h + 1], met[h]) for h in range(size)))
-    return tuple(legs)
+        sources.append(tuple(SourceHop(held[h], visible[h], held[h + 1], since[h]) for h in range(size)))
+    return tuple(sources)
 
 
 @dataclass(frozen=True)
-class Leg:
-    """Of the tokens of one source, at one hop: those held, those met here, those that go on, those met since hop 1."""
+class SourceHop:
+    """The tokens of one source at one hop.
+
+    Attributes:
+        held: The tokens that are here.
+        visible: The tokens that have work to do here.
+        send: The tokens that go on.
+        visible_since: The tokens that had work to do on any rank from hop 1 to this one.
+    """
 
     held: Spans
-    meet: Spans
+    visible: Spans
     send: Spans
-    met: Spans
+    visible_since: Spans
 
 
-def _journey(travelling: Layout, staying: Layout, band: Band, rank: int, route: Route, results: bool) -> Schedule:
-    """Results follow their tokens: from the first rank that adds to them through all further ones and home."""
-    legs, size, own = _legs(travelling, staying, band, route), travelling.size, travelling.spans[rank]
+def _build(travelling: Layout, staying: Layout, band: Band, rank: int, route: Route, results: bool) -> Schedule:
+    """Make the schedule of `rank`.
+
+    Results follow their tokens: from the first rank that adds to them through all further ones and home.
+    """
+    sources = _source_hops(travelling, staying, band, route)
+    size, own = travelling.size, travelling.spans[rank]
     at_home = band.seen_by(staying.spans[rank], own) if route.first else ()
-    hops = [Hop(rank, own, at_home, legs[rank][0].send)]
+    hops = [Hop(rank, own, at_home, sources[rank][0].send)]
     for h in range(1, size):
         source = (rank - route.step * h) % size
-        leg, before = legs[source][h], legs[source][h - 1]
-        adding = (leg.met, before.met) if results else ()
-        hops.append(Hop(source, leg.held, leg.meet, leg.send, *adding))
-    home = legs[rank][size - 1].met if results else ()
+        here, before = sources[source][h], sources[source][h - 1]
+        adding = (here.visible_since, before.visible_since) if results else ()
+        hops.append(Hop(source, here.held, here.visible, here.send, *adding))
+    home = sources[rank][size - 1].visible_since if results else ()
     return Schedule(_trimmed(hops), home, own if route.first else home, route.step)
 
 
@@ -158,7 +169,7 @@ def _trimmed(hops: list[Hop]) -> tuple[Hop, ...]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """How many tokens a strategy moves over all ranks and hops: blocks (keys, or queries) and results."""
+    """Tokens that a strategy moves over all ranks and hops: blocks (keys, or queries) and results."""
 
     blocks: int
     results: int
@@ -182,8 +193,10 @@ def traffic(
 
 
 def minimum(q_layout: Layout, kv_layout: Layout, band: Band) -> int:
-    """The fewest key tokens any exchange of keys could move: each key once to each other rank that sees it."""
-    return sum(length(leg.meet) for legs in _legs(kv_layout, q_layout, band, TO_THE_RIGHT) for leg in legs[1:])
+    """Count the fewest key tokens that any exchange could move: each key once to each other rank that sees it."""
+    return sum(
+        length(hop.visible) for hops in _source_hops(kv_layout, q_layout, band, TO_THE_RIGHT) for hop in hops[1:]
+    )
 
 
 class Sizes(NamedTuple):
@@ -193,13 +206,13 @@ class Sizes(NamedTuple):
     result: int = 0
 
     def of(self, moved: Traffic) -> int:
-        """All bytes that are `moved`."""
+        """Return the bytes of all that is `moved`."""
         return moved.blocks * self.block + moved.results * self.result
 
 
 @lru_cache(maxsize=32)
 def choose(q_layout: Layout, kv_layout: Layout, band: Band, keys: Sizes, queries: Sizes, gradient: bool = False) -> str:
-    """The strategy that moves fewer bytes, from numbers that all ranks agree on.
+    """Choose the strategy that moves fewer bytes, from numbers that all ranks agree on.
 
     Args:
         keys: Of one key token and its value.
@@ -222,7 +235,7 @@ def choose(q_layout: Layout, kv_layout: Layout, band: Band, keys: Sizes, queries
 def choose_routes(
     q_layout: Layout, kv_layout: Layout, band: Band, strategy: str, sizes: Sizes, gradient: bool = False
 ) -> tuple[Route, ...]:
-    """`BOTH_WAYS` where blocks are long and no byte more travels for it, else `TO_THE_RIGHT` alone.
+    """Choose `BOTH_WAYS` where blocks are long and no byte more travels for it, else `TO_THE_RIGHT` alone.
 
     A window's keys are needed by the next ranks to the right: to the left they would go nearly all the way round.
     """

@@ -1,4 +1,6 @@
-"""Fixtures for tests that run on every rank at once, under mpiexec or mlx.launch (see ``tests/ring/test_all_sizes.py``).
+"""Fixtures for tests that run on every rank at once, under mpiexec or mlx.launch.
+
+``tests/ring/test_all_sizes.py`` starts them.
 
 Every rank runs the same tests in the same order with the same random numbers: each makes the whole problem, takes its
 part of it, and compares with its part of the whole answer. A rank that fails breaks the ring, so that no other waits.
