@@ -1,10 +1,15 @@
 """Exact attention over a sequence that is spread over several machines."""
 
 from .native import sgemm as _sgemm
+from .native import tf32 as _tf32
 
 try:
+    _late = _tf32.disable()
     _sgemm.install()  # before MLX is loaded
     import mlx.core as _mx  # noqa: F401
+
+    if _late:
+        _tf32.check()
 except ImportError as _error:
     raise ImportError(
         f"ringattn needs MLX and it cannot be imported ({_error}); on Linux: pip install 'ringattn[cpu]'"

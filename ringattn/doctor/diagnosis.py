@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from ..native import tf32
 from ..transport.handshake import DIFFERS
 from .examination import Examination
 from .records import Rank
@@ -50,7 +51,20 @@ class Finding:
 
 def examine(seen: Examination) -> list[Finding]:
     """Everything that is wrong, what is fatal first."""
-    checks = (_hosts, _ways, _launch, _ranks, _threads, _alone, _differences, _metal, _blas, _links, _tokens)
+    checks = (
+        _hosts,
+        _ways,
+        _launch,
+        _ranks,
+        _threads,
+        _alone,
+        _differences,
+        _metal,
+        _precision,
+        _blas,
+        _links,
+        _tokens,
+    )
     found = [finding for check in checks for finding in check(seen)]
     return sorted(found, key=lambda finding: not finding.fatal)
 
@@ -186,6 +200,13 @@ def _metal(seen: Examination) -> Iterator[Finding]:
         if rank.facts and rank.facts.system.startswith("macOS") and rank.facts.kernel != "metal":
             what = f"attention runs on the {rank.facts.kernel!r} kernel, not on Metal"
             yield Finding(False, seen.name(number), what, "use an arm64 Python and the mlx wheel for Apple silicon")
+
+
+def _precision(seen: Examination) -> Iterator[Finding]:
+    for number, rank in _by_host(seen):
+        if rank.facts and rank.facts.float32 != "full":
+            what = f"MLX multiplies float32 in {rank.facts.float32}: gradients and backend 'reference' are less exact"
+            yield Finding(False, seen.name(number), what, f"set {tf32.VARIABLE}=0 there")
 
 
 def _blas(seen: Examination) -> Iterator[Finding]:

@@ -62,8 +62,20 @@ def _hosts(seen: Examination) -> str:
         if facts := rank.facts:
             memory, gpu = f"{facts.memory / GIB:.0f} GiB", facts.gpu or "none"
             cores = f"{facts.cores} ({facts.threads} a rank)"
-            rows[number] = [facts.host, facts.system, facts.chip, memory, cores, gpu, _yes(facts.metal), facts.kernel]
-    return grid(["rank", "host", "system", "chip", "memory", "cores", "GPU", "Metal", "kernel"], _grouped(rows))
+            rows[number] = [
+                facts.host,
+                facts.system,
+                facts.chip,
+                memory,
+                cores,
+                gpu,
+                _yes(facts.metal),
+                facts.float32,
+                facts.kernel,
+            ]
+    return grid(
+        ["rank", "host", "system", "chip", "memory", "cores", "GPU", "Metal", "float32", "kernel"], _grouped(rows)
+    )
 
 
 def _versions(seen: Examination) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import LaunchError
+from ..native import tf32
 from .rank_wrapper import THREADS
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def build_environment(
     elif sys.stderr.isatty():
         environment["RINGATTN_TERMINAL"] = "1"  # where what the ranks write will be seen
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault(tf32.VARIABLE, "0")
     return environment | {"RINGATTN_LAUNCH": "1"}
 
 

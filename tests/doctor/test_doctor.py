@@ -55,6 +55,7 @@ MAC = host_info.Facts(
     gpu="Apple M3 Ultra",
     kernel="metal",
     blas_advice=None,
+    float32="full",
 )
 LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
 FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12)
@@ -242,6 +243,14 @@ def test_slow_blas_on_linux():
     for rank in seen.told.ranks.values():
         rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
     assert found(seen) == []
+
+
+def test_products_in_tf32():
+    seen = healthy()
+    about(seen, 1, float32="TF32")
+    [line] = found(seen)
+    assert line.startswith("warning: rank 1 (") and line.endswith("less exact; set MLX_ENABLE_TF32=0 there")
+    assert "TF32" in text(seen, [], "float16")
 
 
 def test_mac_without_metal():

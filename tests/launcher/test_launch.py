@@ -191,6 +191,11 @@ def test_environment():
     assert (built["OMP_NUM_THREADS"], built["RINGATTN_THREADS"], built["MKL_NUM_THREADS"]) == ("5", "3", "3")
 
 
+@pytest.mark.parametrize(("given", "value"), [({}, "0"), ({"MLX_ENABLE_TF32": "1"}, "1")])
+def test_ranks_multiply_in_full_float32_unless_the_user_has_chosen(given, value):
+    assert mpiexec.build_environment(base=given)["MLX_ENABLE_TF32"] == value
+
+
 @pytest.mark.parametrize(("local", "share"), [("4", "2"), ("40", "1"), ("", "10")])
 def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsys, local, share):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(10), raising=False)
