@@ -66,7 +66,7 @@ class RingCall:
             ("dtype", q.dtype),
             ("layout", self.layout.summary),
             ("kv_layout", self.kv_layout.summary),
-            ("strategy", self.strategy),
+            ("strategy", repr(self.strategy)),
             ("both_ways", self.ring.both_ways),
         )
         return tuple((name, str(value)) for name, value in named) + self.options.fields
