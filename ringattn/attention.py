@@ -12,6 +12,7 @@ from .autograd.custom_function import opaque
 from .core.gradients import Gradients
 from .core.options import Options
 from .core.validation import check_flag, check_positions, check_qkv
+from .kernels.interface import KernelInputs, OutputSpec
 
 
 def attention(
@@ -85,18 +86,21 @@ def attention(
 
     def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         bound = options.bind(arrays)
-        return kernel.finished(q, k, v, q_pos, k_pos, bound.rules(), bound.sinks, bound.out_dtype, True)
+        inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
+        out, lse = kernel.finish(inputs, OutputSpec(bound.out_dtype, True, bound.sinks))
+        assert lse is not None
+        return out, lse
 
     def gradient(*arrays: mx.array) -> list[mx.array]:
         (q, k, v, *given), (dout, dlse, out, lse) = arrays[:-4], arrays[-4:]
         bound, rows = options.bind(given), kernel.rows(out, lse, dout, dlse)
-        rules = bound.rules()
-        sums = kernel.backward(q, k, v, q_pos, k_pos, rules, rows, Gradients.zeros(q, k, v, rules))
+        inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
+        sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
         return bound.gradients(sums, rows, q.dtype)
 
     arrays = (q, k, v, *options.arrays)
-    if kernel.DIFFERENTIABLE:
+    if kernel.differentiable:
         out, lse = compute(*arrays)
     else:
-        out, lse = opaque(f"attention with backend {kernel.NAME!r}", compute, arrays, gradient)
+        out, lse = opaque(f"attention with backend {kernel.name!r}", compute, arrays, gradient)
     return (out, lse) if return_lse else out

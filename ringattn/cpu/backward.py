@@ -17,18 +17,18 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
-from ..core.rules import Rules
+from ..kernels.interface import KernelInputs
 from ..kernels.products import finite, marked
 from ..kernels.tiles import Piece, Unit
 from . import softmax
-from .tile_masks import Hidden, clear
-from .work_units import ROWS, Work, buffer, cap, spread
+from .tile_masks import clear
+from .work_units import ROWS, Work, buffer, cap, spread, views_of
 
 CHAINS = 8  # at least, if there is work for them
 
 
 def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """What `backward` needs of each query row; see `ringattn.kernels`."""
+    """Compute what the gradient needs of each query row; see `Kernel.rows`."""
     mx.eval(out, lse, dout, dlse)
     arrays = [view(x) for x in (out, lse, dout, dlse)]
     delta = np.empty(lse.shape, np.float32)
@@ -40,22 +40,11 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), mx.array(delta))
 
 
-def backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-) -> Gradients:
-    """Add to `sums`; see `ringattn.kernels`."""
-    mx.eval(q, k, v, *rows, [x for x in sums if x is not None])
-    hidden = Hidden.of(rules, q.shape[1] // k.shape[1], q_pos, k_pos)
+def add_gradients(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+    """Add to `sums`; see `Kernel.backward`."""
+    mx.eval(*rows, [x for x in sums if x is not None])
     into = Gradients(*(None if x is None else view(x) for x in sums))
-    per_row = Rows(*map(view, rows))
-    work = _Backward(view(q), view(k), view(v), q_pos, k_pos, rules, hidden, per_row, into)
+    work = _Backward(*views_of(inputs), Rows(*map(view, rows)), into)
     chains = work.chains()
     if work.shares_mask:
         spread(work.run_all, [chains])

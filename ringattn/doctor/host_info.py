@@ -83,7 +83,7 @@ def collect() -> Facts:
         metal=mx.metal.is_available(),
         gpu=_gpu(),
         float32="TF32" if tf32.in_force() else "full",
-        kernel=select(None).__name__.rpartition(".")[2],
+        kernel=select(None).name,
         blas_advice=_blas_advice(),
     )
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from ..autograd.custom_function import outside, settled
 from ..core.gradients import Gradients, Rows
@@ -17,48 +16,26 @@ from ..core.masks import Tile
 from ..core.online_softmax import State, merge_states
 from ..core.rules import Rules
 from . import blockwise_backward, products
-from .interface import ending
+from .interface import Kernel, KernelInputs
 
-NAME = "reference"
-DIFFERENTIABLE = True
-LAZY = True
 QUERIES, KEYS = 1024, 2048
 
 
-def forward(
-    q: mx.array, k: mx.array, v: mx.array, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State | None
-) -> State:
-    """Attend and return the state; see `ringattn.kernels`."""
-    batch, heads, q_len, _ = q.shape
-    if state is None:
-        state = State.empty(batch, heads, q_len, v.shape[-1])
-    parts = [
-        _rows(q, k, v, q_pos, k_pos, rules, state, slice(start, min(start + QUERIES, q_len)))
-        for start in range(0, q_len, QUERIES)
-    ]
-    return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
+class ReferenceKernel(Kernel):
+    """Plain mx operations. `attention` has MLX derive the gradient; a ring takes it block by block."""
 
+    name = "reference"
+    differentiable = True
 
-finished = ending(forward)
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        batch, heads, q_len = inputs.rows
+        if state is None:
+            state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
+        parts = [_rows(inputs, state, slice(start, min(start + QUERIES, q_len))) for start in range(0, q_len, QUERIES)]
+        return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
 
-
-def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """What `backward` needs of each query row; see `ringattn.kernels`."""
-    return Rows.of(out, lse, dout, dlse)
-
-
-def backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-) -> Gradients:
-    """`sums` with the gradients added; see `ringattn.kernels`. `attention` has MLX derive its gradient instead."""
-    return blockwise_backward.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, elementwise)
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        return blockwise_backward.gradient(inputs, rows, sums, elementwise)
 
 
 def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
@@ -84,15 +61,15 @@ def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
     return blockwise_backward.Weights(weights, by_products, by_scores if additive else None)
 
 
-def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State, rows: slice) -> State:
-    """The state of the queries `rows`."""
-    mask, segments = rules.mask, rules.segments
+def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
+    """Return the state of the queries `rows`."""
+    k, v, k_pos, mask, segments = inputs.k, inputs.v, inputs.k_pos, inputs.rules.mask, inputs.rules.segments
     rules = replace(
-        rules,
+        inputs.rules,
         mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
         segments=None if segments is None else (segments[0][:, rows], segments[1]),
     )
-    q, q_pos, state = q[:, :, rows], q_pos[rows], State(*(x[:, :, rows] for x in state))
+    q, q_pos, state = inputs.q[:, :, rows], inputs.q_pos[rows], State(*(x[:, :, rows] for x in state))
     for start in range(0, k.shape[2], KEYS):
         keys = slice(start, min(start + KEYS, k.shape[2]))
         tile = rules.band.tile(int(q_pos[0]), int(q_pos[-1]), int(k_pos[keys][0]), int(k_pos[keys][-1]))

@@ -15,7 +15,9 @@ from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
 from ringattn.core.rules import Rules
 from ringattn.cpu import work_units
-from ringattn.kernels import blockwise_backward, reference
+from ringattn.kernels import blockwise_backward
+from ringattn.kernels.interface import KernelInputs
+from ringattn.kernels.reference import ReferenceKernel
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, to64
 
@@ -27,7 +29,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def backend(request, monkeypatch):
     """A backend's name. "blocked": the reference with the gradient that it has in a ring, not the one MLX derives."""
     if request.param == "blocked":
-        monkeypatch.setattr(reference, "DIFFERENTIABLE", False)
+        monkeypatch.setattr(ReferenceKernel, "differentiable", False)
     if request.param in ("blocked", "metal"):
         monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 12)
         monkeypatch.setattr(blockwise_backward, "KEYS", 48)
@@ -337,8 +339,9 @@ def test_blocks_bound_the_memory(monkeypatch):
     rules = Rules(0.25, Band())
 
     def gradient(q, k, v, dout, dlse, out, lse):
-        rows = reference.rows(out, lse, dout, dlse)
-        return reference.backward(q, k, v, case.q_pos, case.k_pos, rules, rows, Gradients.zeros(q, k, v, rules))[:3]
+        rows = ReferenceKernel().rows(out, lse, dout, dlse)
+        inputs = KernelInputs(q, k, v, case.q_pos, case.k_pos, rules)
+        return ReferenceKernel().backward(inputs, rows, Gradients.zeros(q, k, v, rules))[:3]
 
     def loss(*x):
         return opaque("test", lambda *x: results, x, gradient)[0].sum()

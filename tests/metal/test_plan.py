@@ -9,8 +9,9 @@ import pytest
 import ringattn as ra
 from ringattn.core.masks import Band, Tile
 from ringattn.core.rules import Rules
-from ringattn.kernels.interface import Problem
-from ringattn.metal import backend, device, dispatch, set_executor
+from ringattn.kernels.interface import KernelInputs, OutputSpec
+from ringattn.metal import device, dispatch, set_executor
+from ringattn.metal.backend import MetalKernel
 from ringattn.metal.device import Device
 from ringattn.metal.dispatch import Plan
 from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, pieces, reach
@@ -182,7 +183,8 @@ def test_without_lse_there_is_no_trace_of_it():
     set_executor(runtime)
     for with_lse in (False, True):
         positions = np.arange(70, dtype=np.int32)
-        out, lse = backend.finished(x, x, x, positions, positions, Rules(0.125, Band()), None, x.dtype, with_lse)
+        inputs = KernelInputs(x, x, x, positions, positions, Rules(0.125, Band()))
+        out, lse = MetalKernel().finish(inputs, OutputSpec(x.dtype, with_lse))
         assert (lse is not None) is with_lse
         counted.append(runtime.last)
     set_executor(Runtime())
@@ -255,6 +257,6 @@ def test_an_executor_is_a_function():
 
 def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
-    problem = Problem(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    problem = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
     plan = Plan.of(problem, Device(10, 10**12))
     assert plan.group == 4 and plan.splits(problem) == 5000 // dispatch.LEAST_KEYS
