@@ -22,6 +22,7 @@ from .decode_attention import decode_attention
 from .errors import ArgumentError, ArgumentTypeError, RingAttentionError, RingError, TransformError
 from .layout import Layout
 from .ring_attention import ring_attention
+from .rope import rope
 from .transport import init
 from .transport.base import Ring
 
@@ -38,4 +39,5 @@ __all__ = [
     "init",
     "merge",
     "ring_attention",
+    "rope",
 ]

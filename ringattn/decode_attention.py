@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ from .autograd.custom_function import opaque, start_evaluation
 from .core.arrays import view
 from .core.intervals import positions
 from .core.online_softmax import State, finish, merge_states, normalise
-from .core.options import Options
+from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
 from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
@@ -22,9 +22,50 @@ from .ring.blocks import raw
 from .transport.base import Ring, timed
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 WHAT = "decode_attention"
 
 
+class _Options(SharedOptions, total=False):
+    start: int | None
+    segments: tuple[mx.array, mx.array] | None
+
+
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> mx.array: ...
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[mx.array, mx.array]: ...
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: bool,
+    **options: Unpack[_Options],
+) -> mx.array | tuple[mx.array, mx.array]: ...
 def decode_attention(
     q: mx.array,
     k: mx.array,

@@ -19,7 +19,7 @@ FLOORS = [
     {"kernels", "transport"},
     {"cpu", "metal"},
     {"backends", "layout", "launcher"},
-    {"attention", "ring"},
+    {"attention", "ring", "rope"},
     {"ring_attention", "decode_attention", "training"},
     {"__init__"},
     {"lm", "verify"},

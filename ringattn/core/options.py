@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +13,18 @@ from . import validation
 from .gradients import Gradients, Rows
 from .masks import Band
 from .rules import Rules
+
+
+class SharedOptions(TypedDict, total=False):
+    """The keyword arguments of all three calls, for the type checker's overloads of `return_lse`."""
+
+    scale: float | None
+    mask: str | mx.array | None
+    window: int | tuple[int, int] | None
+    softcap: float | None
+    sinks: mx.array | None
+    out_dtype: mx.Dtype | None
+    backend: str | None
 
 
 @dataclass(frozen=True)
