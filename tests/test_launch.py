@@ -15,10 +15,12 @@ from click.testing import CliRunner
 
 from ringattn.cli import main
 from ringattn.cluster import mpiexec
+from ringattn.cluster import rank as wrapper
 from ringattn.cluster.job import Job
 from ringattn.cluster.mpiexec import LaunchError, Mpiexec
-from ringattn.cluster.rank import describe_end, parse_status, settle, start_time, unescape
+from ringattn.cluster.rank import Pulse, describe_end, parse_status, settle, start_time, unescape
 from ringattn.cluster.ranks import End, Rank, Ranks
+from ringattn.comm.status import FILE_BYTES, LINE_BYTES, PULSE
 
 ROOT = Path(__file__).parents[1]
 RANK = "import os, signal, sys, time\nrank = int(os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')))\n"
@@ -273,6 +275,35 @@ def test_help_imports_no_command():
     assert all(f"  {name}  " in shown.stdout for name in ("demo", "launch", "verify"))
 
 
+def test_wrapper_and_library_agree_on_the_status_file():
+    ours = wrapper.LINE_BYTES, wrapper.PULSE.format, wrapper.FILE_BYTES
+    assert ours == (LINE_BYTES, PULSE.format, FILE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("program", "late", "kept"),
+    [("while True: pass", 1, True), ("while True: pass", -60, False), ("import time; time.sleep(60)", 1, False)],
+)
+def test_a_rank_computes_without_a_pulse(program, late, kept):
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            time.sleep(0.5)
+            file = bytearray(wrapper.FILE_BYTES)
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic() - late)
+            pulse = Pulse()
+            assert not pulse.is_kept_late(file)  # no look before this one
+            time.sleep(0.6)
+            assert pulse.is_kept_late(file) == kept
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic())
+            time.sleep(0.1)
+            assert not pulse.is_kept_late(file)  # it came, and is late again
+        finally:
+            process.kill()
+    assert not pulse.is_kept_late(file)
+    time.sleep(0.6)
+    assert not pulse.is_kept_late(file)  # dead
+
+
 # Real runs
 
 
@@ -282,7 +313,7 @@ def test_ranks_environment_and_arguments(script, tmp_path):
         "names = ('OMP_NUM_THREADS', 'RINGATTN_THREADS', 'RINGATTN_TIMEOUT', 'RINGATTN_LAUNCH', 'PYTHONUNBUFFERED')\n"
         "seen = [os.environ.get(name) for name in names]\n"
         "status = os.environ['RINGATTN_STATUS']\n"
-        "seen += [open(status, 'rb').read() == bytes(256), status, sys.argv[1:]]\n"
+        "seen += [open(status, 'rb').read() == bytes(4096), status, sys.argv[1:]]\n"
         f"open(os.path.join({str(tmp_path)!r}, f'{{rank}}.json'), 'w').write(json.dumps(seen))\n"
     )
     given = ["a b", "q'\"", "", ":", "\\:", "$HOME", "x\ny", "*", "-n", "--", "é"]

@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..errors import RingError
+from .introduction import Member
 from .post import BEAT, BYE, FAIL, LOST, Post, Sent
+from .status import Computing
 
+UNWATCHED = (
+    ". It stopped or is out of reach, or a call kept Python's global interpreter lock for that long: then raise timeout"
+)
 GRACE = 0.2  # s in which messages may still arrive that a rank sent before its goodbye
 _LONGEST_TEXT = 4000  # characters of an error that travel; short messages need no answer from the receiver
 
@@ -34,8 +39,7 @@ class Liveness:
     Args:
         post: Where messages go and come from.
         rank: This rank.
-        hosts: The host name of every rank.
-        timeout: Seconds of silence after which a rank counts as dead.
+        members: All ranks.
         interval: Seconds between two heartbeats.
         place: Says what this rank is doing.
         moving: Says which messages to or from a rank are under way here, in lists that JSON can hold.
@@ -46,8 +50,7 @@ class Liveness:
         self,
         post: Post,
         rank: int,
-        hosts: tuple[str, ...],
-        timeout: float,
+        members: Sequence[Member],
         interval: float,
         place: Callable[[], Place],
         moving: Callable[[int], list[list]],
@@ -56,9 +59,16 @@ class Liveness:
         self.error: RingError | None = None
         self.exit_code = 1  # of a process that ends because of it
         self.left: set[int] = set()
-        self._post, self._hosts, self._timeout, self._interval, self._place = post, hosts, timeout, interval, place
-        self._me, self._moving, self._on_broken = rank, moving, on_broken
-        self._peers = [peer for peer in range(len(hosts)) if peer != rank]
+        self._post = post
+        self._members = members
+        self._timeout = members[rank].timeout
+        self._interval = interval
+        self._place = place
+        self._me = rank
+        self._moving = moving
+        self._on_broken = on_broken
+        self._peers = [peer for peer in range(len(members)) if peer != rank]
+        self._computing = Computing({peer: members[peer].job_rank for peer in self._peers})
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
         self.moving: dict[int, list[list]] = {}  # what each rank has said last of its messages to and from this one
@@ -69,7 +79,7 @@ class Liveness:
         self._lock = threading.RLock()
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} ({self._hosts[rank]})"
+        return f"rank {rank} ({self._members[rank].host})"
 
     # What the helper thread does
 
@@ -89,15 +99,24 @@ class Liveness:
         # A process that was itself stopped or suspended finds everybody silent: only its waking time counts.
         awake = min(now - self._ticked, 2 * self._interval)
         self._ticked = now
+        for peer in self._computing.look():
+            self._silent[peer] = 0.0
+            self.moving.pop(peer, None)  # nothing moves there until it can send heartbeats again
         for peer in self._peers:
             self._silent[peer] += awake
             if self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
-                self._mourn(peer, f"gave no sign of life for {self._timeout:g} s", silent=True)
+                watched = self._members[peer].job_rank >= 0
+                self._mourn(
+                    peer,
+                    f"gave no sign of life for {self._timeout:g} s",
+                    silent=True,
+                    more="" if watched else UNWATCHED,
+                )
 
-    def _mourn(self, peer: int, how: str, silent: bool = False) -> None:
+    def _mourn(self, peer: int, how: str, silent: bool = False, more: str = "") -> None:
         what, hop = self._places[peer]
-        text = f"{self.name(peer)} {how}; it was last heard of {describe((what, hop))}"
-        self.fail(RingError(text, rank=peer, host=self._hosts[peer], hop=hop), silent=silent)
+        text = f"{self.name(peer)} {how}; it was last heard of {describe((what, hop))}{more}"
+        self.fail(RingError(text, rank=peer, host=self._members[peer].host, hop=hop), silent=silent)
 
     # What both threads do
 

@@ -13,6 +13,7 @@ from ..errors import RingError
 from . import collectives
 from .agreement import agree
 from .base import Ring
+from .introduction import Member
 from .liveness import GRACE, Liveness, Place, describe
 from .post import Post
 from .rate import LinkRate
@@ -29,24 +30,26 @@ class PeerRing(Ring):
     Args:
         post: A post for signs of life.
         rank: This rank.
-        hosts: The host name of every rank.
-        timeouts: The timeout of every rank; they may differ.
+        members: All ranks; their timeouts may differ.
     """
 
     _foreign: tuple[type[BaseException], ...] = ()
 
-    def __init__(self, post: Post, rank: int, hosts: tuple[str, ...], timeouts: Sequence[float]):
+    def __init__(self, post: Post, rank: int, members: Sequence[Member]):
         super().__init__()
-        self.rank, self.size, self.hosts = rank, len(hosts), hosts
-        self.timeout = timeouts[rank]
+        self.rank = rank
+        self.size = len(members)
+        self.hosts = tuple(member.host for member in members)
+        self.timeout = members[rank].timeout
+        self._members = members
         self._place: Place = ("", 0)
         self._closed = False
-        self._interval = min(1.0, min(timeouts) / 10)  # often enough for the most impatient rank
+        # Often enough for the most impatient rank.
+        self._interval = min(1.0, min(member.timeout for member in members) / 10)
         self._life = Liveness(
             post,
             rank,
-            hosts,
-            self.timeout,
+            members,
             self._interval,
             lambda: self._place,
             self._told_of,
