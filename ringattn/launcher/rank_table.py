@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 
@@ -174,7 +175,9 @@ class Rank:
             elif "computing" in said:
                 self.computing = True
             elif "ended" in said and self.end is None:
-                self.end = End(said["ended"], time.monotonic(), said["asked"], said["caused"], said["line"])
+                cause = Cause.of_end(self.number, self.host, said["ended"], said["known"])
+                caused = said["known"].get("broken") == "elsewhere"
+                self.end = End(said["ended"], time.monotonic(), said["asked"], caused, str(cause))
                 self.stopped = False
 
 

@@ -8,8 +8,8 @@ one object a line:
     {"stopped": true}                               or false: the program was stopped (SIGSTOP) or goes on
     {"opening": true}                               or false: it waits for the others to open a ring, or does no longer
     {"computing": true}                             the program computes in a call that holds its heartbeats up
-    {"ended": code, "asked": false, "caused": false, "line": ""}        whether a signal that came through here asked
-                                        for it, whether another rank caused it, and in words
+    {"ended": code, "asked": false, "known": {}}    whether a signal that came through here asked for it, and what the
+                                                    status file said
 
 The launcher answers with a line for each signal that the program is to get, such as ``signal 15``, and for each rank
 that computes so, such as ``computing 3``, of which the library is told. The connection is a leash as well: when the
@@ -98,19 +98,13 @@ def signal_group(pid: int, number: int) -> None:
             continue
 
 
-def parse_status(status: bytes) -> dict[str, str]:
-    """What a rank's library has left in its status file, by name."""
-    words = status.split(b"\0", 1)[0].decode("ascii", "replace").split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def describe_end(rank: str, host: str, code: int, known: Mapping[str, str]) -> str:
-    """One line on how a rank ended. `code` is negative for a signal; `known` is of `parse_status`."""
-    call, between = known.get("call", "-"), known.get("call", "").startswith("after:")
-    where = "" if call == "-" else f" {call.replace(':', ' ', 1)}" if between else f" in {call}"
-    where += f", hop {known['hop']}" if where and not between and "hop" in known else ""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return f"rank {known.get('rank', rank)} ({host}) {how}{where}"
+def parse_status(status: bytes) -> dict[str, Any]:
+    """What a rank's library has left in its status file; empty where it has left nothing that can be read."""
+    try:
+        known = json.loads(status[:LINE_BYTES].rstrip(b"\0"))
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def unescape(argument: str) -> str:
@@ -376,7 +370,7 @@ class Wrapper:
     def look(self) -> None:
         """Tell when the program begins, or ceases, to wait for a ring, and that it computes without heartbeats."""
         status = self.read_status()
-        opening = self.code is None and parse_status(status[:LINE_BYTES]).get("call") == "init"
+        opening = self.code is None and parse_status(status).get("call") == "init"
         if opening != self.opening:
             self.opening = opening
             self.tell(opening=opening)
@@ -385,11 +379,8 @@ class Wrapper:
 
     def ended(self, status: int) -> None:
         self.code = os.waitstatus_to_exitcode(status)
-        known = parse_status(self.read_status()[:LINE_BYTES])
-        line = describe_end(self.rank, self.host, self.code, known)
         give_up_after(self.link, _LAST_WORDS)
-        caused = known.get("broken") == "elsewhere"
-        self.recorded = self.tell(ended=self.code, asked=self.asked, caused=caused, line=line)
+        self.recorded = self.tell(ended=self.code, asked=self.asked, known=parse_status(self.read_status()))
 
 
 def _find_prctl() -> Any:

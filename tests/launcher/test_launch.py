@@ -19,8 +19,9 @@ from ringattn.launcher import mpiexec
 from ringattn.launcher import rank_wrapper as wrapper
 from ringattn.launcher.mpiexec import Mpiexec
 from ringattn.launcher.rank_table import End, Rank, Ranks
-from ringattn.launcher.rank_wrapper import Pulse, describe_end, parse_status, settle, start_time, unescape
+from ringattn.launcher.rank_wrapper import Pulse, parse_status, settle, start_time, unescape
 from ringattn.launcher.supervisor import Job
+from ringattn.transport.failures.cause import Cause
 from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE
 
 pytestmark = pytest.mark.ranks
@@ -209,15 +210,20 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("code", "status", "line"),
     [
-        (-9, b"rank=2 call=ring_attention hop=3", "rank 2 (mac) was killed by SIGKILL in ring_attention, hop 3"),
-        (-11, b"rank=2 size=4 call=- hop=0\n", "rank 2 (mac) was killed by SIGSEGV"),
-        (7, b"rank=2 call=after:barrier hop=0", "rank 2 (mac) exited with code 7 after barrier"),
+        (-9, b'{"rank": 2, "call": "x", "hop": 3}', "rank 2 (mac) was killed by SIGKILL in x, hop 3"),
+        (
+            -11,
+            b'{"rank": 2, "size": 4, "call": "", "hop": 0}',
+            "rank 2 (mac) was killed by SIGSEGV before its first call",
+        ),
+        (7, b'{"rank": 2, "call": "after barrier", "hop": 0}', "rank 2 (mac) exited with code 7 after barrier"),
         (-9, b"", "rank 5 (mac) was killed by SIGKILL"),
         (-9, b"\xff=\x01 junk", "rank 5 (mac) was killed by SIGKILL"),
+        (-9, b"[1]", "rank 5 (mac) was killed by SIGKILL"),
     ],
 )
 def test_describes_an_end(code, status, line):
-    assert describe_end("5", "mac", code, parse_status(status.ljust(256, b"\0"))) == line
+    assert str(Cause.of_end("5", "mac", code, parse_status(status.ljust(4096, b"\0")))) == line
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])  # /proc, and ps
@@ -381,7 +387,8 @@ def test_killed_rank_is_named_with_its_place(script, tmp_path, written):
     path = script(
         NOTE_PID + f"if rank != 1: time.sleep({60 if written else 0}); sys.exit(0)\n"
         f"if {written}:\n"
-        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(b'rank=1 call=ring_attention hop=3')\n"
+        '    place = b\'{"rank": 1, "call": "ring_attention", "hop": 3}\'\n'
+        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(place)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = launch("-n", "2", path, str(tmp_path))

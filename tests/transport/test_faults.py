@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -83,9 +84,11 @@ def test_all_stopped_and_continued(tmp_path: Path) -> None:
     program = f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w'); hops(50, lambda hop: time.sleep(0.05)); hops(5)"
 
     def pause() -> None:
-        time.sleep(1.5)
-        paused = [int(file.name) for file in tmp_path.iterdir()]
-        assert len(paused) == 3
+        end = time.monotonic() + 15
+        while len(paused := [int(file.name) for file in tmp_path.iterdir()]) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for pid in paused:
                 os.kill(pid, number)
@@ -160,7 +163,8 @@ hops(6, die)
     assert result.code not in (0, None) and result.seconds < 8, str(result)
     status = marker.read_bytes()
     assert len(status) == FILE_BYTES
-    assert status[:LINE_BYTES].rstrip(b"\0") == b"rank=1 size=3 call=ring_attention hop=3\n"
+    known = {"rank": 1, "size": 3, "call": "ring_attention", "hop": 3}
+    assert json.loads(status[:LINE_BYTES].rstrip(b"\0")) == known
 
 
 def test_interrupted_rank() -> None:

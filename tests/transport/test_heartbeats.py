@@ -8,6 +8,7 @@ from collections import deque
 
 import pytest
 
+from ringattn.transport.failures.cause import Cause
 from ringattn.transport.failures.control_channel import BEAT, FAIL
 from ringattn.transport.failures.heartbeats import UNWATCHED, Liveness, Member
 from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE, status
@@ -58,10 +59,8 @@ def test_a_silent_rank_is_named_with_the_last_place_it_was_seen_at(members: list
     wait(life, 2 * TIMEOUT, but=(0, 1), wire=wire)
     text = "rank 1 (mac1) gave no sign of life for 0.4 s; it was last heard of in ring_attention, hop 0" + more
     assert [str(error) for error in told] == [text] and told[0].rank == 1
-    assert {(peer, note["text"], note["silent"]) for peer, kind, note in wire.sent if kind == FAIL} == {
-        (1, text, True),
-        (2, text, True),
-    }
+    notes = [(peer, Cause(**note)) for peer, kind, note in wire.sent if kind == FAIL]
+    assert [(peer, cause.kind, str(cause)) for peer, cause in notes] == [(1, "silent", text), (2, "silent", text)]
 
 
 def test_a_rank_that_the_launcher_sees_compute_is_alive_until_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +104,11 @@ def test_who_is_accused_of_silence_and_heard(rank: int, heard: bool, told_of: st
     wire, told = Wire(), []
     life = make(wire, rank, told)
     wait(life, 0.75 * TIMEOUT, but=(rank,) if heard else (rank, 1), wire=wire)
-    note = {"text": "rank 1 is silent", "rank": 1, "host": "mac1", "hop": 0, "exit_code": 7, "silent": True}
-    wire.coming.append((0, FAIL, json.dumps(note).encode()))
+    cause = Cause("silent", 1, "mac1", "barrier", 0, "60 s", exit_code=7)
+    wire.coming.append((0, FAIL, cause.encode()))
     life.hear()
-    assert [str(error) for error in told] == [f"rank 1 is silent {told_of}".strip()]
-    assert life.exit_code == 7
+    assert [str(error) for error in told] == [f"{cause} {told_of}".strip()]
+    assert told[0].exit_code == 7
 
 
 def test_what_is_under_way_is_told_and_kept() -> None:
