@@ -7,25 +7,16 @@ from pathlib import Path
 
 import click
 
-from ..cluster.mpiexec import LaunchError
 from ..doctor.breakeven import Model
 from ..doctor.report import examine
 from ..doctor.run import DTYPES, Where, examine_cluster
 from ..doctor.table import as_json, text
 from .bench import parse_heads
-from .where import chosen, count_ranks, host_options
+from .where import HOSTS, chosen, count_ranks, ranks_option, with_options
 
 
 @click.command()
-@click.option(
-    "-n",
-    "ranks",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Ranks.  [default: 2, or one for each slot of the hosts]",
-)
-@host_options
-@click.option("--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]")
+@with_options(ranks_option("Ranks.  [default: 2, or one for each slot of the hosts]"), *HOSTS)
 @click.option(
     "--heads",
     default="32/8",
@@ -73,13 +64,10 @@ def doctor(
     model and findings (fatal, where, what, remedy); null is what could not be found out.
     """
     model = Model(*heads, head_dim, DTYPES[dtype], causal)
-    try:
-        cluster = chosen(hosts, hostfile, interface)
-        size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
-        click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
-        seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
-    except LaunchError as error:
-        raise click.ClickException(str(error)) from None
+    cluster = chosen(hosts, hostfile, interface)
+    size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
+    click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
+    seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
     findings = examine(seen)
     click.echo(json.dumps(as_json(seen, findings, dtype), indent=1) if wanted else text(seen, findings, dtype))
     raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

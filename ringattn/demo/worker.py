@@ -16,6 +16,7 @@ from ringattn import lm
 from ringattn.comm.base import Event, Ring
 from ringattn.demo.document import prompt
 from ringattn.demo.job import Figures, Job, Progress
+from ringattn.lm.cache import held_bytes
 
 Told = Callable[[int, int], None]
 
@@ -53,7 +54,7 @@ def run(job: Job, ring: Ring, progress: Progress) -> Figures:
         [one.token for one in responses],
         "".join(one.text for one in responses),
         cache[0].offset if job.plain else cache[0].layout.local_length(ring.rank),
-        sum(c.nbytes for c in cache),
+        held_bytes(cache),
         ring.bytes_sent - sent,
         last.prompt_tps,
         last.generation_tps,
