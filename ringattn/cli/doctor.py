@@ -59,7 +59,7 @@ def doctor(
     connection to every other: where one does not come about, that is told, and no link is measured. The exit status is
     1 if something will not work. What only costs speed is a warning.
 
-    --json prints ok, size, ranks (rank, host, gflop_s, mpi, done), links (ranks, latency_us, to_right_gb_s,
+    --json prints ok, size, ranks (rank, host, gflop_s, spread, mpi, done), links (ranks, latency_us, to_right_gb_s,
     to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
     model and findings (fatal, where, what, remedy); null is what could not be found out.
     """
