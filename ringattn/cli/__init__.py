@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -64,7 +65,7 @@ def _in_one_line() -> Iterator[None]:
         raise _brief(str(error), getattr(error, "exit_code", 1)) from None
     except KeyboardInterrupt:
         if os.environ.get("RINGATTN_LAUNCH") != "1":  # else the launcher says it, once for all ranks
-            click.echo("Interrupted.", err=True)
+            click.echo("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", err=True)  # after a terminal's ^C
         raise SystemExit(INTERRUPTED) from None
 
 
