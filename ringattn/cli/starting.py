@@ -1,4 +1,4 @@
-"""Starting the ranks of a command, here or on hosts: from the options of `where` to what `cluster` runs."""
+"""Starting the ranks of a command, here or on hosts: from their options to what `launcher` runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from typing import Any
 
 import click
 
-from ..cluster.hosts import Cluster, check_variable
-from ..cluster.job import run
-from ..cluster.mpiexec import (
-    LaunchError,
-    Mpiexec,
-    build_command,
-    build_environment,
-    check_command,
-    find_mpiexec,
-    mismatch,
-)
-from ..cluster.reach import check_hosts, home_address
-from .where import chosen, count_ranks
+from ..errors import LaunchError
+from ..launcher.hostfile import Cluster, check_variable
+from ..launcher.mpiexec import Mpiexec, build_command, build_environment, check_command, find_mpiexec, mismatch
+from ..launcher.preflight import check_hosts, home_address
+from ..launcher.supervisor import run
+from .host_options import chosen, count_ranks
 
 PASSED_ON = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
 FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # what is known only once the launcher runs
@@ -30,7 +23,7 @@ FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # what is known onl
 
 @dataclass(frozen=True)
 class Place:
-    """Where ranks run, and how: the values of `ranks_option`, `where.HOSTS` and `where.PROCESSES`."""
+    """Where ranks run, and how: the values of `ranks_option`, `HOSTS` and `PROCESSES` in `host_options`."""
 
     ranks: int | None = None
     hosts: str | None = None
@@ -68,7 +61,7 @@ class Launch:
     addresses: list[str]
 
     def run(self, **options: bool) -> int:
-        """Start the ranks and wait for them; the exit code. `options` are those of `cluster.job.run`."""
+        """Start the ranks and wait for them; the exit code. `options` are those of `launcher.supervisor.run`."""
         return run(self.line, ranks=self.count, environment=self.environment, hosts=self.addresses, **options)
 
 

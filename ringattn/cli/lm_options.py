@@ -1,0 +1,102 @@
+"""The options of the commands that run a language model, by mlx-lm's names where it has them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .host_options import HOSTS, PROCESSES, ranks_option
+
+
+class Number(click.FloatRange):
+    """A finite number in a range, which NaN is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value}, expected a finite number.", param, ctx)
+        return number
+
+
+class JsonObject(click.ParamType):
+    """A JSON object, as a dict."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = value if isinstance(value, dict) else json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            self.fail(f"{value!r}, expected a JSON object such as '{{\"enable_thinking\": false}}'.", param, ctx)
+        return found
+
+
+OPTIONS = (
+    ranks_option(
+        "Ranks (processes) to spread it over; not under ringattn launch or mpiexec.  "
+        "[default: 1, or one for each slot of the hosts]"
+    ),
+    *HOSTS,
+    *PROCESSES,
+    click.option(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="A folder or Hugging Face repository that mlx-lm loads, a Llama GGUF file, or 'smollm2'.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        help="Turn all weights into it, quantised ones too; float32 is by far the fastest on a CPU.",
+    ),
+    click.option(
+        "-m",
+        "--max-tokens",
+        default=256,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Tokens of an answer at most.",
+    ),
+    click.option("--temp", default=0.0, show_default=True, type=Number(min=0), help="Sampling temperature; 0: none."),
+    click.option("--top-p", default=1.0, show_default=True, type=Number(0, 1), help="Sampling top-p."),
+    click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="Sampling top-k; 0: all."),
+    click.option("--min-p", default=0.0, show_default=True, type=Number(0, 1), help="Sampling min-p."),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling."),
+    click.option(
+        "--prefill-step-size",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Tokens that a rank, not all together, computes in one round of prefill.  "
+        "[default: 512 on a CPU, 8192 on a GPU]",
+    ),
+    click.option("--weights", metavar="W,W,...", help="How fast the ranks are: their shares of prefill and cache."),
+)
+
+TALK = (
+    click.option(
+        "--system-prompt", metavar="TEXT", help="What the model is told before the first turn of a conversation."
+    ),
+    click.option(
+        "--chat-template-config",
+        type=JsonObject(),
+        metavar="JSON",
+        help="More for the model's chat template, such as '{\"enable_thinking\": false}'.",
+    ),
+    click.option(
+        "--extra-eos-token", multiple=True, metavar="TOKEN", help="Another token that ends an answer; repeatable."
+    ),
+    click.option(
+        "--prompt-cache-file", type=click.Path(dir_okay=False, path_type=Path), help="Go on from this prompt cache."
+    ),
+    click.option(
+        "--save-prompt-cache",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Save the cache of all that was said here, a file for each rank beside it.",
+    ),
+)
