@@ -92,7 +92,7 @@ def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
 
 
 def _check_save(path: Path | None) -> None:
-    """It would be a pity to find out after the work."""
+    """Fail before generating if the cache cannot be saved."""
     if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
         raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
 
