@@ -36,6 +36,7 @@ class Facts:
         gpu: The GPU's name, where MLX computes on one.
         float32: How MLX multiplies float32: ``"full"`` or ``"TF32"``. See `ringattn.native.tf32`.
         kernel: The backend that `ringattn.attention` takes.
+        load: Processes that ran or waited for a core during the last minute, on average, for each core of the host.
         blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
             as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
     """
@@ -57,6 +58,7 @@ class Facts:
     gpu: str | None
     float32: str
     kernel: str
+    load: float
     blas_advice: str | None
 
 
@@ -84,6 +86,7 @@ def collect() -> Facts:
         gpu=_gpu(),
         float32="TF32" if tf32.in_force() else "full",
         kernel=select(None).name,
+        load=os.getloadavg()[0] / (os.cpu_count() or 1),
         blas_advice=_blas_advice(),
     )
 

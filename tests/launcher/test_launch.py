@@ -250,8 +250,8 @@ def test_start_time(monkeypatch, platform):
 @pytest.mark.parametrize(
     ("arguments", "expected", "code"),
     [
-        (["-n", "0", "true"], "'-n': 0", 2),
-        (["-n", "two", "true"], "'-n': 'two'", 2),
+        (["-n", "0", "true"], "'-n' / '--ranks': 0", 2),
+        (["-n", "two", "true"], "'-n' / '--ranks': 'two'", 2),
         (["true"], "'-n'", 2),
         (["-n", "2"], "COMMAND", 2),
         (["-n", "2", "--threads", "0", "true"], "'--threads': 0", 2),

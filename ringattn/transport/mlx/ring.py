@@ -52,6 +52,7 @@ def open_ring(timeout: float | None) -> Ring:
 class MlxRing(PeerRing):
     """A ring of the processes of `mx.distributed`."""
 
+    backend = "mlx"
     in_graph_bytes = INLINE_BYTES
     _foreign = (RuntimeError,)
 

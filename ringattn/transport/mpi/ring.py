@@ -50,6 +50,8 @@ def _load() -> Any:
 class MpiRing(PeerRing):
     """A ring of MPI processes. It has two communicators of its own: one for data, one for signs of life."""
 
+    backend = "mpi"
+
     def __init__(self, MPI: Any, comm: Any, members: Sequence[Member]):
         self._MPI, self._comm, self._life_comm = MPI, comm.Dup(), comm.Dup()
         self._foreign = (MPI.Exception,)
