@@ -9,13 +9,12 @@ from typing import Any
 from ..checks import told
 from ..errors import ArgumentError, ArgumentTypeError
 from .base import Event, Gate, Ring, Transfer
+from .environment import launched_by
 from .status import status
 
-__all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
+__all__ = ["Event", "Gate", "Ring", "Transfer", "init", "launched_by"]
 
 _BACKENDS = ("mpi", "mlx", "solo")
-_MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
-_MLX_LAUNCHERS = ("MLX_RANK", "MLX_WORLD_SIZE")
 
 
 def init(backend: str | None = None, *, comm: Any = None, timeout: float | None = None) -> Ring:
@@ -61,13 +60,6 @@ def _choose(backend: str | None, comm: Any) -> str:
     if comm is not None and backend != "mpi":
         raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
     return backend
-
-
-def launched_by() -> str:
-    """The backend that goes with the launcher of this process; ``"solo"`` without one."""
-    if any(name in os.environ for name in _MPI_LAUNCHERS):
-        return "mpi"
-    return "mlx" if any(name in os.environ for name in _MLX_LAUNCHERS) else "solo"
 
 
 def read_timeout(timeout: float | None) -> float:
