@@ -6,7 +6,6 @@ from importlib.metadata import version as _version
 from .native import sgemm as _sgemm
 
 try:
-    _sgemm.install()  # before MLX is loaded
     import mlx.core as _mx  # noqa: F401
 except ImportError as _error:
     raise ImportError(
@@ -21,6 +20,8 @@ from .errors import ArgumentError, ArgumentTypeError, RingAttentionError, RingEr
 from .layout import Layout
 from .merge import merge
 from .ring import ring_attention
+
+_sgemm.install()
 
 try:
     __version__ = _version("ringattn")
