@@ -36,8 +36,8 @@ class Mpiexec:
 def find_mpiexec(path: str | None = None) -> Mpiexec:
     """The mpiexec at `path`, or else the first one of the MPI that mpi4py loads, or else the first one at all.
 
-    They are looked for beside this Python (where the PyPI wheels put them), beside the library that mpi4py was told to
-    load, then on PATH. Two MPIs may share a folder and differ in the programs' names.
+    They are looked for beside the library that mpi4py was told to load, beside this Python (where the PyPI wheels put
+    them), then on PATH. Two MPIs may share a folder and differ in the programs' names.
 
     Raises:
         LaunchError: There is none, or it is neither MPICH's nor Open MPI's.
@@ -61,7 +61,7 @@ def _find_candidates() -> list[str]:
     library = os.environ.get("MPI4PY_LIBMPI", "")
     beside = os.path.realpath(os.path.join(library, "../../bin")) if os.path.isabs(library) else ""
     path = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    folders = filter(None, (os.path.dirname(sys.executable), sysconfig.get_path("scripts"), beside, *path))
+    folders = filter(None, (beside, os.path.dirname(sys.executable), sysconfig.get_path("scripts"), *path))
     found = (shutil.which(name, path=folder) for folder in folders for name in _NAMES)
     return list(dict.fromkeys(filter(None, found)))
 
