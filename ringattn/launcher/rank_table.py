@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
+from .standard_input import StandardInput, own_descriptor
 
 PATIENCE = 5.0  # s for whoever connects to say who it is
 LONGEST = 1 << 16  # bytes of a line
@@ -109,6 +110,10 @@ class Connection:
     def close(self) -> None:
         self._link.close()
 
+    def detach(self) -> socket.socket:
+        """The socket, for another use than lines."""
+        return self._link
+
 
 @dataclass
 class Rank:
@@ -194,6 +199,7 @@ class Ranks(dict[str, Rank]):
         self._timeout = timeout
         self._token = secrets.token_hex(16)
         self._coming: list[Connection] = []
+        self._input: StandardInput | None = None
         self._doors = []
         for address in dict.fromkeys(addresses):
             door = socket.create_server((address, 0), backlog=256)
@@ -221,6 +227,8 @@ class Ranks(dict[str, Rank]):
     def close(self) -> None:
         for door in self._doors:
             door.close()
+        if self._input is not None:
+            self._input.close()
         for connection in [*self._coming, *(rank.connection for rank in self.values())]:
             connection.close()
 
@@ -231,6 +239,9 @@ class Ranks(dict[str, Rank]):
             with suppress(ValueError, KeyError, TypeError):
                 said = json.loads(line)
                 if hmac.compare_digest(str(said["token"]), self._token):
+                    if "input" in said and self._input is None:
+                        self._input = StandardInput(connection.detach(), own_descriptor())
+                        return True
                     wrapper, child = (Process(int(pid), started) for pid, started in said["processes"])
                     self[said["rank"]] = Rank(said["rank"], said["host"], wrapper, child, connection)
                     return True

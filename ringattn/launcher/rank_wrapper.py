@@ -11,6 +11,8 @@ one object a line:
     {"ended": code, "asked": false, "known": {}}    whether a signal that came through here asked for it, and what the
                                                     status file said
 
+Rank 0 opens a second connection, on which it says ``{"token", "input": true}``, and gets the launcher's standard input.
+
 The launcher answers with a line for each signal that the program is to get, such as ``signal 15``, and for each rank
 that computes so, such as ``computing 3``, of which the library is told. The connection is a leash as well: when the
 launcher lets go of it, or dies, everything here ends. The library keeps its place in a file of this host that
@@ -50,6 +52,8 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 DEFAULT_TIMEOUT = 60.0  # s, the ring's
 _QUIET = 0.3  # s without the rest of a line
+_PART = 1 << 16  # bytes that are read at once
+_LONGEST_LINE = 1 << 16  # bytes of an unfinished line that are held back
 _LAST_WORDS = 3  # s for the launcher's host to confirm that it has heard how the program ended
 _LOOK_AROUND = 0.5  # seconds between looks at the parent and the program; everything else wakes the wait by itself
 _BUSY = 0.05  # of a core's time; threads that only wait for the interpreter lock were seen to use 0.004
@@ -155,6 +159,41 @@ def connect(told: str) -> tuple[socket.socket, str]:
     raise error or OSError("no address")
 
 
+class Prefixer:
+    """Put a text before each line of a stream of bytes, in time and memory that do not depend on the lines' lengths."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        self._held = bytearray()  # the beginning of a line
+        self._in_line = False  # whether a part of the line has been returned, and its prefix with it
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
+    def feed(self, part: bytes) -> bytes:
+        """Take a part of the stream and return whole lines, and what there is of one longer than `_LONGEST_LINE`."""
+        begin = len(self._held)
+        self._held += part
+        end = self._held.rfind(b"\n", begin) + 1
+        if len(self._held) - end >= _LONGEST_LINE:
+            end = len(self._held)
+        return self._mark(end)
+
+    def flush(self) -> bytes:
+        """Return the part of a line that is held."""
+        return self._mark(len(self._held))
+
+    def _mark(self, end: int) -> bytes:
+        text = bytes(self._held[:end])
+        del self._held[:end]
+        if not text:
+            return b""
+        before = b"" if self._in_line else self._prefix
+        self._in_line = not text.endswith(b"\n")
+        return before + text[:-1].replace(b"\n", b"\n" + self._prefix) + text[-1:]
+
+
 class Outputs:
     """What the program prints, passed on line by line with the rank before each."""
 
@@ -176,19 +215,13 @@ class Outputs:
 
     def pass_on(self, descriptor: int) -> None:
         """Whole lines at once; of a line that stays unfinished for a while, such as a question, what is there."""
-        reading, rest = self.pipes[descriptor][0], b""
-        open_line = False  # whether a part of the line has gone out, and its rank with it
+        reading = self.pipes[descriptor][0]
+        lines = Prefixer(self.before)
         while True:
-            quiet = bool(rest) and not select.select([reading], [], [], _QUIET)[0]
-            part = b"" if quiet else os.read(reading, 1 << 16)
-            *lines, rest = (rest + part).split(b"\n")
-            out = [line + b"\n" for line in lines]
-            if rest and (quiet or not part):
-                out, rest = [*out, rest], b""
-            marked = [line if open_line and i == 0 else self.before + line for i, line in enumerate(out)]
-            open_line = not out[-1].endswith(b"\n") if out else open_line
+            quiet = lines.holds and not select.select([reading], [], [], _QUIET)[0]
+            part = b"" if quiet else os.read(reading, _PART)
             with suppress(OSError):  # nobody reads any more
-                _write(descriptor, b"".join(marked))
+                _write(descriptor, lines.feed(part) if part else lines.flush())
             if not part and not quiet:
                 return
 
@@ -222,13 +255,42 @@ class Pulse:
         return False
 
 
+class Input:
+    """The standard input of rank 0's program: a pipe that is filled with what the launcher reads."""
+
+    def __init__(self, told: str) -> None:
+        self.link, token = connect(told)
+        give_up_after(self.link, 0)  # a program that does not read for an hour is in its right
+        self.link.sendall(json.dumps({"token": token, "input": True}).encode() + b"\n")
+        self.reading, self.writing = os.pipe()
+
+    def become(self) -> None:
+        """In the program's process: read from the pipe."""
+        os.dup2(self.reading, 0)
+
+    def start(self) -> None:
+        os.close(self.reading)
+        threading.Thread(target=self.pass_on, daemon=True).start()
+
+    def pass_on(self) -> None:
+        try:
+            with self.link:
+                while part := self.link.recv(_PART):
+                    _write(self.writing, part)
+        except OSError:
+            return  # the program does not read any more; or the launcher is lost, which is no end of the input
+        os.close(self.writing)
+
+
 class Wrapper:
     """One rank's program and what is told about it."""
 
     def __init__(self, rank: str) -> None:
         self.rank, self.host = rank, os.uname().nodename
         self.parent = os.getppid()
-        self.link, self.token = connect(os.environ.pop("RINGATTN_LAUNCHER"))
+        told = os.environ.pop("RINGATTN_LAUNCHER")
+        self.link, self.token = connect(told)
+        self.input = Input(told) if rank == "0" else None
         folder = os.environ.pop("RINGATTN_LAUNCH_DIR", "")
         folder = folder if os.path.isdir(folder) else os.environ.get("TMPDIR", "/tmp")
         self.status = os.path.join(folder, f"ringattn-{os.getpid()}.status")
@@ -268,12 +330,16 @@ class Wrapper:
                         os._exit(128 + signal.SIGKILL)
                 if outputs:
                     outputs.become()
+                if self.input:
+                    self.input.become()
                 _become(command, environment, self.rank)
             finally:
                 os._exit(126)
         self.wake = self._handle_signals()
         if outputs:
             outputs.start()
+        if self.input:
+            self.input.start()
         self.outputs = outputs
         processes = [(pid, start_time(pid) or "") for pid in (wrapper, self.child)]
         self.tell(token=self.token, rank=self.rank, host=self.host, processes=processes)
@@ -398,7 +464,7 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
     for number in (signal.SIGINT, signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)):
         signal.signal(number, signal.SIG_DFL)  # Python handles or ignores these, and an ignored one stays ignored
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    if rank != "0":  # Open MPI does this itself; MPICH gives the others a pipe that never ends
+    if rank != "0":  # MPICH gives the others a pipe that never ends
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         os.execvpe(command[0], list(command), environment)
@@ -408,8 +474,9 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
 
 
 def _write(descriptor: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(descriptor, text) :]
+    left = memoryview(text)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _drain(descriptor: int) -> None:

@@ -119,7 +119,9 @@ class Job:
     def start(self, line: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """Start mpiexec, out of reach of the terminal's Ctrl-C: only we decide who gets which signal."""
         environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.told}
-        self._mpiexec = subprocess.Popen(list(line), env=environment, start_new_session=True)
+        self._mpiexec = subprocess.Popen(
+            list(line), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )  # rank 0 gets our standard input through its wrapper
 
     def watch(self) -> None:
         """Return when every rank has ended, or when those left must be killed."""

@@ -27,8 +27,8 @@ def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **optio
     """Run COMMAND on N ranks, on this machine or on several hosts.
 
     COMMAND is any program with its arguments; a script that ends in .py, and ringattn, run under this Python. Options
-    of COMMAND go behind it. When a rank fails, the others are ended and the exit code is that of the first that failed.
-    Ctrl-C ends all of them, twice at once.
+    of COMMAND go behind it. Rank 0 gets the standard input. When a rank fails, the others are ended and the exit code
+    is that of the first that failed. Ctrl-C ends all of them, twice at once.
 
     Hosts are reached by ssh without a password, and have Python, ringattn and MPI at the same paths as this machine.
     """
