@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": ("ringattn.cli.doctor", "Examine hosts, links and versions before a ring runs on them."),
     "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
     "launch": ("ringattn.cli.launch", "Run a program on several ranks, of this machine or of several hosts."),
+    "samples": ("ringattn.cli.samples", "Print an example program, a host file, or the guide to several machines."),
     "serve": ("ringattn.cli.serve", "Answer OpenAI-style requests with a language model spread over ranks."),
     "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),
 }
