@@ -11,6 +11,8 @@ from ringattn.metal.call import KernelCall
 from tools.hostmetal import CompileError, LintError, Runtime, RuntimeFault
 from tools.hostmetal.mlx_kernel import steel_attention
 
+pytestmark = pytest.mark.host_runtime
+
 ORDERS = ("forward", "backward", "shuffled")
 REFUSALS = {"lint": LintError, "compile": CompileError}
 
