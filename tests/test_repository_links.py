@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -60,3 +61,9 @@ def test_it_runs_once(copy):
     main(REPOSITORY, "v1", copy)
     with pytest.raises(ValueError, match=r"\[project.urls\] is there already"):
         main(REPOSITORY, "v1", copy)
+
+
+def test_the_citation_has_the_version_of_the_project():
+    citation, project = ((ROOT / name).read_text() for name in ("CITATION.cff", "pyproject.toml"))
+    version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in citation
