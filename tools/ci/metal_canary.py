@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ringattn.metal import KernelCall, executor, set_executor
+from ringattn.metal import KernelCall, launch, set_executor
 
 LIMIT = 120  # seconds for one kernel, most of which Metal's compiler takes
 LANES = 32
@@ -57,7 +57,7 @@ class Canary:
             output_dtypes=[self.x.dtype],
         )
         try:
-            y = np.array(executor.run(call)[0].astype(mx.float32))
+            y = np.array(launch.run(call)[0].astype(mx.float32))
         except Exception as error:  # whatever it is, the feature does not work
             return " ".join(str(error).split())[:300]
         return "" if np.array_equal(y, self.y) else f"y: {y.tolist()}, expected {self.y.tolist()}"[:300]
