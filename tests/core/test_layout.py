@@ -293,3 +293,11 @@ def test_axis_2_is_the_default():
     layout = Layout.contiguous(5, 2)
     assert layout.shard(mx.zeros((2, 3, 5, 4)), 0).shape == (2, 3, 3, 4)
     assert layout.unshard(iter([mx.zeros((2, 3, 3, 4)), mx.zeros((2, 3, 2, 4))])).shape == (2, 3, 5, 4)
+
+
+def test_repr_is_the_layout_or_its_beginning():
+    short = Layout.zigzag(16, 2, start=3)
+    assert repr(short) == "Layout(spans=(((3, 7), (15, 19)), ((7, 15),)), start=3)"
+    assert eval(repr(short)) == short
+    long = repr(Layout.cyclic(100_000, 4, 16))
+    assert long.startswith("Layout(spans=(((0, 16), (64, 80), ") and "...)" in long and len(long) < 1000

@@ -18,13 +18,14 @@ from ...metal import launch
 from ...reporting.machine import machine
 from ...verify.findings import Findings, Results
 from ...verify.run import findings, verify_local
+from ..host_options import ranks_option
 
 if TYPE_CHECKING:
     from ...verify.variants import Variant
 
 
 @click.command()
-@click.option("--ranks", default=2, show_default=True, type=click.IntRange(min=0), help="Local ranks; 0: no ring.")
+@ranks_option("Local ranks; 0: no ring.", least=0, default=2)
 def verify(ranks: int) -> None:
     """Check every feature on this machine's kernels and ranks against float64, and every variant of the Metal kernels.
 
