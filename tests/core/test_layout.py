@@ -116,6 +116,7 @@ def test_zigzag_holds_two_chunks_a_rank(n, size, start):
         assert layout.positions(rank).tolist() == [*chunks[rank], *chunks[count - 1 - rank]]
 
 
+@steady
 @given(st.integers(0, 8), sizes)
 def test_zigzag_shares_causal_work_equally(chunk, size):
     layout = Layout.zigzag(2 * size * chunk, size)
@@ -142,6 +143,7 @@ def _is_subsequence(part: list[int], whole: list[int]) -> bool:
     return all(x in rest for x in part)
 
 
+@steady
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 5))
 def test_weighted_work_is_in_proportion(weights, scale):
     """Where the weights divide the tokens exactly, causal work is exactly in proportion too."""

@@ -17,6 +17,8 @@ from ringattn.metal.tiling import Tiling
 from ringattn.verify.oracle import Case, check
 from tools.hostmetal import Runtime
 
+pytestmark = pytest.mark.host_runtime
+
 TOKENS, HEADS, DIM, WINDOW = 1 << 20, 33, 128, 100  # 4.4e9 numbers, 8.9 GB in float16
 SEEN = 132  # keys that the last 32 queries see, and some more
 
