@@ -18,6 +18,7 @@ from ..comm.base import Ring
 from ..errors import ArgumentError, KernelWarning, MissingExtraError
 from .progress import bar
 
+LONGEST_ERROR = 600  # characters of another library's message
 
 def run(
     work: Callable[[Session], None],
@@ -112,11 +113,10 @@ def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, and its type where that alone would be a riddle."""
-    told = (str(error).splitlines() or [""])[0]
-    return (
-        told if told and isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {told}"
-    )
+    """The whole message of an error in one line, with its type where the message alone would not say enough."""
+    message = " ".join(str(error).split())
+    plain = message and isinstance(error, OSError | RuntimeError | ValueError)
+    return (message if plain else f"{type(error).__name__}: {message}")[:LONGEST_ERROR]
 
 
 class Session:
