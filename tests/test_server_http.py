@@ -154,7 +154,9 @@ def test_an_error_in_the_form_of_openai(client: Client) -> None:
     error = {"message": message, "type": "invalid_request_error", "param": "n", "code": "invalid_value"}
     assert (status, found) == (400, {"error": error})
     status, found = client.ask(CHAT, {**ASK, "model": "gpt"})
-    assert status == 404 and found["error"]["code"] == "model_not_found" and "'folder/tiny'" in found["error"]["message"]
+    assert (
+        status == 404 and found["error"]["code"] == "model_not_found" and "'folder/tiny'" in found["error"]["message"]
+    )
 
 
 def test_models_health_and_origins(client: Client) -> None:

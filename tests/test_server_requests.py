@@ -99,7 +99,12 @@ def test_harmless_options_are_accepted() -> None:
 def test_values_become_what_the_engine_needs() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     found = read("chat", messages=MESSAGES, tools=tools, stop="x", max_completion_tokens=3, reasoning_effort="low")
-    assert (found.stop, found.max_tokens, found.tools, found.template) == (("x",), 3, tools, {"reasoning_effort": "low"})
+    assert (found.stop, found.max_tokens, found.tools, found.template) == (
+        ("x",),
+        3,
+        tools,
+        {"reasoning_effort": "low"},
+    )
     assert read("chat", messages=MESSAGES, tools=tools, tool_choice="none").tools is None
     assert read("text", prompt="x", temperature=1e-9).sampling["temperature"] == 0  # 1 / 1e-9 is no use in float32
     assert read("text", prompt="x", stream_options={"include_usage": True}).include_usage
@@ -162,7 +167,11 @@ def test_wanted_logprobs(kind: str, asked: dict[str, Any], found: int | None) ->
         ("text", {"prompt": "x", "stop": ["x"] * 65}, "stop: ['x'"),
         ("text", {"prompt": "x", "stream": 1}, "stream: 1, expected true or false"),
         ("text", {"prompt": "x", "stream_options": 1}, "stream_options: 1, expected an object"),
-        ("text", {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format: {'type': 'json_object'}"),
+        (
+            "text",
+            {"prompt": "x", "response_format": {"type": "json_object"}},
+            "response_format: {'type': 'json_object'}",
+        ),
         ("chat", {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice: 'required', expected 'auto'"),
         ("chat", {"messages": MESSAGES, "tools": [5]}, "tools: [5], expected a list of objects"),
         ("chat", {"messages": MESSAGES, "functions": []}, "functions: not supported"),
