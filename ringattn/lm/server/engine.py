@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from ...comm.collectives import broadcast_bytes
 from ...errors import RingError
+from ...transport.collectives import broadcast_bytes
 from ..generate import stream_generate
-from ..model import Sharded
+from ..shard import Sharded
 from .cache_pool import KeptCaches
 from .fields import RequestError
 from .requests import Request

@@ -1,0 +1,322 @@
+"""``ringattn serve``: the endpoints of mlx_lm.server, given by several ranks."""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from odd_requests import FUZZ_SECONDS, bodies
+from tiny_model import make_folder
+
+pytestmark = pytest.mark.model
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+LONG = {"prompt": "Once upon a time", "max_tokens": 5000}
+
+
+class Server:
+    """A running ``ringattn serve -n 2``."""
+
+    def __init__(self, model: str, *options: str) -> None:
+        line = [sys.executable, "-m", "ringattn.cli", "serve", "-n", "2", "--model", model, "--dtype", "float32"]
+        self.process = subprocess.Popen([*line, "--port", "0", *options], stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        said: list[str] = []
+        for line_of_it in self.process.stderr:
+            said.append(line_of_it)
+            if found := re.search(r"http://127.0.0.1:(\d+)/v1 \(2 ranks\)", line_of_it):
+                break
+        else:
+            pytest.fail("".join(said))
+        self.port = int(found[1])
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()  # what it says of each request
+
+    def close(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(20) == 128 + signal.SIGTERM
+
+    def open(self, path: str, body: Any, **headers: str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("GET" if body is None else "POST", path, None if body is None else text, headers)
+        return connection
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        connection = self.open(path, body, **headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, text if answer.headers["Content-Type"] == "text/event-stream" else json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """With SmolLM2, whose answers make sense."""
+    one = Server("smollm2", "--prefill-step-size", "64")
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With a tiny random model, for requests that are odd."""
+    one = Server(str(make_folder(tmp_path_factory.mktemp("model"))))
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """What plain mlx-lm answers in one process."""
+    import mlx.core as mx
+    import mlx_lm
+
+    from ringattn import lm
+
+    model, tokenizer = lm.load("smollm2", mx.float32)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=20))
+
+
+def test_a_chat(server: Server, expected: str) -> None:
+    status, found = server.ask(CHAT, {"messages": QUESTION, "max_tokens": 20})
+    assert status == 200 and found["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    assert found["choices"][0]["finish_reason"] == "stop" and found["object"] == "chat.completion"
+    # The same again, and a next turn, go on from what was read.
+    messages = [*QUESTION, {"role": "assistant", "content": expected}, {"role": "user", "content": "And of Italy?"}]
+    for more, least in ((QUESTION, found["usage"]["prompt_tokens"] - 1), (messages, found["usage"]["prompt_tokens"])):
+        _, again = server.ask(CHAT, {"messages": more, "max_tokens": 20})
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= least
+    assert "Rome" in again["choices"][0]["message"]["content"]
+
+
+def test_a_stream(server: Server, expected: str) -> None:
+    body = {"messages": QUESTION, "max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}}
+    status, text = server.ask(CHAT, body)
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert status == 200 and events.pop() == "[DONE]"
+    usage, *chunks = (json.loads(event) for event in reversed(events))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in reversed(chunks)) == expected
+    assert chunks[0]["choices"][0]["finish_reason"] == "stop" and usage["usage"]["completion_tokens"] > 1
+
+
+@pytest.mark.parametrize(
+    "stop, left",
+    [
+        ("Paris", "The capital of France is "),
+        (["xyz", "tal of Fr"], "The capi"),  # spread over several tokens
+        ("Paris. And", "The capital of France is Paris."),  # begins where the answer ends
+    ],
+)
+def test_a_stop_word(server: Server, stop: str | list[str], left: str) -> None:
+    body = {"messages": QUESTION, "max_tokens": 20, "stop": stop}
+    choice = server.ask(CHAT, body)[1]["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (left, "stop")
+    _, text = server.ask(CHAT, {**body, "stream": True})
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == left
+
+
+def test_a_text(server: Server) -> None:
+    body = {"prompt": "The capital of France is", "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    _, found = server.ask(TEXT, body)
+    choice = found["choices"][0]
+    assert choice["text"].strip().startswith("Paris") and choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["content"]) == 3 and len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
+    seeded = {"prompt": "Once", "max_tokens": 12, "temperature": 1.5, "seed": 5}
+    one, two = (server.ask(TEXT, seeded)[1]["choices"][0]["text"] for _ in range(2))
+    assert one == two != server.ask(TEXT, {**seeded, "seed": 6})[1]["choices"][0]["text"]
+    banned = {**body, "logit_bias": {"7042": -100}, "logprobs": False, "top_logprobs": -1}
+    assert "Paris" not in server.ask(TEXT, banned)[1]["choices"][0]["text"]
+
+
+def test_models_and_health(server: Server) -> None:
+    assert [m["id"] for m in server.ask("/v1/models")[1]["data"]] == ["smollm2"]
+    assert server.ask("/v1/models/smollm2")[1]["id"] == "smollm2"
+    assert server.ask("/v1/models/other")[0] == 404
+    assert server.ask("/health") == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"prompt": "x", "top_logprobs": True}, "top_logprobs"),
+        ({"prompt": "x", "xtc_probability": 1, "xtc_threshold": 0.9, "temperature": 1}, "xtc_threshold"),
+        ({"prompt": "x", "top_k": 262, "temperature": 1}, "top_k"),
+        ({"prompt": "x", "logit_bias": {"262": 1}}, "logit_bias"),
+        ({"prompt": "x", "repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"prompt": "\ud800"}, None),
+        ({"prompt": "x", "stop": json.loads("[" * 400 + "]" * 400)}, "stop"),
+    ],
+)
+def test_a_bad_request_leaves_the_ranks_in_step(tiny: Server, body: Any, param: str | None) -> None:
+    status, found = tiny.ask(TEXT, body)
+    assert (status, found["error"]["param"]) == (400, param), found
+    assert tiny.ask(TEXT, {"prompt": "x", "max_tokens": 3})[0] == 200
+
+
+class Fuzz:
+    """Odd requests to a server, and between them a plain one that must get its usual answer."""
+
+    plain = {"prompt": "Once upon a time", "max_tokens": 4, "logprobs": 2}
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.count = 0
+        self.usual = self.ask_plain()
+
+    def ask_plain(self) -> Any:
+        status, found = self.server.ask(TEXT, self.plain)
+        assert status == 200, found
+        return found["choices"]
+
+    def ask(self, path: str, body: dict[str, Any]) -> None:
+        status, found = self.server.ask(path, body)
+        assert status in (200, 400, 404, 413), (status, body)
+        assert status == 200 or found["error"]["message"], body
+        self.count += 1
+        if self.count % 10 == 0:
+            assert self.ask_plain() == self.usual, body
+
+
+def few_tokens(body: dict[str, Any]) -> dict[str, Any]:
+    """A body whose answer is short, unless its number of tokens is refused."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is None or (isinstance(value, int) and value > 8):
+            body[name] = 3
+    if "prompt" in body:
+        del body["max_completion_tokens"]
+    return body
+
+
+def test_odd_requests_leave_the_usual_answer(tiny: Server) -> None:
+    """For RINGATTN_FUZZ_SECONDS seconds, or some more where requests are slow."""
+    fuzz = Fuzz(tiny)
+    end = time.monotonic() + FUZZ_SECONDS
+
+    @settings(max_examples=100 * FUZZ_SECONDS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.tuples(st.just(CHAT), bodies("chat")) | st.tuples(st.just(TEXT), bodies("text")))
+    def odd(request: tuple[str, dict[str, Any]]) -> None:
+        if time.monotonic() < end:
+            fuzz.ask(request[0], few_tokens(request[1]))
+
+    odd()
+    assert fuzz.count > 5 and fuzz.ask_plain() == fuzz.usual
+
+
+def test_other_servers_clients(server: Server, expected: str) -> None:
+    """OpenAI's own: answers, streams, errors."""
+    openai = pytest.importorskip("openai") if "CI" not in os.environ else importlib.import_module("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+    ask = {"model": "smollm2", "messages": QUESTION, "max_tokens": 20}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, n=None, user="me")
+    assert whole.choices[0].message.content == expected and whole.model == "smollm2"
+    chosen = whole.choices[0].logprobs.content
+    assert "".join(entry.token for entry in chosen) == expected
+    assert all(entry.top_logprobs[0].token == entry.token for entry in chosen)
+    chunks = list(client.chat.completions.create(**ask, stream=True, logprobs=True))
+    told = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
+    assert "".join(told) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    with client.chat.completions.stream(**ask) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.content == expected
+    text = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=2, logprobs=1)
+    assert text.choices[0].text == "".join(text.choices[0].logprobs.tokens).lstrip()  # as mlx-lm trims the first
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+    with pytest.raises(openai.BadRequestError, match="n: 2, expected 1") as wrong:
+        client.chat.completions.create(**ask, n=2)
+    assert (wrong.value.param, wrong.value.type) == ("n", "invalid_request_error")
+    with pytest.raises(openai.NotFoundError, match="'gpt' is not served here"):
+        client.chat.completions.create(**{**ask, "model": "gpt"})
+    with pytest.raises(openai.NotFoundError, match="no such address"):
+        client.embeddings.create(model="smollm2", input="x")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> None:
+    """While its answer is generated, while its prompt is read, and while it waits for its turn."""
+    patient, long_prompt = {**LONG, "stream": stream}, {**LONG, "prompt": "word " * 7000, "stream": stream}
+    for body in (patient, long_prompt):
+        leaving, queued = server.open(TEXT, body), server.open(TEXT, body)
+        time.sleep(1.0)
+        leaving.close()
+        queued.close()
+        begin = time.monotonic()
+        assert server.ask(TEXT, {"prompt": "One, two,", "max_tokens": 2})[0] == 200
+        assert time.monotonic() - begin < 20  # the answers alone would have taken minutes
+
+
+def test_requests_wait_for_their_turn(server: Server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        body = {"messages": QUESTION, "max_tokens": 20}
+        found = list(pool.map(lambda _: server.ask(CHAT, body)[1]["choices"][0]["message"]["content"], range(4)))
+    assert len(set(found)) == 1 and "Paris" in found[0]
+
+
+def test_template_arguments_that_are_no_object_are_one_line() -> None:
+    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "none.gguf", "--chat-template-args", "5"]
+    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and "'5', expected a JSON object such as" in found.stderr, found.stderr
+
+
+def test_a_port_in_use_is_one_line(server: Server) -> None:
+    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "smollm2", "--dtype", "float32"]
+    line += ["--port", str(server.port)]
+    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
+    assert f"cannot listen on 127.0.0.1:{server.port}" in found.stderr
+
+
+class Plain:
+    """A cache that holds as many tokens as it was given."""
+
+    def __init__(self, tokens: int, trimmable: bool = True):
+        self.tokens, self.trimmable = tokens, trimmable
+
+    def size(self) -> int:
+        return self.tokens
+
+    def is_trimmable(self) -> bool:
+        return self.trimmable
+
+    def trim(self, n: int) -> None:
+        self.tokens -= n
+
+
+def test_kept_caches() -> None:
+    from ringattn.lm.server.cache_pool import KeptCaches
+
+    kept = KeptCaches(2)
+    first, second = Plain(6), Plain(4)
+    kept.give([1, 2, 3, 4, 5], [first])
+    assert first.size() == 5  # one token more than was given out
+    kept.give([1, 9, 9, 9], [second])
+    assert kept.take([1, 2, 7]) == (None, 0)  # too little of either
+    assert kept.take([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
+    assert len(kept) == 1 and kept.take([1, 2, 3, 4, 5]) == (None, 0)
+    kept.give([1, 2, 3, 4], [first])
+    assert kept.take([1, 2, 3, 7, 8]) == ([first], 3)
+    window = Plain(3, trimmable=False)
+    kept.give([5, 6, 7], [window])
+    assert kept.take([5, 6, 8, 9]) == (None, 0)
+    assert kept.take([5, 6, 7, 8]) == ([window], 3)
+    for tokens in ([1], [2], [3]):
+        kept.give(tokens, [Plain(1)])
+    assert len(kept) == 2 and kept.take([1, 1]) == (None, 0)
