@@ -197,6 +197,13 @@ def tool_choice(name: str, value: Any) -> str:
     return str(value)
 
 
+def short_text(name: str, value: Any) -> str:
+    """A text for a chat template."""
+    if len(text(name, value)) > LONGEST_TEMPLATE_TEXT:
+        raise wrong(name, value, f"at most {LONGEST_TEMPLATE_TEXT} characters")
+    return str(value)
+
+
 def template_options(name: str, value: Any) -> dict[str, Any]:
     """Arguments of the chat template: named ones, with short scalar values."""
     found = {key: one for key, one in table(name, value).items() if one is not None}
@@ -205,16 +212,15 @@ def template_options(name: str, value: Any) -> dict[str, Any]:
             raise wrong(name, key, f"one of {', '.join(sorted(TEMPLATE_KEYS))}")
         if not isinstance(one, bool | int | str) or (not isinstance(one, str) and abs(one) > LARGEST_WHOLE):
             raise wrong(f"{name}.{key}", one, "a text, a whole number, true or false")
-        if isinstance(one, str) and len(one) > LONGEST_TEMPLATE_TEXT:
-            raise wrong(f"{name}.{key}", one, f"at most {LONGEST_TEMPLATE_TEXT} characters")
+        if isinstance(one, str):
+            short_text(f"{name}.{key}", one)
     return found
 
 
 def role_mapping(name: str, value: Any) -> dict[str, str]:
     """mlx-lm's texts before each role's messages, for a model without a chat template."""
     for key, one in table(name, value).items():
-        if len(text(f"{name}.{key}", one)) > LONGEST_TEMPLATE_TEXT:
-            raise wrong(f"{name}.{key}", one, f"at most {LONGEST_TEMPLATE_TEXT} characters")
+        short_text(f"{name}.{key}", one)
     return dict(value)
 
 

@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.rfile.close()
         deadline = time.monotonic() + PATIENCE
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, deadline))
 

@@ -55,7 +55,7 @@ CHAT: dict[str, Rule] = {
     "tool_choice": fields.tool_choice,
     "parallel_tool_calls": fields.only(True, why=": the model decides how many it calls"),
     "chat_template_kwargs": fields.template_options,
-    "reasoning_effort": fields.text,
+    "reasoning_effort": fields.short_text,
     "role_mapping": fields.role_mapping,
     "modalities": fields.only(["text"]),
     "verbosity": fields.only("medium"),
@@ -185,7 +185,7 @@ def _check_tokens(values: Mapping[str, Any], vocabulary: int) -> None:
 def _build(kind: str, values: Mapping[str, Any]) -> Request:
     template = dict(values.get("chat_template_kwargs", {}))
     if "reasoning_effort" in values:
-        template.update(fields.template_options("reasoning_effort", {"reasoning_effort": values["reasoning_effort"]}))
+        template["reasoning_effort"] = values["reasoning_effort"]
     return Request(
         kind=kind,
         messages=values.get("messages", []),
