@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 
@@ -120,6 +121,7 @@ class Rank:
     connection: Connection
     end: End | None = None
     stopped: bool = False
+    computing: bool = False  # its wrapper has just seen it compute although it sends no heartbeats
     opening_since: float | None = None  # when it began to wait for the others to open a ring, if it does
     missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
 
@@ -153,14 +155,14 @@ class Rank:
         if self.connection.local:
             self.child.signal(number)
         else:
-            self.connection.say(str(int(number)))
+            self.connection.say(f"signal {int(number)}")
 
     def kill(self) -> None:
         """Kill its program, and what that has left behind."""
         if self.connection.local:
             self.child.kill_group()
         else:
-            self.connection.say(str(int(signal.SIGKILL)))
+            self.connection.say(f"signal {int(signal.SIGKILL)}")
 
     def hear(self) -> None:
         """Take in what its wrapper has said."""
@@ -170,8 +172,12 @@ class Rank:
                 self.stopped = said["stopped"]
             elif "opening" in said:
                 self.opening_since = time.monotonic() if said["opening"] else None
+            elif "computing" in said:
+                self.computing = True
             elif "ended" in said and self.end is None:
-                self.end = End(said["ended"], time.monotonic(), said["asked"], said["caused"], said["line"])
+                cause = Cause.of_end(self.number, self.host, said["ended"], said["known"])
+                caused = said["known"].get("broken") == "elsewhere"
+                self.end = End(said["ended"], time.monotonic(), said["asked"], caused, str(cause))
                 self.stopped = False
 
 
@@ -207,6 +213,10 @@ class Ranks(dict[str, Rank]):
         self._coming = [connection for connection in self._coming if not self._admit(connection)]
         for rank in self.values():
             rank.hear()
+            if rank.computing:
+                rank.computing = False
+                for other in self.values():
+                    other.connection.say(f"computing {rank.number}")
 
     def close(self) -> None:
         for door in self._doors:

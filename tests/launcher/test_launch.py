@@ -16,10 +16,13 @@ from click.testing import CliRunner
 from ringattn.cli import main
 from ringattn.errors import LaunchError
 from ringattn.launcher import mpiexec
+from ringattn.launcher import rank_wrapper as wrapper
 from ringattn.launcher.mpiexec import Mpiexec
 from ringattn.launcher.rank_table import End, Rank, Ranks
-from ringattn.launcher.rank_wrapper import describe_end, parse_status, settle, start_time, unescape
+from ringattn.launcher.rank_wrapper import Pulse, parse_status, settle, start_time, unescape
 from ringattn.launcher.supervisor import Job
+from ringattn.transport.failures.cause import Cause
+from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE
 
 pytestmark = pytest.mark.ranks
 
@@ -207,15 +210,20 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("code", "status", "line"),
     [
-        (-9, b"rank=2 call=ring_attention hop=3", "rank 2 (mac) was killed by SIGKILL in ring_attention, hop 3"),
-        (-11, b"rank=2 size=4 call=- hop=0\n", "rank 2 (mac) was killed by SIGSEGV"),
-        (7, b"rank=2 call=after:barrier hop=0", "rank 2 (mac) exited with code 7 after barrier"),
+        (-9, b'{"rank": 2, "call": "x", "hop": 3}', "rank 2 (mac) was killed by SIGKILL in x, hop 3"),
+        (
+            -11,
+            b'{"rank": 2, "size": 4, "call": "", "hop": 0}',
+            "rank 2 (mac) was killed by SIGSEGV before its first call",
+        ),
+        (7, b'{"rank": 2, "call": "after barrier", "hop": 0}', "rank 2 (mac) exited with code 7 after barrier"),
         (-9, b"", "rank 5 (mac) was killed by SIGKILL"),
         (-9, b"\xff=\x01 junk", "rank 5 (mac) was killed by SIGKILL"),
+        (-9, b"[1]", "rank 5 (mac) was killed by SIGKILL"),
     ],
 )
 def test_describes_an_end(code, status, line):
-    assert describe_end("5", "mac", code, parse_status(status.ljust(256, b"\0"))) == line
+    assert str(Cause.of_end("5", "mac", code, parse_status(status.ljust(4096, b"\0")))) == line
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])  # /proc, and ps
@@ -276,6 +284,35 @@ def test_help_imports_no_command():
     assert all(f"  {name}  " in shown.stdout for name in ("demo", "launch", "verify"))
 
 
+def test_wrapper_and_library_agree_on_the_status_file():
+    ours = wrapper.LINE_BYTES, wrapper.PULSE.format, wrapper.FILE_BYTES
+    assert ours == (LINE_BYTES, PULSE.format, FILE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("program", "late", "kept"),
+    [("while True: pass", 1, True), ("while True: pass", -60, False), ("import time; time.sleep(60)", 1, False)],
+)
+def test_a_rank_computes_without_a_pulse(program, late, kept):
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            time.sleep(0.5)
+            file = bytearray(wrapper.FILE_BYTES)
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic() - late)
+            pulse = Pulse()
+            assert not pulse.is_kept_late(file)  # no look before this one
+            time.sleep(0.6)
+            assert pulse.is_kept_late(file) == kept
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic())
+            time.sleep(0.1)
+            assert not pulse.is_kept_late(file)  # it came, and is late again
+        finally:
+            process.kill()
+    assert not pulse.is_kept_late(file)
+    time.sleep(0.6)
+    assert not pulse.is_kept_late(file)  # dead
+
+
 # Real runs
 
 
@@ -285,7 +322,7 @@ def test_ranks_environment_and_arguments(script, tmp_path):
         "names = ('OMP_NUM_THREADS', 'RINGATTN_THREADS', 'RINGATTN_TIMEOUT', 'RINGATTN_LAUNCH', 'PYTHONUNBUFFERED')\n"
         "seen = [os.environ.get(name) for name in names]\n"
         "status = os.environ['RINGATTN_STATUS']\n"
-        "seen += [open(status, 'rb').read() == bytes(256), status, sys.argv[1:]]\n"
+        "seen += [open(status, 'rb').read() == bytes(4096), status, sys.argv[1:]]\n"
         f"open(os.path.join({str(tmp_path)!r}, f'{{rank}}.json'), 'w').write(json.dumps(seen))\n"
     )
     given = ["a b", "q'\"", "", ":", "\\:", "$HOME", "x\ny", "*", "-n", "--", "é"]
@@ -350,7 +387,8 @@ def test_killed_rank_is_named_with_its_place(script, tmp_path, written):
     path = script(
         NOTE_PID + f"if rank != 1: time.sleep({60 if written else 0}); sys.exit(0)\n"
         f"if {written}:\n"
-        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(b'rank=1 call=ring_attention hop=3')\n"
+        '    place = b\'{"rank": 1, "call": "ring_attention", "hop": 3}\'\n'
+        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(place)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = launch("-n", "2", path, str(tmp_path))
