@@ -27,6 +27,8 @@ Work = Callable[["Session"], int | None]
 Read = Callable[[dict[str, Any]], Any]
 STARTED = "RINGATTN_STARTED"  # set for ranks that one of these commands has started itself
 
+LONGEST_ERROR = 600  # characters of another library's message
+
 
 def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, patient: bool = False) -> None:
     """Do `work` on a ring: on ranks that are started, on those of a launcher, or in this process alone.
@@ -123,11 +125,10 @@ def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, and its type where that alone would be a riddle."""
-    told = (str(error).splitlines() or [""])[0]
-    return (
-        told if told and isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {told}"
-    )
+    """The whole message of an error in one line, with its type where the message alone would not say enough."""
+    message = " ".join(str(error).split())
+    plain = message and isinstance(error, OSError | RuntimeError | ValueError)
+    return (message if plain else f"{type(error).__name__}: {message}")[:LONGEST_ERROR]
 
 
 class Session:
