@@ -11,11 +11,14 @@ import abc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from ..errors import ArgumentError, ArgumentTypeError, RingError
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
 
@@ -71,6 +74,7 @@ class Ring(abc.ABC):
         trace: A list that collects `Event`s while it is not ``None``.
         in_graph_bytes: How long the payload of an `exchange_in_graph` may be; 0 where there is none.
         duplex: Whether messages may come and go on all links at once.
+        shared_input: What all ranks must have in common, besides its arguments, for a call to go on.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -81,6 +85,7 @@ class Ring(abc.ABC):
     trace: list[Event] | None = None
     bytes_sent: int = 0
     in_graph_bytes: int = 0
+    shared_input: SharedInput | None = None
     duplex: bool = True
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ The weights are the same on every rank; each holds a part of the keys and values
 """
 
 from .cache import ShardedKVCache
-from .errors import CacheFileError, UnsupportedModelError
+from .errors import CacheFileError, ContextWarning, UnsupportedModelError
 from .files import load_cache, save_cache
 from .generate import stream_generate
 from .load import load
@@ -18,6 +18,7 @@ from .model import shard
 
 __all__ = [
     "CacheFileError",
+    "ContextWarning",
     "ShardedKVCache",
     "UnsupportedModelError",
     "load",

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..comm.base import Ring
+from ..comm.shared_input import SharedInput, sharing
 from ..errors import ArgumentError
 from ..job import check_ring
 from ..layout import Layout
@@ -19,9 +20,11 @@ from .adapters import ADAPTERS
 from .attention import NAME, dispatching
 from .cache import Probe, ShardedKVCache, step_through
 from .errors import UnsupportedModelError
+from .history import TokenHistory
 from .steps import Cost, Step, next_step
 
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
+REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 
 
@@ -52,18 +55,22 @@ class Sharded:
                 f"model: {name} has a rope that depends on how many tokens come at once beyond {self.longest:,.0f} of "
                 f"context, and this is token {step.new.stop:,}"
             )
+        tokens, shared = inputs, SharedInput("the model's input", inputs, REMEDY)
         if step.shared:
             ((start, stop),) = step.new.spans[self.ring.rank]
             own = slice(start - step.new.start, stop - step.new.start)
             inputs = inputs[:, own]
             if rest.get("input_embeddings") is not None:
                 rest["input_embeddings"] = rest["input_embeddings"][:, own]
-        with step_through(sharded, step):
+        for history in dict.fromkeys(c.history for c in sharded):
+            history.write(step.new.start, tokens)
+        with sharing(self.ring, shared), step_through(sharded, step):
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
     def make_cache(self) -> list[ShardedKVCache]:
         """An empty cache, one for each layer."""
-        return [ShardedKVCache(self.ring, window) for window in self.windows]
+        history = TokenHistory()
+        return [ShardedKVCache(self.ring, window, history) for window in self.windows]
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:

@@ -343,7 +343,7 @@ TORN = "not the manifest of a prompt cache, or torn"
         (lambda text: "{}", TORN),
         (lambda text: "[" * 10**5, TORN),
         (lambda text: "\xff", TORN),
-        (lambda text: text.replace('cache": 2', 'cache": 1'), "of version 1, expected 2"),
+        (lambda text: text.replace('cache": 3', 'cache": 2'), "of version 2, expected 3"),
         (lambda text: text.replace('"start": 0', '"start": 1'), "torn or changed: a checksum of"),
         (lambda text: _changed(text, "files", lambda files: files[::-1]), "torn or changed: a checksum of"),
         (lambda text: _changed(text, "layers", lambda layers: layers[:-1]), "torn or changed: a checksum of"),
