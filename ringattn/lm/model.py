@@ -21,6 +21,7 @@ from .attention import NAME, dispatching
 from .cache import Probe, ShardedKVCache, step_through
 from .errors import UnsupportedModelError
 from .history import TokenHistory
+from .ropes import RopeCall, longest_context, recorded_ropes
 from .steps import Cost, Step, next_step
 
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
@@ -97,7 +98,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
     windows = list(_windows(model))
     _rebind(model)
-    _probe(model, windows)
+    longest = longest_context(_probe(model, windows))
     kind = type(model)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
@@ -106,7 +107,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         ("weights", weights),
         ("windows", windows),
         ("cost", cost_of(model)),
-        ("longest", _longest(model)),
+        ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
@@ -131,23 +132,21 @@ def _windows(model: nn.Module) -> Iterator[int | None]:
             )
 
 
-def _probe(model: nn.Module, windows: Sequence[int | None]) -> None:
-    """See whether each layer attends to what its cache, or another layer's, gave it. Nothing is evaluated."""
+def _probe(model: nn.Module, windows: Sequence[int | None]) -> list[RopeCall]:
+    """See whether each layer attends to what its cache, or another layer's, gave it, and which ropes are called.
+
+    Nothing is evaluated.
+    """
     if type(model).__module__ in UNSUITABLE:
         raise UnsupportedModelError(f"model: {_name(model)} {UNSUITABLE[type(model).__module__]}")
     caches = [Probe(window) for window in windows]
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
     try:
-        with step_through(caches, Step(Layout((((0, 2),),)), False)):
+        with recorded_ropes(model) as calls, step_through(caches, Step(Layout((((0, 2),),)), False)):
             kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
     except ArgumentError as error:
         raise UnsupportedModelError(f"model: {_name(model)} has a layer of another kind: {error}") from None
-
-
-def _longest(model: nn.Module) -> float:
-    """The context from which on the rope's base follows the tokens of a call, of which every rank has its own."""
-    ropes = [part for part in model.modules() if type(part).__name__ == "DynamicNTKScalingRoPE"]
-    return min((float(rope.max_position_embeddings) for rope in ropes), default=float("inf"))
+    return calls
 
 
 def _name(model: nn.Module) -> str:
