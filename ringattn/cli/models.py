@@ -6,10 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +16,9 @@ from ..comm import launched_by
 from ..comm.base import Ring
 from ..errors import ArgumentError, KernelWarning, MissingExtraError
 from .progress import bar
+
+if TYPE_CHECKING:
+    from ..lm.conversation import Conversation
 
 
 def run(
@@ -62,10 +64,11 @@ def _on_a_ring(
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, what, tuple((name, str(value)) for name, value in options.items()))
-            with heard(ring, what), _warnings_in_one_line(ring.rank == 0):
-                model, tokenizer = _loaded(options)
-            agree(ring, what)
-            work(Session(ring, model, tokenizer, options, text))
+            with _warnings_in_one_line(ring.rank == 0):
+                with heard(ring, what):
+                    model, tokenizer = _loaded(options)
+                agree(ring, what)
+                work(Session(ring, model, tokenizer, options, text))
         except (ArgumentError, MissingExtraError) as error:
             if ring.rank == 0:
                 click.echo(f"Error: {error}", err=True)
@@ -75,7 +78,7 @@ def _on_a_ring(
 
 @contextmanager
 def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
-    """What the loader warns of, once for all ranks and without a line of its source."""
+    """Print warnings, once for all ranks and without a line of their source."""
     with warnings.catch_warnings():
         if not speaks:
             warnings.simplefilter("ignore", KernelWarning)
@@ -140,7 +143,8 @@ class Session:
         if file is None:
             self.forget()
             return
-        self.cache, _ = lm.load_cache(file, model)
+        self.cache, metadata = lm.load_cache(file, model)
+        self.talk = self._conversation(metadata, self.cache[0].tokens.reshape(-1).tolist())
 
     @property
     def speaks(self) -> bool:
@@ -150,41 +154,43 @@ class Session:
     def forget(self) -> None:
         """Begin again."""
         self.cache = self.model.make_cache()
+        self.talk = self._conversation()
+
+    def _conversation(self, *held: Any) -> Conversation:
+        from ..lm.conversation import Conversation
+
+        return Conversation(self.tokenizer, self.options["system_prompt"], self.options["chat_template_config"], *held)
 
     def tokens(self, text: str, plain: bool = False) -> list[int]:
-        """A user's turn, in the model's chat template unless it is to be `plain`; of rank 0, on others nothing."""
+        """What is to be read for a user's turn, in the model's chat template unless it is to be `plain`. Collective.
+
+        The cache is trimmed to what it has in common with all that was said so far, and the rest is read again: a
+        template may put an earlier turn otherwise once another one follows. Other ranks than 0 are given nothing.
+        """
         from ..comm.agreement import heard
+        from ..comm.collectives import broadcast_bytes
+        from ..lm.conversation import reusable
 
-        if not self.speaks:
-            return []
+        ids: list[int] = []
+        known: bytes | None = None
         with heard(self.ring, "broadcast"):
-            if plain or not self.tokenizer.has_chat_template:
-                self._check_plain()
-                return list(self.tokenizer.encode(text))
-            try:
-                return self._turn(text)
-            except Exception as error:  # whatever a model's template says, such as that it knows no system prompt
-                raise ArgumentError(f"the model's chat template: {_one_line(error)}") from None
+            if self.speaks:
+                ids = self._plain(text) if plain or not self.tokenizer.has_chat_template else self.talk.ask(text)
+                known = str(reusable(self.cache, ids)).encode()
+        kept = int(broadcast_bytes(self.ring, known))
+        if kept == 0:
+            self.cache = self.model.make_cache()
+        for layer in self.cache:
+            layer.trim(layer.size() - kept)
+        return ids[kept:]
 
-    def _check_plain(self) -> None:
+    def _plain(self, text: str) -> list[int]:
+        """What the cache holds, and the text as it is after it."""
         for name in ("system_prompt", "chat_template_config"):
             if self.options[name] is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ArgumentError(f"{flag}: {self.options[name]!r}, expected none: no chat template is used")
-
-    def _turn(self, text: str) -> list[int]:
-        """A user's turn in the template. What that puts before it, the system prompt too, is the first turn's alone."""
-        system, config = self.options["system_prompt"], self.options["chat_template_config"] or {}
-        template = partial(self.tokenizer.apply_chat_template, tokenize=False, **config)
-        before, turn = [{"role": "system", "content": system or ""}], [{"role": "user", "content": text}]
-        if not self.cache[0].size():
-            whole = template([*before, *turn] if system is not None else turn, add_generation_prompt=True)
-        else:
-            whole = template(turn, add_generation_prompt=True)
-            with suppress(Exception):  # a template that knows no system prompt, or wants a user
-                both, first = template([*before, *turn], add_generation_prompt=True), template(before)
-                whole = both.removeprefix(first) if both.startswith(first) else whole
-        return list(self.tokenizer.encode(whole, add_special_tokens=False))
+        return self.talk.ask_plainly(text, self.cache[0].tokens.reshape(-1).tolist())
 
     def answer(self, ids: Sequence[int], stopped: Callable[[], bool] | None = None) -> Any:
         """Generate, and print what comes on rank 0; mlx-lm's last response, ``None`` if there was none.
@@ -196,7 +202,7 @@ class Session:
 
         from .. import lm
 
-        options, response, before = self.options, None, self.cache[0].size()
+        options, response, before, said = self.options, None, self.cache[0].size(), ""
         for response in lm.stream_generate(
             self.model,
             self.tokenizer,
@@ -208,10 +214,12 @@ class Session:
             prompt_progress_callback=bar() if self.speaks else None,
             stopped=stopped,
         ):
+            said += response.text
             if self.speaks:
                 click.echo(response.text, nl=False)
         if self.speaks:
             click.echo()
+            self.talk.end_turn(None if response is None else said)
         if response is None and all(c.is_trimmable() for c in self.cache):
             for c in self.cache:
                 c.trim(c.size() - before)
@@ -221,9 +229,10 @@ class Session:
         """Write the cache where that is asked for."""
         from .. import lm
 
-        path, metadata = self.options["save_prompt_cache"], {"model": self.options["model"]}
+        path = self.options["save_prompt_cache"]
         if path is None:
             return
+        metadata = {"model": self.options["model"], **self.talk.metadata}
         try:
             lm.save_cache(path, self.cache, metadata, model=self.model)
         except OSError as error:  # on other ranks it is an ArgumentError
