@@ -7,8 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..comm.agreement import Fields, agree, heard
-from ..comm.base import Ring
+from ..transport.base import Ring
+from ..transport.consensus import Fields, agree, heard
 
 # What ranks call, one for each kind of turn: a rank that has left a text early is never taken to be still in it.
 BEGIN = "stream_generate"

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError
-from .cache import ShardedKVCache
 from .history import shared_length
+from .sharded_cache import ShardedKVCache
 
 MESSAGES = "messages"  # the key of a saved cache's metadata
 

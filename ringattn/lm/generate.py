@@ -9,14 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checks import check_int
-from ..comm.agreement import heard
-from ..comm.base import Ring
+from ..core.validation import check_int
 from ..errors import ArgumentError
-from .cache import ShardedKVCache
+from ..transport.base import Ring
+from ..transport.consensus import heard
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
-from .model import Sharded
 from .prompt import Prompt, prompt_ids, warn_of_length
+from .shard import Sharded
+from .sharded_cache import ShardedKVCache
 
 CHUNK = 2048  # tokens a rank computes in one round of prefill, on a CPU
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token

@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import ArgumentError
-from .errors import ContextWarning
+from ..errors import ArgumentError, ContextWarning
 from .limits import context_limit, vocabulary
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]

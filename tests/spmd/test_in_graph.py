@@ -10,8 +10,8 @@ import pytest
 
 import ringattn as ra
 from ringattn import ArgumentError, Layout, TransformError
-from ringattn.comm import Ring, agreement
-from ringattn.comm.shared_input import SharedInput, sharing
+from ringattn.transport import Ring, consensus
+from ringattn.transport.shared_input import SharedInput
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_result_that_nobody_looks_at_on_one_rank(ring):
 
 
 def test_more_calls_than_may_be_open(ring, monkeypatch):
-    monkeypatch.setattr(agreement, "IN_GRAPH", 5)
+    monkeypatch.setattr(consensus, "IN_GRAPH", 5)
     pairs = [decode(ring, seed) for seed in range(20)]
     assert all(map(same, pairs))
 
@@ -97,11 +97,11 @@ def test_arguments_that_differ(ring, looked_at):
 def test_a_shared_input(ring, backends):
     """It is looked at without waiting, wherever a rank's kernel computes; the first rank has another one."""
     backend = backends[ring.rank % len(backends)]
-    with sharing(ring, SharedInput("the input", mx.array([[5, 6]]), "do so")):
+    with ring.sharing(SharedInput("the input", mx.array([[5, 6]]), "do so")):
         assert same(decode(ring, backend=backend))
         ring.barrier()
     text = r"decode_attention: the input differs between ranks: \[5, 7\] on rank 0, \[5, 6\] on ranks? .*: do so$"
-    with sharing(ring, SharedInput("the input", mx.array([[5, 6 + (ring.rank == 0)]]), "do so")):
+    with ring.sharing(SharedInput("the input", mx.array([[5, 6 + (ring.rank == 0)]]), "do so")):
         if backend == "host":
             with pytest.raises(ArgumentError, match=text):
                 decode(ring, backend=backend)
@@ -131,7 +131,7 @@ def test_sizes_that_differ(ring, backend):
 
 
 def test_arguments_that_differ_among_many_calls(ring, monkeypatch):
-    monkeypatch.setattr(agreement, "IN_GRAPH", 5)
+    monkeypatch.setattr(consensus, "IN_GRAPH", 5)
     with pytest.raises(ArgumentError, match="scale differs between ranks"):
         for step in range(10):
             decode(ring, scale=0.1 * (1 + ring.rank) if step == 2 else 0.5)

@@ -17,7 +17,7 @@ if "CI" not in os.environ:
 import mlx_lm
 from families import build, words
 
-from ringattn.cli.models import Session
+from ringattn.cli.session import Session
 
 ROLES = "{% set roles = {'system': 'w52', 'user': 'w53', 'assistant': 'w54'} %}"
 NEXT = "{% if add_generation_prompt %}w51 w54 {% endif %}"
