@@ -140,7 +140,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
     model = lm.shard(build("llama"), ring)
     cache, asked = make_prompt_cache(model), iter(range(100))
     options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
-    prompt = [i % 90 for i in range(301)]
+    prompt = [i % 60 for i in range(301)]
     found = lm.stream_generate(
         model, words(), prompt, max_tokens=9, chunk=100 // ring.size, prompt_cache=cache, **options
     )
