@@ -160,7 +160,8 @@ class Session:
     def _conversation(self, *held: Any) -> Conversation:
         from ..lm.conversation import Conversation
 
-        return Conversation(self.tokenizer, self.options["system_prompt"], self.options["chat_template_config"], *held)
+        system, config = (self.options.get(name) for name in ("system_prompt", "chat_template_config"))  # not of serve
+        return Conversation(self.tokenizer, system, config, *held)
 
     def tokens(self, text: str, plain: bool = False) -> list[int]:
         """What is to be read for a user's turn, in the model's chat template unless it is to be `plain`. Collective.
