@@ -132,13 +132,13 @@ def decode_attention(
             check_flag("return_lse", return_lse)
             first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
             check_int("start + q tokens", first + q.shape[2])
-            step = _Step(ring, kv_layout, first, options, backends.select(backend))
-        out, lse = opaque(WHAT, step.run, (q, k, v, *options.arrays))
+            call = _DecodeCall(ring, kv_layout, first, options, backends.select(backend))
+        out, lse = opaque(WHAT, call.run, (q, k, v, *options.arrays))
     return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
-class _Step:
+class _DecodeCall:
     """One checked call on this rank."""
 
     ring: Ring
@@ -158,7 +158,7 @@ class _Step:
             payload = [] if lazy else [raw(x) for x in state]
         if lazy:
             rows = agree_in_graph(self.ring, WHAT, fields, mx.concatenate([x.reshape(-1) for x in state]))
-            return finish(merge_states(*(_read(row, state) for row in rows)), options.sinks, options.out_dtype)
+            return finish(merge_states(*(_unpack_state(row, state) for row in rows)), options.sinks, options.out_dtype)
         # The others might be in MLX's graph, where a round has one size.
         apart = self.ring.in_graph_bytes > 0 and not fits
         replies = agree(self.ring, WHAT, fields, payload=payload, apart=apart)
@@ -166,7 +166,7 @@ class _Step:
         with np.errstate(all="ignore"):
             # Small and on the host already: NumPy is done before MLX would have begun.
             rows_of_all = (np.frombuffer(reply, np.float32) for reply in replies)
-            out, lse = normalise(merge_states(*(_read(row, state) for row in rows_of_all)), sinks)
+            out, lse = normalise(merge_states(*(_unpack_state(row, state) for row in rows_of_all)), sinks)
         return mx.array(out).astype(options.out_dtype), mx.array(lse)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
@@ -187,7 +187,7 @@ class _Step:
         return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *options.fields)
 
 
-def _read(row: Any, like: State) -> State:
+def _unpack_state(row: Any, like: State) -> State:
     """A rank's state out of its numbers; by the head's agreement it has the shapes of this rank's."""
     arrays, at = [], 0
     for x in like:

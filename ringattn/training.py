@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .autograd.checkpointing import Tape
+from .autograd.checkpointing import ResultRecord
 from .core.validation import check_array, check_int
 from .errors import ArgumentError
 from .layout import Layout
@@ -200,7 +200,8 @@ def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
         given = _leaves({"parameters": module.trainable_parameters(), "arguments": list(arguments)})
         names, arrays = [name for name, _ in given], [x for _, x in given]
         at = [i for i, x in enumerate(arrays) if isinstance(x, mx.array)]
-        tape, shape = Tape(), _Shape()
+        record = ResultRecord()
+        result_tree = _ResultTree()
 
         def flat(*some: mx.array) -> list[mx.array]:
             whole = list(arrays)
@@ -208,28 +209,28 @@ def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
                 whole[i] = x
             tree = tree_unflatten(list(zip(names, whole)))
             module.update(tree.get("parameters", {}))
-            return shape.flatten(run(*tree.get("arguments", [])))
+            return result_tree.flatten(run(*tree.get("arguments", [])))
 
         def compute(*some: mx.array) -> list[mx.array]:
-            with tape.recording():
+            with record.recording():
                 return flat(*some)
 
-        def pull_back(primals, cotangents, outputs) -> list[mx.array]:
-            with tape.replaying():
+        def backward(primals, cotangents, outputs) -> list[mx.array]:
+            with record.replaying():
                 return mx.vjp(flat, list(primals), list(cotangents))[1]
 
         function: Any = mx.custom_function(compute)
-        function.vjp(pull_back)
+        function.vjp(backward)
         parameters = module.trainable_parameters()
         try:
-            return shape.restore(function(*(arrays[i] for i in at)))
+            return result_tree.restore(function(*(arrays[i] for i in at)))
         finally:
             module.update(parameters)  # not those of the transformation
 
     return checkpointed
 
 
-class _Shape:
+class _ResultTree:
     """The structure of a function's result, which is known once it has run."""
 
     def flatten(self, result: Any) -> list[mx.array]:

@@ -13,7 +13,7 @@ from ..errors import RingAttentionError
 Arrays = Sequence[mx.array]
 
 
-class Tape:
+class ResultRecord:
     """The results of the attention calls of one function, in order: written when it is first run, then read."""
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Tape:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        before = _tape.set(self)
+        before = _record.set(self)
         try:
             yield
         finally:
-            _tape.reset(before)
+            _record.reset(before)
 
-    def pass_through(self, compute: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+    def results_of(self, compute: Callable[..., Arrays], arrays: Arrays) -> Arrays:
         """The results of one call: computed and kept, or those that were kept."""
         if self._next is None:
             self._results.append(compute(*arrays))
@@ -53,14 +53,14 @@ class Tape:
         return self._results[self._next - 1]
 
 
-_tape: ContextVar[Tape | None] = ContextVar("ringattn_tape", default=None)
+_record: ContextVar[ResultRecord | None] = ContextVar("ringattn_record", default=None)
 
 
 def kept(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """`compute`, or while a `Tape` is recording or replaying what that makes of it."""
+    """`compute`, or while a `ResultRecord` is recording or replaying what that makes of it."""
 
     def through(*arrays: mx.array) -> Arrays:
-        tape = _tape.get()
-        return compute(*arrays) if tape is None else tape.pass_through(compute, arrays)
+        record = _record.get()
+        return compute(*arrays) if record is None else record.results_of(compute, arrays)
 
     return through

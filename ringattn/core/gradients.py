@@ -40,7 +40,7 @@ class Rows(NamedTuple):
         empty = lse == -mx.inf
         return cls(dout, mx.where(empty, mx.inf, lse), mx.where(empty, 0.0, delta))
 
-    def by_sinks(self, sinks: mx.array) -> mx.array:
+    def sinks_gradient(self, sinks: mx.array) -> mx.array:
         """The gradient by `sinks` ``[Hq]``, of these rows alone."""
         weights = mx.exp(sinks.astype(mx.float32)[None, :, None] - self.lse)
         return -(weights * self.delta).sum(axis=(0, 2))

@@ -70,8 +70,8 @@ class Band:
         if len(k_pos) and self.tile(q_min, q_max, int(k_pos[0]), int(k_pos[-1])) is Tile.FULL:
             yield 0, len(k_pos), Tile.FULL
             return
-        first, last = self._reach(q_min, q_max, k_pos)
-        full_first, full_last = self._reach(q_max, q_min, k_pos)
+        first, last = self._index_range(q_min, q_max, k_pos)
+        full_first, full_last = self._index_range(q_max, q_min, k_pos)
         if full_first >= full_last:
             cuts = [(first, last, Tile.PARTIAL)]
         else:
@@ -84,16 +84,16 @@ class Band:
 
     def rows(self, q_pos: np.ndarray, k_min: int, k_max: int) -> tuple[int, int]:
         """The run of ascending query positions ``[queries]`` that see any of the keys in ``[k_min, k_max]``."""
-        return self.transposed._reach(k_min, k_max, q_pos)
+        return self.transposed._index_range(k_min, k_max, q_pos)
 
-    def edge(self, q_pos: np.ndarray, k_min: int, k_max: int) -> slice:
+    def partial_rows(self, q_pos: np.ndarray, k_min: int, k_max: int) -> slice:
         """A run of ascending query positions outside of which all see every key in ``[k_min, k_max]``."""
-        first, last = self.transposed._reach(k_max, k_min, q_pos)  # those that see every key
+        first, last = self.transposed._index_range(k_max, k_min, q_pos)  # those that see every key
         if first >= last:
             return slice(0, len(q_pos))
         return slice(last if first == 0 else 0, first if last == len(q_pos) else len(q_pos))
 
-    def reach(self, q_low: np.ndarray, q_high: np.ndarray, k_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def index_ranges(self, q_low: np.ndarray, q_high: np.ndarray, k_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in ascending `k_pos` the low bound of `q_low` and the high bound of `q_high` begin and end.
 
         With the lowest and the highest of some queries these are the keys that any of them sees; the other way round,
@@ -107,8 +107,8 @@ class Band:
             last = np.searchsorted(k_pos, _shifted(q_high, self.high), "right")
         return first, last
 
-    def _reach(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
-        first, last = self.reach(np.int64(q_for_low), np.int64(q_for_high), k_pos)
+    def _index_range(self, q_for_low: int, q_for_high: int, k_pos: np.ndarray) -> tuple[int, int]:
+        first, last = self.index_ranges(np.int64(q_for_low), np.int64(q_for_high), k_pos)
         return int(first), int(last)
 
     def visible(self, q_pos: np.ndarray, k_pos: np.ndarray) -> np.ndarray:
@@ -124,9 +124,9 @@ class Band:
 
     def seen_by(self, queries: Spans, keys: Spans) -> Spans:
         """Those of `keys` that at least one of `queries` sees."""
-        return intersection(keys, union(self._reach_of(span, keys) for span in queries)) if keys else ()
+        return intersection(keys, union(self._visible_range(span, keys) for span in queries)) if keys else ()
 
-    def _reach_of(self, queries: Span, keys: Spans) -> Span:
+    def _visible_range(self, queries: Span, keys: Spans) -> Span:
         start = keys[0][0] if self.low is None else queries[0] + self.low
         stop = keys[-1][1] if self.high is None else queries[1] + self.high
         return start, stop

@@ -99,11 +99,11 @@ class Options:
         mask = sums.mask
         if mask is not None and self.mask is not None and mask.shape != self.mask.shape:  # one row for all queries
             mask = mask.sum(axis=2, keepdims=True)
-        found = {"mask": mask, "sinks": None if self.sinks is None else rows.by_sinks(self.sinks)}
+        found = {"mask": mask, "sinks": None if self.sinks is None else rows.sinks_gradient(self.sinks)}
         given = {"mask": self.mask, "sinks": self.sinks}
-        by_options = [mx.zeros_like(x) if found[name] is None else found[name].astype(x.dtype)
+        option_gradients = [mx.zeros_like(x) if found[name] is None else found[name].astype(x.dtype)
                       for name, x in given.items() if x is not None]  # fmt: skip
-        return [*(x.astype(dtype) for x in sums[:3]), *by_options, *map(mx.zeros_like, self.segments or ())]
+        return [*(x.astype(dtype) for x in sums[:3]), *option_gradients, *map(mx.zeros_like, self.segments or ())]
 
     def rules(self, columns: np.ndarray | None = None) -> Rules:
         """What a kernel needs of them."""

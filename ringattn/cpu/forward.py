@@ -16,9 +16,9 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, Unit
+from ..kernels.tiles import Piece, WorkUnit
 from . import softmax
-from .work_units import Work, buffer, cap, spread, views_of
+from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
 
 def attend(inputs: KernelInputs, state: State | None) -> State:
@@ -27,37 +27,37 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
     if state is None:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
     mx.eval(*state)
-    work = _Forward(*views_of(inputs), *map(view, state))
-    spread(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
+    work = _Forward(*numpy_views(inputs), *map(view, state))
+    run_on_threads(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
     return state
 
 
 @dataclass(frozen=True)
-class _Forward(Work):
+class _Forward(WorkUnits):
     """One kernel call, and the state that it updates."""
 
     acc: np.ndarray
     m: np.ndarray
     l: np.ndarray
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: WorkUnit) -> None:
         """Take the state of the unit's rows through all its pieces."""
         rows = self.rows(unit)
         queries = self.scaled(self.q[rows], unit.last - unit.first)
         shape = queries.shape[:2]
         acc = buffer("acc", (*shape, self.v.shape[-1]))
-        for careful in (False, True):
+        for exclude_hidden in (False, True):
             acc[:] = self.acc[rows].reshape(acc.shape)
             m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))
             for piece in unit.pieces:
-                if not self.hidden.empty(unit, piece):
-                    self._step(unit, piece, queries, acc, m, l, careful)
+                if not self.tile_mask.empty(unit, piece):
+                    self._step(unit, piece, queries, acc, m, l, exclude_hidden)
             if np.isfinite(acc).all():
                 break
         for x, new in ((self.acc, acc), (self.m, m), (self.l, l)):
             x[rows] = new.reshape(x[rows].shape)
 
-    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, careful: bool) -> None:
+    def _step(self, unit: WorkUnit, piece: Piece, queries, acc, m, l, exclude_hidden: bool) -> None:
         """Fold the keys of one piece into the state of the rows that see them, in place."""
         rows, at = self.rows_of(unit, piece), self.keys(unit, piece)
         queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))
@@ -66,15 +66,15 @@ class _Forward(Work):
         np.matmul(queries, k.swapaxes(1, 2), out=p)
         if self.rules.softcap is not None:
             cap(p, self.rules.softcap)
-        hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
+        hidden = self.tile_mask.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
         acc *= softmax.step(p, m, l)[..., None]
-        if careful and hidden is not None:
-            acc += _values_seen(p, v, piece.q_stop - piece.q_start, *hidden)
+        if exclude_hidden and hidden is not None:
+            acc += _visible_product(p, v, piece.q_stop - piece.q_start, *hidden)
         else:
             acc += np.matmul(p, v, out=buffer("out", acc.shape))
 
 
-def _values_seen(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
+def _visible_product(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
     """``p @ v`` where values that are not finite do not reach rows that do not see them, as ``0 * NaN`` would."""
     visible = np.ones((p.shape[0] * p.shape[1] // queries, queries, p.shape[2]), bool)
     visible[:, rows] = ~hidden

@@ -66,15 +66,15 @@ def weights(scores: np.ndarray, lse: np.ndarray) -> None:
         library.ringattn_weights(_address(scores), lse.size, scores.shape[-1], _address(lse))
 
 
-def by_scores(by_weights: np.ndarray, weights: np.ndarray, delta: np.ndarray) -> None:
-    """Turn `by_weights`, the loss's gradient by the weights, into that by the scores, in place."""
+def score_gradient(dweights: np.ndarray, weights: np.ndarray, delta: np.ndarray) -> None:
+    """Turn `dweights`, the loss's gradient by the weights, into that by the scores, in place."""
     library = compiled()
     if library is None:
-        by_weights -= delta[..., None]
-        by_weights *= weights
+        dweights -= delta[..., None]
+        dweights *= weights
     else:
         delta = np.ascontiguousarray(delta)
-        tiles = _address(by_weights), _address(weights)
+        tiles = _address(dweights), _address(weights)
         library.ringattn_by_scores(*tiles, delta.size, weights.shape[-1], _address(delta))
 
 

@@ -12,15 +12,15 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile, array_tile, segment_tile
 from ..core.rules import Rules
-from ..kernels.tiles import Piece, Unit
+from ..kernels.tiles import Piece, WorkUnit
 
 
 @dataclass(frozen=True)
-class Hidden:
+class TileMask:
     """The mask of one kernel call on NumPy views.
 
     Attributes:
-        out_of_band: Given a, b, c, d, what the band hides of a run of the queries ``a:b`` x keys ``c:d``, bool, and
+        hidden_by_band: Given a, b, c, d, what the band hides of a run of the queries ``a:b`` x keys ``c:d``, bool, and
             that run, outside of which it hides nothing.
         mask: Boolean or additive ``[B, Hq, Lq, columns]``, broadcast without a copy, or ``None``.
         columns: Each key's column, or ``None`` for the same order.
@@ -28,7 +28,7 @@ class Hidden:
         q_ids, k_ids: Segment ids ``[B, Lq]`` and ``[B, Lk]``, or ``None``.
     """
 
-    out_of_band: Callable[[int, int, int, int], tuple[np.ndarray, slice]]
+    hidden_by_band: Callable[[int, int, int, int], tuple[np.ndarray, slice]]
     mask: np.ndarray | None
     columns: np.ndarray | None
     group: int
@@ -36,7 +36,7 @@ class Hidden:
     k_ids: np.ndarray | None
 
     @classmethod
-    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> Hidden:
+    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
         """Evaluate the arrays of `rules` and look at them."""
         q_ids, k_ids = rules.segments or (None, None)
         arrays = [x for x in (rules.mask, q_ids, k_ids) if x is not None]
@@ -44,11 +44,11 @@ class Hidden:
         views = [None if x is None else view(x) for x in (rules.mask, q_ids, k_ids)]
 
         @lru_cache(maxsize=16)  # heads come one after the other to the same piece
-        def out_of_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
-            edge = rules.band.edge(q_pos[a:b], int(k_pos[c]), int(k_pos[d - 1]))
+        def hidden_by_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
+            edge = rules.band.partial_rows(q_pos[a:b], int(k_pos[c]), int(k_pos[d - 1]))
             return ~rules.band.visible(q_pos[a:b][edge], k_pos[c:d]), edge
 
-        return cls(out_of_band, views[0], rules.columns, group, views[1], views[2])
+        return cls(hidden_by_band, views[0], rules.columns, group, views[1], views[2])
 
     def refine(self, batch: int, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Those of `pieces` that segments leave, with what all masks leave of them."""
@@ -60,11 +60,11 @@ class Hidden:
             if tile is not Tile.EMPTY:
                 yield piece._replace(tile=tile)
 
-    def empty(self, unit: Unit, piece: Piece) -> bool:
+    def empty(self, unit: WorkUnit, piece: Piece) -> bool:
         """Whether an array mask leaves nothing of `piece` for the heads of `unit`."""
         return self.mask is not None and array_tile(self._array(unit, piece)) is Tile.EMPTY
 
-    def apply(self, unit: Unit, piece: Piece, scores: np.ndarray) -> tuple[np.ndarray, slice]:
+    def apply(self, unit: WorkUnit, piece: Piece, scores: np.ndarray) -> tuple[np.ndarray, slice]:
         """Add an additive mask and set what is hidden to -inf, in `scores` ``[group * queries, keys]``.
 
         Returns:
@@ -73,7 +73,7 @@ class Hidden:
         """
         rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
         shaped = scores.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
-        band, edge = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
+        band, edge = self.hidden_by_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
         if self.q_ids is None and self.mask is None:
             np.copyto(shaped[:, edge], np.float32(-np.inf), where=band)
             return band[None], edge
@@ -92,7 +92,7 @@ class Hidden:
         np.copyto(shaped, np.float32(-np.inf), where=hidden)
         return hidden, slice(0, shaped.shape[1])
 
-    def _array(self, unit: Unit, piece: Piece) -> np.ndarray:
+    def _array(self, unit: WorkUnit, piece: Piece) -> np.ndarray:
         """The tile of the array mask ``[heads or 1, queries or 1, keys or 1]``, bool or float32."""
         assert self.mask is not None
         batches, heads, rows, columns = self.mask.shape
@@ -105,7 +105,7 @@ class Hidden:
         return tile if tile.dtype == bool else as_float32(tile)
 
 
-def clear(x: np.ndarray, piece: Piece, hidden: np.ndarray, rows: slice) -> None:
-    """Set `x` ``[group * queries, keys]`` to zero where `Hidden.apply` says that `piece` is hidden, in place."""
+def zero_hidden(x: np.ndarray, piece: Piece, hidden: np.ndarray, rows: slice) -> None:
+    """Set `x` ``[group * queries, keys]`` to zero where `TileMask.apply` says that `piece` is hidden, in place."""
     shaped = x.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
     np.copyto(shaped[:, rows], np.float32(0), where=hidden)

@@ -22,9 +22,9 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.rules import Rules
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, Unit, cut
+from ..kernels.tiles import Piece, WorkUnit, cut
 from ..native import blas
-from .tile_masks import Hidden
+from .tile_masks import TileMask
 
 ROWS = 512  # query rows of a unit, all the heads of its group together
 SCORES = ROWS * 1024  # scores of a tile: 2 MB
@@ -34,7 +34,7 @@ EDGE = 256  # keys of a piece along the edge of a band
 T = TypeVar("T")
 
 
-def spread(run: Callable[[T], None], tasks: Iterable[T]) -> None:
+def run_on_threads(run: Callable[[T], None], tasks: Iterable[T]) -> None:
     """Run all tasks, on as many threads as there are; each thread takes the next when it is done with one."""
     queue = deque(tasks)
 
@@ -76,7 +76,7 @@ def buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkUnits:
     """The inputs of one kernel call, as NumPy views."""
 
     q: np.ndarray
@@ -85,7 +85,7 @@ class Work:
     q_pos: np.ndarray
     k_pos: np.ndarray
     rules: Rules
-    hidden: Hidden
+    tile_mask: TileMask
 
     tiles: ClassVar[int] = 1  # of scores, held at a time
 
@@ -94,7 +94,7 @@ class Work:
         """Query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Iterator[WorkUnit]:
         """The units that see any key."""
         q_pos, k_pos, kv_heads = self.q_pos, self.k_pos, self.k.shape[1]
         step = max(1, ROWS // self.group)
@@ -105,9 +105,9 @@ class Work:
             reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
             pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
             for batch in range(self.q.shape[0]):
-                seen = tuple(self.hidden.refine(batch, pieces))
+                seen = tuple(self.tile_mask.refine(batch, pieces))
                 for first in range(0, kv_heads if seen else 0, heads):
-                    yield Unit(batch, first, min(first + heads, kv_heads), start, stop, seen)
+                    yield WorkUnit(batch, first, min(first + heads, kv_heads), start, stop, seen)
 
     def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
         """Pieces of at most `keys` keys; along a band's edge narrower ones, of only the rows that see any of them."""
@@ -127,25 +127,27 @@ class Work:
         np.multiply(as_float32(q, lambda shape: out), np.float32(self.rules.scale), out=out)
         return out.reshape(heads, -1, q.shape[-1])
 
-    def rows(self, unit: Unit) -> tuple:
+    def rows(self, unit: WorkUnit) -> tuple:
         """Where the rows of `unit` are in an array ``[B, Hq, Lq, ...]``."""
         return (unit.batch, slice(unit.first * self.group, unit.last * self.group), slice(unit.start, unit.stop))
 
-    def keys(self, unit: Unit, piece: Piece) -> tuple:
+    def keys(self, unit: WorkUnit, piece: Piece) -> tuple:
         """Where the keys of `piece` are in an array ``[B, Hkv, Lk, ...]``."""
         return (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
 
-    def rows_of(self, unit: Unit, piece: Piece) -> slice:
+    def rows_of(self, unit: WorkUnit, piece: Piece) -> slice:
         """Which of the stacked rows of `unit` are those of `piece`: all, where several heads are stacked."""
         return slice(piece.q_start - unit.start, piece.q_stop - unit.start) if self.group == 1 else slice(None)
 
 
-def views_of(inputs: KernelInputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, Hidden]:
-    """Evaluate the arrays of `inputs` and return the first fields of a `Work`."""
+def numpy_views(
+    inputs: KernelInputs,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, TileMask]:
+    """Evaluate the arrays of `inputs` and return the first fields of a `WorkUnits`."""
     q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
     mx.eval(q, k, v)
-    hidden = Hidden.of(rules, inputs.group, inputs.q_pos, inputs.k_pos)
-    return view(q), view(k), view(v), inputs.q_pos, inputs.k_pos, rules, hidden
+    tile_mask = TileMask.of(rules, inputs.group, inputs.q_pos, inputs.k_pos)
+    return view(q), view(k), view(v), inputs.q_pos, inputs.k_pos, rules, tile_mask
 
 
 def cap(scores: np.ndarray, softcap: float) -> None:

@@ -19,12 +19,12 @@ from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile, segment_tile
 from ..core.rules import Rules
 from .interface import KernelInputs
-from .products import finite, marked
+from .products import mark_nonfinite_rows, zero_nonfinite
 from .tiles import cut
 
 SCORES = 1 << 24  # of a block, all heads and batch entries together: 64 MB
 KEYS = 1024  # of a block
-LEAST = 64  # queries of a block, however many heads there are
+MIN_QUERIES = 64  # queries of a block, however many heads there are
 
 Span = tuple[int, int]
 
@@ -35,7 +35,7 @@ class Block:
 
     Attributes:
         scores: ``q k^T`` ``[B, Hq, queries, keys]``, float32, not yet scaled.
-        by_weights: ``dout v^T``, likewise.
+        dweights: ``dout v^T``, likewise.
         rows: The block's part of the rows.
         q_pos, k_pos: Positions of its tokens.
         rules: The rules with the block's part of mask (its columns in the order of the keys) and segments.
@@ -43,7 +43,7 @@ class Block:
     """
 
     scores: mx.array
-    by_weights: mx.array
+    dweights: mx.array
     rows: Rows
     q_pos: np.ndarray
     k_pos: np.ndarray
@@ -59,7 +59,7 @@ class Block:
             segments = segments[0][:1, :most], segments[1][:1, :most]
         return Block(
             self.scores[:1, :1, :most, :most],
-            self.by_weights[:1, :1, :most, :most],
+            self.dweights[:1, :1, :most, :most],
             Rows(*(x[:1, :1, :most] for x in self.rows)),
             self.q_pos[:most],
             self.k_pos[:most],
@@ -72,8 +72,8 @@ class Weights(NamedTuple):
     """What comes of it: the weights, the gradient by ``q k^T``, and where it is wanted that by the mask's numbers."""
 
     weights: mx.array
-    by_products: mx.array
-    by_mask: mx.array | None
+    dproducts: mx.array
+    dmask: mx.array | None
 
 
 Elementwise = Callable[[Block], Weights]
@@ -81,24 +81,26 @@ Elementwise = Callable[[Block], Weights]
 
 def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients, elementwise: Elementwise) -> Gradients:
     """Add the gradients to `sums`, block by block; see `Kernel.backward`."""
-    problem = _Blocks(inputs, rows, elementwise)
-    queries, keys = list(cut(inputs.q_pos, problem.queries)), list(cut(inputs.k_pos, KEYS))
+    blocks = _Blocks(inputs, rows, elementwise)
+    queries, keys = list(cut(inputs.q_pos, blocks.queries)), list(cut(inputs.k_pos, KEYS))
     dq = [sums.q[:, :, slice(*a)] for a in queries]
     dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
     for b in keys:
-        by_k, by_v = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
+        block_dk, block_dv = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
         for i, a in enumerate(queries):
-            tile = problem.tile(a, b)
+            tile = blocks.tile(a, b)
             if tile is Tile.EMPTY:
                 continue
-            added = problem.block(a, b, tile is Tile.PARTIAL)
-            dq[i], by_k, by_v = dq[i] + added.q, by_k + added.k, by_v + added.v
+            added = blocks.block(a, b, tile is Tile.PARTIAL)
+            dq[i], block_dk, block_dv = dq[i] + added.q, block_dk + added.k, block_dv + added.v
             if dmask is not None:
-                dmask = problem.add_to_mask(dmask, a, b, added.mask)
-            dq[i], by_k, by_v, *mask = flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
+                dmask = blocks.add_to_mask(dmask, a, b, added.mask)
+            dq[i], block_dk, block_dv, *mask = flight.add(
+                [dq[i], block_dk, block_dv, *([] if dmask is None else [dmask])]
+            )
             dmask = mask[0] if mask else None
-        dk.append(by_k)
-        dv.append(by_v)
+        dk.append(block_dk)
+        dv.append(block_dv)
     return Gradients(_joined(dq, sums.q), _joined(dk, sums.k), _joined(dv, sums.v), dmask)
 
 
@@ -119,7 +121,7 @@ class _Blocks:
         """Queries of a block."""
         batch, heads, q_len, _ = self.inputs.q.shape
         keys = max(1, min(KEYS, self.inputs.k.shape[2]))
-        return max(LEAST, SCORES // max(1, batch * heads * keys))
+        return max(MIN_QUERIES, SCORES // max(1, batch * heads * keys))
 
     def tile(self, a: Span, b: Span) -> Tile:
         """What the rules leave of queries `a` x keys `b`."""
@@ -139,15 +141,15 @@ class _Blocks:
         rows, keys = slice(*a), slice(*b)
         per_query = Rows(*(x[:, :, rows] for x in self.rows))
         if partial:
-            per_query = marked(per_query)
-        q, dout = self._stacked(self.inputs.q[:, :, rows]), self._stacked(per_query.dout)
+            per_query = mark_nonfinite_rows(per_query)
+        q, dout = self._stack_heads(self.inputs.q[:, :, rows]), self._stack_heads(per_query.dout)
         k, v = (x[:, :, keys].astype(mx.float32) for x in (self.inputs.k, self.inputs.v))
         heads = (q.shape[0], self.inputs.q.shape[1], a[1] - a[0])
-        scores, by_weights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
+        scores, dweights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
         found = self.elementwise(
             Block(
                 scores,
-                by_weights,
+                dweights,
                 per_query,
                 self.inputs.q_pos[rows],
                 self.inputs.k_pos[keys],
@@ -155,17 +157,17 @@ class _Blocks:
                 partial,
             )
         )
-        weights, by_products = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.by_products))
+        weights, dproducts = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.dproducts))
         if partial:
-            q, k = finite(q), finite(k)
+            q, k = zero_nonfinite(q), zero_nonfinite(k)
         return Gradients(
-            (by_products @ k).reshape(*heads, -1),
-            by_products.swapaxes(-1, -2) @ q,
+            (dproducts @ k).reshape(*heads, -1),
+            dproducts.swapaxes(-1, -2) @ q,
             weights.swapaxes(-1, -2) @ dout,
-            found.by_mask,
+            found.dmask,
         )
 
-    def _stacked(self, x: mx.array) -> mx.array:
+    def _stack_heads(self, x: mx.array) -> mx.array:
         """Rows of all heads of a group as rows of one matrix: float32 ``[B, Hkv, group * queries, D]``."""
         return x.astype(mx.float32).reshape(x.shape[0], self.inputs.k.shape[1], -1, x.shape[3])
 

@@ -54,11 +54,11 @@ def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
             scores = scores + rules.mask.astype(mx.float32)
         seen = _both(seen, rules.mask != -mx.inf if additive else rules.mask)
     weights = mx.exp(scores - block.rows.lse[..., None])
-    by_scores = weights * (block.by_weights - block.rows.delta[..., None])
-    by_products = by_scores * slope
+    dscores = weights * (block.dweights - block.rows.delta[..., None])
+    dproducts = dscores * slope
     if seen is not None:
-        weights, by_scores, by_products = (mx.where(seen, x, 0.0) for x in (weights, by_scores, by_products))
-    return blockwise_backward.Weights(weights, by_products, by_scores if additive else None)
+        weights, dscores, dproducts = (mx.where(seen, x, 0.0) for x in (weights, dscores, dproducts))
+    return blockwise_backward.Weights(weights, dproducts, dscores if additive else None)
 
 
 def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
@@ -105,7 +105,7 @@ def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.
         seen = mx.broadcast_to(seen, scores.shape)
     if rules.softcap is not None:
         if seen is not None:  # the slope of tanh at NaN is NaN, also for a hidden pair
-            scores = products.shown(scores, seen, 0.0)
+            scores = products.select_visible(scores, seen, 0.0)
         scores = mx.tanh(scores / rules.softcap) * rules.softcap
     if mask is not None and mask.dtype != mx.bool_:
         scores = scores + mask.astype(mx.float32)
@@ -142,13 +142,13 @@ def _chunk(scores: mx.array, seen: mx.array | None, v: mx.array) -> State:
     batch, kv_heads, group, q_len, keys = scores.shape
     v, stacked = v.astype(mx.float32), (batch, kv_heads, group * q_len, keys)
     if seen is not None:
-        scores = products.shown(scores, seen, -mx.inf)
+        scores = products.select_visible(scores, seen, -mx.inf)
     m = mx.stop_gradient(scores.max(axis=-1))
     p = mx.exp(scores - mx.where(m == -mx.inf, 0.0, m)[..., None])
     if seen is None:
         acc = p.reshape(stacked) @ v
     else:
-        p = products.shown(p, seen, 0.0)  # not NaN, where m is
-        acc = products.weighted(p.reshape(stacked), v, seen.astype(mx.float32).reshape(stacked))
+        p = products.select_visible(p, seen, 0.0)  # not NaN, where m is
+        acc = products.weighted_values(p.reshape(stacked), v, seen.astype(mx.float32).reshape(stacked))
     rows = (batch, kv_heads * group, q_len)
     return State(acc.reshape(*rows, v.shape[-1]), m.reshape(rows), p.sum(axis=-1).reshape(rows))

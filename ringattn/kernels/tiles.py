@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     tile: Tile
 
 
-class Unit(NamedTuple):
+class WorkUnit(NamedTuple):
     """Queries ``start:stop`` of key/value heads ``first:last`` of a batch entry, and the pieces that they see."""
 
     batch: int

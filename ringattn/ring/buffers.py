@@ -62,7 +62,7 @@ class Slots:
         return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
 
     def _shape(self, i: int, tokens: int) -> tuple[int, ...]:
-        return _with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
+        return with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
@@ -71,7 +71,7 @@ def _flat(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
     return prod(shape) // max(1, last), last
 
 
-def _with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
+def with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
     return (*shape[:axis], tokens, *shape[axis + 1 :])
 
 

@@ -33,7 +33,7 @@ def backend(request, monkeypatch):
     if request.param in ("blocked", "metal"):
         monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 12)
         monkeypatch.setattr(blockwise_backward, "KEYS", 48)
-        monkeypatch.setattr(blockwise_backward, "LEAST", 24)
+        monkeypatch.setattr(blockwise_backward, "MIN_QUERIES", 24)
     return "reference" if request.param == "blocked" else request.param
 
 
@@ -314,9 +314,9 @@ def long_case(tokens: int, **options) -> Case:
 @pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"window": 60}, {"window": (10, 90)}], ids=str)
 def test_blocks_are_those_that_the_mask_leaves(monkeypatch, backend, options):
     """And each is five matrix products, whichever it is."""
-    made, block = [], blockwise_backward._Problem.block
+    made, block = [], blockwise_backward._Blocks.block
     monkeypatch.setattr(
-        blockwise_backward._Problem, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
+        blockwise_backward._Blocks, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
     )
     problem = GradientCase.random(long_case(400, **options))
     check(problem, backend)

@@ -15,7 +15,7 @@ from ringattn.metal import device, dispatch, set_executor
 from ringattn.metal.backend import MetalKernel
 from ringattn.metal.device import Device
 from ringattn.metal.dispatch import Plan
-from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, pieces, reach
+from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, key_tile_ranges, split_dispatches
 from ringattn.verify.oracle import FLOATS, Case, check
 from tools.hostmetal import Runtime
 
@@ -39,7 +39,7 @@ def test_reach(seed):
     q_pos, k_pos = (np.sort(r.choice(400, n, replace=False)).astype(np.int32) for n in r.integers(1, 200, 2))
     band = [Band(), Band(None, 0), Band(-30, 0), Band(-5, 60), Band(0, 0)][seed % 5]
     rows, group, BK = int(r.choice([8, 16, 32])), int(r.choice([1, 1, 3])), int(r.choice([16, 32]))
-    tiles = reach(band, q_pos, k_pos, rows, group, BK)
+    tiles = key_tile_ranges(band, q_pos, k_pos, rows, group, BK)
     assert len(tiles) == -(-len(q_pos) * group // rows)
     for i, (first, full_first, full_last, last) in enumerate(tiles):
         queries = q_pos[i * rows // group : (min((i + 1) * rows, len(q_pos) * group) - 1) // group + 1]
@@ -64,9 +64,9 @@ def test_pieces_are_bounded(length, causal, architecture):
     tokens, heads, dims = LENGTHS[length], 32, 256
     gpu, tiling = device.device(architecture), Tiling.of(mx.bfloat16, 128, 128, 1000)
     positions = np.arange(tokens, dtype=np.int32)
-    tiles = reach(Band(None, 0 if causal else None), positions, positions, tiling.BQ, 1, tiling.BK)
+    tiles = key_tile_ranges(Band(None, 0 if causal else None), positions, positions, tiling.BQ, 1, tiling.BK)
     least = -(-gpu.threadgroups // heads)
-    cuts = pieces(tiles, (tiling.BQ, tiling.BK), (tokens, tokens), 2 * dims * heads, gpu.budget, least)
+    cuts = split_dispatches(tiles, (tiling.BQ, tiling.BK), (tokens, tokens), 2 * dims * heads, gpu.budget, least)
     at = 0
     for queries, keys in cuts:
         assert queries.start == at and keys[0].start == 0
@@ -260,6 +260,6 @@ def test_an_executor_is_a_function():
 
 def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
-    problem = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
-    plan = Plan.of(problem, Device(10, 10**12))
-    assert plan.group == 4 and plan.splits(problem) == 5000 // dispatch.LEAST_KEYS
+    inputs = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    plan = Plan.of(inputs, Device(10, 10**12))
+    assert plan.group == 4 and plan.splits(inputs) == 5000 // dispatch.LEAST_KEYS
