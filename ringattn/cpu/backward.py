@@ -1,8 +1,8 @@
 """The gradient of the fused kernel for CPUs; the formulas are in `ringattn.core.gradients`.
 
-Scores and weights are made again, tile by tile, from the saved lse: five matrix products for each tile that the mask
-leaves. Units of queries that share key/value heads add to the same dk and dv, so each chain of them is one thread's, in
-order; where there are few heads, a head has several chains, with sums of their own that are added up in the end.
+Scores and weights are recomputed tile by tile from the saved lse: five matrix products for each tile that is not empty.
+Units of queries that share key/value heads add to the same dk and dv. They form a chain, which one thread runs in
+order. Where there are few heads, a head has several chains with separate sums, which are added at the end.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from . import softmax
 from .tile_masks import zero_hidden
 from .work_units import ROWS, WorkUnits, buffer, cap, numpy_views, run_on_threads
 
-CHAINS = 8  # at least, if there is work for them
+CHAINS = 8  # at least, where there is enough work
 
 
 def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """Compute what the gradient needs of each query row; see `Kernel.rows`."""
+    """Compute the values of each query row that the gradient needs. See `Kernel.rows`."""
     mx.eval(out, lse, dout, dlse)
     arrays = [view(x) for x in (out, lse, dout, dlse)]
     delta = np.empty(lse.shape, np.float32)
-    for start in range(0, lse.shape[2], ROWS):  # a few rows at a time: no float32 copy of it all
+    for start in range(0, lse.shape[2], ROWS):  # a few rows at a time, to avoid a float32 copy of all
         at = (slice(None), slice(None), slice(start, start + ROWS))
         some_out, some_lse, some_dout, some_dlse = (x[at] for x in arrays)
         products = np.einsum("bhld,bhld->bhl", as_float32(some_dout), as_float32(some_out))
@@ -41,7 +41,7 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
 
 
 def add_gradients(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
-    """Add to `sums`; see `Kernel.backward`."""
+    """Add the gradients to `sums`. See `Kernel.backward`."""
     mx.eval(*rows, [x for x in sums if x is not None])
     into = Gradients(*(None if x is None else view(x) for x in sums))
     work = _Backward(*numpy_views(inputs), Rows(*map(view, rows)), into)
@@ -56,19 +56,19 @@ def add_gradients(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradient
 
 
 class UnitChain(NamedTuple):
-    """Units of the same key/value heads, in order, and where their dk and dv add up: ``[heads, Lk, D or Dv]``."""
+    """Units of the same key/value heads, in order, and their sums dk and dv ``[heads, Lk, D or Dv]``."""
 
     units: list[WorkUnit]
     dk: np.ndarray
     dv: np.ndarray
-    has_own_sums: bool  # whether those are its own, and not the call's
+    has_own_sums: bool  # whether dk and dv are separate from the sums of the call
 
     @property
     def cost(self) -> int:
         return sum(unit.cost for unit in self.units)
 
     def add_to(self, sums: Gradients) -> None:
-        """Add what is the chain's own to the sums of the call."""
+        """Add separate sums to the sums of the call."""
         if self.has_own_sums:
             unit = self.units[0]
             heads = unit.batch, slice(unit.first, unit.last)
@@ -78,21 +78,21 @@ class UnitChain(NamedTuple):
 
 @dataclass(frozen=True)
 class _Backward(WorkUnits):
-    """One kernel call, and the sums that it adds to."""
+    """One backward call, and the sums that it adds to."""
 
     rows_in: Rows
     sums: Gradients
 
-    tiles: ClassVar[int] = 2  # weights, and the gradient by scores
+    tiles: ClassVar[int] = 2  # weights, and the gradient with respect to the scores
 
     @property
     def shares_mask(self) -> bool:
-        """Whether units of different heads add to the same numbers of the mask's gradient."""
+        """Whether units of different heads add to the same elements of the mask's gradient."""
         mask = self.sums.mask
         return mask is not None and (mask.shape[:2] != self.q.shape[:2] or mask.shape[2] == 1)
 
     def chains(self) -> list[UnitChain]:
-        """All units; how they are dealt out depends on shapes and masks alone."""
+        """Assign all units to chains. The assignment depends on shapes and masks alone."""
         by_heads: dict[tuple[int, int, int], list[WorkUnit]] = {}
         for unit in self.units():
             by_heads.setdefault((unit.batch, unit.first, unit.last), []).append(unit)
@@ -106,12 +106,12 @@ class _Backward(WorkUnits):
         return chains
 
     def run_all(self, chains: list[UnitChain]) -> None:
-        """All of them, one after the other."""
+        """Run all chains, one after the other."""
         for chain in chains:
             self.run(chain)
 
     def run(self, chain: UnitChain) -> None:
-        """Add what the units of `chain` contribute."""
+        """Add the gradients of the units of `chain`."""
         for unit in chain.units:
             self._unit(unit, chain)
 
@@ -132,7 +132,7 @@ class _Backward(WorkUnits):
         self.sums.q[at] += dq.reshape(self.sums.q[at].shape)
 
     def _step(self, unit: WorkUnit, piece: Piece, chain: UnitChain, queries, dout, lse, delta, dq) -> None:
-        """Add what one piece contributes."""
+        """Add the gradients of one piece."""
         at, keys = self.keys(unit, piece), slice(piece.k_start, piece.k_stop)
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
         rows = Rows(dout, lse, delta)
@@ -148,7 +148,10 @@ class _Backward(WorkUnits):
     def _products(
         self, unit: WorkUnit, piece: Piece, queries, k, v, rows: Rows, exclude_hidden: bool = False
     ) -> Gradients:
-        """What one piece adds; `mask` comes as the whole tile. If `exclude_hidden`, no NaN passes between hidden pairs."""
+        """Compute the gradients of one piece, with `mask` as the whole tile.
+
+        `exclude_hidden` keeps NaN from passing between hidden pairs.
+        """
         shape = (*queries.shape[:2], k.shape[1])
         p = np.matmul(queries, k.swapaxes(1, 2), out=buffer("scores", shape))
         slope = None
@@ -174,7 +177,7 @@ class _Backward(WorkUnits):
         )
 
     def _add_to_dmask(self, unit: WorkUnit, piece: Piece, ds: np.ndarray) -> None:
-        """Add to the gradient of the mask, summed along the axes it is broadcast over."""
+        """Add a tile to the gradient of the mask, summed along the axes that the mask is broadcast over."""
         tile = ds.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
         batches, *shape = self.sums.mask.shape
         tile = tile.sum(tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
@@ -186,5 +189,5 @@ class _Backward(WorkUnits):
 
 
 def _share(units: list[WorkUnit], part: int, parts: int) -> list[WorkUnit]:
-    """Every `parts`-th unit: under a causal mask a run of neighbours would be heavier than another."""
+    """Take every `parts`-th unit. Under a causal mask, runs of adjacent units would have unequal work."""
     return units[part::parts]

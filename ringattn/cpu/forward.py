@@ -1,7 +1,7 @@
-"""The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, a few megabytes of scratch, no copies.
+"""The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, with a few megabytes of scratch.
 
-The query heads that share a key/value head are stacked as rows of one matrix product. A unit of work goes over its keys
-tile by tile (Dao et al., arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to be full.
+The query heads that share a key/value head are stacked as rows of one matrix product. A unit of work processes its keys
+tile by tile (Dao et al., arXiv 2205.14135). Tiles that are full by position need no mask arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
 
 def attend(inputs: KernelInputs, state: State | None) -> State:
-    """Attend and return the state; see `Kernel.forward`."""
+    """Attend and return the state. See `Kernel.forward`."""
     batch, heads, q_len = inputs.rows
     if state is None:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
@@ -34,14 +34,17 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
 
 @dataclass(frozen=True)
 class _Forward(WorkUnits):
-    """One kernel call, and the state that it updates."""
+    """One forward call, and the state that it updates."""
 
     acc: np.ndarray
     m: np.ndarray
     l: np.ndarray
 
     def run(self, unit: WorkUnit) -> None:
-        """Take the state of the unit's rows through all its pieces."""
+        """Update the state of the unit's rows with all its pieces.
+
+        If the result is not finite, compute it again without products of hidden pairs.
+        """
         rows = self.rows(unit)
         queries = self.scaled(self.q[rows], unit.last - unit.first)
         shape = queries.shape[:2]
@@ -58,7 +61,7 @@ class _Forward(WorkUnits):
             x[rows] = new.reshape(x[rows].shape)
 
     def _step(self, unit: WorkUnit, piece: Piece, queries, acc, m, l, exclude_hidden: bool) -> None:
-        """Fold the keys of one piece into the state of the rows that see them, in place."""
+        """Merge the keys of one piece into the state of the rows that see them, in place."""
         rows, at = self.rows_of(unit, piece), self.keys(unit, piece)
         queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
@@ -75,13 +78,13 @@ class _Forward(WorkUnits):
 
 
 def _visible_product(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
-    """``p @ v`` where values that are not finite do not reach rows that do not see them, as ``0 * NaN`` would."""
+    """Compute ``p @ v`` so that NaN and infinity do not reach rows that do not see them, as ``0 * NaN`` would."""
     visible = np.ones((p.shape[0] * p.shape[1] // queries, queries, p.shape[2]), bool)
     visible[:, rows] = ~hidden
     visible = visible.reshape(p.shape)
-    broken = ~np.isfinite(v).all(axis=-1)
-    out = p @ np.where(broken[..., None], np.float32(0), v)
-    for j in np.flatnonzero(broken.any(axis=0)):
-        seen = visible[..., j] & broken[:, j, None]
+    nonfinite = ~np.isfinite(v).all(axis=-1)
+    out = p @ np.where(nonfinite[..., None], np.float32(0), v)
+    for j in np.flatnonzero(nonfinite.any(axis=0)):
+        seen = visible[..., j] & nonfinite[:, j, None]
         out += np.where(seen[..., None], p[..., j, None] * v[:, None, j], np.float32(0))
     return out

@@ -1,8 +1,8 @@
-"""Matrix products that keep NaN and infinity from rows that do not see them.
+"""Matrix products in which NaN and infinity reach only the rows that see them.
 
-The weight of a hidden pair is zero, but ``0 * NaN`` is NaN: a plain product carries one bad token into every row. The
-products of the gradient do not need the bad numbers themselves, because the scores already make the weights of all
-visible pairs NaN. So these products take zeros in their place.
+The weight of a hidden pair is zero, but ``0 * NaN`` is NaN: a plain product carries one NaN into every row. The
+products of the gradient can replace NaN and infinity by zeros, because the scores already make the weights of all
+visible pairs NaN.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ..core.gradients import Rows
 
 
 def zero_nonfinite(x: Any, xp: Any = mx) -> Any:
-    """`x` with zeros in the place of NaN and infinity; `xp` is the library of `x`, mlx.core or NumPy."""
+    """Replace NaN and infinity by zeros. `xp` is the library of `x`, mlx.core or NumPy."""
     return xp.where(xp.isfinite(x), x, xp.zeros((), x.dtype))
 
 
 def mark_nonfinite_rows(rows: Rows, xp: Any = mx) -> Rows:
-    """`rows` with a finite `dout`; a row whose `dout` is not finite has the lse NaN, which makes its weights NaN."""
+    """Make `dout` finite. A row with NaN or infinity in `dout` gets the lse NaN, which makes its weights NaN."""
     good = xp.isfinite(rows.dout).all(-1) | (rows.lse == xp.inf)
     return Rows(zero_nonfinite(rows.dout, xp), xp.where(good, rows.lse, xp.array(xp.nan, xp.float32)), rows.delta)
 
 
 def select_visible(x: mx.array, seen: mx.array, otherwise: float) -> mx.array:
-    """`x` where `seen`, else `otherwise`. The gradient of mx.where multiplies with zero, which passes NaN on."""
+    """Take `x` where `seen`, else `otherwise`. The gradient of mx.where multiplies by zero, which propagates NaN."""
     return _select_visible(x, seen, mx.array(otherwise))
 
 
 def scores(q: mx.array, k: mx.array) -> mx.array:
-    """``q k^T`` of float32 ``[..., Lq, D]`` and ``[..., Lk, D]``. Its gradient by a hidden pair has to be zero."""
+    """Multiply ``q k^T``, float32 ``[..., Lq, D]`` and ``[..., Lk, D]``. The gradient of a hidden pair must be zero."""
     return _scores(q, k)
 
 
 def weighted_values(p: mx.array, v: mx.array, seen: mx.array) -> mx.array:
-    """``p v`` of float32 ``[..., Lq, Lk]`` and ``[..., Lk, Dv]``, NaN where a visible value is not finite.
+    """Multiply ``p v``, float32 ``[..., Lq, Lk]`` and ``[..., Lk, Dv]``. NaN where a visible value is not finite.
 
-    `seen` says which pairs are visible: 1.0 or 0.0, in p's shape. The weight of a hidden pair has to be zero.
+    `seen` is 1.0 for visible pairs and 0.0 for hidden ones, in p's shape. The weight of a hidden pair must be zero.
     """
     return _weighted_values(p, v, seen)
 

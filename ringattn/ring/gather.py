@@ -1,4 +1,4 @@
-"""Every rank's part of an array, on every rank."""
+"""Gather of an array: every rank gets the parts of all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHAT = "gather"
 
 
 def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
-    """See `Layout.gather`."""
+    """Gather the parts `x` of all ranks. See `Layout.gather`."""
     check_ring(ring)
     with ring.call(WHAT):
         with heard(ring, WHAT):

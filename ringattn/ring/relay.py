@@ -1,4 +1,4 @@
-"""Blocks passed on around the ring."""
+"""Relay of blocks around the ring."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 def relay(
     ring: Ring, own: Block, schedules: Sequence[Schedule]
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
-    """Post all transfers of blocks; one is forwarded as it arrives, whatever this rank is doing.
+    """Post all transfers of blocks. Each block is forwarded on arrival, even while this rank computes.
 
     Returns:
-        The hops of all schedules in the order in which ranks have to do them, each with its number and its block, to be
-        released after use; and the sends, to be waited for in the end.
+        The hops of all schedules in the order in which ranks must do them, each with its number and its block. The
+        caller releases each block after use. And the sends, which the caller waits for at the end.
     """
     posted = [_post_route(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
     return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
@@ -48,13 +48,13 @@ def _post_route(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[i
 def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
     """Return hop 0 of each route, then hop 1 of each, and so on.
 
-    On every rank, so that none waits: a hop needs of other ranks only what they do in the hop before.
+    All ranks use this order, so that none blocks: a hop needs only the previous hops of other ranks.
     """
     return [x for turn in zip_longest(*routes) for x in turn if x is not None]
 
 
 def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
-    """All the tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
+    """Collect all tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
     arrivals, sends = relay(ring, own, schedules)
     spans = union(span for _, hop, _ in arrivals for span in hop.compute)
     shapes = [with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
