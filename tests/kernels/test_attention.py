@@ -1,4 +1,4 @@
-"""`ringattn.attention` on one device, every backend against float64. Its errors are in test_wrong_input."""
+"""Tests of `ringattn.attention` on one device: every backend against float64. Its errors are in test_validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ringattn.verify.oracle import FLOATS, Case, check, random_case, to64
 
 BACKENDS = ("host", "metal", "reference")
 LENGTHS = (0, 1, 7, 113, 300)
-SIZES = {  # what cuts the work, and the largest that a test makes of it
+SIZES = {  # sizes that cut the work, and their largest values in tests
     "host": (work_units, {"ROWS": 16, "SCORES": 64, "SMALL": 1 << 10, "EDGE": 16}),
     "metal": (metal_plan, {"FEW_ROWS": 100, "LEAST_KEYS": 64}),
     "reference": (reference, {"QUERIES": 16, "KEYS": 32}),
@@ -45,7 +45,7 @@ def make(
     offset: int | None = None,
     **options,
 ) -> Case:
-    """A problem of contiguous tokens."""
+    """Make a case of contiguous tokens."""
     k_len = q_len if k_len is None else k_len
     offset = k_len - q_len if offset is None else offset
     q = normal(1, batch, heads, q_len, dim, dtype=dtype, size=size)
@@ -55,7 +55,7 @@ def make(
 
 
 def run(case: Case, backend: str, **more) -> tuple[mx.array, mx.array]:
-    """`out` and `lse`; positions are given where they are not what they are by default."""
+    """Compute `out` and `lse`. Pass positions where they are not the default."""
     q_len, k_len = len(case.q_pos), len(case.k_pos)
     usual = np.array_equal(case.q_pos, np.arange(k_len - q_len, k_len)) and np.array_equal(case.k_pos, np.arange(k_len))
     if not usual and "offset" not in more:
@@ -67,11 +67,11 @@ def same_bits(a: mx.array, b: mx.array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bytes(memoryview(a)) == bytes(memoryview(b))
 
 
-# Every feature alone, and many together
+# Each feature alone, and many together
 
 
 def ids_of(batch: int, q_len: int, k_len: int) -> tuple[mx.array, mx.array]:
-    """Documents of some 20 tokens, and padding at both ends."""
+    """Make the ids of documents of about 20 tokens, with padding at both ends."""
     k_ids = np.tile(np.arange(k_len) // 20, (batch, 1)).astype(np.int32)
     k_ids[:, : k_len // 10] = -1
     k_ids[-1, k_len - k_len // 5 :] = -3
@@ -104,7 +104,7 @@ FEATURES = {
 @every_backend
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature(backend, feature):
-    """Every length without and with a prefix, the dtypes by turns."""
+    """Each feature is right for every length, without and with a prefix, in alternating dtypes."""
     for (q_len, extra), dtype in zip(itertools.product(LENGTHS, (0, 25)), itertools.cycle(FLOATS)):
         case = make(q_len, q_len + extra, dtype=dtype)
         case.options = FEATURES[feature](case)
@@ -124,7 +124,7 @@ def test_random_cases(backend, first):
 @every_backend
 @pytest.mark.parametrize("seed", range(60, 84))
 def test_tiles_of_any_size(monkeypatch, backend, seed):
-    """How the work is cut is a matter of speed alone: with tiny tiles every case meets all their edges."""
+    """Tile sizes do not change results. Tiny tiles exercise all edges."""
     r = np.random.default_rng(seed)
     module, sizes = SIZES[backend]
     for name, size in sizes.items():
@@ -144,7 +144,7 @@ def test_host_without_its_compiled_step(monkeypatch, seed):
 @pytest.mark.parametrize("how", ["in_numpy", "compiled"])
 @pytest.mark.parametrize("size", [1.0, 100.0])
 def test_softmax_step(monkeypatch, how, size):
-    """Any number of steps leave weights, maximum and sum of one softmax, rows that see nothing included."""
+    """Any number of steps give the weights, maximum and sum of one softmax, also for rows without a visible key."""
     if how == "in_numpy":
         monkeypatch.setattr(softmax, "compiled", lambda: None)
     elif softmax.compiled() is None:
@@ -210,13 +210,13 @@ def test_backend_by_default():
     assert same_bits(ra.attention(case.q, case.k, case.v), run(case, "host")[0])
 
 
-# Where tokens stand
+# Positions of tokens
 
 
 @every_backend
 @pytest.mark.parametrize("far", [sys.maxsize, 2**70], ids=["sys.maxsize", "2**70"])
 def test_a_window_may_be_endless(backend, far):
-    """On the side that is not meant to be bounded, whatever large number stands for that."""
+    """A window side may be unbounded, given as any large number."""
     case = make(40, 60)
     for window, same in (
         (far, {"mask": "causal"}),
@@ -238,7 +238,7 @@ def test_offset(backend, offset, options):
 @every_backend
 @pytest.mark.parametrize("q_len,k_len", [(300, 113), (7, 0), (300, 1), (41, 40), (0, 9)])
 def test_more_queries_than_keys(backend, q_len, k_len):
-    """The last query stands with the last key, so the first ones come before all keys and see nothing."""
+    """The last query is aligned with the last key, so the first queries come before all keys and see none."""
     case = make(q_len, k_len, mask="causal")
     out, lse = run(case, backend)
     check(case, out, lse)
@@ -265,7 +265,7 @@ def test_positions_that_are_not_contiguous(backend, kind):
 
 @every_backend
 def test_zigzag_positions(backend):
-    """What a rank of a zigzag ring has: queries from both ends of the sequence."""
+    """A rank of a zigzag ring has queries from both ends of the sequence."""
     layout = ra.Layout.zigzag(600, 3)
     for rank in range(3):
         case = make(200, 200, batch=1, mask="causal")
@@ -276,7 +276,7 @@ def test_zigzag_positions(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strided_inputs(backend, dtype):
-    """Slices of a larger cache, and tokens before heads in memory: the same bits as contiguous copies."""
+    """Slices of a larger cache, with tokens before heads in memory, give the bits of contiguous copies."""
     q = normal(1, 2, 40, 4, 16, dtype=dtype).swapaxes(1, 2)
     cache = normal(2, 2, 2, 2, 128, 16, dtype=dtype)
     k, v = cache[0, :, :, 9:99], cache[1, :, :, 30:120]
@@ -308,7 +308,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch, options, size):
 
 @every_backend
 def test_bits_do_not_depend_on_what_ran_before(backend):
-    """Scratch memory is kept from call to call: what it holds must not matter."""
+    """Scratch memory is reused from call to call. Its contents must not change results."""
     case = make(113, 300, window=(20, 60), softcap=3.0)
     first = run(case, backend)
     for junk in (np.nan, np.inf, 1e38):
@@ -335,7 +335,7 @@ def test_batch_entries_and_heads_do_not_meet(backend):
             )
 
 
-# Numbers that are not numbers
+# NaN and infinity
 
 
 def poisoned(case: Case, name: str, value: float, at: tuple) -> Case:
@@ -359,7 +359,7 @@ MASKS = {
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_with_those_who_see_it(backend, mask, name, value):
-    """It comes out in the rows that attend to it and leaves the bits of all others alone, whatever the tile."""
+    """NaN and infinity reach the rows that attend to them, and change no bit of other rows, for any tile size."""
     clean = make(150, 200, **MASKS[mask])
     batch, head, token = 1, 1, 120
     case = poisoned(clean, name, value, (batch, head, token))
@@ -377,7 +377,7 @@ def test_what_is_not_finite_stays_with_those_who_see_it(backend, mask, name, val
 
 @every_backend
 def test_one_column_of_a_value(backend):
-    """What is not finite in one column of v leaves the other columns alone."""
+    """NaN or infinity in one column of v does not change the other columns."""
     clean = make(20, 30, mask="causal")
     out = np.array(run(poisoned(clean, "v", np.nan, (0, 0, 15, 3)), backend)[0])
     expected = np.zeros(out.shape, bool)
@@ -412,7 +412,7 @@ def test_peaked_logits(backend, dtype, size):
 @every_backend
 @pytest.mark.parametrize("q_len", [1, 113])
 def test_values_near_the_end_of_float32(backend, q_len):
-    """As long as their plain sum fits, so does what the kernel carries."""
+    """The kernel's accumulators do not overflow where the plain sum of values does not."""
     case = make(q_len, 30, batch=1, mask=None)
     case.v = mx.clip(case.v, -1, 1) * 1e37
     out, lse = run(case, backend)
@@ -433,7 +433,7 @@ def test_additive_mask_with_rows_of_minus_infinity(backend):
 
 @every_backend
 def test_huge_additive_mask_is_not_minus_infinity(backend):
-    """A row of finite but very low logits still is a softmax (as with float32's least number for a mask)."""
+    """A row of very low finite logits is still a softmax, as with the lowest float32 for a mask."""
     case = make(20, 30, mask=mx.full((20, 30), -1e30))
     case.options["mask"][:, 10:] = -mx.inf
     out, lse = run(case, backend)
@@ -445,7 +445,7 @@ def test_huge_additive_mask_is_not_minus_infinity(backend):
 
 
 def test_host_never_holds_a_score_matrix(monkeypatch):
-    """4096 x 4096 scores of float32 would be 64 MiB, and a boolean mask of them 16."""
+    """The kernel stays below 4096 x 4096 float32 scores (64 MiB) and their boolean mask (16 MiB)."""
     monkeypatch.setenv("RINGATTN_THREADS", "1")
     case = make(4096, batch=1, heads=1, kv_heads=1, dim=16)
     positions = case.q_pos * 2
@@ -484,7 +484,7 @@ OF = ("q", "k", "v", "sinks", "mask", "lse")
 
 
 def function_of(name: str, backend: str):
-    """`attention` as a function of one of its arrays, and that array."""
+    """Return `attention` as a function of one of its arrays, and that array."""
     case = make(5, 7, batch=1)
     arrays = {"q": case.q, "k": case.k, "v": case.v, "sinks": mx.zeros(4), "mask": normal(9, 5, 7)}
 
@@ -504,7 +504,7 @@ REFUSED = ("jvp", "vmap", "compile", "second derivative", "compiled grad")
 @pytest.mark.parametrize("name", OF)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_of_fused_kernels(transform, name, backend):
-    """Their arithmetic is not in the graph: what they do not provide for must raise, or it would silently be zero."""
+    """Unsupported transformations raise. MLX does not see the arithmetic of fused kernels, and would return zeros."""
     if (transform, name, backend) == ("compile", "sinks", "host"):
         pytest.skip("sinks come in after the kernel, so compiling for them alone works")
     function, x = function_of(name, backend)
@@ -542,7 +542,7 @@ def test_reference_compiles():
 
 @every_backend
 def test_keys_in_a_gap_between_queries(backend: str) -> None:
-    """Keys that no query of a tile sees, between two that it has."""
+    """No query of a tile sees the keys between two of its queries."""
     r = np.random.default_rng(0)
     for _ in range(60):
         q_len, k_len = int(r.integers(1, 40)), int(r.integers(1, 600))

@@ -1,4 +1,4 @@
-"""Single threadgroups at the far end of arrays past 2^31 elements and 2^32 bytes, of mapped but untouched memory."""
+"""Single threadgroups at the end of arrays of over 2^31 elements and 2^32 bytes, in mapped but untouched memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tools.hostmetal import Runtime
 pytestmark = pytest.mark.host_runtime
 
 TOKENS, HEADS, DIM, WINDOW = 1 << 20, 33, 128, 100  # 4.4e9 numbers, 8.9 GB in float16
-SEEN = 132  # keys that the last 32 queries see, and some more
+SEEN = 132  # at least the keys that the last 32 queries see
 
 
-NORESERVE = 0x4000  # Linux: memory is taken when it is touched, and not counted before
+NORESERVE = 0x4000  # Linux: memory is allocated when it is touched
 
 
 def sparse(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that cost nothing until they are written."""
+    """Make zeros that take no memory until they are written."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE), dtype).reshape(shape)
 
