@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
+from .standard_input import StandardInput, own_descriptor
 
 PATIENCE = 5.0  # s for whoever connects to say who it is
 LONGEST = 1 << 16  # bytes of a line
@@ -108,6 +110,10 @@ class Connection:
     def close(self) -> None:
         self._link.close()
 
+    def detach(self) -> socket.socket:
+        """The socket, for another use than lines."""
+        return self._link
+
 
 @dataclass
 class Rank:
@@ -120,6 +126,7 @@ class Rank:
     connection: Connection
     end: End | None = None
     stopped: bool = False
+    computing: bool = False  # its wrapper has just seen it compute although it sends no heartbeats
     opening_since: float | None = None  # when it began to wait for the others to open a ring, if it does
     missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
 
@@ -153,14 +160,14 @@ class Rank:
         if self.connection.local:
             self.child.signal(number)
         else:
-            self.connection.say(str(int(number)))
+            self.connection.say(f"signal {int(number)}")
 
     def kill(self) -> None:
         """Kill its program, and what that has left behind."""
         if self.connection.local:
             self.child.kill_group()
         else:
-            self.connection.say(str(int(signal.SIGKILL)))
+            self.connection.say(f"signal {int(signal.SIGKILL)}")
 
     def hear(self) -> None:
         """Take in what its wrapper has said."""
@@ -170,8 +177,12 @@ class Rank:
                 self.stopped = said["stopped"]
             elif "opening" in said:
                 self.opening_since = time.monotonic() if said["opening"] else None
+            elif "computing" in said:
+                self.computing = True
             elif "ended" in said and self.end is None:
-                self.end = End(said["ended"], time.monotonic(), said["asked"], said["caused"], said["line"])
+                cause = Cause.of_end(self.number, self.host, said["ended"], said["known"])
+                caused = said["known"].get("broken") == "elsewhere"
+                self.end = End(said["ended"], time.monotonic(), said["asked"], caused, str(cause))
                 self.stopped = False
 
 
@@ -188,6 +199,7 @@ class Ranks(dict[str, Rank]):
         self._timeout = timeout
         self._token = secrets.token_hex(16)
         self._coming: list[Connection] = []
+        self._input: StandardInput | None = None
         self._doors = []
         for address in dict.fromkeys(addresses):
             door = socket.create_server((address, 0), backlog=256)
@@ -207,10 +219,16 @@ class Ranks(dict[str, Rank]):
         self._coming = [connection for connection in self._coming if not self._admit(connection)]
         for rank in self.values():
             rank.hear()
+            if rank.computing:
+                rank.computing = False
+                for other in self.values():
+                    other.connection.say(f"computing {rank.number}")
 
     def close(self) -> None:
         for door in self._doors:
             door.close()
+        if self._input is not None:
+            self._input.close()
         for connection in [*self._coming, *(rank.connection for rank in self.values())]:
             connection.close()
 
@@ -221,6 +239,9 @@ class Ranks(dict[str, Rank]):
             with suppress(ValueError, KeyError, TypeError):
                 said = json.loads(line)
                 if hmac.compare_digest(str(said["token"]), self._token):
+                    if "input" in said and self._input is None:
+                        self._input = StandardInput(connection.detach(), own_descriptor())
+                        return True
                     wrapper, child = (Process(int(pid), started) for pid, started in said["processes"])
                     self[said["rank"]] = Rank(said["rank"], said["host"], wrapper, child, connection)
                     return True
