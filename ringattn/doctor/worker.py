@@ -1,11 +1,12 @@
 """What every rank runs for ``ringattn doctor``.
 
-``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [EXCHANGE HOST,HOST,...]``: the last two where there
-are several hosts, see `ways`.
+``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [HOST,HOST,...]``: the last where there are several
+hosts; the environment then says where the doctor listens, see `ways`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from .facts import collect
 from .links import measure_hop, measure_link, pairs
 from .records import say
 from .speeds import measure
-from .ways import find_dead
+from .ways import ENDPOINT, find_dead
 
 
 def main() -> int:
@@ -42,10 +43,10 @@ def main() -> int:
     return 0
 
 
-def _reach_all(rank: int, exchange: str, hosts: str) -> bool:
+def _reach_all(rank: int, hosts: str) -> bool:
     """Whether every host can reach every other."""
     say(rank, doing="connecting to all other hosts")
-    dead = find_dead(exchange, rank, hosts.split(","))
+    dead = find_dead(os.environ[ENDPOINT], rank, hosts.split(","))
     if rank == 0:  # every rank knows
         say(rank, dead=[asdict(way) for way in dead])
     return not dead
