@@ -35,7 +35,7 @@ class Meeting:
 
     def __init__(self, host: str, addresses: Sequence[str]):
         local = all(address.startswith("127.") for address in addresses)
-        self._keys: dict[int, bytes] = {}  # of the ranks that will call
+        self._keys: dict[int, bytes] = {}  # of the ranks that call
         # Only those who can come should be able to knock.
         self._listener = Listener(["127.0.0.1" if local else ""], self._keys.get)
         self._exchange = KeyExchange()

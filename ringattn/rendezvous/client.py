@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 
 from .handshake import (
-    CHALLENGE,
     GREETING,
     HANDSHAKE_SECONDS,
+    NONCE_BYTES,
     PROOF_BYTES,
     REFUSED,
     RESPONSE,
@@ -80,9 +80,9 @@ def _call(address: Address, key: bytes, rank: int, deadline: float) -> socket.so
 
 def _prove(link: socket.socket, key: bytes, rank: int, deadline: float) -> None:
     """The caller's side of the handshake."""
-    greeting, theirs = CHALLENGE.unpack(_read(link, CHALLENGE.size, deadline))
-    if greeting != GREETING:
+    if _read(link, len(GREETING), deadline) != GREETING:
         raise OSError("another program answers there")
+    theirs = _read(link, NONCE_BYTES, deadline)
     mine = make_nonce()
     link.sendall(RESPONSE.pack(rank, mine, caller_proof(key, rank, theirs, mine)))
     proof = _read(link, PROOF_BYTES, deadline)

@@ -16,10 +16,11 @@ import struct
 
 HANDSHAKE_SECONDS = 5.0  # for the whole of it
 KEY_BYTES = 32
+NONCE_BYTES = 32
 GREETING = b"ringattn rendezvous 1\n"
-CHALLENGE = struct.Struct(f"!{len(GREETING)}s32s")
-RESPONSE = struct.Struct("!I32s32s")
 PROOF_BYTES = 32
+CHALLENGE = struct.Struct(f"!{len(GREETING)}s{NONCE_BYTES}s")
+RESPONSE = struct.Struct(f"!I{NONCE_BYTES}s{PROOF_BYTES}s")
 REFUSED = bytes(PROOF_BYTES)
 
 _CALLER = b"caller"
@@ -32,8 +33,8 @@ def make_key() -> bytes:
 
 
 def make_nonce() -> bytes:
-    """32 random bytes."""
-    return os.urandom(32)
+    """Random bytes for one handshake."""
+    return os.urandom(NONCE_BYTES)
 
 
 def derive_key(key: bytes, purpose: str) -> bytes:

@@ -50,7 +50,7 @@ class Listener:
 
     Args:
         addresses: Of this machine; ``""`` is all of them. Each gets a port that the system chooses.
-        find_key: Gives the key of the caller with this rank, ``None`` where there is no such caller.
+        find_key: Gives the key of the caller with this rank. ``None``: there is none as yet; the caller calls again.
 
     Attributes:
         addresses: Where it listens.
@@ -149,7 +149,10 @@ class Listener:
     def _decide(self, handshake: _Handshake) -> None:
         rank, nonce, proof = RESPONSE.unpack(handshake.received)
         link, key = handshake.link, self._find_key(rank)
-        if key is None or not hmac.compare_digest(proof, caller_proof(key, rank, handshake.nonce, nonce)):
+        if key is None:
+            self._drop(link)
+            return
+        if not hmac.compare_digest(proof, caller_proof(key, rank, handshake.nonce, nonce)):
             link.send(REFUSED)
             self._drop(link)
             return
