@@ -432,7 +432,7 @@ def test_a_rank_that_leaves_is_told_to_the_others():
         first, second = (ways.CoordinatorClient(coordinator.endpoint, rank) for rank in range(2))
         second.close()
         with closing(first), pytest.raises(RingError, match="^a rank left before all had said what they found$"):
-            first.gather("x")
+            first.gather(["x"])
 
 
 def test_pairs():

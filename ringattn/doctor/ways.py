@@ -8,12 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RingError
-from ..rendezvous.channel import Channel
+from ..rendezvous.channel import Channel, take
 from ..rendezvous.client import Address, connect, format_endpoint, parse_endpoint
 from ..rendezvous.handshake import derive_key, make_key
 from ..rendezvous.listener import Listener
@@ -62,12 +62,13 @@ class Coordinator:
         ranks: dict[int, Channel] = {}
         while len(ranks) < self._size and (caller := self._listener.accept()):
             ranks[caller[0]] = Channel(caller[1], MESSAGE_BYTES)
-        with suppress(OSError):
-            while len(ranks) == self._size and all(said := [ranks[rank].receive() for rank in range(self._size)]):
+        with ExitStack() as stack, suppress(OSError):
+            for channel in ranks.values():
+                stack.callback(channel.close)  # which tells the others that a rank has left
+            while len(ranks) == self._size:
+                said = [take(ranks[rank].receive(), "said", list) for rank in range(self._size)]
                 for channel in ranks.values():
-                    channel.send([message["said"] for message in said])
-        for channel in ranks.values():
-            channel.close()
+                    channel.send(said)
 
 
 class CoordinatorClient:
@@ -91,8 +92,8 @@ class CoordinatorClient:
         self._channel = Channel(link, MESSAGE_BYTES)
         self.own_address: str = link.getsockname()[0]
 
-    def gather(self, what: object) -> list[Any]:
-        """What all ranks say, anything that JSON can hold. Collective."""
+    def gather(self, what: list) -> list[Any]:
+        """What all ranks say, lists of anything that JSON can hold. Collective."""
         try:
             self._channel.send({"said": what})
             said = self._channel.receive()
