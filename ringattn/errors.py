@@ -52,3 +52,19 @@ class MissingExtraError(RingAttentionError):
 
 class KernelWarning(UserWarning):
     """A kernel does not work on this system and a slower one takes its place; the results stay right."""
+
+
+class UnsupportedModelError(ArgumentError):
+    """A layer or cache of a model cannot be spread over a ring; the message names it."""
+
+
+class CacheFileError(ArgumentError):
+    """A file of a saved prompt cache is missing, torn or another model's; the message names it."""
+
+
+class LaunchError(RingAttentionError):
+    """The program cannot be launched. `exit_code` is what a shell would give: 127 not found, 126 not runnable."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code

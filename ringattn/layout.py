@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from .checks import check_int, told
+from .core.intervals import Span, Spans, length, positions, tokens_at, union
+from .core.validation import check_int, told
 from .errors import ArgumentError, ArgumentTypeError
-from .spans import Span, Spans, length, positions, tokens_at, union
 
 if TYPE_CHECKING:
-    from .comm.base import Ring
+    from .transport.base import Ring
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
@@ -163,7 +163,7 @@ class Layout:
 
     def gather(self, x: mx.array, ring: Ring, axis: int = 2) -> mx.array:
         """The whole sequence on every rank, from each one's part `x`. Collective; costs the memory of the whole."""
-        from .gather import gather
+        from .ring.gather import gather
 
         return gather(self, x, ring, axis)
 

@@ -25,13 +25,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .checks import check_array, check_int
-from .comm.agreement import agree, heard
-from .comm.base import Ring
+from .autograd.checkpointing import Tape
+from .core.validation import check_array, check_int
 from .errors import ArgumentError
-from .job import check_layout, check_ring
 from .layout import Layout
-from .recompute import Tape
+from .ring.arguments import check_layout, check_ring
+from .transport.base import Ring
+from .transport.consensus import agree, heard
 
 __all__ = ["Batch", "checkpoint", "mean_loss", "shard_batch", "sum_gradients"]
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.cluster.rank import launched_rank
+from ringattn.launcher.rank_wrapper import launched_rank
 
 WRONG = 99
 SECONDS = 30  # without a fault

@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-# name: (module, what `ringattn --help` says), so that the list of commands imports none of them
+# What `ringattn --help` says of each command, so that the list of commands imports none of them.
 COMMANDS = {
-    "bench": ("ringattn.cli.bench", "Time parts of ringattn on this machine."),
-    "chat": ("ringattn.cli.chat", "Talk to a language model whose context is spread over ranks."),
-    "demo": ("ringattn.cli.demo", "Let a real language model read a document on several processes."),
-    "doctor": ("ringattn.cli.doctor", "Examine hosts, links and versions before a ring runs on them."),
-    "generate": ("ringattn.cli.generate", "Generate text with a language model whose context is spread over ranks."),
-    "launch": ("ringattn.cli.launch", "Run a program on several ranks, of this machine or of several hosts."),
-    "serve": ("ringattn.cli.serve", "Answer OpenAI-style requests with a language model spread over ranks."),
-    "verify": ("ringattn.cli.verify", "Check the ring against exact attention on this machine."),
+    "bench": "Time parts of ringattn on this machine.",
+    "chat": "Talk to a language model whose context is spread over ranks.",
+    "demo": "Let a real language model read a document on several processes.",
+    "doctor": "Examine hosts, links and versions before a ring runs on them.",
+    "generate": "Generate text with a language model whose context is spread over ranks.",
+    "launch": "Run a program on several ranks, of this machine or of several hosts.",
+    "serve": "Answer OpenAI-style requests with a language model spread over ranks.",
+    "verify": "Check the ring against exact attention on this machine.",
 }
 
 
@@ -31,12 +31,13 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        module = importlib.import_module(f"{__name__}.commands.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _in_one_line():

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comm.base import Event
+from ..transport.base import Event
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..comm.base import Event
+from ..transport.base import Event
 from .runs import Run
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import ringattn as ra
 from ringattn import lm
-from ringattn.comm.base import Event, Ring
 from ringattn.demo.document import prompt
 from ringattn.demo.job import Figures, Job, Progress
+from ringattn.transport.base import Event, Ring
 
 Told = Callable[[int, int], None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..cluster.reach import Trouble
+from ..launcher.preflight import Trouble
 from .breakeven import Model, break_even
-from .links import Link
+from .link_speed import Link
 from .records import Told
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..comm.library import Library
-from .facts import Facts
-from .links import Link
-from .speeds import Speeds
-from .ways import Dead
+from ..transport.mpi.library import Library
+from .compute_speed import Speeds
+from .connectivity import Dead
+from .host_info import Facts
+from .link_speed import Link
 
 MARK = "ringattn-doctor:"
 

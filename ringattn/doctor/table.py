@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .diagnosis import Finding
 from .examination import Examination
 from .records import Rank
-from .report import Finding
 
 GIB = 1 << 30
 

@@ -1,7 +1,7 @@
 """What every rank runs for ``ringattn doctor``.
 
 ``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [HOST,HOST,...]``: the last where there are several
-hosts; the environment then says where the doctor listens, see `ways`.
+hosts; the environment then says where the doctor listens, see `connectivity`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import asdict
 
 import mlx.core as mx
 
-from ..cluster.rank import launched_rank
-from ..comm import init, launched_by
 from ..errors import RingAttentionError
-from .facts import collect
-from .links import measure_hop, measure_link, pairs
+from ..launcher.rank_wrapper import launched_rank
+from ..transport import init
+from ..transport.environment import launched_by
+from .compute_speed import measure
+from .connectivity import ENDPOINT, find_dead
+from .host_info import collect
+from .link_speed import measure_hop, measure_link, pairs
 from .records import say
-from .speeds import measure
-from .ways import ENDPOINT, find_dead
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def _reach_all(rank: int, hosts: str) -> bool:
 
 
 def _measure_ring(rank: int) -> None:
-    from ..comm.library import library
+    from ..transport.mpi.library import library
 
     say(rank, doing="starting MPI")
     mpi = library()

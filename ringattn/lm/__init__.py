@@ -9,12 +9,12 @@
 The weights are the same on every rank; each holds a part of the keys and values and shares in the prefill.
 """
 
-from .cache import ShardedKVCache
-from .errors import CacheFileError, UnsupportedModelError
-from .files import load_cache, save_cache
+from ..errors import CacheFileError, UnsupportedModelError
 from .generate import stream_generate
 from .load import load
-from .model import shard
+from .prompt_cache.store import load_cache, save_cache
+from .shard import shard
+from .sharded_cache import ShardedKVCache
 
 __all__ = [
     "CacheFileError",

@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decode import decode_attention
-from ..ring import ring_attention
-from .cache import Probe, ShardedKVCache, Visible, giver
-from .errors import UnsupportedModelError
+from ..decode_attention import decode_attention
+from ..errors import UnsupportedModelError
+from ..ring_attention import ring_attention
+from .sharded_cache import Probe, ShardedKVCache, Visible, giver
 
 NAME = "scaled_dot_product_attention"  # what models import from mlx_lm.models.base
 

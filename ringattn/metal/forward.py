@@ -5,13 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..mask import Band, Tile
-from ..merge import State
+from ..core.masks import Band, Tile
+from ..core.online_softmax import State
+from ..kernels.interface import Ending, Problem
 from . import source
-from .call import KernelCall
-from .problem import Ending, Problem
-from .reach import reach
-from .tiling import Tiling
+from .launch import KernelCall
+from .tiling import Tiling, reach
 
 LEAST = 8  # elements of an array that the kernel reads through a pointer: smaller ones are in another address space
 
@@ -152,3 +151,28 @@ def _bounds(ids: mx.array, tile: int) -> mx.array:
     ids = mx.pad(ids, [(0, 0), (0, tiles * tile - ids.shape[1])], constant_values=-1)
     ids = ids.reshape(ids.shape[0], tiles, tile)
     return mx.stack([ids.min(axis=-1), ids.max(axis=-1)], -1)
+
+
+THREADS = 64
+
+
+def combine_call(states: State, ending: Ending | None) -> KernelCall:
+    """The call of `combine.metal` for the states of several runs, whose arrays have a first axis `runs`."""
+    _, batch, heads, q_len, value_dim = states.acc.shape
+    inputs = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
+    if ending is not None and ending.sinks is not None:
+        inputs["sinks"] = ending.sinks
+    outputs = ending_outputs(ending, (batch, heads, q_len), value_dim)
+    switches = ending_switches(ending)
+    return KernelCall(
+        name="_".join(["ringattn_combine", *(f"{name.lower()}{value}" for name, value in switches.items() if value)]),
+        input_names=list(inputs),
+        source=source.body("combine"),
+        header=source.header(tuple(switches.items())),
+        inputs=list(inputs.values()),
+        template=[("Out", outputs["output_dtypes"][0]), ("DV", value_dim)],
+        grid=(value_dim, batch * heads * q_len, 1),
+        threadgroup=(min(THREADS, value_dim), 1, 1),
+        compile_options={"math_mode": "safe"},
+        **outputs,
+    )

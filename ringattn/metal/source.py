@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parent / "shaders"
 LIBRARY = ("lanes", "segments")
 PRODUCTS = ("stage", "products"), ("tensor",)  # by simdgroup matrices, and by the M5's matrix units
 TENSOR_OPERATIONS = "#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+
+from ..core.masks import Band
 
 THREADGROUP_BYTES = 32_768  # what Metal gives a threadgroup on every Apple GPU
 MOST_DIMS = 256
@@ -78,3 +81,67 @@ class Tiling:
 
 def _whole(dims: int, part: int) -> int:
     return -(-dims // part) * part
+
+
+def pieces(
+    tiles: np.ndarray, tile: tuple[int, int], lengths: tuple[int, int], pair_flops: int, budget: int, least_tiles: int
+) -> list[tuple[slice, list[slice]]]:
+    """Cut a problem so that no piece takes more than `budget`: runs of queries, each with its runs of keys in order.
+
+    Args:
+        tiles: What each tile of queries reaches, from `reach`.
+        tile: Queries and keys in a tile.
+        lengths: Queries and keys in all.
+        pair_flops: Floating-point operations for one query with one key, all heads and batches together.
+        budget: Operations that a piece may take. A piece of `least_tiles` by one tile is made even if that is more.
+        least_tiles: Tiles of queries that fill the GPU.
+    """
+    (BQ, BK), (q_len, k_len) = tile, lengths
+    tile_flops = BQ * BK * pair_flops
+    cuts, start = [], 0
+    while start < len(tiles):
+        stop = _fit(tiles, start, tile_flops, budget, least_tiles)
+        first, last = int(tiles[start:stop, 0].min()), int(tiles[start:stop, 3].max())
+        if first >= last:  # nothing to see, but rows to write
+            first, last = 0, 1
+        fits = _work(tiles[start:stop]).sum() * tile_flops <= budget
+        step = last - first if fits else max(1, budget // ((stop - start) * tile_flops))
+        keys = [slice(k * BK, min(min(k + step, last) * BK, k_len)) for k in range(first, last, step)]
+        cuts.append((slice(start * BQ, min(stop * BQ, q_len)), keys))
+        start = stop
+    return cuts
+
+
+def _work(tiles: np.ndarray) -> np.ndarray:
+    return (tiles[:, 3] - tiles[:, 0]).astype(np.int64)
+
+
+def _fit(tiles: np.ndarray, start: int, tile_flops: int, budget: int, least: int) -> int:
+    """Where a run of query tiles ends that `budget` allows with all its keys; at least `least` of them."""
+    work = np.cumsum(_work(tiles[start:])) * tile_flops
+    return min(start + max(int(np.searchsorted(work, budget, "right")), least, 1), len(tiles))
+
+
+def reach(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: int, group: int, BK: int) -> np.ndarray:
+    """For each tile of queries the tiles of keys, int32 ``[q tiles, 4]``: first, full first, full last, last.
+
+    Tiles before `first` and from `last` on are empty, from `full first` up to `full last` they are full, the others
+    are partial.
+
+    Args:
+        band: The positions each query sees.
+        q_pos: Ascending positions ``[Lq]``.
+        k_pos: Ascending positions ``[Lk]``.
+        q_rows: Rows in a tile of queries.
+        group: Rows that each query has.
+        BK: Keys in a tile.
+    """
+    rows = len(q_pos) * group
+    starts = np.arange(0, rows, q_rows)
+    lowest, highest = q_pos[starts // group], q_pos[(np.minimum(starts + q_rows, rows) - 1) // group]
+    first, last = band.reach(lowest, highest, k_pos)
+    full_first, full_last = band.reach(highest, lowest, k_pos)
+    first, last = first // BK, -(-last // BK)
+    full_first = np.clip(-(-full_first // BK), first, last)
+    full_last = np.clip(full_last // BK, full_first, last)
+    return np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import KernelWarning
-from ..metal import probe
+from ..metal import self_test
 
 Check = Callable[[], float]  # the largest error as a fraction of what is allowed
 Results = dict[str, dict[str, float]]  # row -> column -> such a fraction; infinite where there is no right answer
@@ -43,7 +43,7 @@ def attempt(check: Check) -> tuple[float, str]:
 
     A Metal kernel that something else took the place of went wrong, though the answer is right.
     """
-    probe.forget()  # lest a kernel that another check needed as well is replaced unheard
+    self_test.forget()  # lest a kernel that another check needed as well is replaced unheard
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)
         try:

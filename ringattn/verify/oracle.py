@@ -92,7 +92,7 @@ class GradientCase:
         return {name: x for name, x in arrays.items() if isinstance(x, mx.array) and x.dtype != mx.bool_}
 
     def exact(self) -> dict[str, np.ndarray]:
-        """The closed form in float64 (see `ringattn.gradient`), with the whole matrix of weights."""
+        """The closed form in float64 (see `ringattn.core.gradients`), with the whole matrix of weights."""
         return self._sums(lambda x: x)
 
     def sizes(self) -> dict[str, float]:

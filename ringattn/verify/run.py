@@ -13,12 +13,12 @@ import numpy as np
 
 from .. import backends
 from ..attention import attention
-from ..comm import init
-from ..comm.base import Ring
-from ..decode import decode_attention
+from ..decode_attention import decode_attention
 from ..layout import Layout
-from ..ring import ring_attention
-from ..schedule import STRATEGIES
+from ..ring.schedule import STRATEGIES
+from ..ring_attention import ring_attention
+from ..transport import init
+from ..transport.base import Ring
 from .features import FEATURES
 from .findings import Findings, Results
 from .oracle import Case, ratios

@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import attention
-from ..backends import Rules, metal
-from ..mask import Band
-from ..merge import State, finish
+from ..core.masks import Band
+from ..core.online_softmax import State, finish
+from ..core.rules import Rules
+from ..metal import backend
 from .findings import Check, Findings
 from .oracle import FLOATS, Case, GradientCase, ratios
 
@@ -62,7 +63,7 @@ def _chain(case: Case) -> float:
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):
         k, v = case.k[:, :, keys], case.v[:, :, keys]
-        state = metal.forward(case.q, k, v, case.q_pos, case.k_pos[keys], rules, state)
+        state = backend.forward(case.q, k, v, case.q_pos, case.k_pos[keys], rules, state)
     assert state is not None
     return max(ratios(case, *finish(state, None, case.q.dtype)))
 

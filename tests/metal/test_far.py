@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ringattn.backends import Rules
-from ringattn.mask import Band
-from ringattn.merge import State
+from ringattn.core.masks import Band
+from ringattn.core.online_softmax import State
+from ringattn.core.rules import Rules
+from ringattn.kernels.interface import Ending, Problem
 from ringattn.metal.forward import forward_call
-from ringattn.metal.problem import Ending, Problem
 from ringattn.metal.tiling import Tiling
 from ringattn.verify.oracle import Case, check
 from tools.hostmetal import Runtime

@@ -12,8 +12,10 @@ import mlx.core as mx
 import pytest
 
 import ringattn as ra
-from ringattn.metal import KernelCall, executor
+from ringattn.metal import KernelCall, launch
 from tools.nvidia.executor import header, translate
+
+pytestmark = pytest.mark.cuda
 
 NVCC = shutil.which("nvcc")
 CUDA_TYPES = {
@@ -68,7 +70,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, attend: Callable[[], object]) -> li
         return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "_executor", zeros)
+        patch.setattr(launch, "_executor", zeros)
         mx.eval(attend())
     return calls
 

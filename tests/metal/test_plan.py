@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.backends import Rules, metal
-from ringattn.mask import Band, Tile
-from ringattn.metal import attend, device, set_executor
-from ringattn.metal.attend import Plan
+from ringattn.core.masks import Band, Tile
+from ringattn.core.rules import Rules
+from ringattn.kernels.interface import Problem
+from ringattn.metal import backend, device, dispatch, set_executor
 from ringattn.metal.device import Device
-from ringattn.metal.pieces import pieces
-from ringattn.metal.problem import Problem
-from ringattn.metal.reach import reach
-from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling
+from ringattn.metal.dispatch import Plan
+from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, pieces, reach
 from ringattn.verify.oracle import FLOATS, Case, check
 from tools.hostmetal import Runtime
 
@@ -155,7 +153,7 @@ def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
     case = case_of(4, keys)
     tiling = Tiling.of(mx.float16, 64, 64, 8)
     budget = 30_000 * tiling.BQ * 2 * (tiling.BD + tiling.BV)
-    monkeypatch.setattr(attend, "device", lambda: Device(1, budget))
+    monkeypatch.setattr(dispatch, "device", lambda: Device(1, budget))
     calls, runtime = [], Runtime(checks=False)
     set_executor(lambda call: calls.append(call) or runtime(call))
     out, lse = run(case)
@@ -184,7 +182,7 @@ def test_without_lse_there_is_no_trace_of_it():
     set_executor(runtime)
     for with_lse in (False, True):
         positions = np.arange(70, dtype=np.int32)
-        out, lse = metal.finished(x, x, x, positions, positions, Rules(0.125, Band()), None, x.dtype, with_lse)
+        out, lse = backend.finished(x, x, x, positions, positions, Rules(0.125, Band()), None, x.dtype, with_lse)
         assert (lse is not None) is with_lse
         counted.append(runtime.last)
     set_executor(Runtime())
@@ -259,4 +257,4 @@ def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
     problem = Problem(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
     plan = Plan.of(problem, Device(10, 10**12))
-    assert plan.group == 4 and plan.splits(problem) == 5000 // attend.LEAST_KEYS
+    assert plan.group == 4 and plan.splits(problem) == 5000 // dispatch.LEAST_KEYS

@@ -10,7 +10,7 @@ import pytest
 
 import ringattn as ra
 from ringattn.errors import KernelWarning
-from ringattn.metal import executor, probe, set_executor
+from ringattn.metal import launch, self_test, set_executor
 from ringattn.metal.device import matrix_units
 from ringattn.metal.tiling import Tiling
 from ringattn.verify.features import FEATURES
@@ -91,7 +91,7 @@ def test_state_is_carried(runtime, monkeypatch):
     case = in_dtype(FEATURES["causal, float16"](), mx.float16)
     one = run(case)
     assert runtime.counters.groups == 2 * case.q.shape[1]
-    monkeypatch.setattr("ringattn.metal.attend.device", lambda: ra.metal.device.Device(1, 1))
+    monkeypatch.setattr("ringattn.metal.dispatch.device", lambda: ra.metal.device.Device(1, 1))
     assert pieces.pieces
     check(case, *run(case))
     check(case, *one)
@@ -125,9 +125,9 @@ def test_plain_kernel_takes_over_where_it_fails(monkeypatch):
             raise RuntimeError("program_source:2: fatal error: 'MetalPerformancePrimitives' file not found")
         return runtime(call)
 
-    monkeypatch.setattr(executor, "default", lambda: True)
-    monkeypatch.setattr(executor, "available", lambda: True)
-    monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(launch, "default", lambda: True)
+    monkeypatch.setattr(launch, "available", lambda: True)
+    monkeypatch.setattr(self_test, "_verdicts", {})
     set_executor(without_units, tensor_ops=True)
     try:
         case = FEATURES["causal, float16"]()
@@ -138,7 +138,7 @@ def test_plain_kernel_takes_over_where_it_fails(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             set_executor(runtime, tensor_ops=True)
-            monkeypatch.setattr(probe, "_verdicts", {})
+            monkeypatch.setattr(self_test, "_verdicts", {})
             check(case, *run(case))
         assert runtime.last.tensor_ops > 0
     finally:

@@ -1,4 +1,6 @@
-"""Fixtures for tests that run on every rank at once, under mpiexec or mlx.launch (see ``tests/test_ranks.py``).
+"""Fixtures for tests that run on every rank at once, under mpiexec or mlx.launch.
+
+``tests/ring/test_all_sizes.py`` starts them.
 
 Every rank runs the same tests in the same order with the same random numbers: each makes the whole problem, takes its
 part of it, and compares with its part of the whole answer. A rank that fails breaks the ring, so that no other waits.
@@ -12,8 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from ringattn.comm import Ring, init, launched_by
-from ringattn.comm.agreement import agree
+from ringattn.transport import Ring, init
+from ringattn.transport.consensus import agree
+from ringattn.transport.environment import launched_by
 
 # Without a launcher there is no ring to test: an ordinary run of the suite passes by here.
 collect_ignore_glob = ["test_*.py"] if launched_by() == "solo" else []

@@ -12,8 +12,8 @@ from test_ring import LAYOUTS, rows_of, run
 
 import ringattn as ra
 from ringattn import ArgumentError, ArgumentTypeError
-from ringattn.comm import Ring
-from ringattn.schedule import STRATEGIES
+from ringattn.ring.schedule import STRATEGIES
+from ringattn.transport import Ring
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import GradientCase, check, random_case
 

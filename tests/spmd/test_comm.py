@@ -9,10 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ringattn.comm import Gate, group, init, launched_by, progress
-from ringattn.comm.agreement import agree
-from ringattn.comm.collectives import SMALL_BYTES
 from ringattn.errors import ArgumentError, ArgumentTypeError, RingError, TransformError
+from ringattn.transport import Gate, init
+from ringattn.transport.collectives import SMALL_BYTES
+from ringattn.transport.consensus import agree
+from ringattn.transport.environment import launched_by
+from ringattn.transport.mlx import backend
+from ringattn.transport.mpi import progress
 
 INTEGERS = [mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64]
 FLOATS = [mx.float16, mx.bfloat16, mx.float32, mx.complex64]
@@ -68,7 +71,7 @@ def test_blocks_forwarded_round_the_ring(ring, rng, monkeypatch, longest):
     if ring.size == 1:
         pytest.skip("no neighbour")
     monkeypatch.setattr(progress, "CHUNK_BYTES", max(longest // 4, 100))
-    monkeypatch.setattr(group, "PIECE_BYTES", max(longest // 4, 100))
+    monkeypatch.setattr(backend, "PIECE_BYTES", max(longest // 4, 100))
     for _ in range(400 if longest < 1000 else 40):
         lengths = rng.choice([0, 1, longest // 4, longest // 2, longest], (ring.size, 2))
         lengths = np.where(rng.random(lengths.shape) < 0.5, lengths, rng.integers(0, longest + 1, lengths.shape))

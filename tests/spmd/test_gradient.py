@@ -8,8 +8,8 @@ import pytest
 from test_ring import LAYOUTS, layouts
 
 import ringattn as ra
-from ringattn.comm import Ring
-from ringattn.schedule import STRATEGIES
+from ringattn.ring.schedule import STRATEGIES
+from ringattn.transport import Ring
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import GradientCase, random_case
 

@@ -10,7 +10,7 @@ import pytest
 
 import ringattn as ra
 from ringattn import ArgumentError, Layout, TransformError
-from ringattn.comm import Ring, agreement
+from ringattn.transport import Ring, consensus
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_a_result_that_nobody_looks_at_on_one_rank(ring):
 
 
 def test_more_calls_than_may_be_open(ring, monkeypatch):
-    monkeypatch.setattr(agreement, "IN_GRAPH", 5)
+    monkeypatch.setattr(consensus, "IN_GRAPH", 5)
     pairs = [decode(ring, seed) for seed in range(20)]
     assert all(map(same, pairs))
 
@@ -109,7 +109,7 @@ def test_sizes_that_differ(ring, backend):
 
 
 def test_arguments_that_differ_among_many_calls(ring, monkeypatch):
-    monkeypatch.setattr(agreement, "IN_GRAPH", 5)
+    monkeypatch.setattr(consensus, "IN_GRAPH", 5)
     with pytest.raises(ArgumentError, match="scale differs between ranks"):
         for step in range(10):
             decode(ring, scale=0.1 * (1 + ring.rank) if step == 2 else 0.5)

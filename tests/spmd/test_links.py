@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from ringattn.comm import launched_by
-from ringattn.doctor import links
+from ringattn.doctor import link_speed
+from ringattn.transport.environment import launched_by
 
 # The doctor measures over MPI: a link is a ring of two, and mx.distributed cannot divide its ranks.
 pytestmark = pytest.mark.skipif(launched_by() == "mlx", reason="mx.distributed has no split")
 
 
 def test_every_link_is_measured_by_its_two_ends(ring):
-    for ranks in links.pairs(ring.size):
-        link = links.measure_link(ring, ranks)
+    for ranks in link_speed.pairs(ring.size):
+        link = link_speed.measure_link(ring, ranks)
         assert (link is not None) == (ring.rank in ranks)
         if link is not None:
             assert link.ranks == ranks and 0 < link.latency < 10 and link.slowest > 1e5
@@ -25,13 +25,13 @@ def test_who_sends(ring, monkeypatch):
 
     def bandwidth(pair, senders):
         before = pair.bytes_sent
-        links._transfer(pair, senders, 1000, (1,))
+        link_speed._transfer(pair, senders, 1000, (1,))
         sent.append(pair.bytes_sent - before)
         return 1.0
 
-    monkeypatch.setattr(links, "_bandwidth", bandwidth)
-    for ranks in links.pairs(ring.size):
-        links.measure_link(ring, ranks)
+    monkeypatch.setattr(link_speed, "_bandwidth", bandwidth)
+    for ranks in link_speed.pairs(ring.size):
+        link_speed.measure_link(ring, ranks)
         expected = {ranks[0]: [1000, 0, 1000], ranks[1]: [0, 1000, 1000]}.get(ring.rank, [])
         assert sent == expected
         sent.clear()
@@ -44,8 +44,8 @@ def test_a_hop_uses_all_links(ring, monkeypatch):
     for hosts in (ring.hosts, tuple(f"mac{i}" for i in range(ring.size))):
         monkeypatch.setattr(ring, "hosts", hosts)
         before, ring.trace = ring.bytes_sent, []
-        assert links.measure_hop(ring) > 1e5
+        assert link_speed.measure_hop(ring) > 1e5
         trace, ring.trace = ring.trace, None
-        assert ring.bytes_sent - before >= links.REPEATS * links.LEAST
+        assert ring.bytes_sent - before >= link_speed.REPEATS * link_speed.LEAST
         first = [event.bytes for event in trace if event.kind == "send"][:2]
-        assert first[0] == (links.LEAST // 2 if ring.apart else links.LEAST)
+        assert first[0] == (link_speed.LEAST // 2 if ring.apart else link_speed.LEAST)

@@ -22,9 +22,10 @@ from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ringattn import lm
-from ringattn.comm import launched_by
-from ringattn.lm import cache as caches
-from ringattn.lm import saving, steps
+from ringattn.lm import partition
+from ringattn.lm import sharded_cache as caches
+from ringattn.lm.prompt_cache import atomic_files
+from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
 ULPS = 32  # of the largest logit, float32
@@ -33,7 +34,7 @@ ULPS = 32  # of the largest logit, float32
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(caches, "SLACK", 8)
-    monkeypatch.setattr(steps, "RUN", 2)
+    monkeypatch.setattr(partition, "RUN", 2)
     model = build(name)
     plain = make_prompt_cache(model)
     lm.shard(model, ring)
@@ -161,7 +162,7 @@ def test_a_processor_that_fails_is_an_error_on_all_ranks(ring: Ring) -> None:
 def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window(
     ring: Ring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "RUN", 4)
+    monkeypatch.setattr(partition, "RUN", 4)
     monkeypatch.setattr(caches, "SLACK", 8)
     model = lm.shard(build("gpt_oss"), ring)
     cache = make_prompt_cache(model)
@@ -373,15 +374,15 @@ def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypa
     model = lm.shard(build("llama"), ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     before = {file.name for file in path.parent.iterdir()}
-    plain = getattr(saving.Part, fails)
+    plain = getattr(atomic_files.Part, fails)
 
-    def failing(part: saving.Part, what: Any = None) -> None:
+    def failing(part: atomic_files.Part, what: Any = None) -> None:
         plain(part, *(() if what is None else (what,)))
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         if ring.rank == ring.size - 1:
-            patched.setattr(saving.Part, fails, failing)
+            patched.setattr(atomic_files.Part, fails, failing)
         with pytest.raises((OSError, ArgumentError), match="No space left on device"):
             lm.save_cache(path, cache, model=model)
     ring.barrier()
@@ -411,7 +412,7 @@ def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
     orphans = [f"cache.json.{dead}.safetensors", f"cache.json.{dead}.new", "cache.json.0123456789ab-0.new"]
     others = [f"cache.json.{alive}.safetensors", "cache.json.old", "cache.json.copy.safetensors"]
     _on_rank_0(ring, lambda: [path.with_name(name).write_text("x") for name in orphans + others])
-    with saving.Part(path, alive) as part:
+    with atomic_files.Part(path, alive) as part:
         if ring.rank == 0:
             part.write({"x": mx.zeros(3)})
         ring.barrier()

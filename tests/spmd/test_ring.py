@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.comm import Ring
-from ringattn.schedule import STRATEGIES
+from ringattn.ring.schedule import STRATEGIES
+from ringattn.transport import Ring
 from ringattn.verify.oracle import Case, check, random_case
 
 LAYOUTS = ("contiguous", "zigzag", "cyclic", "weighted", "one rank", "scattered")

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten, tree_map
 
 import ringattn as ra
 from ringattn import training
-from ringattn.comm import Ring
+from ringattn.ring import loop
 from ringattn.training import checkpoint, mean_loss, shard_batch, sum_gradients
+from ringattn.transport import Ring
 
 VOCABULARY, DIMS, HEADS, TOKENS = 17, 16, 2, 61
 
@@ -128,10 +129,8 @@ def test_checkpoint_changes_nothing_but_memory(ring: Ring, how: str) -> None:
 
 
 def test_checkpoint_does_not_run_the_ring_forward_again(ring: Ring, monkeypatch) -> None:
-    import ringattn.ring as module
-
     runs = []
-    monkeypatch.setattr(module, "_run", lambda job, run=module._run: runs.append(1) or run(job))
+    monkeypatch.setattr(loop, "forward", lambda call, run=loop.forward: runs.append(1) or run(call))
     counts = {}
     for how in ("keep", "ours", "mlx"):
         runs.clear()

@@ -12,7 +12,7 @@ import pytest
 
 import ringattn as ra
 from ringattn import ArgumentError, ArgumentTypeError, Layout, RingError, TransformError
-from ringattn.comm import Ring
+from ringattn.transport import Ring
 
 CHUNK = 4  # tokens of a rank: two chunks of two, or one of four
 Call = Callable[..., Any]

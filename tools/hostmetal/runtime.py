@@ -10,7 +10,7 @@ import re
 import mlx.core as mx
 import numpy as np
 
-from ringattn.metal.call import KernelCall
+from ringattn.metal.launch import KernelCall
 
 from .compiler import kernel_function
 from .counters import Counters

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ringattn.metal.call import KernelCall
+from ringattn.metal.launch import KernelCall
 
 CONSTANT_BELOW = 8  # elements: smaller inputs arrive in constant memory
 

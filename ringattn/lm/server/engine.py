@@ -15,13 +15,13 @@ import mlx.core as mx
 from mlx_lm import server as mlx_server
 from mlx_lm.generate import make_text_state_machine
 
-from ...comm.agreement import heard
-from ...comm.collectives import broadcast_bytes
 from ...errors import RingError
+from ...transport.collectives import broadcast_bytes
+from ...transport.consensus import heard
 from ..generate import stream_generate
-from ..model import Sharded
-from .kept import KeptCaches
-from .stops import StopWords
+from ..shard import Sharded
+from .cache_pool import KeptCaches
+from .stop_words import StopWords
 
 LOOK = 0.25  # s between two looks whether a client, or the server, is still there
 

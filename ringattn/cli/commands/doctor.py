@@ -1,0 +1,85 @@
+"""``ringattn doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ...doctor.breakeven import Model
+from ...doctor.diagnosis import examine
+from ...doctor.runner import DTYPES, Where, examine_cluster
+from ...doctor.table import as_json, text
+from ...errors import LaunchError
+from ..host_options import chosen, count_ranks, host_options
+from .bench import parse_heads
+
+
+@click.command()
+@click.option(
+    "-n",
+    "ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks.  [default: 2, or one for each slot of the hosts]",
+)
+@host_options
+@click.option("--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]")
+@click.option(
+    "--heads",
+    default="32/8",
+    show_default=True,
+    callback=lambda context, option, given: parse_heads(given),
+    help="Query / key-value heads of the model.",
+)
+@click.option("--head-dim", default=128, show_default=True, type=click.IntRange(1, 1024), help="Of the model.")
+@click.option("--dtype", default="float16", show_default=True, type=click.Choice(list(DTYPES)), help="Of keys, values.")
+@click.option("--causal/--full", default=True, show_default=True, help="The mask.")
+@click.option(
+    "--timeout",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    metavar="S",
+    help="Give up after so many seconds and tell what was found until then.",
+)
+@click.option("--json", "wanted", is_flag=True, help="Print one JSON object instead of tables.")
+def doctor(
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    interface: str | None,
+    mpiexec: str | None,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    timeout: float,
+    wanted: bool,
+) -> None:
+    """Examine every host and every link of a ring, and say what to do about what is wrong.
+
+    Per host: system, chip, memory, versions, MPI, and what its matrix products and attention reach while all ranks
+    compute. Per link, in the ring's order: latency, and bandwidth each way and both ways at once. And from how many
+    tokens per rank on the transfers of a model's attention hide behind its compute.
+
+    A host that cannot be reached, or lacks something, is told and left out. Before MPI starts, every host tries a TCP
+    connection to every other: where one does not come about, that is told, and no link is measured. The exit status is
+    1 if something will not work. What only costs speed is a warning.
+
+    --json prints ok, size, ranks (rank, host, gflop_s, mpi, done), links (ranks, latency_us, to_right_gb_s,
+    to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
+    model and findings (fatal, where, what, remedy); null is what could not be found out.
+    """
+    model = Model(*heads, head_dim, DTYPES[dtype], causal)
+    try:
+        cluster = chosen(hosts, hostfile, interface)
+        size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
+        click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
+        seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
+    findings = examine(seen)
+    click.echo(json.dumps(as_json(seen, findings, dtype), indent=1) if wanted else text(seen, findings, dtype))
+    raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

@@ -1,0 +1,93 @@
+"""``ringattn serve``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from argparse import Namespace
+from typing import Any
+
+import click
+
+from ...errors import ArgumentError
+from ..lm_options import OPTIONS, JsonObject, with_options
+from ..session import Session, run
+
+SERVING = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: a free one."),
+    click.option(
+        "--chat-template-args",
+        type=JsonObject(),
+        default="{}",
+        metavar="JSON",
+        help="More for the model's chat template, such as '{\"enable_thinking\": false}'.",
+    ),
+    click.option(
+        "--allowed-origins",
+        default="*",
+        show_default=True,
+        metavar="ORIGIN,...",
+        help="Web pages whose scripts may ask.",
+    ),
+    click.option(
+        "--prompt-cache-size",
+        default=2,
+        show_default=True,
+        type=click.IntRange(min=0),
+        help="Contexts of earlier requests that are kept for those that go on from them.",
+    ),
+)
+
+
+@click.command(context_settings={"default_map": {"max_tokens": 512}})
+@with_options(*OPTIONS, *SERVING)
+def serve(ranks: int | None, **options: Any) -> None:
+    """Answer HTTP requests with an mlx-lm model whose context is spread over the ranks.
+
+    The endpoints are those of mlx_lm.server: /v1/chat/completions, /v1/completions (both with streaming), /v1/models
+    and /health, of rank 0. Requests are answered one after the other; sampling options are defaults that a request may
+    change. There is no password: who can reach the address can ask.
+
+        ringattn serve -n 2 --model smollm2 --dtype float32
+    """
+    run(_serve, "serve", ranks, options)
+
+
+def _serve(session: Session) -> None:
+    """Listen on rank 0 and answer on all ranks, until a signal ends it."""
+    from ...lm.server import Engine, open_server
+    from ...transport.consensus import heard
+
+    options = session.options
+    arguments = Namespace(
+        model=options["model"],
+        max_tokens=options["max_tokens"],
+        temp=options["temp"],
+        top_p=options["top_p"],
+        top_k=options["top_k"],
+        min_p=options["min_p"],
+        allowed_origins=options["allowed_origins"].split(","),
+        num_draft_tokens=0,
+        chat_template_args=options["chat_template_args"],
+    )
+    size, chunk = options["prompt_cache_size"], options["prefill_step_size"]
+    engine = Engine(session.model, session.tokenizer, arguments, size, chunk)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(engine, "stopping", True))  # rank 0's is what counts
+    if session.speaks:
+        with heard(session.ring, "broadcast"):
+            server = _listen(open_server, engine, options["host"], options["port"])
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host, port = server.server_address[:2]
+        shown = f"[{host!s}]" if ":" in str(host) else host
+        many = "1 rank" if session.ring.size == 1 else f"{session.ring.size} ranks"
+        click.echo(f"Serving {options['model']} on http://{shown}:{port}/v1 ({many}).", err=True)
+    engine.run()
+
+
+def _listen(open_server: Any, engine: Any, host: str, port: int) -> Any:
+    try:
+        return open_server(engine, host, port)
+    except OSError as error:
+        raise ArgumentError(f"--host, --port: cannot listen on {host}:{port} ({error.strerror or error})") from None

@@ -1,0 +1,64 @@
+"""The options that say where ranks run, for all commands that start them on hosts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ..errors import LaunchError
+from ..launcher.hostfile import Cluster, parse_hosts, read_hostfile
+
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
+
+
+def _interface(context: click.Context, option: click.Parameter, given: str | None) -> str | None:
+    if given is not None and not _INTERFACE.fullmatch(given):
+        raise click.BadParameter(f"{given!r}, expected the name of a network interface")
+    return given
+
+
+_OPTIONS = (
+    click.option("--hosts", metavar="A,B:2,...", help="Hosts to run on, in the order of the ring, with their slots."),
+    click.option(
+        "--hostfile",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="A file of hosts: MLX's JSON, or lines for MPICH or Open MPI.",
+    ),
+    click.option(
+        "--interface",
+        metavar="NAME",
+        callback=_interface,
+        help="The network interface that leads from each host to the others, such as bridge0.",
+    ),
+)
+
+
+def host_options(command: Callable) -> Callable:
+    """``--hosts``, ``--hostfile`` and ``--interface``."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def chosen(hosts: str | None, hostfile: Path | None, interface: str | None) -> Cluster | None:
+    """The hosts that the user named; ``None`` for this machine alone."""
+    if hosts is not None and hostfile is not None:
+        raise LaunchError("--hosts and --hostfile: both given, expected one of them", 2)
+    if hosts is None and hostfile is None and interface is not None:
+        raise LaunchError(f"--interface: {interface!r} without hosts, expected --hosts or --hostfile as well", 2)
+    return parse_hosts(hosts) if hosts is not None else None if hostfile is None else read_hostfile(hostfile)
+
+
+def count_ranks(ranks: int | None, cluster: Cluster | None) -> int:
+    """How many ranks to start: by default one for each slot."""
+    if cluster is None:
+        if ranks is None:
+            raise click.UsageError("Missing option '-n', or --hosts or --hostfile.")
+        return ranks
+    if ranks is not None and ranks > cluster.slots:
+        raise LaunchError(f"-n: {ranks}, expected at most {cluster.slots}, the slots of the hosts (HOST:SLOTS)", 2)
+    return cluster.slots if ranks is None else ranks

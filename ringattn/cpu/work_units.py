@@ -1,0 +1,145 @@
+"""How the kernels for CPUs cut their work into units, and how threads share it.
+
+A unit is some query rows of one key/value head (of several, where they are small). Threads take units as they come
+free, and what a unit computes depends on nothing else, so the bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import ClassVar, TypeVar
+
+import numpy as np
+
+from ..core.arrays import as_float32
+from ..core.masks import Tile
+from ..core.rules import Rules
+from ..kernels.tiles import Piece, Unit, cut
+from ..native import blas
+from .tile_masks import Hidden
+
+ROWS = 512  # query rows of a unit, all the heads of its group together
+SCORES = ROWS * 1024  # scores of a tile: 2 MB
+SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
+EDGE = 256  # keys of a piece along the edge of a band
+
+T = TypeVar("T")
+
+
+def spread(run: Callable[[T], None], tasks: Iterable[T]) -> None:
+    """Run all tasks, on as many threads as there are; each thread takes the next when it is done with one."""
+    queue = deque(tasks)
+
+    def work() -> None:
+        with np.errstate(all="ignore"):
+            while True:
+                try:
+                    task = queue.popleft()
+                except IndexError:
+                    return
+                run(task)
+
+    with blas.single_threaded():
+        others = [_pool().submit(work) for _ in range(min(blas.threads(), len(queue)) - 1)]
+        try:
+            work()
+        finally:
+            queue.clear()  # nothing is left in it, unless this thread was interrupted
+            for other in others:
+                other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, blas.threads() - 1), thread_name_prefix="ringattn-host")
+
+
+_scratch = threading.local()
+
+
+def buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 buffer of this thread, kept from call to call."""
+    size = prod(shape)
+    have = getattr(_scratch, name, None)
+    if have is None or have.size < size:
+        have = np.empty(size, np.float32)
+        setattr(_scratch, name, have)
+    return have[:size].reshape(shape)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The inputs of one kernel call, as NumPy views."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    q_pos: np.ndarray
+    k_pos: np.ndarray
+    rules: Rules
+    hidden: Hidden
+
+    tiles: ClassVar[int] = 1  # of scores, held at a time
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def units(self) -> Iterator[Unit]:
+        """The units that see any key."""
+        q_pos, k_pos, kv_heads = self.q_pos, self.k_pos, self.k.shape[1]
+        step = max(1, ROWS // self.group)
+        rows = self.group * max(1, min(step, len(q_pos)))
+        heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
+        keys = max(EDGE, SCORES // (self.tiles * heads * rows))
+        for start, stop in cut(q_pos, step):
+            reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
+            pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
+            for batch in range(self.q.shape[0]):
+                seen = tuple(self.hidden.refine(batch, pieces))
+                for first in range(0, kv_heads if seen else 0, heads):
+                    yield Unit(batch, first, min(first + heads, kv_heads), start, stop, seen)
+
+    def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
+        """Pieces of at most `keys` keys; along a band's edge narrower ones, of only the rows that see any of them."""
+        first, last, tile = run
+        trim = tile is Tile.PARTIAL and self.group == 1
+        q_pos, k_pos = self.q_pos[start:stop], self.k_pos
+        step = min(keys, EDGE) if trim else keys
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            top, bottom = self.rules.band.rows(q_pos, int(k_pos[a]), int(k_pos[b - 1])) if trim else (0, stop - start)
+            if top < bottom:  # there may be keys between two queries that neither sees
+                yield Piece(start + top, start + bottom, a, b, tile)
+
+    def scaled(self, q: np.ndarray, heads: int) -> np.ndarray:
+        """The query rows of all heads of each group, float32, times the scale: ``[kv heads, group * queries, D]``."""
+        out = buffer("queries", q.shape)
+        np.multiply(as_float32(q, lambda shape: out), np.float32(self.rules.scale), out=out)
+        return out.reshape(heads, -1, q.shape[-1])
+
+    def rows(self, unit: Unit) -> tuple:
+        """Where the rows of `unit` are in an array ``[B, Hq, Lq, ...]``."""
+        return (unit.batch, slice(unit.first * self.group, unit.last * self.group), slice(unit.start, unit.stop))
+
+    def keys(self, unit: Unit, piece: Piece) -> tuple:
+        """Where the keys of `piece` are in an array ``[B, Hkv, Lk, ...]``."""
+        return (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
+
+    def rows_of(self, unit: Unit, piece: Piece) -> slice:
+        """Which of the stacked rows of `unit` are those of `piece`: all, where several heads are stacked."""
+        return slice(piece.q_start - unit.start, piece.q_stop - unit.start) if self.group == 1 else slice(None)
+
+
+def cap(scores: np.ndarray, softcap: float) -> None:
+    """``softcap * tanh(scores / softcap)``, in place."""
+    np.divide(scores, np.float32(softcap), out=scores)
+    np.tanh(scores, out=scores)
+    np.multiply(scores, np.float32(softcap), out=scores)

@@ -1,0 +1,155 @@
+"""Attention of one or a few new tokens, the same on every rank, to a cache that is spread over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import backends
+from .autograd.custom_function import opaque, start_evaluation
+from .core.arrays import view
+from .core.intervals import positions
+from .core.online_softmax import State, finish, merge_states, normalise
+from .core.options import Options
+from .core.validation import check_flag, check_int, check_qkv
+from .layout import Layout
+from .ring.arguments import check_layout, check_ring
+from .ring.blocks import raw
+from .transport.base import Ring, timed
+from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
+
+WHAT = "decode_attention"
+
+
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    start: int | None = None,
+    scale: float | None = None,
+    mask: str | mx.array | None = "causal",
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    segments: tuple[mx.array, mx.array] | None = None,
+    return_lse: bool = False,
+    out_dtype: mx.Dtype | None = None,
+    backend: str | None = None,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Attention of a few new tokens, which every rank has, to a cache of which each rank holds a part. Collective.
+
+    Each rank attends to its own keys, then all states are exchanged in one message round, and every rank merges them to
+    the same bits. What is not said here is as in `attention`.
+
+    Args:
+        q: The new queries ``[batch, heads, q tokens, head_dim]``, the same on every rank.
+        k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`; may be empty.
+        v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
+        ring: The ring, of `init`.
+        kv_layout: Which positions each rank's keys have; may be uneven.
+        start: The position of query 0. Default ``kv_layout.stop - q tokens``: the new tokens' own keys are already in
+            the cache.
+        mask: ``"causal"`` (by positions), ``None``, or an array whose columns are the keys of all ranks, in global
+            order.
+        scale, window, softcap, sinks, out_dtype, backend: As in `attention`.
+        segments: Ids of the queries ``[batch, q tokens]``, the same on every rank, and of this rank's keys.
+        return_lse: Also return the log-sum-exp.
+
+    Returns:
+        `out` ``[batch, heads, q tokens, value head_dim]``, the same on every rank, or ``(out, lse)``.
+
+    Raises:
+        ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank;
+            the ring still works.
+        RingError: A rank died, stalled or left, or another thread is using the ring.
+        TransformError: mx.grad, mx.compile, mx.vmap or mx.jvp reached it: not supported.
+    """
+    check_ring(ring)
+    with ring.call(WHAT):
+        with heard(ring, WHAT):
+            check_qkv(q, k, v)
+            check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
+            options = Options.checked(
+                q,
+                k,
+                columns=kv_layout.length,
+                scale=scale,
+                mask=mask,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                segments=segments,
+                out_dtype=out_dtype,
+            )
+            check_flag("return_lse", return_lse)
+            first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
+            check_int("start + q tokens", first + q.shape[2])
+            step = _Step(ring, kv_layout, first, options, backends.select(backend))
+        out, lse = opaque(WHAT, step.run, (q, k, v, *options.arrays))
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One checked call on this rank."""
+
+    ring: Ring
+    kv_layout: Layout
+    start: int
+    options: Options
+    kernel: ModuleType
+
+    def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
+        options = self.options.bind(arrays)
+        fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
+        lazy = fits and self.kernel.LAZY
+        with heard(self.ring, WHAT):
+            state = self._attend(q, k, v, options, lazy)
+            fields = self._fields(q, k, v, options)
+            payload = [] if lazy else [raw(x) for x in state]
+        if lazy:
+            rows = agree_in_graph(self.ring, WHAT, fields, mx.concatenate([x.reshape(-1) for x in state]))
+            return finish(merge_states(*(_read(row, state) for row in rows)), options.sinks, options.out_dtype)
+        # The others might be in MLX's graph, where a round has one size.
+        apart = self.ring.in_graph_bytes > 0 and not fits
+        replies = agree(self.ring, WHAT, fields, payload=payload, apart=apart)
+        sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
+        with np.errstate(all="ignore"):
+            # Small and on the host already: NumPy is done before MLX would have begun.
+            rows_of_all = (np.frombuffer(reply, np.float32) for reply in replies)
+            out, lse = normalise(merge_states(*(_read(row, state) for row in rows_of_all)), sinks)
+        return mx.array(out).astype(options.out_dtype), mx.array(lse)
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
+        q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
+        k_pos = positions(self.kv_layout.spans[self.ring.rank])
+        columns = None if options.mask is None else k_pos - self.kv_layout.start
+        with timed(self.ring, "compute", 0):
+            state: State = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
+            if lazy:
+                # This raises where they are traced: then nothing would be checked.
+                start_evaluation(q, k, v, *options.arrays)
+            else:
+                mx.eval(*state)
+        return state
+
+    def _fields(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> Fields:
+        shapes = (("q", f"{q.dtype} {q.shape}"), ("heads of k", str(k.shape[1])), ("head_dim of v", str(v.shape[3])))
+        return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *options.fields)
+
+
+def _read(row: Any, like: State) -> State:
+    """A rank's state out of its numbers; by the head's agreement it has the shapes of this rank's."""
+    arrays, at = [], 0
+    for x in like:
+        arrays.append(row[at : at + x.size].reshape(x.shape))
+        at += x.size
+    return State(*arrays)

@@ -1,0 +1,147 @@
+"""What one host is: its system, its versions, its kernels. Nothing here starts MPI."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..launcher.rank_wrapper import available_cores
+from ..native import blas, sgemm
+from ..reporting.machine import version
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One host, as one of its ranks sees it. JSON can hold all of it.
+
+    Attributes:
+        host: Its name.
+        system: Such as ``"macOS 26.2"`` or ``"Debian GNU/Linux 12 (bookworm), Linux 6.1.0"``.
+        chip: Such as ``"Apple M3 Ultra"``.
+        memory: Bytes.
+        cores: CPU cores that this process may use.
+        threads: Those that a rank's kernel uses.
+        python: The interpreter's path.
+        python_version: Its version.
+        ringattn, mlx, mpi4py, numpy: Versions, or that a package is not installed.
+        code: A short hash of ringattn's sources: checkouts differ where versions do not.
+        metal: Whether MLX has Metal here.
+        gpu: The GPU's name, where MLX computes on one.
+        kernel: The backend that `ringattn.attention` takes.
+        blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
+            as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
+    """
+
+    host: str
+    system: str
+    chip: str
+    memory: int
+    cores: int
+    threads: int
+    python: str
+    python_version: str
+    ringattn: str
+    mlx: str
+    mpi4py: str
+    numpy: str
+    code: str
+    metal: bool
+    gpu: str | None
+    kernel: str
+    blas_advice: str | None
+
+
+def collect() -> Facts:
+    """The facts about this host."""
+    import mlx.core as mx
+
+    from ..backends import select
+
+    return Facts(
+        host=platform.node(),
+        system=_system(),
+        chip=_chip(),
+        memory=_memory(),
+        cores=available_cores(),
+        threads=blas.threads(),
+        python=sys.executable,
+        python_version=platform.python_version(),
+        ringattn=version("ringattn"),
+        mlx=version("mlx"),
+        mpi4py=version("mpi4py"),
+        numpy=version("numpy"),
+        code=fingerprint(PACKAGE),
+        metal=mx.metal.is_available(),
+        gpu=_gpu(),
+        kernel=select(None).__name__.rpartition(".")[2],
+        blas_advice=_blas_advice(),
+    )
+
+
+def _gpu() -> str | None:
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    return str(mx.device_info().get("device_name", "GPU"))
+
+
+def _blas_advice() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    if chosen := sgemm.chosen():
+        return f"unset {' and '.join(chosen)}, so that NumPy's BLAS takes the place of MLX's"
+    return sgemm.advice()
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the sources in `folder`: names and contents of all Python and Metal files.
+
+    Not of the C files, which a checkout has and what is installed from it has not.
+    """
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:12]
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = platform.system()
+    return f"{name}, {platform.system()} {platform.release()}"
+
+
+def _chip() -> str:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _memory() -> int:
+    if sys.platform == "darwin":
+        return int(_sysctl("hw.memsize") or 0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,191 @@
+"""The gradient by blocks of queries x keys: five matrix products of MLX for each, and elementwise work between them.
+
+For GPUs, where MLX's products are faster than a fused backward kernel (ml-explore/mlx PR 3241: 0.36-0.76 of their
+speed on an M3 Max). All products are of float32, so that nothing is rounded between them. A block holds no more than
+four arrays of `SCORES` numbers, and two blocks are under way at a time, so that no dispatch is long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..autograd.custom_function import InFlight
+from ..core.gradients import Gradients, Rows
+from ..core.masks import Tile, segment_tile
+from ..core.rules import Rules
+from .interface import cleared
+from .tiles import cut
+
+SCORES = 1 << 24  # of a block, all heads and batch entries together: 64 MB
+KEYS = 1024  # of a block
+LEAST = 64  # queries of a block, however many heads there are
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the elementwise work on one block needs.
+
+    Attributes:
+        scores: ``q k^T`` ``[B, Hq, queries, keys]``, float32, not yet scaled.
+        by_weights: ``dout v^T``, likewise.
+        rows: The block's part of the rows.
+        q_pos, k_pos: Positions of its tokens.
+        rules: The rules with the block's part of mask (its columns in the order of the keys) and segments.
+        partial: Whether any pair may be hidden.
+    """
+
+    scores: mx.array
+    by_weights: mx.array
+    rows: Rows
+    q_pos: np.ndarray
+    k_pos: np.ndarray
+    rules: Rules
+    partial: bool
+
+    def part(self, most: int) -> Block:
+        """The first rows and keys of the first head."""
+        rules, mask, segments = self.rules, self.rules.mask, self.rules.segments
+        if mask is not None:
+            mask = mask[:1, :1, :most, :most]
+        if segments is not None:
+            segments = segments[0][:1, :most], segments[1][:1, :most]
+        return Block(
+            self.scores[:1, :1, :most, :most],
+            self.by_weights[:1, :1, :most, :most],
+            Rows(*(x[:1, :1, :most] for x in self.rows)),
+            self.q_pos[:most],
+            self.k_pos[:most],
+            replace(rules, mask=mask, segments=segments),
+            self.partial,
+        )
+
+
+class Weights(NamedTuple):
+    """What comes of it: the weights, the gradient by ``q k^T``, and where it is wanted that by the mask's numbers."""
+
+    weights: mx.array
+    by_products: mx.array
+    by_mask: mx.array | None
+
+
+Elementwise = Callable[[Block], Weights]
+
+
+def gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    q_pos: np.ndarray,
+    k_pos: np.ndarray,
+    rules: Rules,
+    rows: Rows,
+    sums: Gradients,
+    elementwise: Elementwise,
+) -> Gradients:
+    """`sums` with the gradients added; see `ringattn.kernels`."""
+    q, k, v, dout = cleared(rules, q, k, v, rows.dout)
+    problem = _Problem(q, k, v, q_pos, k_pos, rules, Rows(dout, rows.lse, rows.delta), elementwise)
+    queries, keys = list(cut(q_pos, problem.queries)), list(cut(k_pos, KEYS))
+    dq = [sums.q[:, :, slice(*a)] for a in queries]
+    dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
+    for b in keys:
+        by_k, by_v = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
+        for i, a in enumerate(queries):
+            tile = problem.tile(a, b)
+            if tile is Tile.EMPTY:
+                continue
+            added = problem.block(a, b, tile is Tile.PARTIAL)
+            dq[i], by_k, by_v = dq[i] + added.q, by_k + added.k, by_v + added.v
+            if dmask is not None:
+                dmask = problem.add_to_mask(dmask, a, b, added.mask)
+            dq[i], by_k, by_v, *mask = flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
+            dmask = mask[0] if mask else None
+        dk.append(by_k)
+        dv.append(by_v)
+    return Gradients(_joined(dq, sums.q), _joined(dk, sums.k), _joined(dv, sums.v), dmask)
+
+
+def _joined(parts: list[mx.array], otherwise: mx.array) -> mx.array:
+    return mx.concatenate(parts, 2) if parts else otherwise
+
+
+@dataclass(frozen=True)
+class _Problem:
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    q_pos: np.ndarray
+    k_pos: np.ndarray
+    rules: Rules
+    rows: Rows
+    elementwise: Elementwise
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        batch, heads, q_len, _ = self.q.shape
+        keys = max(1, min(KEYS, self.k.shape[2]))
+        return max(LEAST, SCORES // max(1, batch * heads * keys))
+
+    def tile(self, a: Span, b: Span) -> Tile:
+        """What the rules leave of queries `a` x keys `b`."""
+        (first, stop), (k_first, k_stop) = a, b
+        ends = [int(x) for x in (*self.q_pos[[first, stop - 1]], *self.k_pos[[k_first, k_stop - 1]])]
+        tile = self.rules.band.tile(*ends)
+        if self.rules.mask is not None:
+            tile = tile & Tile.PARTIAL
+        if tile is not Tile.EMPTY and self.rules.segments is not None and self.q.shape[0]:
+            q_ids, k_ids = (np.array(ids[:, slice(*x)]) for ids, x in zip(self.rules.segments, (a, b)))
+            tiles = {segment_tile(*ids) for ids in zip(q_ids, k_ids)}
+            tile = tile & (tiles.pop() if len(tiles) == 1 else Tile.PARTIAL)
+        return tile
+
+    def block(self, a: Span, b: Span, partial: bool) -> Gradients:
+        """What queries `a` x keys `b` add; `mask` comes as ``[B, Hq, queries, keys]``."""
+        rows, keys = slice(*a), slice(*b)
+        q, dout = (self._stacked(x[:, :, rows]) for x in (self.q, self.rows.dout))
+        k, v = (x[:, :, keys].astype(mx.float32) for x in (self.k, self.v))
+        heads = (q.shape[0], self.q.shape[1], a[1] - a[0])
+        per_query = Rows(*(x[:, :, rows] for x in self.rows))
+        scores, by_weights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
+        found = self.elementwise(
+            Block(scores, by_weights, per_query, self.q_pos[rows], self.k_pos[keys], self._rules(a, b), partial)
+        )
+        weights, by_products = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.by_products))
+        return Gradients(
+            (by_products @ k).reshape(*heads, -1),
+            by_products.swapaxes(-1, -2) @ q,
+            weights.swapaxes(-1, -2) @ dout,
+            found.by_mask,
+        )
+
+    def _stacked(self, x: mx.array) -> mx.array:
+        """Rows of all heads of a group as rows of one matrix: float32 ``[B, Hkv, group * queries, D]``."""
+        return x.astype(mx.float32).reshape(x.shape[0], self.k.shape[1], -1, x.shape[3])
+
+    def _rules(self, a: Span, b: Span) -> Rules:
+        mask, segments = self.rules.mask, self.rules.segments
+        if mask is not None:
+            mask = mask if mask.shape[2] == 1 else mask[:, :, slice(*a)]
+            mask = mask if mask.shape[3] == 1 else mask[..., self._columns(b)]
+        if segments is not None:
+            segments = segments[0][:, slice(*a)], segments[1][:, slice(*b)]
+        return replace(self.rules, mask=mask, columns=None, segments=segments)
+
+    def _columns(self, b: Span) -> slice | mx.array:
+        return slice(*b) if self.rules.columns is None else mx.array(self.rules.columns[slice(*b)])
+
+    def add_to_mask(self, dmask: mx.array, a: Span, b: Span, added: mx.array | None) -> mx.array:
+        """`dmask` with a block's part added, summed along the axes that the mask is broadcast over."""
+        assert added is not None
+        added = added.sum(axis=[i for i in range(4) if dmask.shape[i] == 1], keepdims=True)
+        rows = slice(None) if dmask.shape[2] == 1 else slice(*a)
+        columns = slice(None) if dmask.shape[3] == 1 else self._columns(b)
+        return dmask.at[:, :, rows, columns].add(added)

@@ -1,0 +1,228 @@
+"""Finding mpiexec, telling MPICH from Open MPI, and writing their command lines."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import LaunchError
+from .rank_wrapper import THREADS
+
+if TYPE_CHECKING:
+    from .hostfile import Host
+
+Flavour = Literal["MPICH", "Open MPI"]
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # ask for no password: nobody may be there to give it
+_WRAPPER = Path(__file__).with_name("rank_wrapper.py")
+
+
+@dataclass(frozen=True)
+class Mpiexec:
+    """An mpiexec and the MPI it belongs to."""
+
+    path: str
+    flavour: Flavour
+
+
+def find_mpiexec(path: str | None = None) -> Mpiexec:
+    """The mpiexec at `path`, or else the one beside this Python (where the PyPI wheels put it), or else on PATH.
+
+    Raises:
+        LaunchError: There is none, or it is neither MPICH's nor Open MPI's.
+    """
+    if path is None:
+        beside = (os.path.dirname(sys.executable), sysconfig.get_path("scripts"))
+        found = next(filter(None, (shutil.which("mpiexec", path=folder) for folder in beside)), shutil.which("mpiexec"))
+        if found is None:
+            raise LaunchError("no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'")
+    else:
+        found = shutil.which(path)
+        if found is None:
+            raise LaunchError(f"--mpiexec: {path!r} is not a program that can be run", 127)
+    return Mpiexec(os.path.abspath(found), _flavour(found))
+
+
+@functools.lru_cache
+def _flavour(path: str) -> Flavour:
+    try:
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{path} --version does not answer: {error}") from None
+    return tell_flavour(path, shown.stdout + shown.stderr)
+
+
+def tell_flavour(path: str, version: str) -> Flavour:
+    """Which MPI an mpiexec belongs to, by what ``mpiexec --version`` prints.
+
+    Raises:
+        LaunchError: It is neither MPICH (or a relative that uses its launcher, Hydra) nor Open MPI.
+    """
+    if "HYDRA" in version.upper() or "Intel(R) MPI" in version:
+        return "MPICH"
+    if "Open MPI" in version or "OpenRTE" in version or "PRRTE" in version:
+        return "Open MPI"
+    said = version.strip().partition("\n")[0] or "nothing"
+    raise LaunchError(f"{path} is neither MPICH's nor Open MPI's mpiexec; --version says {said[:80]!r}")
+
+
+def library_flavour(environment: Mapping[str, str] | None = None, prefix: str | None = None) -> Flavour | None:
+    """The MPI whose library mpi4py will load, or ``None`` where the files do not tell.
+
+    It follows mpi4py's own search (its variables, then the environment's ``lib``) by file names only: loading the
+    library, as mpi4py does, would take longer than everything else the launcher does.
+    """
+    environment = os.environ if environment is None else environment
+    abi = environment.get("MPI4PY_MPIABI", "").lower().translate({ord(c): None for c in " -_"})
+    library = environment.get("MPI4PY_LIBMPI", "")
+    if abi:
+        return {"mpich": "MPICH", "impi": "MPICH", "openmpi": "Open MPI"}.get(abi)  # type: ignore[return-value]
+    names = [os.path.realpath(library)] if library else os.listdir(_lib(prefix)) if _lib(prefix).is_dir() else []
+    numbers = {number for name in names for number in (12, 40) if _is_libmpi(os.path.basename(name), number)}
+    return None if not numbers else "MPICH" if 12 in numbers else "Open MPI"  # mpi4py tries 12 first, too
+
+
+def _lib(prefix: str | None) -> Path:
+    return Path(sys.prefix if prefix is None else prefix, "lib")
+
+
+def _is_libmpi(name: str, number: int) -> bool:
+    return name.startswith((f"libmpi.so.{number}", f"libmpi.{number}."))
+
+
+def mismatch(mpiexec: Mpiexec) -> str | None:
+    """One line for people if mpi4py will load another MPI than this mpiexec's: every rank would then be alone."""
+    library = library_flavour()
+    if library is None or library == mpiexec.flavour:
+        return None
+    return (
+        f"{mpiexec.path} belongs to {mpiexec.flavour}, but mpi4py here loads {library}: "
+        f"every rank will see itself alone; keep one of them per virtual environment, or give --mpiexec"
+    )
+
+
+def build_command(
+    mpiexec: Mpiexec,
+    ranks: int,
+    command: Sequence[str],
+    *,
+    hosts: Sequence[Host] = (),
+    home: str = "127.0.0.1",
+    interface: str | None = None,
+    variables: Iterable[str] = (),
+    root: bool | None = None,
+) -> list[str]:
+    """The command line that runs `command` on `ranks` ranks, each under its wrapper.
+
+    Threads are left free to spread over all cores (no binding), and ranks may outnumber cores.
+
+    Args:
+        mpiexec: From `find_mpiexec`.
+        ranks: The number of ranks, at least 1.
+        command: The program and its arguments. One that ends in ``.py``, and ``ringattn``, run under this Python.
+        hosts: Where they run, filled one after the other; none: on this machine.
+        home: The address of this machine at which the hosts reach it.
+        interface: The network interface that the ranks' messages take (Open MPI; MPICH is told by the environment). Not
+            that of the launcher's, which leave from here, where it may have another name.
+        variables: Names of the environment's variables that ranks on other hosts get (Open MPI; MPICH gives all).
+        root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
+    """
+    line = [mpiexec.path]
+    slots = ",".join(f"{host.ssh}:{host.slots}" for host in hosts)
+    if mpiexec.flavour == "Open MPI":
+        root = os.geteuid() == 0 if root is None else root
+        line += ["--allow-run-as-root"] if root else []
+        line += ["--map-by", "slot:OVERSUBSCRIBE" if hosts else ":OVERSUBSCRIBE", "--bind-to", "none"]
+        if hosts:
+            line += ["--host", slots, "--prefix", sys.prefix, "--wdir", "/"]
+            line += [part for name in sorted(set(variables)) for part in ("-x", name)]
+        line += ["--mca", "btl_tcp_if_include", interface] if interface else []
+    else:
+        line += ["-launcher", "ssh", "-hosts", slots, "-wdir", "/", "-localhost", home] if hosts else []
+    line += ["-n", str(ranks), sys.executable, "-IS", str(_WRAPPER), "--"]
+    return line + [_escape(argument) for argument in (*_under_this_python(command[0]), *command[1:])]
+
+
+def _under_this_python(program: str) -> list[str]:
+    """How every host runs `program`: scripts and ringattn itself under the Python that is at the same path there."""
+    if program == "ringattn":
+        return [sys.executable, "-m", "ringattn.cli"]
+    return [sys.executable, program] if program.endswith(".py") else [program]
+
+
+def _escape(argument: str) -> str:
+    """A bare ``:`` starts another program for mpiexec; `rank.unescape` undoes this."""
+    return "\\" + argument if argument.lstrip("\\") == ":" else argument
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raise `LaunchError` unless the program is there: one line now instead of one traceback per rank."""
+    program = command[0]
+    if program.endswith(".py"):
+        if not os.path.isfile(program):
+            raise LaunchError(f"COMMAND: there is no file {program!r}", 127)
+    elif program != "ringattn" and shutil.which(program) is None:
+        there = os.sep in program and os.path.exists(program)
+        problem = f"{program!r} cannot be run" if there else f"program {program!r} not found"
+        raise LaunchError(f"COMMAND: {problem}", 126 if there else 127)
+
+
+def build_environment(
+    *,
+    threads: int | None = None,
+    timeout: float | None = None,
+    interface: str | None = None,
+    remote: bool = False,
+    prefix: bool = False,
+    base: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The environment of the ranks: `base` (default: ours) and what the launcher adds.
+
+    Each rank's wrapper adds the threads of its host, where nothing is said about them.
+
+    Args:
+        threads: Threads per rank. What the user has set for BLAS and OpenMP stays.
+        timeout: Seconds without a sign of life after which a peer counts as dead.
+        interface: The network interface of those hosts that messages take.
+        remote: Whether ranks run on other hosts.
+        prefix: Put the rank before each line that it prints.
+        base: What the ranks inherit.
+    """
+    environment = dict(os.environ if base is None else base)
+    if threads is not None:
+        for name in THREADS:
+            environment.setdefault(name, str(threads))
+        environment["RINGATTN_THREADS"] = str(threads)
+    if timeout is not None:
+        environment["RINGATTN_TIMEOUT"] = f"{timeout:g}"
+    if remote:
+        _choose_network(environment, interface)
+        environment["RINGATTN_LAUNCH_CWD"] = os.getcwd()
+        environment.setdefault("HYDRA_LAUNCHER_EXTRA_ARGS", " ".join(SSH_OPTIONS))
+        environment.setdefault("PRTE_MCA_plm_ssh_agent", " ".join(["ssh", *SSH_OPTIONS]))
+    if prefix:
+        environment["RINGATTN_LAUNCH_PREFIX"] = "1"
+    elif sys.stderr.isatty():
+        environment["RINGATTN_TERMINAL"] = "1"  # where what the ranks write will be seen
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment | {"RINGATTN_LAUNCH": "1"}
+
+
+def _choose_network(environment: dict[str, str], interface: str | None) -> None:
+    """Have MPICH talk over TCP where the user has chosen nothing else, and through `interface`.
+
+    Its wheel for Linux prefers UCX, which that for macOS has not: they could not talk to each other. And UCX spreads
+    its messages over all interfaces, whatever address a host was named by.
+    """
+    way = environment.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+    if way == "ofi":
+        environment.setdefault("FI_PROVIDER", "tcp")
+    if interface is not None:
+        environment["UCX_NET_DEVICES" if way == "ucx" else "FI_TCP_IFACE"] = interface

@@ -1,0 +1,75 @@
+"""What tells one model from another, in a few hundred bytes: its keys and values mean nothing to any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ...transport.base import Ring
+from ...transport.collectives import broadcast_bytes, to_bytes
+from ...transport.consensus import heard
+
+SAMPLES = 8  # values that are looked at along each axis of a parameter: cheap for any size
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What the model is, in JSON's types: the same for the same weights in every process and on every machine.
+
+    Returns:
+        Its module, its configuration, the dtypes of its parameters, and a digest of their names, shapes and dtypes and
+        of some of their values, as they are stored.
+    """
+    leaves: Any = tree_flatten(model.parameters())
+    parameters: list[tuple[str, mx.array]] = sorted(leaves, key=lambda leaf: leaf[0])
+    digest = blake2b(digest_size=16)
+    for name, x in parameters:
+        digest.update(f"{name} {x.shape} {x.dtype}\n".encode())
+        digest.update(to_bytes(_sample(x)))
+    config = json.dumps(getattr(model, "args", None), default=_fields)
+    return {
+        "module": type(model).__module__,
+        "config": json.loads(config) or {},
+        "dtypes": sorted({str(x.dtype).rpartition(".")[2] for _, x in parameters}),
+        "parameters": digest.hexdigest(),
+    }
+
+
+def shared_fingerprint(ring: Ring, model: nn.Module) -> dict[str, Any]:
+    """That of rank 0, on every rank: machines that turned weights into another dtype may differ in a last bit."""
+    own: bytes | None = None
+    if ring.rank == 0:
+        with heard(ring, "broadcast"):
+            own = json.dumps(fingerprint(model)).encode()
+    found: dict[str, Any] = json.loads(broadcast_bytes(ring, own))
+    return found
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """In what two fingerprints differ, in words; ``None``: in nothing."""
+    if found["module"] != expected["module"]:
+        return f"module {found['module']}, expected {expected['module']}"
+    for name in sorted(found["config"].keys() | expected["config"].keys()):
+        one, other = (side["config"].get(name) for side in (found, expected))
+        if one != other:
+            return f"{name} {one!r}, expected {other!r}"
+    if found["dtypes"] != expected["dtypes"]:
+        return f"parameters of {' and '.join(found['dtypes'])}, expected {' and '.join(expected['dtypes'])}"
+    if found["parameters"] != expected["parameters"]:
+        return f"parameters with the digest {found['parameters']}, expected {expected['parameters']}"
+    return None
+
+
+def _sample(x: mx.array) -> mx.array:
+    """A few values from all over `x`."""
+    return x[tuple(slice(None, None, max(1, n // SAMPLES)) for n in x.shape)] if x.ndim else x
+
+
+def _fields(value: Any) -> Any:
+    """What `json` does not know."""
+    return vars(value) if hasattr(value, "__dict__") else str(value)

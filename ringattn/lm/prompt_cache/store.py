@@ -1,0 +1,177 @@
+"""Prompt caches on disk: one safetensors file a rank, and a manifest that says which belong together.
+
+A cache is saved under a new generation of names; only when all of it is on disk does the manifest, replaced in one
+step, point to it, and only then are the files of other generations removed.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...core.intervals import intersection, positions
+from ...errors import ArgumentError, CacheFileError
+from ...layout import Layout
+from ...transport.base import Ring
+from ...transport.collectives import broadcast_bytes
+from ...transport.consensus import agree, heard
+from ..shard import Sharded
+from ..sharded_cache import ShardedKVCache, pick
+from .atomic_files import Part, sweep
+from .fingerprint import shared_fingerprint
+from .manifest import File, Layer, Manifest
+
+SAVE, LOAD = "save_cache", "load_cache"
+NAMES = ("keys", "values")
+PIECE = 1 << 24  # bytes that are read at once
+
+
+def save_cache(
+    path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
+) -> None:
+    """Write a sharded cache to disk. Collective; what was saved at `path` before stays until the new one is complete.
+
+    Args:
+        path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
+            no disk each writes its own part.
+        cache: Of all layers, not empty.
+        metadata: To be given back by `load_cache`; that of rank 0 is kept.
+        model: The sharded model that made the cache: `load_cache` refuses any other.
+
+    Raises:
+        ArgumentError: The cache is empty or the model not sharded.
+        OSError: A file could not be written, on this or another rank (there it is an ArgumentError). Nothing of the
+            attempt stays.
+    """
+    path = Path(path)
+    if not cache or not cache[0].size():
+        raise ArgumentError("cache: empty, expected at least one token in it")
+    ring = _ring_of(model)
+    made_by = shared_fingerprint(ring, model)
+    with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
+        with heard(ring, SAVE):
+            part.write({f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)})
+            told = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
+            payload = memoryview(json.dumps(told).encode())
+            layers = tuple(map(Layer.of, cache))
+        replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
+        files = tuple(File(**reply["file"]) for reply in replies)
+        with heard(ring, SAVE):
+            part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
+        agree(ring, SAVE, (("path", path.name),))  # all is on every disk
+        part.complete = True
+        with heard(ring, SAVE):
+            part.publish()
+        agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
+    with suppress(CacheFileError, OSError):  # it is saved
+        sweep(path, lambda: {file.name for file in Manifest.read(path).files})
+
+
+def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache], dict[str, str]]:
+    """Read a cache that `save_cache` wrote, on as many ranks or on another number. Collective.
+
+    Args:
+        path: The manifest. A rank needs its own file; all files where the number of ranks is another.
+        model: The sharded model that the cache was made with: of the same kind and configuration, with the same
+            weights of the same dtypes, wherever they were read from.
+
+    Returns:
+        The cache of each layer, and the metadata.
+
+    Raises:
+        CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. It names the file and
+            the reason; where the trouble is another rank's it is an `ArgumentError`.
+    """
+    ring, path = _ring_of(model), Path(path)
+    expected = shared_fingerprint(ring, model)
+    with heard(ring, LOAD):
+        manifest = Manifest.read(path)
+        cache = model.make_cache()
+        manifest.check_model(path, expected, cache)
+        arrays = _arrays(path, manifest, ring)
+        for i, c in enumerate(cache):
+            c.restore(*_part(i, manifest, ring, arrays))
+        digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
+    agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
+    return cache, dict(manifest.metadata)
+
+
+def _ring_of(model: nn.Module) -> Ring:
+    if not isinstance(model, Sharded):
+        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
+    return model.ring
+
+
+def _arrays(path: Path, manifest: Manifest, ring: Ring) -> list[dict[str, mx.array] | None]:
+    """The arrays of each file that this rank needs."""
+    count = len(manifest.files)
+    wanted = [ring.rank] if count == ring.size else range(count)
+    return [_checked(path, manifest, i) if i in wanted else None for i in range(count)]
+
+
+def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
+    """The arrays of a file that is what the manifest says."""
+    told, file = manifest.files[i], path.with_name(manifest.files[i].name)
+    try:
+        found = _described(file)
+        arrays: dict[str, mx.array] = dict(mx.load(str(file))) if found == told else {}  # type: ignore[arg-type]
+    except OSError as error:
+        raise CacheFileError(f"{file}: {error.strerror}") from None
+    except RuntimeError as error:
+        raise CacheFileError(f"{file}: cannot be read: {error}") from None
+    for name in ("bytes", "digest"):
+        if getattr(found, name) != getattr(told, name):
+            what = f"{name} {getattr(found, name)}, expected {getattr(told, name)}"
+            raise CacheFileError(f"{file}: torn or changed: {what}")
+    for layer, held in enumerate(manifest.layers):
+        for name, expected in zip(NAMES, held.expected(i)):
+            x = arrays.get(f"{layer}.{name}")
+            if x is None or (x.shape, str(x.dtype)) != expected:
+                shown = None if x is None else (x.shape, str(x.dtype))
+                raise CacheFileError(f"{file}: {name} of layer {layer}: {shown}, expected {expected}")
+    return arrays
+
+
+def _part(
+    layer: int, manifest: Manifest, ring: Ring, arrays: Sequence[dict[str, mx.array] | None]
+) -> tuple[Layout, mx.array, mx.array]:
+    """The layout of a layer over `ring`, and this rank's keys and values."""
+    held = manifest.layers[layer].layout
+    if held.size == ring.size:
+        own: Any = arrays[ring.rank]
+        return held, own[f"{layer}.keys"], own[f"{layer}.values"]
+    layout = Layout.contiguous(held.length, ring.size, start=held.start)
+    want = layout.spans[ring.rank]
+    parts = [intersection(want, spans) for spans in held.spans]
+    order = mx.array(np.argsort(np.concatenate([positions(part) for part in parts])))
+    keys, values = (
+        mx.concatenate([pick(file[f"{layer}.{name}"], *at) for file, *at in zip(arrays, held.spans, parts) if file], 2)[
+            :, :, order
+        ]
+        for name in NAMES
+    )
+    return layout, keys, values
+
+
+def _generation(ring: Ring) -> str:
+    """A name that no earlier cache has, the same on every rank."""
+    return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
+
+
+def _described(file: Path) -> File:
+    """Its name, size and digest."""
+    digest, size = blake2b(digest_size=16), 0
+    with file.open("rb") as opened:
+        while piece := opened.read(PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return File(file.name, size, digest.hexdigest())

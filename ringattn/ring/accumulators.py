@@ -1,0 +1,128 @@
+"""Results of tokens that travel, one hop behind them: they arrive, are added to in place, and go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.arrays import view
+from ..core.intervals import Spans, length, locate, tokens_at
+from ..core.online_softmax import State, merge_states
+from ..transport.base import Gate, Ring, Transfer, Way
+from .blocks import Block, copy_tokens
+from .buffers import Slots
+from .schedule import Schedule
+
+TAGS = 4096  # tags of results; those of blocks are their hop
+ROWS = 1024  # tokens that are merged at once: this bounds the memory that it takes
+
+Arrays = Sequence[mx.array]
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """One kind of results (states, or gradients): float32 arrays whose third axis is the tokens.
+
+    Attributes:
+        zeros: Makes the arrays of so many tokens to which zeros was added.
+        merge: Adds the second arrays to the first, in place: NumPy arrays of the same tokens.
+    """
+
+    zeros: Callable[[int], Arrays]
+    merge: Callable[[Sequence[Any], Sequence[Any]], None]
+
+    def block(self, arrays: Arrays, spans: Spans) -> Block:
+        """Make a block of `arrays`, of the tokens at `spans`, that can be sent and added to."""
+        return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
+
+    def expand(self, block: Block | None, spans: Spans) -> Block:
+        """Expand `block` to the tokens at `spans`, which include its own; the others get zeros."""
+        if block is not None and block.spans == spans:
+            return block
+        whole = self.block(self.zeros(length(spans)), spans)
+        mx.eval(whole.arrays)
+        if block is not None:
+            mx.eval(block.arrays)
+            for into, x in zip(whole.arrays, block.arrays):
+                copy_tokens(view(x), block.spans, view(into), spans, 2, block.spans)
+        return whole
+
+    def add(self, into: Block, part: Block) -> None:
+        """Add `part` to `into`, whose tokens include its own."""
+        mx.eval(into.arrays, part.arrays)
+        whole, added = ([view(x) for x in block.arrays] for block in (into, part))
+        for span in part.spans:
+            ((at, _),), ((start, result),) = locate((span,), into.spans), locate((span,), part.spans)
+            for first in range(start, result, ROWS):
+                last = min(first + ROWS, result)
+                here = tokens_at(2, at + first - start, at + last - start)
+                self.merge([x[here] for x in whole], [x[tokens_at(2, first, last)] for x in added])
+
+
+def add_sums(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+    """Merge running sums."""
+    for x, y in zip(into, part):
+        x += y
+
+
+def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+    """Merge states."""
+    with np.errstate(all="ignore"):  # an infinite score is no matter for a warning
+        merged = merge_states(State(*into), State(*part))
+    for x, y in zip(into, merged):
+        x[:] = y
+
+
+class ResultHop:
+    """The results that one hop adds to: they come in, and a message takes them on."""
+
+    def __init__(self, way: Way, slots: Slots, spans: Spans, tag: int, wanted: Spans):
+        """Post the receive of the results at `spans` under `tag`; results at `wanted` go on."""
+        self._allowed = Gate()
+        self.arrival, self.wanted = slots.recv(way, spans, tag, [self._allowed]), wanted
+        self.sent: Transfer | None = None
+        self._added, self._loads = Gate(), list[Callable]()
+
+    def allow_receive(self) -> None:
+        """Let the receive start: this rank has done the hop before, so that the sender may have as well."""
+        self._allowed.open()
+
+    def send(self, way: Way, tag: int) -> None:
+        """Post the message; it starts with `send_total`."""
+        self.sent = way.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
+        if self.arrival.users is not None:
+            self.arrival.users.append(self.sent)
+
+    def send_total(self, total: Block) -> None:
+        """Start the send of `total`."""
+        self._loads.append(total.load(self.wanted))
+        self._added.open()
+
+    def total(self, accumulator: Accumulator, added: Block | None) -> Block:
+        """Sum what has arrived and what this rank `added`, in the memory of one of them where that has all tokens."""
+        parts = [self.arrival.block] if self.arrival.transfer is not None else []
+        parts += [] if added is None else [added]
+        parts.sort(key=lambda block: block.spans != self.wanted)
+        total = accumulator.expand(parts[0] if parts else None, self.wanted)
+        for part in parts[1:]:
+            accumulator.add(total, part)
+        return total
+
+
+def post_results(ring: Ring, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
+    """Post all messages of the results: one for each hop, and in the end the one that comes home."""
+    way = Way(ring, schedule.step)
+    slots = Slots(
+        accumulator.block(accumulator.zeros(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home]
+    )
+    results = []
+    for h, hop in enumerate(schedule.hops):
+        result = ResultHop(way, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
+        if h and hop.state:
+            result.send(way, TAGS + h)
+        results.append(result)
+    return [*results, ResultHop(way, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]

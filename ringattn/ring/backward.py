@@ -1,0 +1,66 @@
+"""The gradient of attention around a ring: the same schedules, with the gradients one hop behind their blocks."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..core.gradients import Gradients, Rows
+from ..core.intervals import length
+from ..transport.consensus import agree, heard
+from .accumulators import Accumulator, add_sums
+from .blocks import Block
+from .call import RingCall
+from .loop import WHAT, Arrays, round_trip
+
+GRADIENT = f"the gradient of {WHAT}"
+
+
+def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.array) -> list[mx.array]:
+    """The gradients by `call.arrays`, with the other ranks."""
+    ring = call.ring
+    with ring.call(GRADIENT):
+        with heard(ring, GRADIENT):
+            mx.eval(*call.arrays, dout, dlse)
+            rows = call.kernel.rows(out, lse, dout, dlse)
+            fields = call.fields()
+        agree(ring, GRADIENT, fields)
+        with ring.committed():
+            sums = (_pass_q if call.chosen(gradient=True) == "pass_q" else _pass_kv)(call, rows)
+            found = call.options.gradients(sums, rows, call.arrays[0].dtype)
+            mx.eval(found)
+    return found
+
+
+def _pass_q(call: RingCall, rows: Rows) -> Gradients:
+    """Queries travel with what the gradient needs of them, and their own gradients one hop behind."""
+    keys = call.keys()
+    k, v = call.gradients_of_keys(length(keys.spans))
+
+    def add(h: int, block: Block) -> Arrays:
+        nonlocal k, v
+        q, *mask = call.gradients_of_queries(length(block.spans))
+        found = call.backward_block(h, block, keys, Gradients(q, k, v, *mask))
+        k, v = found.k, found.v
+        return [x for x in (found.q, found.mask) if x is not None]
+
+    results = Accumulator(call.gradients_of_queries, add_sums)
+    q, *mask = round_trip(call, call.queries(rows), call.schedules(gradient=True), results, add)
+    return Gradients(q, k, v, *mask)
+
+
+def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
+    """Keys and values travel, and their own gradients one hop behind."""
+    queries = call.queries(rows)
+    q, *mask = call.gradients_of_queries(length(queries.spans))
+
+    def add(h: int, block: Block) -> Arrays:
+        nonlocal q, mask
+        found = call.backward_block(
+            h, queries, block, Gradients(q, *call.gradients_of_keys(length(block.spans)), *mask)
+        )
+        q, mask = found.q, [x for x in (found.mask,) if x is not None]
+        return found.k, found.v
+
+    results = Accumulator(call.gradients_of_keys, add_sums)
+    k, v = round_trip(call, call.keys(), call.schedules(gradient=True), results, add)
+    return Gradients(q, k, v, *mask)

@@ -1,0 +1,78 @@
+"""Blocks on their way: arrays with a token axis, the memory they arrive in, and the bytes of some of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.arrays import view
+from ..core.intervals import Spans, intersection, locate, tokens_at
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays that hold the same tokens, those at the positions `spans`, in order.
+
+    Attributes:
+        arrays: Of any dtypes.
+        axes: The token axis of each.
+        spans: The positions of the tokens.
+    """
+
+    arrays: tuple[mx.array, ...]
+    axes: tuple[int, ...]
+    spans: Spans
+
+    def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
+        """What a transfer sends to move the tokens at `spans`, read when it starts and not before.
+
+        All tokens go as they lie in memory, for which the arrays must be packed; a part of them is copied.
+        """
+        mx.eval(self.arrays)
+        if spans == self.spans:
+            buffers = [raw(x) for x in self.arrays]
+            return lambda: buffers
+        views = [view(x) for x in self.arrays]
+        at = locate(spans, self.spans)
+        return lambda: [_pack(x, axis, at) for x, axis in zip(views, self.axes)]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the arrays lie in memory as they are sent."""
+        mx.eval(self.arrays)
+        return all(memoryview(x).c_contiguous for x in self.arrays if x.size)  # type: ignore[arg-type]
+
+
+NOTHING = Block((), (), ())
+
+
+def raw(x: Any) -> memoryview:
+    """The bytes of an evaluated, contiguous array, mx or NumPy, without a copy."""
+    return memoryview(x).cast("B") if x.size else memoryview(b"")
+
+
+def _pack(x: np.ndarray, axis: int, at: Spans) -> memoryview:
+    pieces = [x[tokens_at(axis, start, stop)] for start, stop in at]
+    return raw(np.ascontiguousarray(np.concatenate(pieces, axis)))
+
+
+def rows(block: Block, spans: Spans) -> Block:
+    """The tokens of `block` at `spans`."""
+    if spans == block.spans:
+        return block
+    at = locate(spans, block.spans)
+    pairs = zip(block.arrays, block.axes)
+    arrays = [mx.concatenate([x[tokens_at(axis, *span)] for span in at], axis) for x, axis in pairs]
+    return Block(tuple(arrays), block.axes, spans)
+
+
+def copy_tokens(x: np.ndarray, held: Spans, into: np.ndarray, wanted: Spans, axis: int, tokens: Spans) -> None:
+    """Copy `tokens` from `x`, which holds `held`, to their places in `into`, which holds `wanted`."""
+    for span in tokens:
+        for piece in intersection((span,), held):
+            ((start, stop),), ((to, end),) = locate((piece,), held), locate((piece,), wanted)
+            into[tokens_at(axis, to, end)] = x[tokens_at(axis, start, stop)]

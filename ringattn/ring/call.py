@@ -1,0 +1,166 @@
+"""One rank's side of a `ring_attention` call: its checked arguments, its blocks, and one kernel call on two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import mlx.core as mx
+
+from .. import backends
+from ..autograd.custom_function import settled
+from ..core.gradients import Gradients, Rows
+from ..core.intervals import positions
+from ..core.online_softmax import State
+from ..core.options import Options
+from ..core.validation import check_choice, check_flag, check_qkv
+from ..layout import Layout
+from ..transport.base import Ring, Transfer, timed
+from ..transport.consensus import Fields
+from .arguments import check_layout
+from .blocks import Block
+from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
+
+
+@dataclass(frozen=True)
+class RingCall:
+    """One checked call on this rank. `arrays` are q, k, v and those of the options."""
+
+    ring: Ring
+    layout: Layout
+    kv_layout: Layout
+    options: Options
+    strategy: str | None
+    kernel: ModuleType
+    arrays: tuple[mx.array, ...]
+
+    @classmethod
+    def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> RingCall:
+        """Check this rank's arguments; nothing is evaluated.
+
+        Raises:
+            ArgumentError: With the first argument that is wrong.
+        """
+        check_qkv(q, k, v)
+        layout = check_layout("layout", layout, ring, {"q": q.shape[2]})
+        name = "layout" if kv_layout is None else "kv_layout"
+        kv_layout = check_layout(name, layout if kv_layout is None else kv_layout, ring, {"k": k.shape[2]})
+        checked = Options.checked(q, k, columns=kv_layout.length, one_segments=kv_layout == layout, **options)
+        check_choice("strategy", strategy, STRATEGIES)
+        check_flag("return_lse", return_lse)
+        return cls(ring, layout, kv_layout, checked, strategy, backends.select(backend), (q, k, v, *checked.arrays))
+
+    def bind(self, arrays: tuple[mx.array, ...]) -> RingCall:
+        """This call with `arrays` in place of its own: what a transformation gave for them."""
+        return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
+
+    def fields(self) -> Fields:
+        """What all ranks must agree on."""
+        q, k, v = self.arrays[:3]
+        named = (
+            ("batch", q.shape[0]),
+            ("heads of q", q.shape[1]),
+            ("heads of k", k.shape[1]),
+            ("head_dim", q.shape[3]),
+            ("head_dim of v", v.shape[3]),
+            ("dtype", q.dtype),
+            ("layout", self.layout.summary),
+            ("kv_layout", self.kv_layout.summary),
+            ("strategy", self.strategy),
+            ("both_ways", self.ring.both_ways),
+        )
+        return tuple((name, str(value)) for name, value in named) + self.options.fields
+
+    def schedules(self, gradient: bool = False) -> list[Schedule]:
+        """This rank's hops, one way or both ways around."""
+        chosen, where = self.chosen(gradient), (self.layout, self.kv_layout, self.options.band)
+        routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
+        if self.ring.both_ways is None and self.ring.apart:
+            routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
+        return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
+
+    def chosen(self, gradient: bool = False) -> str:
+        """The strategy, where it is open from numbers that all ranks agree on."""
+        if self.strategy is not None:
+            return self.strategy
+        return choose(self.layout, self.kv_layout, self.options.band, *self._sizes(gradient), gradient)
+
+    def _sizes(self, gradient: bool) -> tuple[Sizes, Sizes]:
+        """What travels for a key and for a query."""
+        q, k, v = self.arrays[:3]
+        mask, (batch, heads, _, dim) = self.options.mask, q.shape
+        item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
+        row = 0 if mask is None else mask.shape[0] * mask.shape[1] * mask.shape[3] * mask.dtype.size
+        key, query = batch * k.shape[1] * (dim + v.shape[3]), batch * heads * dim
+        keys, queries = Sizes(key * item + ids), Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
+        if gradient:  # and with a query go dout, the lse and delta
+            rows = batch * heads * (v.shape[3] * self.options.out_dtype.size + 8)
+            by_mask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
+            keys, queries = Sizes(keys.block, key * 4), Sizes(queries.block + rows, query * 4 + by_mask)
+        return keys, queries
+
+    def keys(self) -> Block:
+        """This rank's keys and values, with their segment ids."""
+        ids = () if self.options.segments is None else self.options.segments[1:]
+        return Block((*self.arrays[1:3], *ids), (2, 2, 1)[: 2 + len(ids)], self.kv_layout.spans[self.ring.rank])
+
+    def queries(self, of_rows: Rows | None = None) -> Block:
+        """This rank's queries, with their rows of the mask, their segment ids, and what the gradient needs of them."""
+        q, mask, segments = self.arrays[0], self.options.mask, self.options.segments
+        arrays, axes = [q, *(of_rows or ())], [2] * (1 + len(of_rows or ()))
+        if mask is not None:
+            arrays.append(mx.broadcast_to(mask, (*mask.shape[:2], q.shape[2], mask.shape[3])))
+            axes.append(2)
+        if segments is not None:
+            arrays.append(segments[0])
+            axes.append(1)
+        return Block(tuple(arrays), tuple(axes), self.layout.spans[self.ring.rank])
+
+    def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
+        """One kernel call: a block of queries to a block of keys, into `state`."""
+        with timed(self.ring, "compute", hop):
+            state = State(*settled(self.kernel.forward(*self._problem(queries, keys, 1), state)))
+            mx.eval(*state)
+        return state
+
+    def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
+        """One kernel call: the gradients of a block of queries, with its rows, and one of keys, added to `sums`."""
+        rows = Rows(*queries.arrays[1:4])
+        with timed(self.ring, "compute", hop):
+            sums = self.kernel.backward(*self._problem(queries, keys, 4), rows, sums)
+            sums = Gradients(*settled([x for x in sums if x is not None]))
+            mx.eval(*sums[:3])
+        return sums
+
+    def _problem(self, queries: Block, keys: Block, before_mask: int) -> tuple:
+        """What a kernel takes of two blocks: arrays, positions, rules."""
+        options, k_pos = self.options, positions(keys.spans)
+        rest = list(queries.arrays[before_mask:])
+        mask = rest.pop(0) if options.mask is not None else None
+        segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
+        columns = None if mask is None else k_pos - self.kv_layout.start
+        rules = replace(options, mask=mask, segments=segments).rules(columns)
+        return queries.arrays[0], *keys.arrays[:2], positions(queries.spans), k_pos, rules
+
+    def empty_state(self, tokens: int) -> State:
+        """The state of `tokens` queries that have seen no key."""
+        q, _, v = self.arrays[:3]
+        return State.empty(q.shape[0], q.shape[1], tokens, v.shape[3])
+
+    def gradients_of_keys(self, tokens: int) -> tuple[mx.array, ...]:
+        """Zeros for `tokens` keys and their values."""
+        k, v = self.arrays[1:3]
+        return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in (k, v))
+
+    def gradients_of_queries(self, tokens: int) -> tuple[mx.array, ...]:
+        """Zeros for `tokens` queries, and for their rows of an additive mask."""
+        mask = self.options.mask
+        arrays = [self.arrays[0], *([] if mask is None or mask.dtype == mx.bool_ else [mask])]
+        return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in arrays)
+
+    def wait(self, hop: int, *transfers: Transfer | None) -> None:
+        """Wait for those that are there, and note in the ring's trace that it was a wait."""
+        waiting = [transfer for transfer in transfers if transfer is not None]
+        if not all(transfer.done for transfer in waiting):
+            with timed(self.ring, "wait", hop):
+                self.ring.wait(*waiting)

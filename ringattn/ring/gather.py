@@ -1,0 +1,54 @@
+"""Every rank's part of an array, on every rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..autograd.custom_function import opaque
+from ..core.validation import check_array, check_int
+from ..errors import ArgumentError
+from ..transport.consensus import agree, heard
+from .arguments import check_layout, check_ring
+from .blocks import Block
+from .relay import collect
+from .schedule import Hop, Schedule
+
+if TYPE_CHECKING:
+    from ..layout import Layout
+    from ..transport.base import Ring
+
+WHAT = "gather"
+
+
+def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
+    """See `Layout.gather`."""
+    check_ring(ring)
+    with ring.call(WHAT):
+        with heard(ring, WHAT):
+            axis = _checked(layout, x, ring, axis)
+        return opaque(WHAT, lambda x: (_gather(layout, x, ring, axis),), (x,))[0]
+
+
+def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
+    with heard(ring, WHAT):
+        mx.eval(x)
+    shape = [n for i, n in enumerate(x.shape) if i != axis]
+    fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
+    agree(ring, WHAT, fields)
+    with ring.committed():
+        size, spans = ring.size, layout.spans
+        held = [(ring.rank - h) % size for h in range(size)]
+        hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
+        schedule = Schedule(tuple(hops), (), spans[ring.rank], 1)
+        return collect(ring, Block((x,), (axis,), spans[ring.rank]), [schedule]).arrays[0]
+
+
+def _checked(layout: Layout, x: mx.array, ring: Ring, axis: int) -> int:
+    check_array("x", x)
+    axis = check_int("axis", axis)
+    if not -x.ndim <= axis < x.ndim:
+        raise ArgumentError(f"axis: {axis}, expected an axis of x, which has {x.ndim} dimensions")
+    check_layout("layout", layout, ring, {"x": x.shape[axis]})
+    return axis % x.ndim

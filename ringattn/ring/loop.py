@@ -1,0 +1,115 @@
+"""Ring attention's loop: where a schedule, a transport and a kernel meet.
+
+Each strategy has the same three steps. Post: `relay` starts all transfers of blocks, each forwarded as it arrives.
+Compute: hop by hop, one kernel call on this rank's block and the one that is here. Merge: a kernel carries the state
+``(acc, m, l)`` of the hops before (pass-KV), or states travel home and are merged on the way (pass-Q).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+
+from ..autograd.custom_function import start_evaluation
+from ..core.online_softmax import State, finish
+from ..transport.consensus import agree, heard
+from .accumulators import Accumulator, add_states, post_results
+from .blocks import Block
+from .blocks import rows as rows_of
+from .call import RingCall
+from .relay import collect, interleave_hops, relay
+from .schedule import Schedule
+
+WHAT = "ring_attention"
+
+Arrays = Sequence[mx.array]
+
+
+def forward(call: RingCall) -> tuple[mx.array, mx.array]:
+    """Agree with the other ranks, run the schedule, finish."""
+    with heard(call.ring, WHAT):
+        # Keys and values first and alone: the first send needs them, and must not wait for other arithmetic.
+        mx.eval(*call.keys().arrays)
+        start_evaluation(*call.arrays)
+        fields = call.fields()
+    agree(call.ring, WHAT, fields)
+    with call.ring.committed():
+        state = _STRATEGIES[call.chosen()](call)
+        out, lse = finish(state, call.options.sinks, call.options.out_dtype)
+        del state
+        mx.eval(out, lse)
+    return out, lse
+
+
+def _pass_kv(call: RingCall) -> State:
+    """Keys and values travel; the state of this rank's queries is carried from hop to hop."""
+    arrivals, sends = relay(call.ring, call.keys(), call.schedules())
+    queries, state, h = call.queries(), None, 0
+    for h, hop, arrival in arrivals:
+        call.ring.at(WHAT, h)
+        if hop.compute:
+            call.wait(h, arrival.transfer)
+            state = call.attend(h, queries, arrival.block, state)
+        arrival.release()
+    call.wait(h + 1, *sends)
+    return call.empty_state(call.arrays[0].shape[2]) if state is None else state
+
+
+def _gather(call: RingCall) -> State:
+    """Keys and values travel to all ranks whose queries see them, and each computes once."""
+    schedules = call.schedules()
+    whole = collect(call.ring, call.keys(), schedules)
+    hops = max(len(schedule.hops) for schedule in schedules)
+    call.ring.at(WHAT, hops)
+    return call.attend(hops, call.queries(), whole, None)
+
+
+def _pass_q(call: RingCall) -> State:
+    """Queries travel, and their states one hop behind; each rank adds what its own keys contribute."""
+    keys = call.keys()
+
+    def add(h: int, block: Block) -> State:
+        return call.attend(h, block, keys, None)
+
+    return State(*round_trip(call, call.queries(), call.schedules(), Accumulator(call.empty_state, add_states), add))
+
+
+def round_trip(
+    call: RingCall,
+    own: Block,
+    schedules: Sequence[Schedule],
+    accumulator: Accumulator,
+    compute: Callable[[int, Block], Arrays],
+) -> tuple[mx.array, ...]:
+    """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
+    arrivals, sends = relay(call.ring, own, schedules)
+    routes = [post_results(call.ring, schedule, accumulator) for schedule in schedules]
+    at_home: Block | None = None
+    h = 0
+    for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
+        call.ring.at(WHAT, h)
+        added = None
+        if hop.compute:
+            call.wait(h, arrival.transfer)
+            added = accumulator.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
+        arrival.release()
+        following.allow_receive()
+        if h == 0:
+            at_home = at_home or added
+        elif hop.state:
+            call.wait(h, here.arrival.transfer)
+            here.send_total(here.total(accumulator, added))
+            here.arrival.release()
+    totals: list[Block] = []
+    for results in routes:
+        call.wait(h + 1, results[-1].arrival.transfer)
+        totals.append(results[-1].total(accumulator, None if totals else at_home))
+    for part in totals[1:]:
+        accumulator.add(totals[0], part)
+    call.wait(h + 1, *sends, *(one.sent for results in routes for one in results))
+    return totals[0].arrays
+
+
+_STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

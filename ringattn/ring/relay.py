@@ -1,0 +1,71 @@
+"""Blocks passed on around the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
+import mlx.core as mx
+
+from ..core.arrays import view
+from ..core.intervals import length, union
+from ..transport.base import Ring, Transfer, Way
+from .blocks import Block, copy_tokens
+from .buffers import Arrival, Slots, _with_tokens
+from .schedule import Hop, Schedule
+
+T = TypeVar("T")
+
+
+def relay(
+    ring: Ring, own: Block, schedules: Sequence[Schedule]
+) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+    """Post all transfers of blocks; one is forwarded as it arrives, whatever this rank is doing.
+
+    Returns:
+        The hops of all schedules in the order in which ranks have to do them, each with its number and its block, to be
+        released after use; and the sends, to be waited for in the end.
+    """
+    posted = [_relay(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
+    return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
+
+
+def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+    first = hops[0].send
+    copied = first if first and not (first == own.spans and own.packed) else ()
+    slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
+    arrivals, sends = [], []
+    for h, hop in enumerate(hops):
+        arrival = slots.recv(way, hop.held, h - 1) if h else Arrival(own)
+        if hop.send:
+            source = slots.keep(copied) if h == 0 and copied else arrival
+            sends.append(source.forward(way, hop.send, h))
+        arrivals.append((h, hop, arrival))
+    return arrivals, sends
+
+
+def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
+    """Return hop 0 of each route, then hop 1 of each, and so on.
+
+    On every rank, so that none waits: a hop needs of other ranks only what they do in the hop before.
+    """
+    return [x for turn in zip_longest(*routes) for x in turn if x is not None]
+
+
+def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
+    """All the tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
+    arrivals, sends = relay(ring, own, schedules)
+    spans = union(span for _, hop, _ in arrivals for span in hop.compute)
+    shapes = [_with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
+    arrays = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, own.arrays)]
+    mx.eval(arrays, own.arrays)
+    for _, hop, arrival in arrivals:
+        if hop.compute and arrival.transfer is not None:
+            ring.wait(arrival.transfer)
+        if hop.compute:
+            for into, x, axis in zip(arrays, arrival.block.arrays, own.axes):
+                copy_tokens(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)
+        arrival.release()
+    ring.wait(*sends)
+    return Block(tuple(arrays), own.axes, spans)

@@ -1,0 +1,102 @@
+"""Attention over a sequence that is spread over the ranks of a ring."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .autograd.custom_function import opaque
+from .layout import Layout
+from .ring import loop
+from .ring.arguments import check_ring
+from .ring.backward import backward
+from .ring.call import RingCall
+from .ring.loop import WHAT
+from .transport.base import Ring
+from .transport.consensus import heard
+
+
+def ring_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    layout: Layout,
+    kv_layout: Layout | None = None,
+    scale: float | None = None,
+    mask: str | mx.array | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    segments: mx.array | tuple[mx.array, mx.array] | None = None,
+    strategy: str | None = None,
+    return_lse: bool = False,
+    out_dtype: mx.Dtype | None = None,
+    backend: str | None = None,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Exact attention of this rank's queries to the keys of all ranks. Collective: every rank calls it.
+
+    Key and value blocks (or queries and their states) travel around the ring while each rank computes on what it
+    holds; memory per rank is its own tensors and two travelling blocks. The result is that of `attention` on the whole
+    sequence, and the same bits on every run. What is not said here is as in `attention`.
+
+    Differentiable (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse. The
+    gradient is collective too and that of the sum of all ranks' losses: that by k and v arrives at the rank that has
+    them, that by sinks is this rank's queries' part. A rank whose loss does not use the result leaves the others
+    waiting; `ringattn.training.mean_loss` keeps the link.
+
+    Args:
+        q: This rank's queries ``[batch, heads, local tokens, head_dim]``, in the order of ``layout.positions(rank)``.
+        k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`.
+        v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
+        ring: The ring, of `init`.
+        layout: Which positions each rank's queries have. The same on every rank, as all that follows but arrays.
+        kv_layout: Which positions each rank's keys have. Default: `layout`. It differs where new queries meet a
+            longer cached prefix; `layout` then starts at the prefix's length.
+        scale, window, softcap, sinks, out_dtype, backend: As in `attention`; windows look at positions.
+        mask: ``"causal"`` (by positions), or an array whose rows are this rank's queries and whose columns are the
+            keys of all ranks in global order.
+        segments: The ids of this rank's tokens ``[batch, local tokens]``, or a pair of them for queries and keys.
+        strategy: ``"pass_kv"`` moves keys and values; ``"pass_q"`` moves queries and brings their states home, which
+            is less for few new queries against a long cache; ``"gather"`` brings all keys that this rank's queries
+            see to it and computes once: its memory grows with the whole sequence. ``None`` takes whichever of the
+            first two moves fewer bytes.
+        return_lse: Also return the log-sum-exp.
+
+    Returns:
+        `out` ``[batch, heads, local tokens, value head_dim]`` for this rank's queries, or ``(out, lse)``.
+
+    Raises:
+        ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank,
+            before any data moves; the ring still works.
+        RingError: A rank died, stalled or left, or another thread is using the ring.
+        TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached it: not supported.
+    """
+    check_ring(ring)
+    with ring.call(WHAT):
+        with heard(ring, WHAT):
+            call = RingCall.checked(
+                ring,
+                layout,
+                kv_layout,
+                q,
+                k,
+                v,
+                strategy=strategy,
+                return_lse=return_lse,
+                backend=backend,
+                scale=scale,
+                mask=mask,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                segments=segments,
+                out_dtype=out_dtype,
+            )
+        out, lse = opaque(
+            WHAT,
+            lambda *arrays: loop.forward(call.bind(arrays)),
+            call.arrays,
+            gradient=lambda *arrays: backward(call.bind(arrays[:-4]), *arrays[-4:]),
+        )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,60 @@
+"""Rings of ranks and the transports that carry them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.validation import told
+from ..errors import ArgumentError
+from .base import Event, Gate, Ring, Transfer
+from .environment import launched_by, read_timeout
+from .failures.status_file import status
+
+__all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
+
+_BACKENDS = ("mpi", "mlx", "solo")
+
+
+def init(backend: str | None = None, *, comm: Any = None, timeout: float | None = None) -> Ring:
+    """Join the ring of all processes of this job. Collective: every rank calls it.
+
+    Args:
+        backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
+            ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and ``"solo"`` where there
+            is no launcher. Over ``"mlx"`` there is no `split`.
+        comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
+        timeout: Seconds without a sign of life after which a rank counts as dead. A long computation is not a
+            stall. Default: the environment variable ``RINGATTN_TIMEOUT``, else 60.
+
+    Returns:
+        The ring, a context manager.
+
+    Raises:
+        ArgumentError: If an argument is wrong.
+        RingError: If the backend cannot be used here; the message says what to do about it.
+    """
+    backend = _choose(backend, comm)
+    if backend == "solo":
+        from .solo import SoloRing
+
+        return SoloRing(read_timeout(timeout))
+    with status.opening():
+        if backend == "mlx":
+            from .mlx.ring import open_ring as open_mlx_ring
+
+            return open_mlx_ring(timeout)
+        from .mpi.ring import open_ring as open_mpi_ring
+
+        return open_mpi_ring(comm, timeout)
+
+
+def _choose(backend: str | None, comm: Any) -> str:
+    if backend is None:
+        if comm is not None:
+            return "mpi"
+        backend = launched_by()
+    if not isinstance(backend, str) or backend not in _BACKENDS:
+        raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
+    if comm is not None and backend != "mpi":
+        raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
+    return backend

@@ -1,0 +1,39 @@
+"""What a launcher and the user's environment say about a job."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from ..core.validation import told
+from ..errors import ArgumentError, ArgumentTypeError
+
+_MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
+
+
+_MLX_LAUNCHERS = ("MLX_RANK", "MLX_WORLD_SIZE")
+
+
+def launched_by() -> str:
+    """The backend that goes with the launcher of this process; ``"solo"`` without one."""
+    if any(name in os.environ for name in _MPI_LAUNCHERS):
+        return "mpi"
+    return "mlx" if any(name in os.environ for name in _MLX_LAUNCHERS) else "solo"
+
+
+def read_timeout(timeout: float | None) -> float:
+    """`timeout` in seconds, from the environment where it is ``None``."""
+    name = "timeout"
+    value: Any = timeout
+    if timeout is None:
+        name, value = "RINGATTN_TIMEOUT", os.environ.get("RINGATTN_TIMEOUT") or "60"
+        try:
+            value = float(value)
+        except ValueError:
+            raise ArgumentError(f"{name}: {value!r}, expected a number of seconds") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number of seconds")
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentError(f"{name}: {value}, expected a positive, finite number of seconds")
+    return float(value)

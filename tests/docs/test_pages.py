@@ -1,0 +1,48 @@
+"""The examples of the documentation run as they stand; commands and pages that it names are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from spawn import ROOT
+
+from ringattn.cli import COMMANDS, main
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^(?:sudo )?ringattn (\S+)(.*)$", re.MULTILINE)
+RUN_AS_THEY_STAND = ("library.md",)
+
+
+def test_there_are_pages() -> None:
+    assert len(PAGES) > 10
+
+
+@pytest.mark.parametrize("name", RUN_AS_THEY_STAND)
+def test_examples_run(name: str) -> None:
+    """One after the other, as a reader would type them."""
+    text = (ROOT / "docs" / name).read_text()
+    examples = PYTHON.findall(text)
+    assert len(examples) > 5
+    scope: dict = {}
+    for example in examples:
+        exec(compile(example, name, "exec"), scope)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_are_python(page: Path) -> None:
+    for example in PYTHON.findall(page.read_text()):
+        compile(example, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page: Path) -> None:
+    for command, arguments in COMMAND.findall(page.read_text()):
+        assert command in COMMANDS or command == "--help", command
+        shown = CliRunner().invoke(main, [command, "--help"]).output if command in COMMANDS else ""
+        own = re.split(r" -- |#", arguments)[0]  # less the program's own arguments, and comments
+        for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", own):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"ringattn {command} has no {option}"

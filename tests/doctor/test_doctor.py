@@ -1,0 +1,614 @@
+"""``ringattn doctor``: every finding can be made, and what ranks do never keeps it waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, replace
+
+import pytest
+from click.testing import CliRunner
+from spawn import ROOT
+
+import ringattn
+from launch.virtual import Cluster
+from ringattn.cli import main
+from ringattn.doctor import compute_speed, connectivity, host_info, link_speed, records
+from ringattn.doctor.breakeven import break_even
+from ringattn.doctor.compute_speed import Speeds
+from ringattn.doctor.connectivity import Dead
+from ringattn.doctor.diagnosis import examine
+from ringattn.doctor.examination import Examination
+from ringattn.doctor.records import Library, Rank, Told
+from ringattn.doctor.runner import launcher_words
+from ringattn.doctor.table import as_json, text
+from ringattn.errors import RingError
+from ringattn.launcher import mpiexec
+from ringattn.launcher.hostfile import Host
+from ringattn.launcher.preflight import Trouble
+from ringattn.rendezvous.handshake import make_key
+from ringattn.transport.handshake import introduce
+from ringattn.transport.solo import SoloRing
+
+pytestmark = pytest.mark.ranks
+
+MAC = host_info.Facts(
+    host="mac",
+    system="macOS 26.2",
+    chip="Apple M3 Ultra",
+    memory=512 << 30,
+    cores=32,
+    threads=16,
+    python="/venv/bin/python",
+    python_version="3.12.1",
+    ringattn="0.1.0",
+    mlx="0.32.4",
+    mpi4py="4.1.2",
+    numpy="2.4.6",
+    code="abc",
+    metal=True,
+    gpu="Apple M3 Ultra",
+    kernel="metal",
+    blas_advice=None,
+)
+LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
+FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12)
+MPICH = Library("MPICH 5.0.2", "MPICH", "multiple", 3)
+
+
+def healthy(size: int = 3) -> Examination:
+    """Macs on Thunderbolt, of which nothing bad can be said."""
+    ranks = {
+        n: Rank(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
+        for n in range(size)
+    }
+    measured = [link_speed.Link(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in link_speed.pairs(size)]
+    return Examination(size, Told(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
+
+
+def about(seen: Examination, number: int, **changed: object) -> None:
+    """Change what rank `number` has said of its host."""
+    rank = seen.told.ranks[number]
+    assert rank.facts is not None
+    rank.facts = replace(rank.facts, **changed)
+
+
+def found(seen: Examination) -> list[str]:
+    return [str(finding) for finding in examine(seen)]
+
+
+def test_healthy():
+    for size in (1, 2, 3, 8):
+        assert found(healthy(size)) == []
+
+
+# What will not work
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "usual", "other"),
+    [
+        ({"python": "/other/python"}, "python", "/venv/bin/python", "/other/python"),
+        ({"ringattn": "0.2.0", "code": "x"}, "ringattn", "0.1.0", "0.2.0"),
+        ({"code": "def"}, "the source of ringattn", "abc", "def"),
+        ({"mlx": "0.31.0"}, "mlx", "0.32.4", "0.31.0"),
+        ({"mpi4py": "not installed"}, "mpi4py", "4.1.2", "not installed"),
+    ],
+)
+def test_difference_is_fatal(change, named, usual, other):
+    seen = healthy()
+    about(seen, 1, **change)
+    [line] = found(seen)
+    told = f"error: {named}: differs: {usual} on ranks 0, 2 (mac0, mac2), {other} on rank 1 (mac1); "
+    assert line.startswith(told) and len(line.partition("; ")[2]) > 10
+
+
+def test_hosts_between_which_nothing_passes():
+    """Each pair once, whichever ranks tried; and what ends because of it is not told as well."""
+    seen = healthy(4)
+    about(seen, 3, host="mac2")
+    seen.told.dead = [Dead(1, 2, "timed out"), Dead(1, 3, "timed out"), Dead(2, 1, "no route"), Dead(0, 1, "refused")]
+    seen.ended = 1
+    for rank in seen.told.ranks.values():
+        rank.done, rank.doing = False, "connecting to all other hosts"
+    first, second = found(seen)
+    ends = "from mac1 to mac2 (timed out) and from mac2 to mac1 (no route)"
+    assert first.startswith(f"error: mac1 and mac2: no TCP connection {ends}, and MPI needs one")
+    assert first.endswith("and at their firewalls")
+    assert second.startswith("error: mac0 and mac1: no TCP connection from mac0 to mac1 (refused), and MPI needs one")
+
+
+def test_two_mpis():
+    seen = healthy()
+    seen.told.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
+    [line] = found(seen)
+    assert line.startswith(
+        "error: MPI: differs: MPICH on ranks 0, 1 (mac0, mac1), Open MPI on rank 2 (mac2); install the same MPI"
+    )
+
+
+def test_thread_level():
+    seen = healthy()
+    seen.told.ranks[1].mpi = replace(MPICH, threads="serialized")
+    [line] = found(seen)
+    assert line.startswith("error: rank 1 (mac1): MPI gives thread level 'serialized'") and "pip install" in line
+
+
+def test_ranks_that_see_themselves_alone():
+    seen = healthy(2)
+    for rank in seen.told.ranks.values():
+        rank.mpi = replace(MPICH, size=1)
+    assert all("sees 1 of 2 ranks" in line and "--mpiexec" in line for line in found(seen)) and len(found(seen)) == 2
+    seen.mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
+    assert found(seen) == ["error: MPI: mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"]
+
+
+def test_rank_that_does_not_start():
+    seen = healthy()
+    del seen.told.ranks[1]
+    seen.ended, seen.launcher = 255, "ssh: connect to host mac1 port 22: Connection refused"
+    [line] = found(seen)
+    assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
+    assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
+    del seen.told.ranks[2]
+    assert [line.partition(": did")[0] for line in found(seen)] == ["error: ranks 1, 2 (mac1, mac2)"]
+    seen.told.ranks.clear()
+    [line] = found(seen)
+    assert line.startswith("error: launch: no rank started (ssh: ") and "`ssh mac1 true`" in line
+    seen.launcher = "ssh: connect to host mac10 port 22"
+    assert "`ssh mac0 / mac1 / mac2 true`" in found(seen)[0]
+
+
+def test_hosts_that_are_left_out():
+    """Of the others everything is told, and each remedy is for its host alone."""
+    seen = healthy()
+    seen.troubles = (Trouble(Host("me@mac3"), "Connection refused", "start its sshd"), Trouble(Host("mac4"), "a", "b"))
+    assert found(seen) == ["error: host me@mac3: Connection refused; start its sshd", "error: host mac4: a; b"]
+    nothing = Examination(0, Told(), troubles=seen.troubles)
+    assert text(nothing, examine(nothing), "float16").splitlines() == found(seen)
+    assert as_json(nothing, examine(nothing), "float16")["ok"] is False
+
+
+def test_ranks_with_different_versions_of_ringattn():
+    """What a ring says of them has its own remedy; where hosts' facts say it too, it is told once."""
+    with pytest.raises(RingError) as error:
+        introduce(None, lambda mine: [mine, ["0.0.1", *mine[1:]]])
+    seen = healthy(2)
+    seen.ended = 1
+    for rank in seen.told.ranks.values():
+        rank.done, rank.doing, rank.problem = False, "opening the ring", str(error.value)
+    [line] = found(seen)
+    told = (
+        f"error: ringattn: differs: {ringattn.__version__} on rank 0, 0.0.1 on rank 1; install the same version on all"
+    )
+    assert line == told
+    about(seen, 1, ringattn="0.0.1")
+    [line] = found(seen)
+    assert line.startswith(
+        "error: ringattn: differs: 0.1.0 on rank 0 (mac0), 0.0.1 on rank 1 (mac1); install the same v"
+    )
+
+
+def test_rank_that_fails():
+    seen = healthy()
+    seen.ended = 1
+    for number in (0, 2):
+        rank = seen.told.ranks[number]
+        rank.done, rank.doing, rank.problem = False, "measuring link 0-1", "link 0-1: mac1 gave no sign of life"
+    seen.told.ranks[1].done, seen.launcher = False, "rank 1 (mac1) was killed by SIGKILL"
+    first, second = found(seen)
+    assert first.startswith("error: rank 0 (mac0): link 0-1: mac1 gave no sign of life; look at that link")
+    assert second.startswith("error: rank 1 (mac1): ended while measuring a hop (rank 1 (mac1) was killed by SIGKILL)")
+
+
+def test_rank_that_never_ends():
+    seen = healthy()
+    seen.ended, seen.seconds = None, 60
+    seen.told.ranks[2].done, seen.told.ranks[2].doing = False, "opening the ring"
+    [line] = found(seen)
+    assert line.startswith("error: launch: not finished after 60 s (rank 2 (mac2) was opening the ring); look at that ")
+
+
+def test_no_mpi():
+    seen = healthy(1)
+    seen.unlaunched = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
+    [line] = found(seen)
+    assert line.startswith("error: MPI: no mpiexec found, beside this Python or on PATH; pip install 'ringattn[mpi]'")
+
+
+# What costs speed
+
+
+def test_numpy_and_python_may_differ():
+    seen = healthy()
+    about(seen, 0, numpy="1.26.0", python_version="3.10.1")
+    assert [line.partition(" differs")[0] for line in found(seen)] == ["warning: python version:", "warning: numpy:"]
+
+
+def test_slow_blas_on_linux():
+    seen = healthy(2)
+    for rank in seen.told.ranks.values():
+        rank.facts, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
+    [line] = found(seen)  # once for both ranks of this host
+    told = "warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; "
+    assert line.startswith(f"{told}see what else runs there") and "unset" not in line
+    about(seen, 0, blas_advice="preload an OpenBLAS")
+    assert found(seen) == [f"{told}preload an OpenBLAS"]
+    for rank in seen.told.ranks.values():
+        rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
+    assert found(seen) == []
+
+
+def test_mac_without_metal():
+    seen = healthy()
+    about(seen, 1, kernel="host", gpu=None)
+    [line] = found(seen)
+    assert line.startswith("warning: rank 1 (mac1): attention runs on the 'host' kernel")
+
+
+def test_slow_link():
+    seen = healthy()
+    seen.told.links[1] = replace(seen.told.links[1], to_left=1e9)
+    [line] = found(seen)
+    assert line.startswith("warning: link 1-2: 1.00 GB/s, where others have 3.00") and "cable" in line
+    assert seen.slowest == seen.told.links[1]
+
+
+def test_links_that_need_long_contexts():
+    seen = healthy()
+    seen.told.hop = 0.117e9
+    [line] = found(seen)
+    assert line.startswith("warning: links: transfers hide behind compute only above 7") and "tokens" in line
+
+
+def test_break_even_is_by_the_slowest_rank_and_what_links_carry_together():
+    seen = healthy()
+    assert seen.break_even == break_even(17e12, 3e9, 300e-6)
+    seen.told.ranks[1].speeds = replace(FAST, attention=5e12)
+    seen.told.hop = 2e9
+    assert seen.break_even == break_even(5e12, 2e9, 300e-6)
+    seen.told.hop = None
+    assert seen.break_even is None
+
+
+# What people and programs see
+
+
+def test_table():
+    seen = healthy()
+    seen.told.links[2] = replace(seen.told.links[2], to_right=2.9e9)
+    shown = text(seen, examine(seen), "float16")
+    row = next(line for line in shown.splitlines() if line.startswith("rank 2 (mac2) - rank 0 (mac0)"))
+    assert row.split()[-6:] == ["300", "us", "2.900", "3.200", "3.000", "slowest"]
+    assert shown.count("slowest") == 1 and "macOS 26.2  Apple M3 Ultra  512 GiB  32 (16 a rank)" in shown
+    assert "0,1,2  0.1.0     0.32.4  2.4.6  4.1.2   MPICH 5.0.2  multiple     /venv/bin/python (3.12.1)" in shown
+    assert f"from {seen.break_even:,} tokens per rank on (32/8 heads of 128, float16, causal)" in shown
+    assert shown.endswith("\n\nnothing is wrong")
+
+
+def test_table_of_almost_nothing():
+    seen = Examination(2, Told({1: Rank()}), ended=1, launcher="boom")
+    assert text(seen, examine(seen), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
+
+
+def test_json():
+    seen = healthy()
+    about(seen, 1, mlx="0.1")
+    told = json.loads(json.dumps(as_json(seen, examine(seen), "float16")))
+    assert (told["ok"], told["size"], told["hop_gb_s"], told["slowest_link"]) == (False, 3, 3.0, [0, 1])
+    assert told["links"][0] == {
+        "ranks": [0, 1],
+        "latency_us": pytest.approx(300),
+        "to_right_gb_s": 3.1,
+        "to_left_gb_s": 3.2,
+        "both_gb_s": 3.0,
+    }
+    assert told["ranks"][1]["host"]["mlx"] == "0.1" and told["ranks"][0]["gflop_s"]["attention"] == 17000
+    assert told["findings"][0]["fatal"] and told["findings"][0]["where"] == "mlx"
+
+
+# What ranks say
+
+
+def test_records_come_back_whatever_is_around_them(capfd):
+    records.say(1, doing="timing", facts=asdict(MAC))
+    records.say(1, speeds=asdict(FAST), mpi=asdict(MPICH))
+    records.say(0, link=asdict(link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
+    lines = capfd.readouterr().out.splitlines()
+    noise = ["hello", f"[2] {records.MARK}" + '{"rank": 2, "cut o', ""]
+    told = records.read("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
+    assert told.ranks == {0: Rank(done=True), 1: Rank(MAC, FAST, MPICH, doing="timing")}
+    assert (told.links, told.hop) == ([link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Traceback\n  x\nringattn: rank 1 was killed\nringattn: more\n", "rank 1 was killed"),
+        ("Warning: w\nError: a: no Python\nError: b: no ssh\n", "a: no Python; b: no ssh"),
+        ("ssh: refused\n\n", "ssh: refused"),
+        ("", ""),
+    ],
+)
+def test_launcher_words(said, words):
+    assert launcher_words(said) == words
+
+
+# Facts and measurements
+
+
+def test_facts_of_this_host():
+    told = host_info.collect()
+    assert told.python == sys.executable and told.cores >= 1 and told.memory > 1 << 28
+    assert told.system and told.chip and json.loads(json.dumps(asdict(told))) == asdict(told)
+
+
+@pytest.mark.parametrize(
+    ("environment", "advice"),
+    [
+        ({}, "advice"),
+        ({"RINGATTN_BLAS": "mlx"}, "unset RINGATTN_BLAS, so that"),
+        ({"RINGATTN_BLAS": "numpy", "LD_PRELOAD": "libc.so"}, "advice"),
+        ({"RINGATTN_BLAS": "mlx", "LD_PRELOAD": "/usr/lib/libopenblas.so.0"}, "unset RINGATTN_BLAS and LD_PRELOAD, so"),
+    ],
+)
+def test_only_what_is_set_is_to_be_unset(monkeypatch, environment, advice):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(host_info.sgemm, "advice", lambda: "advice")
+    for name in ("RINGATTN_BLAS", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert host_info.collect().blas_advice.startswith(advice)
+
+
+def test_fingerprint_changes_with_sources_alone(tmp_path):
+    """Not with the C files, which are not installed."""
+    (tmp_path / "a.py").write_text("1")
+    one = host_info.fingerprint(tmp_path)
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "a.c").write_text("1")
+    assert host_info.fingerprint(tmp_path) == one
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert host_info.fingerprint(tmp_path) != one
+
+
+def test_fastest_stops_at_what_takes_long_enough(monkeypatch):
+    monkeypatch.setattr(compute_speed, "ENOUGH", 0.02)
+    tried = []
+
+    def work(size: int):
+        tried.append(size)
+        return lambda: time.sleep(size / 1000), 1e6 * size
+
+    assert 1e8 < compute_speed.fastest(work, (1, 10, 30, 100)) <= 1e9
+    assert tried == [1, 10, 30]
+
+
+def test_a_disturbed_timing_does_not_count(monkeypatch):
+    pauses = iter([0.05, 0.05, 0.05, 0.001])
+    assert compute_speed.fastest(lambda size: (lambda: time.sleep(next(pauses)), 1e6), (1,)) > 1e8
+
+
+def test_ways_between_hosts(monkeypatch):
+    """Of three ranks on two hosts; then nobody answers at the address that others call."""
+    hosts = ["127.0.0.1", "127.0.0.1", "127.0.0.2"]
+
+    def find_all():
+        with closing(connectivity.Coordinator("127.0.0.1", 3)) as coordinator, ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda rank: connectivity.find_dead(coordinator.endpoint, rank, hosts), range(3)))
+
+    assert find_all() == [[]] * 3
+    monkeypatch.setattr(connectivity, "derive_key", lambda key, purpose: make_key())  # every rank is another machine
+    told = find_all()
+    assert [(way.caller, way.peer) for way in told[0]] == [(0, 2), (1, 2), (2, 0), (2, 1)] and told == [told[0]] * 3
+    another = "another machine or another run of ringattn answers there"
+    assert told[0][0].why == f"127.0.0.2: {another}, 127.0.0.1: {another}"
+
+
+def test_each_rank_answers_with_a_key_of_its_own():
+    key = make_key()
+    with closing(connectivity.AnsweringListener(key, 1)) as listener:
+        here = ("127.0.0.1", listener.port)
+        assert connectivity._try([here], key, 0, 1) is None
+        assert (
+            connectivity._try([here], key, 0, 2)
+            == "127.0.0.1: another machine or another run of ringattn answers there"
+        )
+        assert connectivity._try([("nowhere.invalid", listener.port), here], key, 0, 1) is None
+
+
+def test_a_doctor_out_of_reach_is_named():
+    with closing(connectivity.Coordinator("127.0.0.1", 1)) as coordinator:
+        endpoint = coordinator.endpoint
+    with pytest.raises(RingError, match=r"^no TCP connection to the doctor at 127.0.0.1: Connection refused$"):
+        connectivity.CoordinatorClient(endpoint, 0)
+
+
+def test_a_rank_that_leaves_is_told_to_the_others():
+    with closing(connectivity.Coordinator("127.0.0.1", 2)) as coordinator:
+        first, second = (connectivity.CoordinatorClient(coordinator.endpoint, rank) for rank in range(2))
+        second.close()
+        with closing(first), pytest.raises(RingError, match="^a rank left before all had said what they found$"):
+            first.gather(["x"])
+
+
+def test_pairs():
+    assert (
+        link_speed.pairs(1) == []
+        and link_speed.pairs(2) == [(0, 1)]
+        and link_speed.pairs(3) == [(0, 1), (1, 2), (2, 0)]
+    )
+
+
+class SlowRing(SoloRing):
+    """A ring of one that sends to itself, `rate` bytes per second."""
+
+    rate = 125e6  # 1 Gbit/s
+    sent = 0
+
+    def send(self, load, *, tag, after=(), step=1):
+        self.sent += sum(map(len, load()))
+        time.sleep(sum(map(len, load())) / self.rate)
+
+    def recv(self, buffers, *, tag, after=(), step=1):
+        pass
+
+    def wait(self, *transfers):
+        pass
+
+
+def test_bandwidth_of_a_slow_link_takes_no_time():
+    ring = SlowRing(10.0)
+    start = time.monotonic()
+    assert link_speed.measure_hop(ring) == pytest.approx(125e6, rel=0.3)
+    assert time.monotonic() - start < 3 and 12e6 < ring.sent < 100e6
+
+
+def test_what_breaks_a_link_names_it(monkeypatch):
+    """By the ring's ranks: a pair counts its own."""
+
+    def broken(pair):
+        raise RingError("rank 1 (mac) left")
+
+    monkeypatch.setattr(link_speed, "_latency", broken)
+    with pytest.raises(RingError, match=r"^link 2-0: rank 1 \(mac\) left$"):
+        link_speed.measure_link(SoloRing(10.0), (2, 0))
+
+
+def test_size_that_takes_long_enough():
+    assert link_speed.next_size(1 << 20, 0.05) == 1 << 21
+    assert (
+        link_speed.next_size(1 << 20, 1e-9) == link_speed.MOST
+        and link_speed.next_size(1 << 18, 100) == link_speed.LEAST
+    )
+
+
+# Real runs
+
+
+def doctor(*arguments: str, **environment: str):
+    return CliRunner(env=environment).invoke(main, ["doctor", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-n", "0"], "'-n': 0"),
+        (["--heads", "32/7"], "32/7"),
+        (["--head-dim", "0"], "'--head-dim': 0"),
+        (["--dtype", "int8"], "int8"),
+        (["--timeout", "0"], "'--timeout': 0"),
+    ],
+)
+def test_one_line_errors(arguments, expected):
+    done = doctor(*arguments)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+def test_two_local_ranks():
+    start = time.monotonic()
+    done = doctor("-n", "2", "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["ok"], told["size"]) == (0, True, 2), done.stdout
+    assert [rank["mpi"]["size"] for rank in told["ranks"]] == [2, 2] and told["ranks"][1]["done"]
+    [link] = told["links"]
+    assert link["ranks"] == told["slowest_link"] == [0, 1] and link["to_left_gb_s"] > 0.001 and link["latency_us"] > 0
+    assert told["break_even_tokens"] >= 1 and not [f for f in told["findings"] if f["fatal"]]
+    assert time.monotonic() - start < 15
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(3) as one:
+        yield one
+
+
+def doctor_there(cluster: Cluster, *arguments: str):
+    """The doctor's exit status and what it tells, beside a virtual cluster."""
+    line = [sys.executable, "-m", "ringattn.cli", "doctor", "--json", *arguments]
+    environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return done.returncode, json.loads(done.stdout or "null"), done.stderr
+
+
+@pytest.mark.hosts
+def test_hosts_that_can_be_reached_are_examined_without_the_others(cluster):
+    hosts = [cluster.addresses[0], "mac9", cluster.addresses[2]]
+    code, told, _ = doctor_there(cluster, "--hosts", ",".join(hosts))
+    assert (code, told["ok"], told["size"]) == (1, False, 2)
+    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac2"] and len(told["links"]) == 1
+    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    assert finding["where"] == "host mac9" and finding["what"].startswith("ssh: Could not resolve hostname mac9")
+    assert not any(address in finding["remedy"] for address in cluster.addresses)
+
+
+@pytest.mark.hosts
+def test_a_dead_way_between_two_hosts_is_named(cluster):
+    """Both reach this machine and the third host, and MPI would say nothing."""
+    space, to = f"{cluster.bridge}h2", f"{cluster.addresses[1]}/32"
+    subprocess.run(["ip", "-n", space, "route", "add", "blackhole", to], check=True)
+    begin = time.monotonic()
+    code, told, _ = doctor_there(cluster, "--hosts", ",".join(cluster.addresses))
+    subprocess.run(["ip", "-n", space, "route", "del", "blackhole", to], check=True)
+    assert code == 1 and time.monotonic() - begin < 40
+    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    assert finding["where"] == "mac1 and mac2" and "from mac1 to mac2" in finding["what"], finding
+    assert [rank["host"]["host"] for rank in told["ranks"]] == cluster.names
+
+
+@pytest.mark.hosts
+def test_fewer_ranks_than_slots(cluster):
+    """Hosts that get no rank are not waited for."""
+    hosts = ",".join(f"{address}:2" for address in cluster.addresses)
+    code, told, said = doctor_there(cluster, "-n", "3", "--hosts", hosts)
+    assert (code, told["size"]) == (0, 3), told["findings"]
+    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac0", "mac1"]
+
+
+@pytest.mark.hosts
+def test_no_host_that_can_be_reached(cluster):
+    code, told, _ = doctor_there(cluster, "--hosts", "mac8,mac9")
+    assert (code, told["ok"], told["size"], told["ranks"], told["links"]) == (1, False, 0, [], [])
+    assert [finding["where"] for finding in told["findings"]] == ["host mac8", "host mac9"]
+
+
+def test_without_mpi_the_rest_is_reported(monkeypatch):
+    monkeypatch.setattr(mpiexec.shutil, "which", lambda *args, **kwargs: None)
+    done = doctor()
+    assert done.exit_code == 1
+    assert "GFLOP/s of a rank" in done.stdout and "not started" in done.stdout
+    assert any(line.startswith("error: MPI: no mpiexec found") for line in done.stdout.splitlines())
+
+
+def test_thread_level_of_a_real_run():
+    done = doctor("-n", "2", MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert done.exit_code == 1
+    assert "\nerror: rank 1 (" in done.stdout and "MPI gives thread level 'serialized'" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_that_dies_or_hangs(tmp_path, number):
+    """Before it can say anything."""
+    rank = "(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK'))"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if {rank} == '1' and 'ringattn.doctor.worker' in sys.orig_argv and '-IS' not in sys.orig_argv:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    start = time.monotonic()
+    done = doctor("-n", "2", "--timeout", "6", PYTHONPATH=path)
+    assert time.monotonic() - start < 20
+    assert done.exit_code == 1 and "error: rank 1" in done.stdout
+    if number == signal.SIGKILL:
+        assert "was killed by SIGKILL" in done.stdout
+    else:
+        assert "not finished after 6 s (rank 0 (" in done.stdout

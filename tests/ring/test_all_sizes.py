@@ -1,0 +1,57 @@
+"""Runs the tests of ``tests/spmd``, which every rank executes together, on rings of several sizes."""
+
+from __future__ import annotations
+
+import pytest
+from spawn import spawn, spawn_mlx
+
+pytestmark = pytest.mark.ranks
+
+
+# Two and three ranks have every way in which messages and models can go wrong; more add none to these.
+FEW_RANKS = ("test_lm.py", "test_training.py", "test_wrong_input.py")
+
+
+def run_everywhere(size: int, *arguments: str) -> None:
+    result = spawn(size, ["-m", "pytest", *arguments, "-x", "-p", "no:cacheprovider"], timeout=600)
+    assert result.code == 0, str(result)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_spmd(size: int) -> None:
+    few = [] if size in (2, 3) else [f"--ignore=tests/spmd/{name}" for name in FEW_RANKS]
+    run_everywhere(size, "tests/spmd", *few)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_spmd_the_rest(size: int) -> None:
+    run_everywhere(size, *(f"tests/spmd/{name}" for name in FEW_RANKS))
+
+
+@pytest.mark.parametrize(
+    ("size", "what", "one_way"),
+    [
+        (2, "", ""),
+        (3, "test_comm.py", ""),
+        (3, "test_in_graph.py", ""),
+        (3, "test_both_ways.py", ""),
+        (2, "test_comm.py", "1"),
+        (3, "test_comm.py::test_blocks_forwarded_round_the_ring", "1"),
+    ],
+)
+def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
+    """Over mx.distributed; with `one_way` as where a rank must not send and receive at once."""
+    arguments = ["-m", "pytest", f"tests/spmd/{what}", "-x", "-p", "no:cacheprovider"]
+    results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
+    assert all(result.code == 0 for result in results), "\n".join(map(str, results))
+
+
+def test_failing_rank_ends_all(tmp_path) -> None:
+    """One rank fails a test while the others wait for it: all end, and the cause is told."""
+    test = "def test_it(ring):\n    assert ring.rank != 1, 'only here'\n    ring.barrier()\n"
+    (tmp_path / "test_one.py").write_text(test)
+    arguments = ["-m", "pytest", str(tmp_path), "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    result = spawn(3, [*arguments, "-p", "tests.spmd.conftest"], timeout=60)
+    assert result.code not in (0, None), str(result)
+    assert "only here" in result.output and "RingError: rank 1 (" in result.output, str(result)
