@@ -286,6 +286,7 @@ def test_a_public_key_that_gives_the_secret_away_is_refused(public: str) -> None
 def pair() -> Iterator[tuple[Channel, socket.socket]]:
     """A channel and the raw other end."""
     a, b = socket.socketpair()
+    a.settimeout(10)
     with a, b:
         yield Channel(a), b
 

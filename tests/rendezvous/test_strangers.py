@@ -239,6 +239,31 @@ def test_whatever_a_wrapper_says(said: list, introduced: bool) -> None:
     ranks.close()
 
 
+@pytest.mark.parametrize("pid", [-1, 0, 1, 2**31, 2.0, "2", None])
+def test_no_other_number_than_a_pid_is_signalled(pid: object) -> None:
+    """Some stand for groups, or for all processes of the user."""
+    ranks = Ranks([HERE])
+    addresses, key = parse_endpoint(ranks.endpoint)
+    with connect(addresses, key, 0) as link:
+        say(link, [{**hello(), "processes": [[pid, "1"], [2**22 + 1, "1"]]}])
+        end = time.monotonic() + 10
+        while not link_is_closed(link) and time.monotonic() < end:
+            ranks.hear()
+        assert link_is_closed(link) and not ranks
+    ranks.close()
+
+
+def link_is_closed(link: socket.socket) -> bool:
+    """Whether the other side has hung up; nothing else is expected of it."""
+    link.setblocking(False)
+    try:
+        return link.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 @fuzzed
 @given(said=SAID)
 def test_whatever_a_rank_says_to_the_doctor(said: list) -> None:
