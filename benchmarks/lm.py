@@ -8,6 +8,7 @@ from statistics import median
 
 import ringattn as ra  # before MLX, for its BLAS
 from ringattn import lm
+from ringattn.lm.sharded_cache import held_bytes
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_map  # isort: skip
@@ -61,7 +62,7 @@ def worker() -> None:
                 cache = make_prompt_cache(model)
                 steps = generate_step(text[:length], model, max_tokens=NEW, prompt_cache=cache)
                 result["tokens"].append([token for token, _ in steps])
-                result["cache"].append(sum(c.nbytes for c in cache))
+                result["cache"].append(held_bytes(cache))
             write_result(ring.rank, result)
             return
         lm.shard(model, ring)
@@ -73,7 +74,7 @@ def worker() -> None:
                     model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, chunk=512
                 )
                 result["tokens"].append([response.token for response in found])
-                result["cache"].append(sum(c.nbytes for c in cache))
+                result["cache"].append(held_bytes(cache))
                 result["bytes"].append(ring.bytes_sent - before)
             write_result(ring.rank, result)
         elif sys.argv[2] == "prefill":

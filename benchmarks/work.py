@@ -8,7 +8,9 @@ import numpy as np
 import ringattn as ra
 from ringattn.core.masks import Band
 from ringattn.core.rules import Rules
-from ringattn.metal import backend, set_executor
+from ringattn.kernels.interface import KernelInputs, OutputSpec
+from ringattn.metal import set_executor
+from ringattn.metal.backend import MetalKernel
 from ringattn.verify.oracle import Case, check
 from tools.hostmetal import Counters, Runtime
 from tools.hostmetal.mlx_kernel import steel_attention
@@ -43,7 +45,8 @@ def compare(lengths: tuple[int, int], dim: int, dtype: mx.Dtype, causal: bool) -
         check(case, *ra.attention(q, k, v, backend="metal", return_lse=True, **case.options))
         runtime.reset()
         rules = Rules(dim**-0.5, Band.of(causal, None))
-        backend.finished(q, k, v, case.q_pos.astype(np.int32), case.k_pos.astype(np.int32), rules, None, dtype, False)
+        inputs = KernelInputs(q, k, v, case.q_pos.astype(np.int32), case.k_pos.astype(np.int32), rules)
+        MetalKernel().finish(inputs, OutputSpec(dtype, False))
         ours = work(runtime.counters)
         runtime.reset()
         out, _ = steel_attention(runtime, q, k, v, causal=causal, scale=dim**-0.5)

@@ -22,4 +22,11 @@ with ra.init() as ring:
     # One new token, known to all ranks, against the sharded cache.
     new = ring.broadcast(mx.random.normal((1, HEADS, 1, HEAD_DIM)), root=0)
     step = ra.decode_attention(new, k, v, ring=ring, kv_layout=layout)
-    print(f"rank {ring.rank} of {ring.size}: {tokens} tokens, out {out.shape}, next {step.shape}")
+
+    # To compare with one process, gather everything, which only a small example can. Every rank takes part in that.
+    q, k, v, gathered = (layout.gather(x, ring) for x in (q, k, v, out))
+    if ring.rank == 0:
+        pairs = (gathered, ra.attention(q, k, v, mask="causal")), (step, ra.attention(new, k, v))
+        difference = max(mx.abs(a - b).max().item() for a, b in pairs)
+        print(f"{TOKENS} tokens on {ring.size} ranks, {tokens} of them on rank 0: out {out.shape}, next {step.shape}")
+        print(f"Largest difference from one process: {difference:.1e}")

@@ -10,10 +10,12 @@ is that of one process, to rounding. A run that was ended goes on from its last 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import click
 import mlx.core as mx
@@ -93,11 +95,21 @@ def packed(step: int, batch: int, length: int) -> tuple[mx.array, mx.array]:
     return mx.array(tokens), mx.array(ids)
 
 
-class Run:
-    """A training run and the folder it leaves: ``checkpoint.safetensors``, ``losses.csv`` and ``losses.png``."""
+class RefusedError(Exception):
+    """Something that the user has to change; rank 0 prints it."""
 
-    def __init__(self, ring: ra.Ring, model: Model, optimizer: AdamW, folder: Path) -> None:
-        self.ring, self.model, self.optimizer, self.folder = ring, model, optimizer, folder
+
+def refuse(ring: ra.Ring, problem: str | None) -> None:
+    """Raise `RefusedError` on all ranks where rank 0 has a problem. Collective."""
+    if ring.broadcast(mx.array(problem is not None)).item():
+        raise RefusedError(problem)
+
+
+class Run:
+    """A training run and its folder: ``checkpoint.safetensors``, ``losses.csv``, and ``losses.png`` with `plot`."""
+
+    def __init__(self, ring: ra.Ring, model: Model, optimizer: AdamW, folder: Path, plot: bool) -> None:
+        self.ring, self.model, self.optimizer, self.folder, self.plot = ring, model, optimizer, folder, plot
         self.losses: list[float] = []
         optimizer.init(model.trainable_parameters())
         self._load()
@@ -108,14 +120,13 @@ class Run:
 
     def _load(self) -> None:
         """Take up the last checkpoint, if there is one: rank 0 reads it, the others get it from there."""
-        stored = None
+        stored = {}
         if self.ring.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             stored = mx.load(str(self._file)) if self._file.exists() else {}
-        found = self.ring.broadcast(None if stored is None else mx.array(bool(stored)))
         own = {"losses": mx.zeros(0), **self._state()}
-        if found.item() and stored is not None and set(stored) != set(own):
-            raise click.ClickException(f"{self._file}: holds another model; give another --out, or remove it")
+        other = bool(stored) and set(stored) != set(own)
+        refuse(self.ring, f"{self._file}: holds another model; give another --out, or remove it" if other else None)
         state = {name: self.ring.broadcast((stored or own)[name] if self.ring.rank == 0 else None) for name in own}
         self.losses = state.pop("losses").tolist()
         tree = tree_unflatten(list(state.items()))
@@ -131,7 +142,8 @@ class Run:
             part = self._file.with_suffix(".part.safetensors")
             mx.save_safetensors(str(part), {"losses": mx.array(self.losses), **self._state()})
             os.replace(part, self._file)
-            self._draw()
+            if self.plot:
+                self._draw()
 
     def _draw(self) -> None:
         import matplotlib
@@ -196,20 +208,38 @@ class Progress:
 @click.option("--rate", default=1e-3, type=click.FloatRange(0), help="Learning rate.")
 @click.option("--recompute", is_flag=True, help="Keep only attention's results for the gradient: less memory.")
 @click.option("--save-every", default=50, type=click.IntRange(1), help="Steps between checkpoints.")
-def main(out, steps, tokens, batch, dims, heads, layers, rate, recompute, save_every) -> None:
-    if dims % (2 * heads):
-        raise click.BadParameter(f"{dims}, expected a multiple of twice --heads {heads}", param_hint="--dims")
+@click.option("--plot", is_flag=True, help="Draw losses.png at each checkpoint; needs the extra 'plot'.")
+def main(**options) -> None:
+    given = SimpleNamespace(**options)
+    if given.dims % (2 * given.heads):
+        wrong = f"{given.dims}, expected a multiple of twice --heads {given.heads}"
+        raise click.BadParameter(wrong, param_hint="--dims")
+    code = 0
     with ra.init() as ring:
-        mx.random.seed(0)
-        run = Run(ring, Model(dims, heads, layers, recompute), AdamW(learning_rate=rate), out)
-        layout = ra.Layout.zigzag(tokens, ring.size)
-        show = Progress(out, run.losses, steps) if ring.rank == 0 else None
-        for i in range(len(run.losses), steps):
-            loss = run.step(layout, batch)
-            if show is not None:
-                show.step(i + 1, loss)
-            if (i + 1) % save_every == 0 or i + 1 == steps:
-                run.save()
+        try:
+            train(ring, given)
+        except RefusedError as error:
+            code = 1
+            if ring.rank == 0:
+                click.echo(f"Error: {error}", err=True)
+    sys.exit(code)
+
+
+def train(ring: ra.Ring, given: SimpleNamespace) -> None:
+    """Go on from the last checkpoint to the last step."""
+    missing = given.plot and importlib.util.find_spec("matplotlib") is None
+    refuse(ring, "--plot: matplotlib is not installed: pip install 'ringattn[plot]'" if missing else None)
+    mx.random.seed(0)
+    model = Model(given.dims, given.heads, given.layers, given.recompute)
+    run = Run(ring, model, AdamW(learning_rate=given.rate), given.out, given.plot)
+    layout = ra.Layout.zigzag(given.tokens, ring.size)
+    show = Progress(given.out, run.losses, given.steps) if ring.rank == 0 else None
+    for i in range(len(run.losses), given.steps):
+        loss = run.step(layout, given.batch)
+        if show is not None:
+            show.step(i + 1, loss)
+        if (i + 1) % given.save_every == 0 or i + 1 == given.steps:
+            run.save()
 
 
 if __name__ == "__main__":

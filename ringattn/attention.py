@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
-import numpy as np
 
 from . import backends
 from .autograd.custom_function import opaque
 from .core.gradients import Gradients
-from .core.options import Options
-from .core.validation import check_flag, check_positions, check_qkv
+from .core.options import Options, SharedOptions
+from .core.validation import Positions, check_flag, check_positions, check_qkv
+from .kernels.interface import KernelInputs, OutputSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+class _Options(SharedOptions, total=False):
+    offset: int | None
+    positions: tuple[Positions, Positions] | None
+    segments: tuple[mx.array, mx.array] | None
+
+
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> mx.array: ...
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[mx.array, mx.array]: ...
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    return_lse: bool,
+    **options: Unpack[_Options],
+) -> mx.array | tuple[mx.array, mx.array]: ...
 def attention(
     q: mx.array,
     k: mx.array,
@@ -22,7 +58,7 @@ def attention(
     scale: float | None = None,
     mask: str | mx.array | None = None,
     offset: int | None = None,
-    positions: tuple[mx.array | np.ndarray | Sequence[int], mx.array | np.ndarray | Sequence[int]] | None = None,
+    positions: tuple[Positions, Positions] | None = None,
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
@@ -45,7 +81,8 @@ def attention(
         mask: ``"causal"``, or a boolean (True = attend) or additive array that broadcasts to
             ``[batch, heads, q tokens, k tokens]``.
         offset: The position of query 0 minus that of key 0, any sign. Default ``k tokens - q tokens``, which
-            aligns the last query with the last key, as MLX does.
+            aligns the last query with the last key, as MLX does. Give it where `k` is only a part of the keys, as
+            in the example of `merge`: by default the last query then stands at the last key of that part.
         positions: ``(q_pos, k_pos)``, ascending int32, for tokens that are not contiguous; instead of `offset`.
         window: An int ``w``: each query sees itself and the ``w - 1`` positions before it, causal by that alone (as in
             mlx-lm). A pair ``(left, right)``: so many positions on each side.
@@ -85,18 +122,21 @@ def attention(
 
     def compute(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         bound = options.bind(arrays)
-        return kernel.finished(q, k, v, q_pos, k_pos, bound.rules(), bound.sinks, bound.out_dtype, True)
+        inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
+        out, lse = kernel.finish(inputs, OutputSpec(bound.out_dtype, True, bound.sinks))
+        assert lse is not None
+        return out, lse
 
     def gradient(*arrays: mx.array) -> list[mx.array]:
         (q, k, v, *given), (dout, dlse, out, lse) = arrays[:-4], arrays[-4:]
         bound, rows = options.bind(given), kernel.rows(out, lse, dout, dlse)
-        rules = bound.rules()
-        sums = kernel.backward(q, k, v, q_pos, k_pos, rules, rows, Gradients.zeros(q, k, v, rules))
+        inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
+        sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
         return bound.gradients(sums, rows, q.dtype)
 
     arrays = (q, k, v, *options.arrays)
-    if kernel.DIFFERENTIABLE:
+    if kernel.differentiable:
         out, lse = compute(*arrays)
     else:
-        out, lse = opaque(f"attention with backend {kernel.NAME!r}", compute, arrays, gradient)
+        out, lse = opaque(f"attention with backend {kernel.name!r}", compute, arrays, gradient)
     return (out, lse) if return_lse else out

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import mlx.core as mx
 
+from .cpu.backend import HostKernel
 from .errors import ArgumentError
+from .kernels.interface import Kernel
+from .kernels.reference import ReferenceKernel
 from .metal import launch
+from .metal.backend import MetalKernel
 
-_MODULES = {"host": "cpu.forward", "metal": "metal.backend", "reference": "kernels.reference"}
-NAMES = tuple(_MODULES)
+_KERNELS: dict[str, type[Kernel]] = {"host": HostKernel, "metal": MetalKernel, "reference": ReferenceKernel}
+NAMES = tuple(_KERNELS)
 
 
-def select(name: str | None) -> ModuleType:
-    """The kernel module called `name`; ``None`` takes the best for the default device.
+def select(name: str | None) -> Kernel:
+    """Return the kernel called `name`; ``None`` takes the best for the default device.
 
     That is the fused kernel on a CPU and on an Apple GPU, and plain mx operations on another GPU.
     """
@@ -27,7 +28,7 @@ def select(name: str | None) -> ModuleType:
         raise ArgumentError(
             "backend: 'metal' needs an Apple GPU, and MLX finds none here; expected 'host' or 'reference'"
         )
-    return import_module(f".{_MODULES[name]}", __package__)
+    return _KERNELS[name]()
 
 
 def available() -> list[str]:

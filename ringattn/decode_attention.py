@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 import numpy as np
@@ -14,17 +13,59 @@ from .autograd.custom_function import opaque, start_evaluation
 from .core.arrays import view
 from .core.intervals import positions
 from .core.online_softmax import State, finish, merge_states, normalise
-from .core.options import Options
+from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
+from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
 from .ring.arguments import check_layout, check_ring
 from .ring.blocks import raw
 from .transport.base import Ring, timed
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 WHAT = "decode_attention"
 
 
+class _Options(SharedOptions, total=False):
+    start: int | None
+    segments: tuple[mx.array, mx.array] | None
+
+
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> mx.array: ...
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[mx.array, mx.array]: ...
+@overload
+def decode_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    kv_layout: Layout,
+    return_lse: bool,
+    **options: Unpack[_Options],
+) -> mx.array | tuple[mx.array, mx.array]: ...
 def decode_attention(
     q: mx.array,
     k: mx.array,
@@ -104,13 +145,13 @@ class _Step:
     kv_layout: Layout
     start: int
     options: Options
-    kernel: ModuleType
+    kernel: Kernel
 
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
         options = self.options.bind(arrays)
         fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
-        lazy = fits and self.kernel.LAZY
+        lazy = fits and self.kernel.lazy
         with heard(self.ring, WHAT):
             state = self._attend(q, k, v, options, lazy)
             fields = self._fields(q, k, v, options)
@@ -133,7 +174,7 @@ class _Step:
         k_pos = positions(self.kv_layout.spans[self.ring.rank])
         columns = None if options.mask is None else k_pos - self.kv_layout.start
         with timed(self.ring, "compute", 0):
-            state: State = self.kernel.forward(q, k, v, q_pos, k_pos, options.rules(columns), None)
+            state: State = self.kernel.forward(KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns)))
             if lazy:
                 # This raises where they are traced: then nothing would be checked.
                 start_evaluation(q, k, v, *options.arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from .errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from .transport.base import Ring
+
+SHOWN = 8  # ranks, and spans of a rank, in a layout's repr
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
@@ -91,6 +94,10 @@ class Layout:
         shares = _checked_weights(weights)
         chunks = _cut(n, [*shares, *reversed(shares)], start)
         return cls(tuple((chunks[rank], chunks[-1 - rank]) for rank in range(len(shares))), start)
+
+    def __repr__(self) -> str:
+        """Spans and start. Long lists are cut off: a cache dealt out in chunks has thousands of spans."""
+        return f"Layout(spans={_short(self.spans)}, start={self.start})"
 
     def __hash__(self) -> int:
         return self._hash  # kept: a cache dealt out in chunks has thousands of spans, and plans are looked up per call
@@ -166,6 +173,12 @@ class Layout:
         from .ring.gather import gather
 
         return gather(self, x, ring, axis)
+
+
+def _short(spans: tuple[Spans, ...]) -> str:
+    limits = reprlib.Repr()
+    limits.maxtuple = SHOWN
+    return limits.repr(spans)
 
 
 def _sequence(name: str, value: object) -> Iterable:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import mlx.core as mx
 
 from .autograd.custom_function import opaque
+from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
 from .ring.arguments import check_ring
@@ -14,7 +17,49 @@ from .ring.loop import WHAT
 from .transport.base import Ring
 from .transport.consensus import heard
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class _Options(SharedOptions, total=False):
+    kv_layout: Layout | None
+    segments: mx.array | tuple[mx.array, mx.array] | None
+    strategy: str | None
+
+
+@overload
+def ring_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    layout: Layout,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> mx.array: ...
+@overload
+def ring_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    layout: Layout,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[mx.array, mx.array]: ...
+@overload
+def ring_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    ring: Ring,
+    layout: Layout,
+    return_lse: bool,
+    **options: Unpack[_Options],
+) -> mx.array | tuple[mx.array, mx.array]: ...
 def ring_attention(
     q: mx.array,
     k: mx.array,

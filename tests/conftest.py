@@ -11,16 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
+import metal_executor
 import mlx.core as mx
 import pytest
 import stored
 from spawn import MPIEXEC
 
 from launch.virtual import unavailable
-from ringattn import metal
-from tools.hostmetal import Runtime
-
-mx.set_default_device(mx.cpu)
 
 # What a test with a marker needs, and why it may not be there. Where CI says it is, a missing part is a failure.
 NEEDS: dict[str, Callable[[], str | None]] = {
@@ -36,10 +33,35 @@ def missing(*packages: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _choose_device(config)
     if stored.FOLDER not in os.environ:
         os.environ[stored.FOLDER] = tempfile.mkdtemp(prefix="ringattn-results-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(stored.FOLDER), ignore_errors=True))
     stored.install()
+
+
+def _choose_device(config: pytest.Config) -> None:
+    """Compute on the CPU, or on the GPU that runs the Metal kernels; there no other code may take the place of one."""
+    try:
+        gpu = metal_executor.on_gpu()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if gpu:
+        config.addinivalue_line("filterwarnings", "error::ringattn.errors.KernelWarning")
+    else:
+        mx.set_default_device(mx.cpu)
+
+
+def pytest_report_header() -> str:
+    return f"Metal kernels: {metal_executor.description()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this GPU cannot run."""
+    needs_host_runtime = any(item.get_closest_marker(marker) for marker in ("host_runtime", "emulator"))
+    reason = metal_executor.reason_to_skip(item.nodeid, needs_host_runtime) if metal_executor.on_gpu() else None
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,5 +77,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def metal_on_this_machine():
-    """The Metal kernels run on the host runtime, which ends a test at the first report."""
-    metal.set_executor(Runtime())
+    """The host runtime ends a test at its first report."""
+    metal_executor.restore_executor()

@@ -92,7 +92,7 @@ def spawn_mlx(
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         hosts = Path(folder) / "hosts"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]) if size > 1 else "")
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]) if size > 1 else "")
         logs = [Path(folder) / f"rank {rank}" for rank in range(size)]
         processes = []
         for rank, log in enumerate(logs):
@@ -127,7 +127,7 @@ def spawn_mlx(
         ]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [sock.getsockname()[1] for sock in sockets]

@@ -14,18 +14,19 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 # From the bottom up. What stands in one row knows nothing of its neighbours.
 FLOORS = [
     {"errors", "_version", "native", "rendezvous", "reporting"},
-    {"core"},
+    {"core", "extras"},
     {"autograd"},
     {"kernels", "transport"},
     {"cpu", "metal"},
     {"backends", "layout", "launcher"},
-    {"attention", "ring"},
+    {"attention", "ring", "rope"},
     {"ring_attention", "decode_attention", "training"},
     {"__init__"},
     {"lm", "verify"},
     {"bench", "demo"},
     {"doctor"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
@@ -35,7 +36,8 @@ LATE = {("ringattn.layout", "ringattn.ring.gather")}
 
 def modules() -> dict[str, Path]:
     """All modules of the package by their dotted names."""
-    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    files = [path for path in PACKAGE.rglob("*.py") if "samples" not in path.parts]  # an sdist has examples there
+    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in files}
     return {".".join(name.parts).removesuffix(".__init__"): path for path, name in paths.items()}
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+
+from ..errors import RingAttentionError
+
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 and the number of SIGINT
 
 # What `ringattn --help` says of each command, so that the list of commands imports none of them.
 COMMANDS = {
@@ -17,13 +23,14 @@ COMMANDS = {
     "doctor": "Examine hosts, links and versions before a ring runs on them.",
     "generate": "Generate text with a language model whose context is spread over ranks.",
     "launch": "Run a program on several ranks, of this machine or of several hosts.",
+    "samples": "Print an example program, a host file, or the guide to several machines.",
     "serve": "Answer OpenAI-style requests with a language model spread over ranks.",
     "verify": "Check the ring against exact attention on this machine.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports its commands late and says what is wrong with an option in one line."""
+    """A group that imports its commands late, and ends them in one line: a wrong option, an error, Ctrl-C."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -55,9 +62,26 @@ def _in_one_line() -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
-        brief = click.ClickException(error.format_message())
-        brief.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
-        raise brief from None
+        raise _brief(error.format_message(), error.exit_code) from None
+    except RingAttentionError as error:
+        raise _brief(str(error), getattr(error, "exit_code", 1)) from None
+    except KeyboardInterrupt:
+        if os.environ.get("RINGATTN_LAUNCH") != "1":  # else the launcher says it, once for all ranks
+            click.echo("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", err=True)  # after a terminal's ^C
+        raise SystemExit(INTERRUPTED) from None
+
+
+def leave(code: int) -> NoReturn:
+    """End a command with the exit code of the ranks or of the work that it ran."""
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    raise SystemExit(code)
+
+
+def _brief(message: str, exit_code: int) -> click.ClickException:
+    brief = click.ClickException(message)
+    brief.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+    return brief
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""The options that say where ranks run, for all commands that start them on hosts."""
+"""The options that say where ranks run, for all commands that start them, and the same for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _interface(context: click.Context, option: click.Parameter, given: str | Non
     return given
 
 
-_OPTIONS = (
+HOSTS = (
     click.option("--hosts", metavar="A,B:2,...", help="Hosts to run on, in the order of the ring, with their slots."),
     click.option(
         "--hostfile",
@@ -34,14 +34,52 @@ _OPTIONS = (
         callback=_interface,
         help="The network interface that leads from each host to the others, such as bridge0.",
     ),
+    click.option(
+        "--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]"
+    ),
+)
+
+PROCESSES = (
+    click.option(
+        "--env", "variables", multiple=True, metavar="NAME[=VALUE]", help="For the ranks' environment; repeatable."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="S",
+        help="Seconds without a sign of life after which a rank counts as dead.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="T",
+        help="Threads per rank.  [default: the cores of its host, divided by the ranks there]",
+    ),
 )
 
 
-def host_options(command: Callable) -> Callable:
-    """``--hosts``, ``--hostfile`` and ``--interface``."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def ranks_option(what: str, least: int = 1, most: int | None = None, default: int | None = None) -> Callable:
+    """``-n`` and ``--ranks``: how many ranks a command starts, from `least` to `most`."""
+    return click.option(
+        "-n",
+        "--ranks",
+        type=click.IntRange(least, most),
+        metavar="N",
+        default=default,
+        show_default=default is not None,
+        help=what,
+    )
+
+
+def with_options(*options: Callable) -> Callable[[Callable], Callable]:
+    """A decorator that gives a command these options, in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def chosen(hosts: str | None, hostfile: Path | None, interface: str | None) -> Cluster | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from .host_options import HOSTS, PROCESSES, ranks_option
 
 
 class Number(click.FloatRange):
@@ -37,13 +38,12 @@ class JsonObject(click.ParamType):
 
 
 OPTIONS = (
-    click.option(
-        "-n",
-        "--ranks",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Processes of this machine to spread it over; not under ringattn launch or mpiexec.",
+    ranks_option(
+        "Ranks (processes) to spread it over; not under ringattn launch or mpiexec.  "
+        "[default: 1, or one for each slot of the hosts]"
     ),
+    *HOSTS,
+    *PROCESSES,
     click.option(
         "--model",
         required=True,
@@ -73,7 +73,7 @@ OPTIONS = (
         type=click.IntRange(min=1),
         metavar="TOKENS",
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
-        "[default: 2048 on a CPU, 8192 on a GPU]",
+        "[default: 512 on a CPU, 8192 on a GPU]",
     ),
     click.option("--weights", metavar="W,W,...", help="How fast the ranks are: their shares of prefill and cache."),
 )
@@ -100,14 +100,3 @@ TALK = (
         help="Save the cache of all that was said here, a file for each rank beside it.",
     ),
 )
-
-
-def with_options(*options: Callable) -> Callable[[Callable], Callable]:
-    """A decorator that gives a command these options, in this order."""
-
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate

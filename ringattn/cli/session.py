@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,64 +16,69 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError
+from ..extras import require
 from ..transport.base import Ring
 from ..transport.environment import launched_by
-from .progress_bar import bar
+from . import leave
+from .progress_bar import bar, shown
+from .starting import Place, prepare
+
+Work = Callable[["Session"], int | None]
+Read = Callable[[dict[str, Any]], Any]
+STARTED = "RINGATTN_STARTED"  # set for ranks that one of these commands has started itself
 
 
-def run(
-    work: Callable[[Session], None],
-    what: str,
-    ranks: int | None,
-    options: dict[str, Any],
-    read: Callable[[dict[str, Any]], Any] | None = None,
-    patient: bool = False,
-) -> None:
-    """Do `work` on a ring: on local ranks that are started, on those of a launcher, or in this process alone.
+def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, patient: bool = False) -> None:
+    """Do `work` on a ring: on ranks that are started, on those of a launcher, or in this process alone.
 
     Before the model is loaded, `read` gets the options on rank 0; what it gives is the session's `text`. With
-    `patient`, local ranks decide themselves what Ctrl-C means.
+    `patient`, the ranks that are started decide themselves what Ctrl-C means. `work` gives the exit code, where that is
+    not 0.
     """
-    if ranks is not None and ranks > 1 and launched_by() == "solo":
-        raise SystemExit(_on_ranks(ranks, patient))
-    raise SystemExit(_on_a_ring(work, what, options, read))
+    place = Place.taken_from(options)
+    if launched_by() == "solo" and place.elsewhere:
+        leave(_on_ranks(place, patient))
+    leave(_on_a_ring(work, what, place, options, read))
 
 
-def _on_ranks(ranks: int, patient: bool) -> int:
-    """This command again, on local ranks, which find themselves under a launcher."""
-    from ..errors import LaunchError
-    from ..launcher.mpiexec import build_command, build_environment, find_mpiexec
-    from ..launcher.supervisor import run as run_ranks
-
-    try:
-        line = build_command(find_mpiexec(None), ranks, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]])
-    except LaunchError as error:
-        raise click.ClickException(str(error)) from None
-    return run_ranks(line, ranks=ranks, environment=build_environment(), patient=patient)
+def _on_ranks(place: Place, patient: bool) -> int:
+    """This command again, on ranks that find themselves under a launcher."""
+    require("mlx_lm", "ringattn[lm]")  # before processes start
+    own = replace(place, variables=(*place.variables, f"{STARTED}=1"))
+    if place.hosts is None and place.hostfile is None:
+        own = replace(own, ranks=place.ranks or 1)
+    ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
+    return ranks.run(patient=patient, explained=True)
 
 
-def _on_a_ring(
-    work: Callable[[Session], None], what: str, options: dict[str, Any], read: Callable[[dict[str, Any]], Any] | None
-) -> int:
-    """Join the ring and do the work; the exit status. What is wrong on one rank is an error on all, told by rank 0."""
+def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], read: Read | None) -> int:
+    """Join the ring and do the work; the exit code. What is wrong on one rank is an error on all, told by rank 0."""
     from .. import init
     from ..transport.consensus import agree, heard
 
     with init() as ring:
         try:
             with heard(ring, what):
+                _check_place(place, ring)
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, what, tuple((name, str(value)) for name, value in options.items()))
+            if ring.rank == 0 and shown():
+                click.echo(f"Loading {options['model']} ...", err=True)
             with heard(ring, what), _warnings_in_one_line(ring.rank == 0):
                 model, tokenizer = _loaded(options)
             agree(ring, what)
-            work(Session(ring, model, tokenizer, options, text))
+            return work(Session(ring, model, tokenizer, options, text)) or 0
         except (ArgumentError, MissingExtraError) as error:
             if ring.rank == 0:
                 click.echo(f"Error: {error}", err=True)
             return 1
-    return 0
+
+
+def _check_place(place: Place, ring: Ring) -> None:
+    """Refuse options of a place where a launcher has chosen it."""
+    if place.given and STARTED not in os.environ and launched_by() != "solo":
+        raise ArgumentError(f"{', '.join(place.given)}: given under a launcher, which has started {ring.size} ranks")
 
 
 @contextmanager
@@ -85,7 +92,7 @@ def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
 
 
 def _check_save(path: Path | None) -> None:
-    """It would be a pity to find out after the work."""
+    """Fail before generating if the cache cannot be saved."""
     if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
         raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
 
@@ -98,10 +105,13 @@ def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
 
     try:
         model, tokenizer = lm.load(options["model"], getattr(mx, options["dtype"]) if options["dtype"] else None)
-    except (ArgumentError, MissingExtraError):
+    except MissingExtraError:
         raise
+    except ArgumentError as error:
+        raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
     except Exception as error:  # whatever mlx-lm, MLX and the tokenizer say to files that are torn or something else
-        raise ArgumentError(f"--model: {options['model']}: {_one_line(error)}") from None
+        source = "" if Path(options["model"]).exists() else "no such folder, and Hugging Face: "
+        raise ArgumentError(f"--model: {options['model']}: {source}{_one_line(error)}") from None
     vocabulary = tokenizer.get_vocab()
     if options["top_k"] >= len(vocabulary):
         raise ArgumentError(f"--top-k: {options['top_k']}, expected less than {len(vocabulary)}, the model's tokens")

@@ -76,6 +76,24 @@ def finish(state: State, sinks: mx.array | None, dtype: mx.Dtype) -> Partial:
 def merge(*partials: Partial) -> Partial:
     """Merge partial attention results over disjoint sets of keys.
 
+    With ``mask="causal"`` or a window each call of `attention` has to know where its keys stand, by `offset` or
+    `positions`: by default it takes its last key for that of the last query, and the result is wrong without an error.
+    `offset` is the position of the first query less that of the part's first key. Four queries at the end of ten
+    tokens, their keys in two parts:
+
+    >>> import mlx.core as mx, ringattn as ra
+    >>> k = v = mx.random.normal((1, 2, 10, 8))
+    >>> q, first = k[:, :, 6:], 6
+    >>> partials = [
+    ...     ra.attention(
+    ...         q, k[:, :, a:b], v[:, :, a:b], mask="causal", offset=first - a, return_lse=True
+    ...     )
+    ...     for a, b in ((0, 8), (8, 10))
+    ... ]
+    >>> out, lse = ra.merge(*partials)
+    >>> mx.allclose(out, ra.attention(q, k, v, mask="causal"), atol=1e-5).item()
+    True
+
     Args:
         *partials: Pairs ``(out, lse)``: `out` ``[batch, heads, q tokens, value head_dim]`` in float16, bfloat16 or
             float32, the same in all, and its float32 natural log-sum-exp `lse` ``[batch, heads, q tokens]``.

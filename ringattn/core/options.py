@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +15,25 @@ from .masks import Band
 from .rules import Rules
 
 
+class SharedOptions(TypedDict, total=False):
+    """The keyword arguments of all three calls, for the type checker's overloads of `return_lse`."""
+
+    scale: float | None
+    mask: str | mx.array | None
+    window: int | tuple[int, int] | None
+    softcap: float | None
+    sinks: mx.array | None
+    out_dtype: mx.Dtype | None
+    backend: str | None
+
+
 @dataclass(frozen=True)
 class Options:
     """Checked options of one call. Arrays that are not there are ``None``."""
 
     scale: float
-    band: Band
+    causal: bool
+    window: int | tuple[int, int] | None
     softcap: float | None
     mask: mx.array | None
     sinks: mx.array | None
@@ -52,13 +65,19 @@ class Options:
         causal, array = validation.check_mask(mask, (batch, heads, q_len, columns))
         return cls(
             scale=validation.check_scale(scale, dim),
-            band=Band.of(causal, validation.check_window(window)),
+            causal=causal,
+            window=validation.check_window(window),
             softcap=validation.check_softcap(softcap),
             mask=array,
             sinks=validation.check_sinks(sinks, heads),
             segments=validation.check_segments(segments, batch, q_len, k.shape[2], single=one_segments),
             out_dtype=validation.check_out_dtype(out_dtype, q.dtype),
         )
+
+    @property
+    def band(self) -> Band:
+        """The positions that each query sees, by a causal mask and a window."""
+        return Band.of(self.causal, self.window)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -91,19 +110,24 @@ class Options:
         return Rules(self.scale, self.band, self.softcap, self.mask, columns, self.segments)
 
     @property
+    def _mask_text(self) -> str:
+        """The mask as the user gave it. A rank's rows of an array are its own; the other axes are the same for all."""
+        if self.mask is None:
+            return repr("causal" if self.causal else None)
+        batch, heads, _, columns = self.mask.shape
+        return f"{self.mask.dtype} array of batch {batch}, heads {heads}, columns {columns}"
+
+    @property
     def fields(self) -> tuple[tuple[str, str], ...]:
         """What all ranks must agree on, as (argument, value) pairs.
 
         An array mask and segments are each rank's own; sinks are the same for all.
         """
-        mask = "None" if self.mask is None else f"{self.mask.dtype} array"
-        if self.mask is not None:  # a rank's rows are its own, the other axes are the same for all
-            mask += f" of batch {self.mask.shape[0]}, heads {self.mask.shape[1]}, columns {self.mask.shape[3]}"
         sinks = "None" if self.sinks is None else str(self.sinks.tolist())
         return (
             ("scale", repr(self.scale)),
-            ("mask", mask),
-            ("positions seen by mask and window", f"{self.band.low}..{self.band.high}"),
+            ("mask", self._mask_text),
+            ("window", repr(self.window)),
             ("softcap", repr(self.softcap)),
             ("sinks", sinks),
             ("segments", "None" if self.segments is None else "given"),

@@ -13,6 +13,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
+Positions = mx.array | np.ndarray | Sequence[int]  # ascending, that fit int32
 _FAR = 2**32  # further apart than any two int32 positions
 
 
@@ -146,12 +147,13 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
     if not isinstance(positions, (tuple, list)) or len(positions) != 2:
         raise ArgumentTypeError(f"positions: {type(positions).__name__}, expected a pair (q_pos, k_pos)")
     q_pos, k_pos = (
-        _check_positions(f"positions[{i}]", x, n) for i, (x, n) in enumerate(zip(positions, (q_len, k_len)))
+        check_token_positions(f"positions[{i}]", x, n) for i, (x, n) in enumerate(zip(positions, (q_len, k_len)))
     )
     return q_pos, k_pos
 
 
-def _check_positions(name: str, x: Any, tokens: int) -> np.ndarray:
+def check_token_positions(name: str, x: Any, tokens: int) -> np.ndarray:
+    """Ascending positions ``[tokens]`` as int32."""
     if not isinstance(x, (mx.array, np.ndarray, Sequence)) or isinstance(x, str):
         raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected int32 positions")
     if isinstance(x, mx.array) and not mx.issubdtype(x.dtype, mx.integer):

@@ -17,18 +17,18 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
-from ..core.rules import Rules
-from ..kernels.interface import cleared
+from ..kernels.interface import KernelInputs
+from ..kernels.products import finite, marked
 from ..kernels.tiles import Piece, Unit
 from . import softmax
-from .tile_masks import Hidden
-from .work_units import ROWS, Work, buffer, cap, spread
+from .tile_masks import clear
+from .work_units import ROWS, Work, buffer, cap, spread, views_of
 
 CHAINS = 8  # at least, if there is work for them
 
 
 def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """What `backward` needs of each query row; see `ringattn.kernels`."""
+    """Compute what the gradient needs of each query row; see `Kernel.rows`."""
     mx.eval(out, lse, dout, dlse)
     arrays = [view(x) for x in (out, lse, dout, dlse)]
     delta = np.empty(lse.shape, np.float32)
@@ -40,23 +40,11 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), mx.array(delta))
 
 
-def backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-) -> Gradients:
-    """Add to `sums`; see `ringattn.kernels`."""
-    q, k, v, dout = cleared(rules, q, k, v, rows.dout)
-    mx.eval(q, k, v, dout, rows.lse, rows.delta, [x for x in sums if x is not None])
-    hidden = Hidden.of(rules, q.shape[1] // k.shape[1], q_pos, k_pos)
+def add_gradients(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+    """Add to `sums`; see `Kernel.backward`."""
+    mx.eval(*rows, [x for x in sums if x is not None])
     into = Gradients(*(None if x is None else view(x) for x in sums))
-    per_row = Rows(view(dout), view(rows.lse), view(rows.delta))
-    work = _Backward(view(q), view(k), view(v), q_pos, k_pos, rules, hidden, per_row, into)
+    work = _Backward(*views_of(inputs), Rows(*map(view, rows)), into)
     chains = work.chains()
     if work.shares_mask:
         spread(work.run_all, [chains])
@@ -147,24 +135,41 @@ class _Backward(Work):
         """Add what one piece contributes."""
         at, keys = self.keys(unit, piece), slice(piece.k_start, piece.k_stop)
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
+        rows = Rows(dout, lse, delta)
+        found = self._products(unit, piece, queries, k, v, rows)
+        if piece.tile is Tile.PARTIAL and not all(np.isfinite(x.sum()) for x in found[:3]):
+            found = self._products(unit, piece, queries, k, v, marked(rows, np), careful=True)
+        dq += found.q
+        chain.dk[:, keys] += found.k
+        chain.dv[:, keys] += found.v
+        if found.mask is not None:
+            self._by_mask(unit, piece, found.mask)
+
+    def _products(self, unit: Unit, piece: Piece, queries, k, v, rows: Rows, careful: bool = False) -> Gradients:
+        """What one piece adds; `mask` comes as the whole tile. If `careful`, no NaN passes between hidden pairs."""
         shape = (*queries.shape[:2], k.shape[1])
         p = np.matmul(queries, k.swapaxes(1, 2), out=buffer("scores", shape))
         slope = None
         if self.rules.softcap is not None:
             cap(p, self.rules.softcap)
             slope = 1 - (p / np.float32(self.rules.softcap)) ** 2
-        if piece.tile is Tile.PARTIAL:
-            self.hidden.apply(unit, piece, p)
-        softmax.weights(p, lse)
-        ds = np.matmul(dout, v.swapaxes(1, 2), out=buffer("by_scores", shape))
-        softmax.by_scores(ds, p, delta)
-        if self.sums.mask is not None:
-            self._by_mask(unit, piece, ds)
+        hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
+        softmax.weights(p, rows.lse)
+        ds = np.matmul(rows.dout, v.swapaxes(1, 2), out=buffer("by_scores", shape))
+        softmax.by_scores(ds, p, rows.delta)
+        if careful and hidden is not None:
+            for x in (p, ds) if slope is None else (p, ds, slope):
+                clear(x, piece, *hidden)
+            queries, k = finite(queries, np), finite(k, np)
+        by_mask = ds if self.sums.mask is None or slope is None else ds.copy()
         if slope is not None:
             ds *= slope
-        chain.dv[:, keys] += np.matmul(p.swapaxes(1, 2), dout, out=buffer("by_v", v.shape))
-        chain.dk[:, keys] += np.matmul(ds.swapaxes(1, 2), queries, out=buffer("by_k", k.shape))
-        dq += np.matmul(ds, k, out=buffer("by_q", dq.shape))
+        return Gradients(
+            np.matmul(ds, k, out=buffer("by_q", queries.shape)),
+            np.matmul(ds.swapaxes(1, 2), queries, out=buffer("by_k", k.shape)),
+            np.matmul(p.swapaxes(1, 2), rows.dout, out=buffer("by_v", v.shape)),
+            None if self.sums.mask is None else by_mask,
+        )
 
     def _by_mask(self, unit: Unit, piece: Piece, ds: np.ndarray) -> None:
         """Add to the gradient of the mask, summed along the axes it is broadcast over."""

@@ -15,38 +15,21 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
-from ..core.rules import Rules
-from ..kernels.interface import ending
+from ..kernels.interface import KernelInputs
 from ..kernels.tiles import Piece, Unit
 from . import softmax
-from .backward import backward, rows
-from .tile_masks import Hidden
-from .work_units import Work, buffer, cap, spread
-
-__all__ = ["DIFFERENTIABLE", "backward", "finished", "forward", "rows"]
-
-NAME = "host"
-DIFFERENTIABLE = False  # by MLX itself
-LAZY = False
+from .work_units import Work, buffer, cap, spread, views_of
 
 
-def forward(
-    q: mx.array, k: mx.array, v: mx.array, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State | None
-) -> State:
-    """Attend and return the state; see `ringattn.kernels`."""
-    batch, heads, q_len, _ = q.shape
+def attend(inputs: KernelInputs, state: State | None) -> State:
+    """Attend and return the state; see `Kernel.forward`."""
+    batch, heads, q_len = inputs.rows
     if state is None:
-        state = State.empty(batch, heads, q_len, v.shape[-1])
-    mx.eval(q, k, v, *state)
-    arrays = view(q), view(k), view(v)
-    acc, m, l = map(view, state)
-    hidden = Hidden.of(rules, heads // k.shape[1], q_pos, k_pos)
-    job = _Forward(*arrays, q_pos, k_pos, rules, hidden, acc, m, l)
-    spread(job.run, sorted(job.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
+        state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
+    mx.eval(*state)
+    work = _Forward(*views_of(inputs), *map(view, state))
+    spread(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
     return state
-
-
-finished = ending(forward)
 
 
 @dataclass(frozen=True)

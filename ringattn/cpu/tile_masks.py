@@ -103,3 +103,9 @@ class Hidden:
         if columns > 1:
             tile = tile[..., keys] if self.columns is None else tile[..., self.columns[keys]]
         return tile if tile.dtype == bool else as_float32(tile)
+
+
+def clear(x: np.ndarray, piece: Piece, hidden: np.ndarray, rows: slice) -> None:
+    """Set `x` ``[group * queries, keys]`` to zero where `Hidden.apply` says that `piece` is hidden, in place."""
+    shaped = x.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
+    np.copyto(shaped[:, rows], np.float32(0), where=hidden)

@@ -15,11 +15,13 @@ from functools import lru_cache
 from math import prod
 from typing import ClassVar, TypeVar
 
+import mlx.core as mx
 import numpy as np
 
-from ..core.arrays import as_float32
+from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.rules import Rules
+from ..kernels.interface import KernelInputs
 from ..kernels.tiles import Piece, Unit, cut
 from ..native import blas
 from .tile_masks import Hidden
@@ -136,6 +138,14 @@ class Work:
     def rows_of(self, unit: Unit, piece: Piece) -> slice:
         """Which of the stacked rows of `unit` are those of `piece`: all, where several heads are stacked."""
         return slice(piece.q_start - unit.start, piece.q_stop - unit.start) if self.group == 1 else slice(None)
+
+
+def views_of(inputs: KernelInputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, Hidden]:
+    """Evaluate the arrays of `inputs` and return the first fields of a `Work`."""
+    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    mx.eval(q, k, v)
+    hidden = Hidden.of(rules, inputs.group, inputs.q_pos, inputs.k_pos)
+    return view(q), view(k), view(v), inputs.q_pos, inputs.k_pos, rules, hidden
 
 
 def cap(scores: np.ndarray, softcap: float) -> None:

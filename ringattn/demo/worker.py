@@ -15,6 +15,7 @@ import ringattn as ra
 from ringattn import lm
 from ringattn.demo.document import prompt
 from ringattn.demo.job import Figures, Job, Progress
+from ringattn.lm.sharded_cache import held_bytes
 from ringattn.transport.base import Event, Ring
 
 Told = Callable[[int, int], None]
@@ -53,7 +54,7 @@ def run(job: Job, ring: Ring, progress: Progress) -> Figures:
         [one.token for one in responses],
         "".join(one.text for one in responses),
         cache[0].offset if job.plain else cache[0].layout.local_length(ring.rank),
-        sum(c.nbytes for c in cache),
+        held_bytes(cache),
         ring.bytes_sent - sent,
         last.prompt_tps,
         last.generation_tps,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +35,8 @@ class Speeds:
         float16: Of MLX's on a GPU; ``None`` without one.
         bfloat16: Likewise.
         attention: Of `ringattn.attention` without a mask.
+        spread: How many times as long as the best of equal measurements their median took, at most of all kinds: about
+            1 where nothing else runs.
     """
 
     mlx: float
@@ -40,28 +44,47 @@ class Speeds:
     float16: float | None
     bfloat16: float | None
     attention: float
+    spread: float
+
+
+class Speed(NamedTuple):
+    """One kind of measurement: floating-point operations per second, and their spread as in `Speeds`."""
+
+    flops: float
+    spread: float
 
 
 def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> Speeds:
     """Time matrix products, and attention on arrays of such a model."""
     gpu = mx.default_device().type == mx.DeviceType.gpu
+    works: dict[str, tuple[Work, tuple[int, ...]]] = {
+        "mlx": (lambda n: _mlx(n, mx.float32), SIZES),
+        "numpy": (_numpy, SIZES),
+        "attention": (lambda n: _attention(Shape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
+    }
+    if gpu:
+        works["float16"] = (lambda n: _mlx(n, mx.float16), SIZES)
+        works["bfloat16"] = (lambda n: _mlx(n, mx.bfloat16), SIZES)
+    found = {name: fastest(*work) for name, work in works.items()}
     return Speeds(
-        mlx=fastest(lambda n: _mlx(n, mx.float32), SIZES),
-        numpy=fastest(_numpy, SIZES),
-        float16=fastest(lambda n: _mlx(n, mx.float16), SIZES) if gpu else None,
-        bfloat16=fastest(lambda n: _mlx(n, mx.bfloat16), SIZES) if gpu else None,
-        attention=fastest(lambda n: _attention(Shape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
+        mlx=found["mlx"].flops,
+        numpy=found["numpy"].flops,
+        float16=found["float16"].flops if gpu else None,
+        bfloat16=found["bfloat16"].flops if gpu else None,
+        attention=found["attention"].flops,
+        spread=max(speed.spread for speed in found.values()),
     )
 
 
-def fastest(work: Work, sizes: tuple[int, ...]) -> float:
+def fastest(work: Work, sizes: tuple[int, ...]) -> Speed:
     """The most operations per second over ever larger sizes, until one takes long enough."""
-    best = 0.0
+    best = Speed(0.0, 1.0)
     for size in sizes:
         call, flops = work(size)
-        seconds = min(_time(call) for _ in range(TIMES))
-        best = max(best, flops / seconds)
-        if seconds > ENOUGH:
+        seconds = [_time(call) for _ in range(TIMES)]
+        shortest = min(seconds)
+        best = max(best, Speed(flops / shortest, median(seconds[1:]) / shortest))  # not the first, see `TIMES`
+        if shortest > ENOUGH:
             break
     return best
 

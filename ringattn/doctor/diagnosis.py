@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from ..native import tf32
 from ..transport.handshake import DIFFERS
 from .examination import Examination
+from .host_info import Facts
 from .records import Rank
 
 INSTALL = "pip install 'ringattn[mpi]'"
 SLOW_BLAS = 1 / 3  # of NumPy's speed
+BUSY = 0.5  # of a host's cores had work before the doctor came
+DISTURBED = 2.0  # times as long as the best of equal measurements, for the median of them
 SLOW_LINK = 0.6  # of the median link
 MANY_TOKENS = 16384  # per rank: a context of as many is not what everybody has
 
@@ -26,6 +30,11 @@ ALIKE = {  # what had better be
     "python_version": "use the same Python everywhere",
     "numpy": "install the same numpy on all hosts",
 }
+
+
+def rounded(value: float, decimals: int = 0) -> str:
+    """A measured number with so many decimals, or with two digits where these would hide it: never 0."""
+    return f"{value:,.{decimals}f}" if value >= 10**-decimals else f"{value:.2g}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,21 @@ class Finding:
 
 def examine(seen: Examination) -> list[Finding]:
     """Everything that is wrong, what is fatal first."""
-    checks = (_hosts, _ways, _launch, _ranks, _threads, _alone, _differences, _metal, _blas, _links, _tokens)
+    checks = (
+        _hosts,
+        _ways,
+        _launch,
+        _ranks,
+        _threads,
+        _alone,
+        _differences,
+        _metal,
+        _precision,
+        _busy,
+        _blas,
+        _links,
+        _tokens,
+    )
     found = [finding for check in checks for finding in check(seen)]
     return sorted(found, key=lambda finding: not finding.fatal)
 
@@ -188,12 +211,39 @@ def _metal(seen: Examination) -> Iterator[Finding]:
             yield Finding(False, seen.name(number), what, "use an arm64 Python and the mlx wheel for Apple silicon")
 
 
+def _precision(seen: Examination) -> Iterator[Finding]:
+    for number, rank in _by_host(seen):
+        if rank.facts and rank.facts.float32 != "full":
+            what = f"MLX multiplies float32 in {rank.facts.float32}: gradients and backend 'reference' are less exact"
+            yield Finding(False, seen.name(number), what, f"set {tf32.VARIABLE}=0 there")
+
+
+def _busy(seen: Examination) -> Iterator[Finding]:
+    """Hosts where something else runs, so that what was measured is less than they can do."""
+    for number, rank in _by_host(seen):
+        assert rank.facts is not None
+        signs = []
+        if rank.facts.load > BUSY:
+            signs.append(f"load average {rank.facts.load:.1f} a core before the doctor began")
+        if (spread := _spread(seen, rank.facts)) > DISTURBED:
+            signs.append(f"equal measurements differ {spread:.1f}-fold")
+        if signs:
+            remedy = "its speeds here are too low: end what else runs there (see top), and run the doctor again"
+            yield Finding(False, seen.name(number), f"busy: {', '.join(signs)}", remedy)
+
+
+def _spread(seen: Examination, facts: Facts) -> float:
+    """The largest spread of the ranks on a host; 1 where they have more threads than cores and disturb each other."""
+    ranks = [rank for rank in seen.told.ranks.values() if rank.facts and rank.facts.host == facts.host]
+    spreads = [rank.speeds.spread for rank in ranks if rank.speeds]
+    return max(spreads, default=1.0) if len(ranks) * facts.threads <= facts.cores else 1.0
+
+
 def _blas(seen: Examination) -> Iterator[Finding]:
     for number, rank in _by_host(seen):
         if rank.facts and rank.speeds and not rank.facts.gpu and rank.speeds.mlx < SLOW_BLAS * rank.speeds.numpy:
-            what = (
-                f"MLX multiplies float32 at {rank.speeds.mlx / 1e9:.0f} GFLOP/s, NumPy at {rank.speeds.numpy / 1e9:.0f}"
-            )
+            mlx, numpy = (rounded(flops / 1e9) for flops in (rank.speeds.mlx, rank.speeds.numpy))
+            what = f"MLX multiplies float32 at {mlx} GFLOP/s, NumPy at {numpy}"
             remedy = rank.facts.blas_advice or "see what else runs there, and run the doctor again"
             yield Finding(False, seen.name(number), what, remedy)
 
@@ -211,7 +261,8 @@ def _links(seen: Examination) -> Iterator[Finding]:
     usual = median(link.slowest for link in seen.told.links) if seen.told.links else 0.0
     for link in seen.told.links:
         if link.slowest < SLOW_LINK * usual:
-            what = f"{link.slowest / 1e9:.2f} GB/s, where others have {usual / 1e9:.2f}: all hops wait for it"
+            speed, others = (rounded(speed / 1e9, 2) for speed in (link.slowest, usual))
+            what = f"{speed} GB/s, where others have {others}: all hops wait for it"
             yield Finding(False, f"link {link.ranks[0]}-{link.ranks[1]}", what, "look at its cable and its interface")
 
 

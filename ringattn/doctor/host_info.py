@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..launcher.rank_wrapper import available_cores
-from ..native import blas, sgemm
+from ..native import blas, sgemm, tf32
 from ..reporting.machine import version
 
 PACKAGE = Path(__file__).parents[1]
@@ -34,7 +34,9 @@ class Facts:
         code: A short hash of ringattn's sources: checkouts differ where versions do not.
         metal: Whether MLX has Metal here.
         gpu: The GPU's name, where MLX computes on one.
+        float32: How MLX multiplies float32: ``"full"`` or ``"TF32"``. See `ringattn.native.tf32`.
         kernel: The backend that `ringattn.attention` takes.
+        load: Processes that ran or waited for a core during the last minute, on average, for each core of the host.
         blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
             as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
     """
@@ -54,7 +56,9 @@ class Facts:
     code: str
     metal: bool
     gpu: str | None
+    float32: str
     kernel: str
+    load: float
     blas_advice: str | None
 
 
@@ -80,7 +84,9 @@ def collect() -> Facts:
         code=fingerprint(PACKAGE),
         metal=mx.metal.is_available(),
         gpu=_gpu(),
-        kernel=select(None).__name__.rpartition(".")[2],
+        float32="TF32" if tf32.in_force() else "full",
+        kernel=select(None).name,
+        load=os.getloadavg()[0] / (os.cpu_count() or 1),
         blas_advice=_blas_advice(),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .diagnosis import Finding
+from .diagnosis import Finding, rounded
 from .examination import Examination
 from .records import Rank
 
@@ -46,14 +46,20 @@ def as_json(seen: Examination, findings: Sequence[Finding], dtype: str) -> dict[
 
 
 def _rank(number: int, rank: Rank) -> dict[str, Any]:
-    speeds = asdict(rank.speeds) if rank.speeds else {}
+    speeds = _flops(rank)
     return {
         "rank": number,
         "host": asdict(rank.facts) if rank.facts else None,
         "gflop_s": {name: flops and flops / 1e9 for name, flops in speeds.items()} or None,
+        "spread": rank.speeds.spread if rank.speeds else None,
         "mpi": asdict(rank.mpi) if rank.mpi else None,
         "done": rank.done,
     }
+
+
+def _flops(rank: Rank) -> dict[str, float | None]:
+    """The speeds of a rank by name; empty where it has measured none."""
+    return {name: value for name, value in asdict(rank.speeds).items() if name != "spread"} if rank.speeds else {}
 
 
 def _hosts(seen: Examination) -> str:
@@ -62,8 +68,20 @@ def _hosts(seen: Examination) -> str:
         if facts := rank.facts:
             memory, gpu = f"{facts.memory / GIB:.0f} GiB", facts.gpu or "none"
             cores = f"{facts.cores} ({facts.threads} a rank)"
-            rows[number] = [facts.host, facts.system, facts.chip, memory, cores, gpu, _yes(facts.metal), facts.kernel]
-    return grid(["rank", "host", "system", "chip", "memory", "cores", "GPU", "Metal", "kernel"], _grouped(rows))
+            rows[number] = [
+                facts.host,
+                facts.system,
+                facts.chip,
+                memory,
+                cores,
+                gpu,
+                _yes(facts.metal),
+                facts.float32,
+                facts.kernel,
+            ]
+    return grid(
+        ["rank", "host", "system", "chip", "memory", "cores", "GPU", "Metal", "float32", "kernel"], _grouped(rows)
+    )
 
 
 def _versions(seen: Examination) -> str:
@@ -78,7 +96,7 @@ def _versions(seen: Examination) -> str:
 
 def _speeds(seen: Examination) -> str:
     rows = [
-        [str(number), *("-" if flops is None else f"{flops / 1e9:,.0f}" for flops in asdict(rank.speeds).values())]
+        [str(number), *("-" if flops is None else rounded(flops / 1e9) for flops in _flops(rank).values())]
         for number, rank in seen.told.ranks.items()
         if rank.speeds
     ]
@@ -91,12 +109,16 @@ def _links(seen: Examination) -> str:
         return ""
     rows = []
     for link in seen.told.links:
-        speeds = (f"{speed / 1e9:.3f}" for speed in (link.to_right, link.to_left, link.both))
+        speeds = (rounded(speed / 1e9, 3) for speed in (link.to_right, link.to_left, link.both))
         mark = "slowest" if link is seen.slowest else ""
         names = " - ".join(map(seen.name, link.ranks))
-        rows.append([names, f"{link.latency * 1e6:.0f} us", *speeds, mark])
+        rows.append([names, f"{rounded(link.latency * 1e6)} us", *speeds, mark])
     table = grid(["link", "latency", "GB/s right", "left", "each, both at once", ""], rows)
-    hop = "" if seen.told.hop is None else f"\nall links at once, as in a hop: {seen.told.hop / 1e9:.3f} GB/s each"
+    hop = (
+        ""
+        if seen.told.hop is None
+        else f"\nall links at once, as in a hop: {rounded(seen.told.hop / 1e9, 3)} GB/s each"
+    )
     return table + hop
 
 

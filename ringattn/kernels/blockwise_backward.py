@@ -18,7 +18,8 @@ from ..autograd.custom_function import InFlight
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile, segment_tile
 from ..core.rules import Rules
-from .interface import cleared
+from .interface import KernelInputs
+from .products import finite, marked
 from .tiles import cut
 
 SCORES = 1 << 24  # of a block, all heads and batch entries together: 64 MB
@@ -78,21 +79,10 @@ class Weights(NamedTuple):
 Elementwise = Callable[[Block], Weights]
 
 
-def gradient(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-    elementwise: Elementwise,
-) -> Gradients:
-    """`sums` with the gradients added; see `ringattn.kernels`."""
-    q, k, v, dout = cleared(rules, q, k, v, rows.dout)
-    problem = _Problem(q, k, v, q_pos, k_pos, rules, Rows(dout, rows.lse, rows.delta), elementwise)
-    queries, keys = list(cut(q_pos, problem.queries)), list(cut(k_pos, KEYS))
+def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients, elementwise: Elementwise) -> Gradients:
+    """Add the gradients to `sums`, block by block; see `Kernel.backward`."""
+    problem = _Blocks(inputs, rows, elementwise)
+    queries, keys = list(cut(inputs.q_pos, problem.queries)), list(cut(inputs.k_pos, KEYS))
     dq = [sums.q[:, :, slice(*a)] for a in queries]
     dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
     for b in keys:
@@ -117,32 +107,29 @@ def _joined(parts: list[mx.array], otherwise: mx.array) -> mx.array:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    q: mx.array
-    k: mx.array
-    v: mx.array
-    q_pos: np.ndarray
-    k_pos: np.ndarray
-    rules: Rules
+class _Blocks:
+    """The inputs of a gradient, and their blocks."""
+
+    inputs: KernelInputs
     rows: Rows
     elementwise: Elementwise
 
     @property
     def queries(self) -> int:
         """Queries of a block."""
-        batch, heads, q_len, _ = self.q.shape
-        keys = max(1, min(KEYS, self.k.shape[2]))
+        batch, heads, q_len, _ = self.inputs.q.shape
+        keys = max(1, min(KEYS, self.inputs.k.shape[2]))
         return max(LEAST, SCORES // max(1, batch * heads * keys))
 
     def tile(self, a: Span, b: Span) -> Tile:
         """What the rules leave of queries `a` x keys `b`."""
         (first, stop), (k_first, k_stop) = a, b
-        ends = [int(x) for x in (*self.q_pos[[first, stop - 1]], *self.k_pos[[k_first, k_stop - 1]])]
-        tile = self.rules.band.tile(*ends)
-        if self.rules.mask is not None:
+        ends = [int(x) for x in (*self.inputs.q_pos[[first, stop - 1]], *self.inputs.k_pos[[k_first, k_stop - 1]])]
+        tile = self.inputs.rules.band.tile(*ends)
+        if self.inputs.rules.mask is not None:
             tile = tile & Tile.PARTIAL
-        if tile is not Tile.EMPTY and self.rules.segments is not None and self.q.shape[0]:
-            q_ids, k_ids = (np.array(ids[:, slice(*x)]) for ids, x in zip(self.rules.segments, (a, b)))
+        if tile is not Tile.EMPTY and self.inputs.rules.segments is not None and self.inputs.q.shape[0]:
+            q_ids, k_ids = (np.array(ids[:, slice(*x)]) for ids, x in zip(self.inputs.rules.segments, (a, b)))
             tiles = {segment_tile(*ids) for ids in zip(q_ids, k_ids)}
             tile = tile & (tiles.pop() if len(tiles) == 1 else Tile.PARTIAL)
         return tile
@@ -150,15 +137,27 @@ class _Problem:
     def block(self, a: Span, b: Span, partial: bool) -> Gradients:
         """What queries `a` x keys `b` add; `mask` comes as ``[B, Hq, queries, keys]``."""
         rows, keys = slice(*a), slice(*b)
-        q, dout = (self._stacked(x[:, :, rows]) for x in (self.q, self.rows.dout))
-        k, v = (x[:, :, keys].astype(mx.float32) for x in (self.k, self.v))
-        heads = (q.shape[0], self.q.shape[1], a[1] - a[0])
         per_query = Rows(*(x[:, :, rows] for x in self.rows))
+        if partial:
+            per_query = marked(per_query)
+        q, dout = self._stacked(self.inputs.q[:, :, rows]), self._stacked(per_query.dout)
+        k, v = (x[:, :, keys].astype(mx.float32) for x in (self.inputs.k, self.inputs.v))
+        heads = (q.shape[0], self.inputs.q.shape[1], a[1] - a[0])
         scores, by_weights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
         found = self.elementwise(
-            Block(scores, by_weights, per_query, self.q_pos[rows], self.k_pos[keys], self._rules(a, b), partial)
+            Block(
+                scores,
+                by_weights,
+                per_query,
+                self.inputs.q_pos[rows],
+                self.inputs.k_pos[keys],
+                self._rules(a, b),
+                partial,
+            )
         )
         weights, by_products = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.by_products))
+        if partial:
+            q, k = finite(q), finite(k)
         return Gradients(
             (by_products @ k).reshape(*heads, -1),
             by_products.swapaxes(-1, -2) @ q,
@@ -168,19 +167,19 @@ class _Problem:
 
     def _stacked(self, x: mx.array) -> mx.array:
         """Rows of all heads of a group as rows of one matrix: float32 ``[B, Hkv, group * queries, D]``."""
-        return x.astype(mx.float32).reshape(x.shape[0], self.k.shape[1], -1, x.shape[3])
+        return x.astype(mx.float32).reshape(x.shape[0], self.inputs.k.shape[1], -1, x.shape[3])
 
     def _rules(self, a: Span, b: Span) -> Rules:
-        mask, segments = self.rules.mask, self.rules.segments
+        mask, segments = self.inputs.rules.mask, self.inputs.rules.segments
         if mask is not None:
             mask = mask if mask.shape[2] == 1 else mask[:, :, slice(*a)]
             mask = mask if mask.shape[3] == 1 else mask[..., self._columns(b)]
         if segments is not None:
             segments = segments[0][:, slice(*a)], segments[1][:, slice(*b)]
-        return replace(self.rules, mask=mask, columns=None, segments=segments)
+        return replace(self.inputs.rules, mask=mask, columns=None, segments=segments)
 
     def _columns(self, b: Span) -> slice | mx.array:
-        return slice(*b) if self.rules.columns is None else mx.array(self.rules.columns[slice(*b)])
+        return slice(*b) if self.inputs.rules.columns is None else mx.array(self.inputs.rules.columns[slice(*b)])
 
     def add_to_mask(self, dmask: mx.array, a: Span, b: Span, added: mx.array | None) -> mx.array:
         """`dmask` with a block's part added, summed along the axes that the mask is broadcast over."""

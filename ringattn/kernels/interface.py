@@ -1,20 +1,22 @@
-"""What one kernel call is about: arrays, positions and rules, and how to take a part of them."""
+"""The interface of all kernels: what one is given, what it returns, and how to take a part of its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.gradients import Gradients, Rows
 from ..core.online_softmax import State, finish
 from ..core.rules import Rules
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What a kernel ends in where it does not end in a state.
+class OutputSpec:
+    """The results that are wanted where a kernel does not return its state.
 
     Attributes:
         dtype: The output's dtype.
@@ -28,8 +30,17 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The arguments of a local kernel; see `ringattn.kernels`."""
+class KernelInputs:
+    """One kernel call: a block of queries, a block of keys, and the rules between them.
+
+    Attributes:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``; Hq is a multiple of Hkv.
+        v: ``[B, Hkv, Lk, Dv]``; q, k and v share one dtype.
+        q_pos: Ascending int32 positions ``[Lq]``.
+        k_pos: Ascending int32 positions ``[Lk]``.
+        rules: Which keys count, and how scores are made.
+    """
 
     q: mx.array
     k: mx.array
@@ -37,11 +48,6 @@ class Problem:
     q_pos: np.ndarray
     k_pos: np.ndarray
     rules: Rules
-
-    @property
-    def arguments(self) -> tuple[mx.array, mx.array, mx.array, np.ndarray, np.ndarray, Rules]:
-        """What a backend's `forward` takes, less the state."""
-        return self.q, self.k, self.v, self.q_pos, self.k_pos, self.rules
 
     @property
     def group(self) -> int:
@@ -53,8 +59,8 @@ class Problem:
         """The shape ``[B, Hq, Lq]`` of a number for each row."""
         return self.q.shape[0], self.q.shape[1], self.q.shape[2]
 
-    def whole(self) -> Problem:
-        """The same with a mask that spans every axis, by strides alone, so that it can be cut."""
+    def whole(self) -> KernelInputs:
+        """Return the same with a mask that spans every axis, by strides alone, so that it can be cut."""
         mask, columns = self.rules.mask, self.rules.columns
         if mask is None:
             return self
@@ -64,8 +70,8 @@ class Problem:
         mask = mx.broadcast_to(mask, (*self.rows, width))
         return replace(self, rules=replace(self.rules, mask=mask, columns=columns))
 
-    def part(self, queries: slice, keys: slice) -> Problem:
-        """The part of a `whole` problem that is about these queries and keys; views, not copies."""
+    def part(self, queries: slice, keys: slice) -> KernelInputs:
+        """Return the part with these queries and keys of `whole` inputs; views, not copies."""
         mask, columns, segments = self.rules.mask, self.rules.columns, self.rules.segments
         if mask is not None:
             mask = mask[:, :, queries] if columns is not None else mask[:, :, queries, keys]
@@ -76,22 +82,40 @@ class Problem:
             segments=None if segments is None else (segments[0][:, queries], segments[1][:, keys]),
         )
         k, v = self.k[:, :, keys], self.v[:, :, keys]
-        return Problem(self.q[:, :, queries], k, v, self.q_pos[queries], self.k_pos[keys], rules)
+        return KernelInputs(self.q[:, :, queries], k, v, self.q_pos[queries], self.k_pos[keys], rules)
 
 
-def ending(forward: Callable[..., State]) -> Callable[..., tuple[mx.array, mx.array]]:
-    """The `finished` of a kernel that has nothing better than to finish what its `forward` returns."""
+class Kernel(abc.ABC):
+    """Attention of a block of queries to a block of keys on one device, and its gradient.
 
-    def finished(q, k, v, q_pos, k_pos, rules, sinks, dtype: mx.Dtype, with_lse: bool):
-        return finish(forward(q, k, v, q_pos, k_pos, rules, None), sinks, dtype)
+    A backend is one instance. It keeps no state between calls.
+    """
 
-    return finished
+    name: ClassVar[str]
+    """What a user calls it: the `backend` argument."""
+    differentiable: ClassVar[bool] = False
+    """Whether MLX itself can derive the gradient of `finish`."""
+    lazy: ClassVar[bool] = True
+    """Whether results may be left unevaluated in MLX's graph."""
 
+    @abc.abstractmethod
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        """Attend and return the state ``(acc, m, l)``.
 
-def cleared(rules: Rules, q: mx.array, k: mx.array, v: mx.array, dout: mx.array) -> tuple[mx.array, ...]:
-    """The same with zeros for padding, whose bits must not meet anything: products carry NaN even through zeros."""
-    if rules.segments is None:
-        return q, k, v, dout
-    by_query, by_key = ((ids >= 0)[:, None, :, None] for ids in rules.segments)
-    pairs = (q, by_query), (k, by_key), (v, by_key), (dout, by_query)
-    return tuple(mx.where(real, x, mx.zeros((), x.dtype)) for x, real in pairs)
+        `state` is what earlier keys left, or ``None``. It is used up: the kernel may write into it.
+        """
+
+    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
+        """Attend and return ``(out, lse)``; the lse may be ``None`` only where it is not wanted."""
+        return finish(self.forward(inputs), output.sinks, output.dtype)
+
+    def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+        """Compute what `backward` needs of each query row, from results and the gradients of the loss by them."""
+        return Rows.of(out, lse, dout, dlse)
+
+    @abc.abstractmethod
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        """Add the gradients of this block of queries and keys to `sums`, which is used up.
+
+        The formulas are in `ringattn.core.gradients`.
+        """

@@ -9,58 +9,33 @@ from contextlib import suppress
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from ..autograd.custom_function import outside, settled
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
 from ..core.online_softmax import State, merge_states
 from ..core.rules import Rules
-from . import blockwise_backward
-from .interface import ending
+from . import blockwise_backward, products
+from .interface import Kernel, KernelInputs
 
-NAME = "reference"
-DIFFERENTIABLE = True
-LAZY = True
 QUERIES, KEYS = 1024, 2048
 
 
-def forward(
-    q: mx.array, k: mx.array, v: mx.array, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State | None
-) -> State:
-    """Attend and return the state; see `ringattn.kernels`."""
-    batch, heads, q_len, _ = q.shape
-    if state is None:
-        state = State.empty(batch, heads, q_len, v.shape[-1])
-    if rules.segments is not None:  # padding: whatever bits it holds, they must not meet anything, in gradients too
-        q, k, v = _cleared(q, rules.segments[0]), _cleared(k, rules.segments[1]), _cleared(v, rules.segments[1])
-    parts = [
-        _rows(q, k, v, q_pos, k_pos, rules, state, slice(start, min(start + QUERIES, q_len)))
-        for start in range(0, q_len, QUERIES)
-    ]
-    return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
+class ReferenceKernel(Kernel):
+    """Plain mx operations. `attention` has MLX derive the gradient; a ring takes it block by block."""
 
+    name = "reference"
+    differentiable = True
 
-finished = ending(forward)
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        batch, heads, q_len = inputs.rows
+        if state is None:
+            state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
+        parts = [_rows(inputs, state, slice(start, min(start + QUERIES, q_len))) for start in range(0, q_len, QUERIES)]
+        return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
 
-
-def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """What `backward` needs of each query row; see `ringattn.kernels`."""
-    return Rows.of(out, lse, dout, dlse)
-
-
-def backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-) -> Gradients:
-    """`sums` with the gradients added; see `ringattn.kernels`. `attention` has MLX derive its gradient instead."""
-    return blockwise_backward.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, elementwise)
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        return blockwise_backward.gradient(inputs, rows, sums, elementwise)
 
 
 def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
@@ -80,20 +55,21 @@ def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
         seen = _both(seen, rules.mask != -mx.inf if additive else rules.mask)
     weights = mx.exp(scores - block.rows.lse[..., None])
     by_scores = weights * (block.by_weights - block.rows.delta[..., None])
+    by_products = by_scores * slope
     if seen is not None:
-        weights, by_scores = (mx.where(seen, x, 0.0) for x in (weights, by_scores))
-    return blockwise_backward.Weights(weights, by_scores * slope, by_scores if additive else None)
+        weights, by_scores, by_products = (mx.where(seen, x, 0.0) for x in (weights, by_scores, by_products))
+    return blockwise_backward.Weights(weights, by_products, by_scores if additive else None)
 
 
-def _rows(q, k, v, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State, rows: slice) -> State:
-    """The state of the queries `rows`."""
-    mask, segments = rules.mask, rules.segments
+def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
+    """Return the state of the queries `rows`."""
+    k, v, k_pos, mask, segments = inputs.k, inputs.v, inputs.k_pos, inputs.rules.mask, inputs.rules.segments
     rules = replace(
-        rules,
+        inputs.rules,
         mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
         segments=None if segments is None else (segments[0][:, rows], segments[1]),
     )
-    q, q_pos, state = q[:, :, rows], q_pos[rows], State(*(x[:, :, rows] for x in state))
+    q, q_pos, state = inputs.q[:, :, rows], inputs.q_pos[rows], State(*(x[:, :, rows] for x in state))
     for start in range(0, k.shape[2], KEYS):
         keys = slice(start, min(start + KEYS, k.shape[2]))
         tile = rules.band.tile(int(q_pos[0]), int(q_pos[-1]), int(k_pos[keys][0]), int(k_pos[keys][-1]))
@@ -114,27 +90,36 @@ def _settled(state: State) -> State:
     return state
 
 
-def _cleared(x: mx.array, ids: mx.array) -> mx.array:
-    return mx.where((ids >= 0)[:, None, :, None], x, mx.zeros((), x.dtype))
-
-
 def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
     """Scores ``[B, Hkv, group, Lq, keys]``, and which of them count; ``None`` where all do."""
-    batch, heads, q_len, dim = q.shape
-    grouped = q.astype(mx.float32).reshape(batch, k.shape[1], heads // k.shape[1], q_len, dim)
-    scores = (grouped @ k.astype(mx.float32)[:, :, None].swapaxes(-1, -2)) * rules.scale  # rounded as in the gradient
+    (batch, heads, q_len, dim), (_, kv_heads, k_len, _) = q.shape, k.shape
+    group = heads // kv_heads
+    mask = None if rules.mask is None else _columns(rules, keys)
+    if mask is not None:
+        mask = mask.reshape(mask.shape[0], *_grouped_heads(mask.shape[1], kv_heads), *mask.shape[2:])
+    stacked = q.astype(mx.float32).reshape(batch, kv_heads, group * q_len, dim)
+    scores = products.scores(stacked, k.astype(mx.float32)) * rules.scale  # rounded as in the gradient
+    scores = scores.reshape(batch, kv_heads, group, q_len, k_len)
+    seen = _seen(seen, mask, rules, keys)
+    if seen is not None:
+        seen = mx.broadcast_to(seen, scores.shape)
     if rules.softcap is not None:
+        if seen is not None:  # the slope of tanh at NaN is NaN, also for a hidden pair
+            scores = products.shown(scores, seen, 0.0)
         scores = mx.tanh(scores / rules.softcap) * rules.softcap
+    if mask is not None and mask.dtype != mx.bool_:
+        scores = scores + mask.astype(mx.float32)
+    return scores, seen
+
+
+def _seen(seen: mx.array | None, mask: mx.array | None, rules: Rules, keys: slice) -> mx.array | None:
+    """Which pairs count, of those that are `seen` by their positions; broadcasts to the scores."""
     if rules.segments is not None:
         q_ids, k_ids = rules.segments[0][:, :, None], rules.segments[1][:, None, keys]
         seen = _both(seen, ((q_ids == k_ids) & (q_ids >= 0))[:, None, None])
-    if rules.mask is not None:
-        mask = _columns(rules, keys)
-        mask = mask.reshape(mask.shape[0], *_grouped_heads(mask.shape[1], k.shape[1]), *mask.shape[2:])
-        if mask.dtype != mx.bool_:
-            scores = scores + mask.astype(mx.float32)
+    if mask is not None:
         seen = _both(seen, mask if mask.dtype == mx.bool_ else mask != -mx.inf)
-    return scores, None if seen is None else mx.broadcast_to(seen, scores.shape)
+    return seen
 
 
 def _both(a: mx.array | None, b: mx.array) -> mx.array:
@@ -154,16 +139,16 @@ def _grouped_heads(mask_heads: int, kv_heads: int) -> tuple[int, int]:
 
 def _chunk(scores: mx.array, seen: mx.array | None, v: mx.array) -> State:
     """The state over one chunk of keys; `seen` is ``None`` where all scores count."""
-    v = v.astype(mx.float32)[:, :, None]
+    batch, kv_heads, group, q_len, keys = scores.shape
+    v, stacked = v.astype(mx.float32), (batch, kv_heads, group * q_len, keys)
     if seen is not None:
-        scores = mx.where(seen, scores, -mx.inf)
+        scores = products.shown(scores, seen, -mx.inf)
     m = mx.stop_gradient(scores.max(axis=-1))
     p = mx.exp(scores - mx.where(m == -mx.inf, 0.0, m)[..., None])
     if seen is None:
-        acc = p @ v
-    else:  # a value that is not finite must reach the rows that see it, and the others not even as 0 * NaN
-        finite = mx.isfinite(v)
-        spoiled = seen.astype(mx.float32) @ mx.where(finite, 0.0, 1.0)
-        acc = mx.where(spoiled > 0, mx.nan, p @ mx.where(finite, v, 0.0))
-    rows = (v.shape[0], scores.shape[1] * scores.shape[2], scores.shape[3])
+        acc = p.reshape(stacked) @ v
+    else:
+        p = products.shown(p, seen, 0.0)  # not NaN, where m is
+        acc = products.weighted(p.reshape(stacked), v, seen.astype(mx.float32).reshape(stacked))
+    rows = (batch, kv_heads * group, q_len)
     return State(acc.reshape(*rows, v.shape[-1]), m.reshape(rows), p.sum(axis=-1).reshape(rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import LaunchError
+from ..native import tf32
 from .rank_wrapper import THREADS
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Flavour = Literal["MPICH", "Open MPI"]
 SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # ask for no password: nobody may be there to give it
+_NAMES = ("mpiexec", "mpiexec.hydra", "mpiexec.mpich", "mpiexec.openmpi")
 _WRAPPER = Path(__file__).with_name("rank_wrapper.py")
 
 
@@ -33,21 +35,43 @@ class Mpiexec:
 
 
 def find_mpiexec(path: str | None = None) -> Mpiexec:
-    """The mpiexec at `path`, or else the one beside this Python (where the PyPI wheels put it), or else on PATH.
+    """The mpiexec at `path`, or else the first one of the MPI that mpi4py loads, or else the first one at all.
+
+    They are looked for beside the library that mpi4py was told to load, beside this Python (where the PyPI wheels put
+    them), then on PATH. Two MPIs may share a folder and differ in the programs' names.
 
     Raises:
         LaunchError: There is none, or it is neither MPICH's nor Open MPI's.
     """
-    if path is None:
-        beside = (os.path.dirname(sys.executable), sysconfig.get_path("scripts"))
-        found = next(filter(None, (shutil.which("mpiexec", path=folder) for folder in beside)), shutil.which("mpiexec"))
-        if found is None:
-            raise LaunchError("no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'")
-    else:
+    if path is not None:
         found = shutil.which(path)
         if found is None:
             raise LaunchError(f"--mpiexec: {path!r} is not a program that can be run", 127)
+        return Mpiexec(os.path.abspath(found), _flavour(found))
+    candidates = _find_candidates()
+    if not candidates:
+        raise LaunchError("no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'")
+    library = library_flavour()
+    fitting = (one for one in candidates if library is not None and _may_be(one, library))
+    found = next(fitting, candidates[0])
     return Mpiexec(os.path.abspath(found), _flavour(found))
+
+
+def _find_candidates() -> list[str]:
+    """Every mpiexec of this machine, the preferred ones first."""
+    library = os.environ.get("MPI4PY_LIBMPI", "")
+    beside = os.path.realpath(os.path.join(library, "../../bin")) if os.path.isabs(library) else ""
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    folders = filter(None, (beside, os.path.dirname(sys.executable), sysconfig.get_path("scripts"), *path))
+    found = (shutil.which(name, path=folder) for folder in folders for name in _NAMES)
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _may_be(path: str, flavour: Flavour) -> bool:
+    try:
+        return _flavour(path) == flavour
+    except LaunchError:
+        return False
 
 
 @functools.lru_cache
@@ -212,6 +236,7 @@ def build_environment(
     elif sys.stderr.isatty():
         environment["RINGATTN_TERMINAL"] = "1"  # where what the ranks write will be seen
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault(tf32.VARIABLE, "0")
     return environment | {"RINGATTN_LAUNCH": "1"}
 
 

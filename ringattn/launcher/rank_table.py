@@ -15,8 +15,10 @@ from ..rendezvous.channel import Channel, ProtocolError, take
 from ..rendezvous.client import format_endpoint
 from ..rendezvous.handshake import make_key
 from ..rendezvous.listener import Listener
+from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
+from .standard_input import StandardInput, own_descriptor
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ class Connection:
     def close(self) -> None:
         self._link.close()
 
+    def detach(self) -> socket.socket:
+        """The socket, for another use than messages."""
+        return self._link
+
 
 @dataclass
 class Rank:
@@ -122,6 +128,7 @@ class Rank:
     connection: Connection
     end: End | None = None
     stopped: bool = False
+    computing: bool = False  # its wrapper has just seen it compute although it sends no heartbeats
     opening_since: float | None = None  # when it began to wait for the others to open a ring, if it does
     missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
 
@@ -177,12 +184,21 @@ class Rank:
             self.stopped = take(message, "stopped", bool)
         elif "opening" in message:
             self.opening_since = time.monotonic() if take(message, "opening", bool) else None
+        elif "computing" in message:
+            self.computing = True
         elif "ended" in message and self.end is None:
-            asked = take(message, "asked", bool)
-            caused = take(message, "caused", bool)
-            line = take(message, "line", str)
-            self.end = End(take(message, "ended", int), time.monotonic(), asked, caused, line)
+            self.end = self._read_end(message)
             self.stopped = False
+
+    def _read_end(self, message: Any) -> End:
+        code = take(message, "ended", int)
+        said = take(message, "known", dict)  # from a file that the program could write to
+        known = {name: value for name, value in said.items() if isinstance(value, (str, int))}
+        try:
+            line = str(Cause.of_end(self.number, self.host, code, known))
+        except ValueError as error:
+            raise ProtocolError(f"ended: {error}") from None
+        return End(code, time.monotonic(), take(message, "asked", bool), known.get("broken") == "elsewhere", line)
 
 
 class Ranks(dict[str, Rank]):
@@ -200,6 +216,7 @@ class Ranks(dict[str, Rank]):
         super().__init__()
         self._timeout = timeout
         self._coming: dict[Connection, str] = {}  # without a word yet
+        self._input: StandardInput | None = None
         key = make_key()
         self._listener = Listener(list(dict.fromkeys(addresses)), lambda rank: key)
         self.endpoint = format_endpoint(self._listener.addresses, key)
@@ -214,9 +231,15 @@ class Ranks(dict[str, Rank]):
                 del self._coming[connection]
         for rank in self.values():
             rank.hear()
+            if rank.computing:
+                rank.computing = False
+                for other in self.values():
+                    other.connection.say(computing=int(rank.number))
 
     def close(self) -> None:
         self._listener.close()
+        if self._input is not None:
+            self._input.close()
         for connection in [*self._coming, *(rank.connection for rank in self.values())]:
             connection.close()
 
@@ -225,6 +248,9 @@ class Ranks(dict[str, Rank]):
         message = connection.next()
         if message is None:
             return not connection.open
+        if "input" in message and self._input is None:
+            self._input = StandardInput(connection.detach(), own_descriptor())
+            return True
         try:
             wrapper, child = (_read_process(one) for one in take(message, "processes", list))
             self[number] = Rank(number, take(message, "host", str), wrapper, child, connection)

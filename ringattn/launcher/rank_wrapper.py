@@ -7,12 +7,16 @@ mpiexec starts it, on whatever host; it connects to the launcher as ``RINGATTN_L
     {"host", "processes": [[pid, start time], [pid, start time]]}       of this process and the program; the first one
     {"stopped": true}                               or false: the program was stopped (SIGSTOP) or goes on
     {"opening": true}                               or false: it waits for the others to open a ring, or does no longer
-    {"ended": code, "asked": false, "caused": false, "line": ""}        whether a signal that came through here asked
-                                        for it, whether another rank caused it, and in words
+    {"computing": true}                             the program computes in a call that holds its heartbeats up
+    {"ended": code, "asked": false, "known": {}}    whether a signal that came through here asked for it, and what the
+                                                    status file said
 
-The launcher answers with signals for the program, ``{"signal": number}``. The connection is a leash as well: when the
-launcher lets go of it, or dies, everything here ends. The library keeps its place in 256 bytes of memory,
-``rank=2 call=ring_attention hop=3``, in a file of this host that ``RINGATTN_STATUS`` names.
+Rank 0 opens a second connection, on which it says ``{"input": true}``, and gets the launcher's standard input.
+
+The launcher answers with a message for each signal that the program is to get, ``{"signal": 15}``, and for each rank
+that computes so, ``{"computing": 3}``, of which the library is told. The connection is a leash as well: when the
+launcher lets go of it, or dies, everything here ends. The library keeps its place in a file of this host that
+``RINGATTN_STATUS`` names; `ringattn.transport.failures.status_file` says what is in it.
 
 This process outlives the program until the launcher lets go. If it left at once, MPI would kill the other ranks before
 they could say what happened to them, and MPICH's proxy would spin on the closed connection for as long as others run.
@@ -20,13 +24,16 @@ they could say what happened to them, and MPICH's proxy would spin on the closed
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
+import time
 import types
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
@@ -40,7 +47,9 @@ if __name__ == "__main__":  # run by path: an empty package in place of ringattn
 from ringattn.rendezvous.channel import Channel, take  # noqa: E402
 from ringattn.rendezvous.client import connect, parse_endpoint  # noqa: E402
 
-STATUS_BYTES = 256
+LINE_BYTES = 256  # of the status file, as in ringattn.transport.failures.status_file; so are the next two
+PULSE = struct.Struct("=qd")
+FILE_BYTES = 4096
 FORWARDED = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -53,8 +62,11 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 DEFAULT_TIMEOUT = 60.0  # s, the ring's
 _QUIET = 0.3  # s without the rest of a line
+_PART = 1 << 16  # bytes that are read at once
+_LONGEST_LINE = 1 << 16  # bytes of an unfinished line that are held back
 _LAST_WORDS = 3  # s for the launcher's host to confirm that it has heard how the program ended
-_LOOK_AROUND = 0.5  # seconds between looks at the parent; everything else wakes the wait by itself
+_LOOK_AROUND = 0.5  # seconds between looks at the parent and the program; everything else wakes the wait by itself
+_BUSY = 0.05  # of a core's time; threads that only wait for the interpreter lock were seen to use 0.004
 
 
 def start_time(pid: int) -> str | None:
@@ -76,6 +88,20 @@ def start_time(pid: int) -> str | None:
     return None if not started or state.startswith("Z") else started.strip()
 
 
+def cpu_time(pid: int) -> float | None:
+    """Seconds of computing that all threads of the process `pid` have done, or ``None`` where none runs."""
+    if sys.platform == "linux":
+        try:
+            return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) names this clock
+        except OSError:
+            return None
+    import subprocess
+
+    shown = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True)
+    parts = shown.stdout.strip().split(":")  # minutes:seconds.hundredths
+    return sum(float(part) * 60**power for power, part in enumerate(reversed(parts))) if all(parts) else None
+
+
 def signal_group(pid: int, number: int) -> None:
     """Send a signal to the process group that `pid` leads, or to it alone where it leads none; to nobody is fine."""
     for send in (os.killpg, os.kill):
@@ -86,19 +112,13 @@ def signal_group(pid: int, number: int) -> None:
             continue
 
 
-def parse_status(status: bytes) -> dict[str, str]:
-    """What a rank's library has left in its status file, by name."""
-    words = status.split(b"\0", 1)[0].decode("ascii", "replace").split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def describe_end(rank: str, host: str, code: int, known: Mapping[str, str]) -> str:
-    """One line on how a rank ended. `code` is negative for a signal; `known` is of `parse_status`."""
-    call, between = known.get("call", "-"), known.get("call", "").startswith("after:")
-    where = "" if call == "-" else f" {call.replace(':', ' ', 1)}" if between else f" in {call}"
-    where += f", hop {known['hop']}" if where and not between and "hop" in known else ""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return f"rank {known.get('rank', rank)} ({host}) {how}{where}"
+def parse_status(status: bytes) -> dict[str, Any]:
+    """What a rank's library has left in its status file; empty where it has left nothing that can be read."""
+    try:
+        known = json.loads(status[:LINE_BYTES].rstrip(b"\0"))
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def unescape(argument: str) -> str:
@@ -141,7 +161,7 @@ def connect_launcher(endpoint: str, rank: str) -> socket.socket:
 
 
 def make_status_file(folder: str) -> str:
-    """A new file of `STATUS_BYTES` that only this user can reach, in `folder` if nobody else can write there.
+    """A new file of `FILE_BYTES` that only this user can reach, in `folder` if nobody else can write there.
 
     That is the launcher's, which other hosts have not; there somebody else may have made one of the same name.
     """
@@ -151,7 +171,7 @@ def make_status_file(folder: str) -> str:
     path = os.path.join(folder, f"{os.urandom(8).hex()}.status")
     made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with open(made, "wb") as file:
-        file.write(bytes(STATUS_BYTES))
+        file.write(bytes(FILE_BYTES))
     return path
 
 
@@ -169,6 +189,41 @@ def remove_status_file(path: str, folder: str) -> None:
         os.unlink(path)
         if os.path.dirname(path) != folder:
             os.rmdir(os.path.dirname(path))
+
+
+class Prefixer:
+    """Put a text before each line of a stream of bytes, in time and memory that do not depend on the lines' lengths."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        self._held = bytearray()  # the beginning of a line
+        self._in_line = False  # whether a part of the line has been returned, and its prefix with it
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
+    def feed(self, part: bytes) -> bytes:
+        """Take a part of the stream and return whole lines, and what there is of one longer than `_LONGEST_LINE`."""
+        begin = len(self._held)
+        self._held += part
+        end = self._held.rfind(b"\n", begin) + 1
+        if len(self._held) - end >= _LONGEST_LINE:
+            end = len(self._held)
+        return self._mark(end)
+
+    def flush(self) -> bytes:
+        """Return the part of a line that is held."""
+        return self._mark(len(self._held))
+
+    def _mark(self, end: int) -> bytes:
+        text = bytes(self._held[:end])
+        del self._held[:end]
+        if not text:
+            return b""
+        before = b"" if self._in_line else self._prefix
+        self._in_line = not text.endswith(b"\n")
+        return before + text[:-1].replace(b"\n", b"\n" + self._prefix) + text[-1:]
 
 
 class Outputs:
@@ -192,19 +247,13 @@ class Outputs:
 
     def pass_on(self, descriptor: int) -> None:
         """Whole lines at once; of a line that stays unfinished for a while, such as a question, what is there."""
-        reading, rest = self.pipes[descriptor][0], b""
-        open_line = False  # whether a part of the line has gone out, and its rank with it
+        reading = self.pipes[descriptor][0]
+        lines = Prefixer(self.before)
         while True:
-            quiet = bool(rest) and not select.select([reading], [], [], _QUIET)[0]
-            part = b"" if quiet else os.read(reading, 1 << 16)
-            *lines, rest = (rest + part).split(b"\n")
-            out = [line + b"\n" for line in lines]
-            if rest and (quiet or not part):
-                out, rest = [*out, rest], b""
-            marked = [line if open_line and i == 0 else self.before + line for i, line in enumerate(out)]
-            open_line = not out[-1].endswith(b"\n") if out else open_line
+            quiet = lines.holds and not select.select([reading], [], [], _QUIET)[0]
+            part = b"" if quiet else os.read(reading, _PART)
             with suppress(OSError):  # nobody reads any more
-                _write(descriptor, b"".join(marked))
+                _write(descriptor, lines.feed(part) if part else lines.flush())
             if not part and not quiet:
                 return
 
@@ -213,16 +262,71 @@ class Outputs:
             thread.join(_QUIET * 4)  # unless something that the program left behind holds on to it
 
 
+class Pulse:
+    """Tells whether the program computes in a call that keeps the interpreter lock, and with it the heartbeats."""
+
+    def __init__(self) -> None:
+        self.late: tuple[float, float, float] | None = None  # when it was due; the time and the cpu time at a look
+
+    def is_kept_late(self, status: bytes) -> bool:
+        """Whether it is late, and the program has computed since an earlier look at the same state.
+
+        A program that is stopped, or blocked with the lock, does not compute: it is as dead as its silence says.
+        """
+        pid, due = PULSE.unpack_from(status, LINE_BYTES)
+        now = time.monotonic()
+        used = cpu_time(pid) if 0 < due < now else None
+        if used is None:
+            self.late = None
+        elif self.late is None or self.late[0] != due:
+            self.late = due, now, used
+        elif now - self.late[1] >= _LOOK_AROUND:
+            _, then, before = self.late
+            self.late = due, now, used
+            return used - before > _BUSY * (now - then)
+        return False
+
+
+class Input:
+    """The standard input of rank 0's program: a pipe that is filled with what the launcher reads."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.link = connect_launcher(endpoint, "0")
+        give_up_after(self.link, 0)  # a program that does not read for an hour is in its right
+        Channel(self.link).send({"input": True})
+        self.reading, self.writing = os.pipe()
+
+    def become(self) -> None:
+        """In the program's process: read from the pipe."""
+        os.dup2(self.reading, 0)
+
+    def start(self) -> None:
+        os.close(self.reading)
+        threading.Thread(target=self.pass_on, daemon=True).start()
+
+    def pass_on(self) -> None:
+        try:
+            with self.link:
+                while part := self.link.recv(_PART):
+                    _write(self.writing, part)
+        except OSError:
+            return  # the program does not read any more; or the launcher is lost, which is no end of the input
+        os.close(self.writing)
+
+
 class Wrapper:
     """One rank's program and what is told about it."""
 
     def __init__(self, rank: str) -> None:
         self.rank, self.host = rank, os.uname().nodename
         self.parent = os.getppid()
-        self.link = connect_launcher(os.environ.pop("RINGATTN_LAUNCHER"), rank)
+        endpoint = os.environ.pop("RINGATTN_LAUNCHER")
+        self.link = connect_launcher(endpoint, rank)
         self.launcher = Channel(self.link)
+        self.input = Input(endpoint) if rank == "0" else None
         self.folder = os.environ.pop("RINGATTN_LAUNCH_DIR", "")
         self.status = make_status_file(self.folder)
+        self.pulse = Pulse()
         self.child = 0
         self.code: int | None = None  # as in subprocess: negative for a signal
         self.recorded = False
@@ -241,7 +345,7 @@ class Wrapper:
 
     def start(self, command: Sequence[str]) -> None:
         """Start the program, with every inherited descriptor: MPICH's process manager talks through one of them."""
-        environment = {**os.environ, "RINGATTN_STATUS": self.status}
+        environment = {**os.environ, "RINGATTN_STATUS": self.status, "RINGATTN_RANK": self.rank}
         prctl, outputs = _find_prctl(), Outputs(self.rank) if environment.pop("RINGATTN_LAUNCH_PREFIX", "") else None
         wrapper = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # none may fall between the fork and the handlers
@@ -255,12 +359,16 @@ class Wrapper:
                         os._exit(128 + signal.SIGKILL)
                 if outputs:
                     outputs.become()
+                if self.input:
+                    self.input.become()
                 _become(command, environment, self.rank)
             finally:
                 os._exit(126)
         self.wake = self._handle_signals()
         if outputs:
             outputs.start()
+        if self.input:
+            self.input.start()
         self.outputs = outputs
         processes = [(pid, start_time(pid) or "") for pid in (wrapper, self.child)]
         self.tell(host=self.host, processes=processes)
@@ -317,11 +425,21 @@ class Wrapper:
         try:
             self.held = self.launcher.read()
             while (message := self.launcher.next()) is not None:
-                number = take(message, "signal", int)
-                if self.code is None:
-                    signal_group(self.child, number)
+                if "computing" in message:
+                    self.count_computing(take(message, "computing", int))
+                elif self.code is None:
+                    signal_group(self.child, take(message, "signal", int))
         except OSError:
             self.held, self.lost = False, True
+
+    def count_computing(self, rank: int) -> None:
+        """Tell the library that `rank` was seen to compute."""
+        at = LINE_BYTES + PULSE.size + rank
+        with suppress(OSError), open(self.status, "r+b") as file:
+            file.seek(at)
+            counter = file.read(1)
+            file.seek(at)
+            file.write(bytes([(counter[0] + 1) % 256]) if counter else b"")
 
     def reap(self) -> None:
         """Tell what became of the program since the last look."""
@@ -334,25 +452,26 @@ class Wrapper:
             else:
                 self.ended(status)
 
-    def place(self) -> dict[str, str]:
+    def read_status(self) -> bytes:
         """What the program's library says of itself."""
         with suppress(OSError), open(self.status, "rb") as file:
-            return parse_status(file.read(STATUS_BYTES))
-        return {}
+            return file.read(FILE_BYTES).ljust(FILE_BYTES, b"\0")
+        return bytes(FILE_BYTES)
 
     def look(self) -> None:
-        """Tell when the program begins, or ceases, to wait for a ring."""
-        opening = self.code is None and self.place().get("call") == "init"
+        """Tell when the program begins, or ceases, to wait for a ring, and that it computes without heartbeats."""
+        status = self.read_status()
+        opening = self.code is None and parse_status(status).get("call") == "init"
         if opening != self.opening:
             self.opening = opening
             self.tell(opening=opening)
+        if self.code is None and self.pulse.is_kept_late(status):
+            self.tell(computing=True)
 
     def ended(self, status: int) -> None:
-        self.code, known = os.waitstatus_to_exitcode(status), self.place()
-        line = describe_end(self.rank, self.host, self.code, known)
+        self.code = os.waitstatus_to_exitcode(status)
         give_up_after(self.link, _LAST_WORDS)
-        caused = known.get("broken") == "elsewhere"
-        self.recorded = self.tell(ended=self.code, asked=self.asked, caused=caused, line=line)
+        self.recorded = self.tell(ended=self.code, asked=self.asked, known=parse_status(self.read_status()))
 
 
 def _find_prctl() -> Any:
@@ -370,7 +489,7 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
     for number in (signal.SIGINT, signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)):
         signal.signal(number, signal.SIG_DFL)  # Python handles or ignores these, and an ignored one stays ignored
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    if rank != "0":  # Open MPI does this itself; MPICH gives the others a pipe that never ends
+    if rank != "0":  # MPICH gives the others a pipe that never ends
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         os.execvpe(command[0], list(command), environment)
@@ -380,8 +499,9 @@ def _become(command: Sequence[str], environment: dict[str, str], rank: str) -> N
 
 
 def _write(descriptor: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(descriptor, text) :]
+    left = memoryview(text)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _drain(descriptor: int) -> None:

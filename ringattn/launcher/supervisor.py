@@ -39,6 +39,7 @@ def run(
     environment: Mapping[str, str],
     hosts: Sequence[str] = (),
     patient: bool = False,
+    explained: bool = False,
 ) -> int:
     """Run the command line of `mpiexec.build_command` and return the exit code for the whole.
 
@@ -47,10 +48,12 @@ def run(
     It is the code of the rank that failed first, 128 + signal for one that was killed, and 0 only if every rank gave 0.
     SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. With `patient`, the
     ranks get a SIGINT to do with as they like, and it ends them only if one fails of it, or if it comes twice within a
-    second. When this returns or raises, every process of the run is dead and its temporary directory is gone.
+    second. With `explained`, the program says itself why it exits with an error code, and nothing is added.
+
+    When this returns or raises, every process of the run is dead and its temporary directory is gone.
     """
     timeout = timeout_of(environment)
-    job = Job(ranks, Ranks(own_addresses(hosts), timeout), timeout, patient)
+    job = Job(ranks, Ranks(own_addresses(hosts), timeout), timeout, patient, explained)
     with _handled(job.interrupt), tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder:
         try:
             job.start(line, environment, Path(folder))
@@ -84,12 +87,14 @@ class Job:
         ranks: Those that have reported.
         timeout: Seconds after which ranks that wait for a ring that cannot open any more are given up.
         patient: Whether the ranks may go on after a SIGINT.
+        explained: Whether the program says itself why it exits with an error code.
     """
 
-    def __init__(self, size: int, ranks: Ranks, timeout: float, patient: bool = False) -> None:
+    def __init__(self, size: int, ranks: Ranks, timeout: float, patient: bool = False, explained: bool = False) -> None:
         self.size, self.ranks, self._timeout = size, ranks, timeout
         self.signal = 0  # the one that the launcher got
         self.kill_at = float("inf")
+        self._explained = explained
         self._patient, self._interrupted_at, self._interrupting = patient, -float("inf"), False
         self._term_at = float("inf")
         self._stopped_since: float | None = None
@@ -114,7 +119,9 @@ class Job:
     def start(self, line: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """Start mpiexec, out of reach of the terminal's Ctrl-C: only we decide who gets which signal."""
         environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.endpoint}
-        self._mpiexec = subprocess.Popen(list(line), env=environment, start_new_session=True)
+        self._mpiexec = subprocess.Popen(
+            list(line), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )  # rank 0 gets our standard input through its wrapper
 
     def watch(self) -> None:
         """Return when every rank has ended, or when those left must be killed."""
@@ -162,7 +169,8 @@ class Job:
             return 128 + self.signal
         failure = self._first_failure()
         if failure:
-            if not self._reported and not failure.caused:
+            known = failure.caused or (self._explained and failure.code > 0)
+            if not self._reported and not known:
                 say(failure.line)
             return failure.status
         if self._gave_up:
@@ -171,6 +179,8 @@ class Job:
         if len(ends) == self.size and not any(end.code for end in ends):
             return 0
         code = self._mpiexec.returncode if self._mpiexec else 1  # MPI ended it: an abort, or it could not start
+        if code == -signal.SIGPIPE:  # whoever read the output wants no more of it
+            return 128 + signal.SIGPIPE
         say(f"mpiexec ended with code {code}; ranks that had not ended: {self._living() or 'none'}")
         if code:
             return code if code > 0 else 128 - code

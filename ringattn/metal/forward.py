@@ -7,7 +7,7 @@ import numpy as np
 
 from ..core.masks import Band, Tile
 from ..core.online_softmax import State
-from ..kernels.interface import Ending, Problem
+from ..kernels.interface import KernelInputs, OutputSpec
 from . import source
 from .launch import KernelCall
 from .tiling import Tiling, reach
@@ -15,7 +15,9 @@ from .tiling import Tiling, reach
 LEAST = 8  # elements of an array that the kernel reads through a pointer: smaller ones are in another address space
 
 
-def forward_call(problem: Problem, tiling: Tiling, group: int, splits: int, state: State | None, ending: Ending | None):
+def forward_call(
+    problem: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, ending: OutputSpec | None
+):
     """The call of `forward.metal`.
 
     Args:
@@ -93,14 +95,14 @@ def band_inputs(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, m
     }
 
 
-def ending_switches(ending: Ending | None) -> dict[str, int]:
+def ending_switches(ending: OutputSpec | None) -> dict[str, int]:
     """The switches of a kernel that ends in `ending`, or in a state."""
     if ending is None:
         return {"STATE_OUT": 1, "LSE": 0, "SINKS": 0}
     return {"STATE_OUT": 0, "LSE": int(ending.lse), "SINKS": int(ending.sinks is not None)}
 
 
-def ending_outputs(ending: Ending | None, rows: tuple[int, ...], value_dim: int) -> dict:
+def ending_outputs(ending: OutputSpec | None, rows: tuple[int, ...], value_dim: int) -> dict:
     """The outputs of such a kernel, for rows of this shape."""
     if ending is None:
         names, shapes, dtypes = ["acc_out", "m_out", "l_out"], [(*rows, value_dim), rows, rows], [mx.float32] * 3
@@ -111,7 +113,7 @@ def ending_outputs(ending: Ending | None, rows: tuple[int, ...], value_dim: int)
     return {"output_names": names, "output_shapes": shapes, "output_dtypes": dtypes}
 
 
-def _needed(problem: Problem) -> Band | None:
+def _needed(problem: KernelInputs) -> Band | None:
     """The band, or ``None`` where it lets every query see every key."""
     ends = [int(x[i]) for x in (problem.q_pos, problem.k_pos) for i in (0, -1)]
     return None if problem.rules.band.tile(*ends) is Tile.FULL else problem.rules.band
@@ -156,7 +158,7 @@ def _bounds(ids: mx.array, tile: int) -> mx.array:
 THREADS = 64
 
 
-def combine_call(states: State, ending: Ending | None) -> KernelCall:
+def combine_call(states: State, ending: OutputSpec | None) -> KernelCall:
     """The call of `combine.metal` for the states of several runs, whose arrays have a first axis `runs`."""
     _, batch, heads, q_len, value_dim = states.acc.shape
     inputs = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}

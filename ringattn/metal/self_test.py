@@ -15,14 +15,14 @@ import numpy as np
 from ..core.masks import Band
 from ..core.online_softmax import State, finish
 from ..errors import KernelWarning
-from ..kernels import reference
-from ..kernels.interface import Ending, Problem
+from ..kernels.interface import KernelInputs, OutputSpec
+from ..kernels.reference import ReferenceKernel
 
 MOST_QUERIES, MOST_KEYS = 72, 40  # of the trial: as many rows as any tile has, and a tile of keys that is not whole
 TOLERANCE = 0.05  # of the largest value: a trial finds what is wrong, not what is inexact
 
 Arrays = list[mx.array]
-Attend = Callable[[Problem, State | None, Ending | None], Arrays]
+Attend = Callable[[KernelInputs, State | None, OutputSpec | None], Arrays]
 _verdicts: dict[str, bool] = {}
 
 
@@ -30,7 +30,7 @@ class UnusableError(Exception):
     """A kernel variant does not work here."""
 
 
-def variant(problem: Problem, state: State | None, ending: Ending | None) -> str:
+def variant(problem: KernelInputs, state: State | None, ending: OutputSpec | None) -> str:
     """What distinguishes the kernels that such a problem needs, in words."""
     rules, lengths = problem.rules, (problem.q.shape[3], problem.v.shape[3])
     features = {
@@ -48,7 +48,7 @@ def variant(problem: Problem, state: State | None, ending: Ending | None) -> str
     return ", ".join(words + [feature for feature, there in features.items() if there])
 
 
-def ensure(attend: Attend, problem: Problem, state: State | None, ending: Ending | None, *words: str) -> None:
+def ensure(attend: Attend, problem: KernelInputs, state: State | None, ending: OutputSpec | None, *words: str) -> None:
     """Try `attend` on a few tokens that need the same kernels as `problem`, unless that was done before.
 
     Args:
@@ -84,15 +84,18 @@ def works(name: str, trial: Callable[[], str]) -> bool:
     return _verdicts[name]
 
 
+_reference = ReferenceKernel()
+
+
 def forget() -> None:
     """Try every variant again."""
     _verdicts.clear()
 
 
-def _complaint(attend: Attend, problem: Problem, with_state: bool, ending: Ending | None) -> str:
+def _complaint(attend: Attend, problem: KernelInputs, with_state: bool, ending: OutputSpec | None) -> str:
     """What is wrong with the answer of `attend`, or nothing."""
-    before = reference.forward(*problem.arguments, None) if with_state else None
-    expected = reference.forward(*problem.arguments, before)
+    before = _reference.forward(problem) if with_state else None
+    expected = _reference.forward(problem, before)
     sinks = None if ending is None or ending.sinks is None else ending.sinks[: problem.group]
     few = None if ending is None else replace(ending, sinks=sinks)
     return complaint(
@@ -119,7 +122,7 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _few_tokens(problem: Problem) -> Problem:
+def _few_tokens(problem: KernelInputs) -> KernelInputs:
     """A small problem of random numbers with the features of `problem`."""
     r = np.random.default_rng(0)
     group, q_len, k_len = problem.group, min(problem.rows[2], MOST_QUERIES), min(problem.k.shape[2], MOST_KEYS)
@@ -137,4 +140,4 @@ def _few_tokens(problem: Problem) -> Problem:
         segments=None if rules.segments is None else (mx.zeros((1, q_len), mx.int32), mx.zeros((1, k_len), mx.int32)),
     )
     q, k, v = normal(problem.q, group, q_len), normal(problem.k, 1, k_len), normal(problem.v, 1, k_len)
-    return Problem(q, k, v, np.arange(q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32), rules)
+    return KernelInputs(q, k, v, np.arange(q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32), rules)

@@ -1,6 +1,6 @@
 """Native code: the small C libraries that ``pip install`` builds where there is a compiler, and NumPy's BLAS.
 
-Nothing here imports MLX.
+Importing these modules does not import MLX.
 """
 
 from __future__ import annotations

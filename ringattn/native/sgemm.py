@@ -1,6 +1,6 @@
 """MLX's float32 matrix products on Linux, about twenty times faster: done by the BLAS inside NumPy.
 
-MLX's library looks for its BLAS when it is loaded, so this comes before; `ringattn` does it if it is imported first.
+MLX's library gets NumPy's function in the place of its own, whenever it was loaded; `ringattn` does it when imported.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from .blas import library_of_numpy
 
 SWITCH = "RINGATTN_BLAS"  # "mlx": leave MLX its own
 LIBRARY = Path(__file__).with_name("_sgemm")
-FUNCTIONS = {"ringattn_set_sgemm": [ctypes.c_void_p], "ringattn_sgemm_calls": []}
+FUNCTIONS = {"ringattn_redirect": [ctypes.c_void_p], "ringattn_sgemm_calls": []}
 REMEDY = (
-    "MLX's own BLAS on Linux is slow, and NumPy's is not in its place: import ringattn before mlx, and install it "
-    "where there is a C compiler; or preload an OpenBLAS (LD_PRELOAD=.../libopenblas.so.0)"
+    "MLX's own BLAS on Linux is slow, and NumPy's is not in its place: install ringattn where there is a C compiler, "
+    "and NumPy from PyPI; or preload an OpenBLAS (LD_PRELOAD=.../libopenblas.so.0)"
 )
 
 
 @lru_cache(maxsize=1)
 def install() -> bool:
-    """Have MLX, which is not loaded yet, multiply with NumPy's BLAS; whether it will."""
-    if not sys.platform.startswith("linux") or "mlx.core" in sys.modules or os.environ.get(SWITCH) == "mlx":
+    """Have MLX, which is loaded, multiply with NumPy's BLAS, unless the user has chosen another; whether it will."""
+    if not sys.platform.startswith("linux") or chosen():
         return False
     numpys, library = library_of_numpy(), load(LIBRARY, FUNCTIONS)
     if library is None or numpys is None or not hasattr(numpys, "scipy_cblas_sgemm64_"):
         return False
-    library.ringattn_set_sgemm(ctypes.cast(numpys.scipy_cblas_sgemm64_, ctypes.c_void_p))
-    ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # the same library again: its symbols come before MLX's own
-    return True
+    library.ringattn_redirect.restype = ctypes.c_int
+    return bool(library.ringattn_redirect(ctypes.cast(numpys.scipy_cblas_sgemm64_, ctypes.c_void_p)))
 
 
 def chosen() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import mlx.core as mx
 
@@ -14,6 +13,7 @@ from ..core.intervals import positions
 from ..core.online_softmax import State
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
+from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
 from ..transport.base import Ring, Transfer, timed
 from ..transport.consensus import Fields
@@ -31,7 +31,7 @@ class RingCall:
     kv_layout: Layout
     options: Options
     strategy: str | None
-    kernel: ModuleType
+    kernel: Kernel
     arrays: tuple[mx.array, ...]
 
     @classmethod
@@ -66,7 +66,7 @@ class RingCall:
             ("dtype", q.dtype),
             ("layout", self.layout.summary),
             ("kv_layout", self.kv_layout.summary),
-            ("strategy", self.strategy),
+            ("strategy", repr(self.strategy)),
             ("both_ways", self.ring.both_ways),
         )
         return tuple((name, str(value)) for name, value in named) + self.options.fields
@@ -119,7 +119,7 @@ class RingCall:
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """One kernel call: a block of queries to a block of keys, into `state`."""
         with timed(self.ring, "compute", hop):
-            state = State(*settled(self.kernel.forward(*self._problem(queries, keys, 1), state)))
+            state = State(*settled(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             mx.eval(*state)
         return state
 
@@ -127,20 +127,21 @@ class RingCall:
         """One kernel call: the gradients of a block of queries, with its rows, and one of keys, added to `sums`."""
         rows = Rows(*queries.arrays[1:4])
         with timed(self.ring, "compute", hop):
-            sums = self.kernel.backward(*self._problem(queries, keys, 4), rows, sums)
+            sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
             sums = Gradients(*settled([x for x in sums if x is not None]))
             mx.eval(*sums[:3])
         return sums
 
-    def _problem(self, queries: Block, keys: Block, before_mask: int) -> tuple:
-        """What a kernel takes of two blocks: arrays, positions, rules."""
+    def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
+        """Make a kernel's inputs of two blocks."""
         options, k_pos = self.options, positions(keys.spans)
         rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
         columns = None if mask is None else k_pos - self.kv_layout.start
         rules = replace(options, mask=mask, segments=segments).rules(columns)
-        return queries.arrays[0], *keys.arrays[:2], positions(queries.spans), k_pos, rules
+        k, v = keys.arrays[:2]
+        return KernelInputs(queries.arrays[0], k, v, positions(queries.spans), k_pos, rules)
 
     def empty_state(self, tokens: int) -> State:
         """The state of `tokens` queries that have seen no key."""

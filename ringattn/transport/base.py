@@ -65,6 +65,7 @@ class Ring(abc.ABC):
     """All ranks in order, each with a left and a right neighbour. A context manager: leaving it closes the ring.
 
     Attributes:
+        backend: The transport: ``"mpi"``, ``"mlx"`` or ``"solo"``.
         rank: This process's place, ``0 <= rank < size``.
         size: The number of ranks.
         hosts: The host name of every rank.
@@ -75,6 +76,7 @@ class Ring(abc.ABC):
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
+    backend: str
     rank: int
     size: int
     hosts: tuple[str, ...]
@@ -89,6 +91,9 @@ class Ring(abc.ABC):
         self._both_ways: bool | None = None
 
     # What users call
+
+    def __repr__(self) -> str:
+        return f"Ring(backend={self.backend!r}, rank={self.rank}, size={self.size}, hosts={self.hosts!r})"
 
     @property
     def both_ways(self) -> bool | None:

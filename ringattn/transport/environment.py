@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.validation import told
 from ..errors import ArgumentError, ArgumentTypeError
 
 _MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
-
-
 _MLX_LAUNCHERS = ("MLX_RANK", "MLX_WORLD_SIZE")
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"  # how many processes srun started
 
 
 def launched_by() -> str:
     """The backend that goes with the launcher of this process; ``"solo"`` without one."""
     if any(name in os.environ for name in _MPI_LAUNCHERS):
         return "mpi"
-    return "mlx" if any(name in os.environ for name in _MLX_LAUNCHERS) else "solo"
+    if any(name in os.environ for name in _MLX_LAUNCHERS):
+        return "mlx"
+    return "mpi" if (read_count(os.environ, SLURM_TASKS) or 1) > 1 else "solo"
+
+
+def read_count(environment: Mapping[str, str], name: str) -> int | None:
+    """The number that a launcher has set, ``None`` where it has not."""
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 def read_timeout(timeout: float | None) -> float:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from ..errors import ArgumentError, RingError
 from .consensus import by_rank
 from .environment import read_timeout
+from .failures.heartbeats import Member
+from .failures.status_file import status
 
 DIFFERS = "ringattn differs between ranks: "  # how the error begins that the doctor tells from others
 
 
-def introduce(timeout: float | None, exchange: Callable[[list], list]) -> tuple[tuple[str, ...], list[float]]:
-    """The host and the timeout of every rank.
+def introduce(timeout: float | None, exchange: Callable[[list], list]) -> list[Member]:
+    """All ranks of a new ring.
 
     Args:
         timeout: This rank's, as a user gives it.
@@ -31,13 +33,13 @@ def introduce(timeout: float | None, exchange: Callable[[list], list]) -> tuple[
         seconds = read_timeout(timeout)
     except ArgumentError as wrong:
         error = wrong
-    told = exchange([__version__, platform.node(), seconds, None if error is None else str(error)])
+    told = exchange([__version__, None if error is None else str(error), platform.node(), seconds, status.job_rank])
     if error is not None:
         raise error
     versions = [one[0] for one in told]  # whatever else another version says may mean something else
     if len(set(versions)) > 1:
         raise RingError(f"{DIFFERS}{by_rank(versions)}; install the same version on all")
-    for rank, (_, _, _, text) in enumerate(told):
+    for rank, (_, text, *_) in enumerate(told):
         if text is not None:
             raise ArgumentError(f"rank {rank}: {text}")
-    return tuple(host for _, host, _, _ in told), [seconds for _, _, seconds, _ in told]
+    return [Member(*about) for _, _, *about in told]

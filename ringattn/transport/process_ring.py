@@ -14,8 +14,9 @@ from . import collectives
 from .base import Ring
 from .consensus import agree
 from .failures.bandwidth import LinkRate
+from .failures.cause import Cause
 from .failures.control_channel import Post
-from .failures.heartbeats import GRACE, Liveness, Place, describe
+from .failures.heartbeats import GRACE, Liveness, Member, Place
 from .failures.stall_timer import Moving, Watch
 from .failures.status_file import status
 
@@ -29,28 +30,30 @@ class PeerRing(Ring):
     Args:
         post: A post for signs of life.
         rank: This rank.
-        hosts: The host name of every rank.
-        timeouts: The timeout of every rank; they may differ.
+        members: All ranks; their timeouts may differ.
     """
 
     _foreign: tuple[type[BaseException], ...] = ()
 
-    def __init__(self, post: Post, rank: int, hosts: tuple[str, ...], timeouts: Sequence[float]):
+    def __init__(self, post: Post, rank: int, members: Sequence[Member]):
         super().__init__()
-        self.rank, self.size, self.hosts = rank, len(hosts), hosts
-        self.timeout = timeouts[rank]
+        self.rank = rank
+        self.size = len(members)
+        self.hosts = tuple(member.host for member in members)
+        self.timeout = members[rank].timeout
+        self._members = members
         self._place: Place = ("", 0)
         self._closed = False
-        self._interval = min(1.0, min(timeouts) / 10)  # often enough for the most impatient rank
+        # Often enough for the most impatient rank.
+        self._interval = min(1.0, min(member.timeout for member in members) / 10)
         self._life = Liveness(
             post,
             rank,
-            hosts,
-            self.timeout,
+            members,
             self._interval,
             lambda: self._place,
             self._told_of,
-            lambda error: status.broken(here=error.rank in (None, rank)),
+            lambda cause: status.broken(here=cause.rank in (None, rank)),
         )
         self._watch_links = Watch(self._interval)
         status.opened(self.rank, self.size)
@@ -89,12 +92,10 @@ class PeerRing(Ring):
 
     def fail(self, error: BaseException) -> None:
         self.await_cause(error)
-        exit_code = exit_code_of(error)
-        if not isinstance(error, RingError) or error.rank is None:
-            what, hop = self._place
-            text = f"{self._life.name(self.rank)} failed {describe((what, hop))}: {type(error).__name__}: {error}"
-            error = RingError(text, rank=self.rank, host=self.hosts[self.rank], hop=hop)
-        self._life.fail(error, exit_code)
+        if isinstance(error, RingError) and error.rank is not None:  # it says all itself
+            self._life.fail(Cause("other", error.rank, error.host, hop=error.hop, detail=str(error)), error)
+        else:
+            self._life.fail(Cause.of_exception(error, self.rank, self.hosts[self.rank], *self._place))
 
     def at(self, what: str, hop: int) -> None:
         if self._life.error is None:  # a broken ring stays where it broke
@@ -115,7 +116,7 @@ class PeerRing(Ring):
     @property
     def exit_code(self) -> int:
         """Of a process that ends because the ring broke: that of the rank that broke it, and never 0."""
-        return self._life.exit_code
+        return self._life.cause.exit_code if self._life.cause else 1
 
     @property
     def retired(self) -> bool:
@@ -123,12 +124,9 @@ class PeerRing(Ring):
         return self._closed and self._life.everybody_left()
 
     @property
-    def me(self) -> str:
-        return self._life.name(self.rank)
-
-    @property
-    def where(self) -> str:
-        return describe(self._place)
+    def place(self) -> Place:
+        """The call and the hop that this rank is in."""
+        return self._place
 
     def hear(self) -> None:
         """Take in what the others have said."""
@@ -161,7 +159,7 @@ class PeerRing(Ring):
             for peer in missing() & self._life.left:
                 # What it sent before it left may still be on the way.
                 if now - since.setdefault(peer, now) > GRACE:
-                    self._deserted(peer)
+                    raise Cause("left", peer, self.hosts[peer], *self._place, f"rank {self.rank}").error
 
         return look
 
@@ -176,24 +174,13 @@ class PeerRing(Ring):
             The seconds since each of these, and of `more`, was first seen.
         """
         ages = self._watch_links.look([*(one.key for one in found), *more])
-        what, hop = self._place
         for one in found:
             allowed = rate.deadline(one.bytes, self.timeout)
             if ages[one.key] > allowed:
-                way = "to" if one.sending else "from"
-                text = f"{one.bytes} bytes {way} {self._life.name(one.peer)} are stuck {describe((what, hop))}: "
-                text += f"both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
-                self.fail(RingError(text, rank=one.peer, host=self.hosts[one.peer], hop=hop))
+                detail = f"{one.bytes} bytes {'to' if one.sending else 'from'}"
+                note = f": both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
+                self.fail(Cause("stuck", one.peer, self.hosts[one.peer], *self._place, detail, note).error)
         return ages
-
-    def _deserted(self, peer: int) -> None:
-        what, hop = self._place
-        raise RingError(
-            f"{self._life.name(peer)} left the ring while rank {self.rank} waited for it {describe((what, hop))}",
-            rank=peer,
-            host=self.hosts[peer],
-            hop=hop,
-        )
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -205,9 +192,3 @@ class PeerRing(Ring):
             if isinstance(error, self._foreign):
                 self._check()
             raise
-
-
-def exit_code_of(error: BaseException) -> int:
-    """What Python ends with after `error`; 1 where that is 0, for the other ranks have been left."""
-    code = error.code if isinstance(error, SystemExit) else 1
-    return (code & 255 or 1) if isinstance(code, int) else 1

@@ -17,6 +17,8 @@ from .failures.status_file import status
 class SoloRing(Ring):
     """A ring of one rank."""
 
+    backend = "solo"
+
     def __init__(self, timeout: float):
         super().__init__()
         self.rank, self.size = 0, 1

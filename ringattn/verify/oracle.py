@@ -96,7 +96,7 @@ class GradientCase:
         return self._sums(lambda x: x)
 
     def sizes(self) -> dict[str, float]:
-        """How large the sums are when no term cancels another: what rounding errors are relative to."""
+        """The sums without cancellation: each product counts with its absolute value, also inside delta and ds."""
         return {name: float(x.max(initial=0.0)) for name, x in self._sums(np.abs).items()}
 
     def _sums(self, term: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
@@ -105,7 +105,7 @@ class GradientCase:
         q, k, v = to64(case.q), to64(case.k), to64(case.v)
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
         k, v = (np.repeat(x, group, 1) for x in (k, v))
-        out, lse = case.exact()
+        _, lse = case.exact()
         scale, cap, mask = options.get("scale"), options.get("softcap"), options.get("mask")
         s = (q @ k.swapaxes(-1, -2)) * (scale := q.shape[-1] ** -0.5 if scale is None else scale)
         slope = np.full(s.shape, scale)
@@ -116,15 +116,15 @@ class GradientCase:
             s = s + to64(mask)
         seen = case.visible
         p = np.where(seen, np.exp(np.where(seen, s, 0) - np.where(lse == -np.inf, 0, lse)[..., None]), 0)
-        dout, dlse = to64(self.dout), np.where(lse == -np.inf, 0, to64(self.dlse))
-        delta = term((dout * out).sum(-1)) + term(-dlse)
-        ds = p * (term(dout @ v.swapaxes(-1, -2)) + term(-delta)[..., None])
+        dout, dlse = term(to64(self.dout)), np.where(lse == -np.inf, 0, to64(self.dlse))
+        delta = (dout * (p @ term(v))).sum(-1) + term(-dlse)
+        ds = p * (dout @ term(v).swapaxes(-1, -2) + term(-delta)[..., None])
         by_qk = term(ds * slope)
         shared = (q.shape[0], heads // group, group)
         sums = {
             "q": by_qk @ term(k),
             "k": (by_qk.swapaxes(-1, -2) @ term(q)).reshape(*shared, *k.shape[2:]).sum(2),
-            "v": (p.swapaxes(-1, -2) @ term(dout)).reshape(*shared, *v.shape[2:]).sum(2),
+            "v": (p.swapaxes(-1, -2) @ dout).reshape(*shared, *v.shape[2:]).sum(2),
         }
         if "sinks" in self.differentiable:
             weights = np.where(lse == -np.inf, 0, np.exp(to64(options["sinks"])[:, None] - lse))
@@ -151,10 +151,13 @@ class GradientCase:
     def ratios(self, gradients: dict[str, Any]) -> dict[str, float]:
         """The errors as fractions of what is allowed.
 
-        That is twice the plain formula's, a few ulps of the largest value, and of the largest sum when no term cancels
-        another what cannot be known better: two float32 ulps, and for each weight, which is exp(score - lse), half an
-        ulp of the largest lse, which is kept in float32; for sinks, whose sum is over all rows of a saved `out`, two
-        ulps of its dtype.
+        Allowed are twice the error of the plain formula, four ulps of the largest value, and a floor for what float32
+        cannot keep. Let u = 2^-24, half an ulp of 1. The saved lse is rounded by up to u |lse|, which changes each
+        weight exp(score - lse) by that fraction. The exponential, the saved `out`, the products and their sums add a
+        few u more; 4 u are allowed. These errors belong to the terms, and stay when the terms cancel: delta, which is
+        dout . out - dlse, may be near zero while its error is u times the sum of |dout| |out|. So the floor is
+        (4 u + u max |lse|) times `sizes`. For sinks, whose gradient sums a saved `out` over all rows, it is at least
+        two ulps of the dtype of `out` times `sizes`.
         """
         exact, plain, sizes, found = self.exact(), self.plain(), self.sizes(), {}
         lse = self.case.exact()[1]

@@ -16,7 +16,8 @@ from ..attention import attention
 from ..core.masks import Band
 from ..core.online_softmax import State, finish
 from ..core.rules import Rules
-from ..metal import backend
+from ..kernels.interface import KernelInputs
+from ..metal.backend import MetalKernel
 from .findings import Check, Findings
 from .oracle import FLOATS, Case, GradientCase, ratios
 
@@ -63,7 +64,7 @@ def _chain(case: Case) -> float:
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):
         k, v = case.k[:, :, keys], case.v[:, :, keys]
-        state = backend.forward(case.q, k, v, case.q_pos, case.k_pos[keys], rules, state)
+        state = MetalKernel().forward(KernelInputs(case.q, k, v, case.q_pos, case.k_pos[keys], rules), state)
     assert state is not None
     return max(ratios(case, *finish(state, None, case.q.dtype)))
 

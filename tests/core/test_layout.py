@@ -116,6 +116,7 @@ def test_zigzag_holds_two_chunks_a_rank(n, size, start):
         assert layout.positions(rank).tolist() == [*chunks[rank], *chunks[count - 1 - rank]]
 
 
+@steady
 @given(st.integers(0, 8), sizes)
 def test_zigzag_shares_causal_work_equally(chunk, size):
     layout = Layout.zigzag(2 * size * chunk, size)
@@ -142,6 +143,7 @@ def _is_subsequence(part: list[int], whole: list[int]) -> bool:
     return all(x in rest for x in part)
 
 
+@steady
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 5))
 def test_weighted_work_is_in_proportion(weights, scale):
     """Where the weights divide the tokens exactly, causal work is exactly in proportion too."""
@@ -291,3 +293,11 @@ def test_axis_2_is_the_default():
     layout = Layout.contiguous(5, 2)
     assert layout.shard(mx.zeros((2, 3, 5, 4)), 0).shape == (2, 3, 3, 4)
     assert layout.unshard(iter([mx.zeros((2, 3, 3, 4)), mx.zeros((2, 3, 2, 4))])).shape == (2, 3, 5, 4)
+
+
+def test_repr_is_the_layout_or_its_beginning():
+    short = Layout.zigzag(16, 2, start=3)
+    assert repr(short) == "Layout(spans=(((3, 7), (15, 19)), ((7, 15),)), start=3)"
+    assert eval(repr(short)) == short
+    long = repr(Layout.cyclic(100_000, 4, 16))
+    assert long.startswith("Layout(spans=(((0, 16), (64, 80), ") and "...)" in long and len(long) < 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -238,3 +240,27 @@ def test_gradient_of_finish_with_empty_rows_and_sinks():
     grads = mx.grad(function, argnums=(0, 1, 2, 3))(sinks, *State.empty(*ROWS, DIM))
     assert all(mx.all(mx.isfinite(grad)) for grad in grads)
     assert mx.allclose(grads[0], mx.full((3,), float(ROWS[0] * ROWS[2]))), "lse is the sink itself"
+
+
+def test_the_example_of_merge_runs():
+    (test,) = doctest.DocTestFinder(recurse=False).find(ra.merge, "merge", globs={})
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.parametrize("options", [{"mask": "causal"}, {"window": 3}])
+def test_chunks_of_keys_have_to_say_where_they_stand(options):
+    """As the documentation of `merge` says: without `offset` the same calls give another result."""
+    r = np.random.default_rng(0)
+    q, k, v = (mx.array(r.standard_normal((1, 2, n, 8)), mx.float32) for n in (4, 10, 10))
+    chunks = [(0, 3), (3, 8), (8, 10)]
+
+    def merged(offsets):
+        parts = [
+            ra.attention(q, k[:, :, a:b], v[:, :, a:b], offset=offset, return_lse=True, **options)
+            for (a, b), offset in zip(chunks, offsets)
+        ]
+        return ra.merge(*parts)[0]
+
+    expected = ra.attention(q, k, v, **options)
+    assert mx.allclose(merged([6 - a for a, _ in chunks]), expected, atol=1e-6)
+    assert not mx.allclose(merged([None] * 3), expected, atol=1e-1)

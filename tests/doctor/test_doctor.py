@@ -55,10 +55,12 @@ MAC = host_info.Facts(
     metal=True,
     gpu="Apple M3 Ultra",
     kernel="metal",
+    load=0.1,
     blas_advice=None,
+    float32="full",
 )
 LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
-FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12)
+FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12, spread=1.1)
 MPICH = Library("MPICH 5.0.2", "MPICH", "multiple", 3)
 
 
@@ -245,6 +247,58 @@ def test_slow_blas_on_linux():
     assert found(seen) == []
 
 
+def test_products_in_tf32():
+    seen = healthy()
+    about(seen, 1, float32="TF32")
+    [line] = found(seen)
+    assert line.startswith("warning: rank 1 (") and line.endswith("less exact; set MLX_ENABLE_TF32=0 there")
+    assert "TF32" in text(seen, [], "float16")
+
+
+@pytest.mark.parametrize(
+    ("load", "spread", "signs"),
+    [
+        (7.9, 1.0, "load average 7.9 a core before the doctor began"),
+        (0.1, 12.34, "equal measurements differ 12.3-fold"),
+        (0.6, 3.0, "load average 0.6 a core before the doctor began, equal measurements differ 3.0-fold"),
+    ],
+)
+def test_a_busy_host(load, spread, signs):
+    """Which measures next to nothing: it is named, and nothing is shown as 0."""
+    seen = healthy()
+    about(seen, 1, load=load)
+    seen.told.ranks[1].speeds = Speeds(2e8, 1.5e8, 3e8, 3e8, 9e6, spread)
+    [line] = [line for line in found(seen) if line.startswith("warning: rank")]
+    assert line == (
+        f"warning: rank 1 (mac1): busy: {signs}; its speeds here are too low: end what else runs there (see top), "
+        "and run the doctor again"
+    )
+    shown = text(seen, examine(seen), "float16")
+    assert ["1", "0.2", "0.15", "0.3", "0.3", "0.009"] in [row.split() for row in shown.splitlines()]
+    assert "nothing is wrong" not in shown
+    assert as_json(seen, examine(seen), "float16")["ranks"][1]["spread"] == spread
+
+
+def test_a_host_is_busy_once_and_not_with_its_own_ranks():
+    seen = healthy(2)
+    for rank in seen.told.ranks.values():
+        rank.facts, rank.speeds = replace(MAC, load=1.0), replace(FAST, spread=3.0)
+    [line] = found(seen)
+    assert line.startswith("warning: rank 0 (mac): busy: load average 1.0 a core") and "differ 3.0-fold; " in line
+    for rank in seen.told.ranks.values():
+        rank.facts = replace(MAC, cores=16)  # for two ranks of 16 threads
+    assert found(seen) == []
+
+
+def test_slow_links_are_not_shown_as_0():
+    seen = healthy(2)
+    seen.told.links, seen.told.hop = [link_speed.Link((0, 1), 2e-7, 4e4, 5e5, 1.5e6)], 4e4
+    shown = text(seen, examine(seen), "float16")
+    row = next(line for line in shown.splitlines() if line.startswith("rank 0 (mac0) - rank 1 (mac1)"))
+    assert row.split()[-6:] == ["0.2", "us", "4e-05", "0.0005", "0.002", "slowest"]
+    assert "as in a hop: 4e-05 GB/s each" in shown
+
+
 def test_mac_without_metal():
     seen = healthy()
     about(seen, 1, kernel="host", gpu=None)
@@ -387,13 +441,24 @@ def test_fastest_stops_at_what_takes_long_enough(monkeypatch):
         tried.append(size)
         return lambda: time.sleep(size / 1000), 1e6 * size
 
-    assert 1e8 < compute_speed.fastest(work, (1, 10, 30, 100)) <= 1e9
+    assert 1e8 < compute_speed.fastest(work, (1, 10, 30, 100)).flops <= 1e9
     assert tried == [1, 10, 30]
 
 
 def test_a_disturbed_timing_does_not_count(monkeypatch):
     pauses = iter([0.05, 0.05, 0.05, 0.001])
-    assert compute_speed.fastest(lambda size: (lambda: time.sleep(next(pauses)), 1e6), (1,)) > 1e8
+    assert compute_speed.fastest(lambda size: (lambda: time.sleep(next(pauses)), 1e6), (1,)).flops > 1e8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spread"), [((0.9, 0.3, 0.1, 0.2), 2.0), ((9.0, 0.1, 0.1, 0.1), 1.0), ((0.1, 0.4, 0.4, 0.4), 4.0)]
+)
+def test_the_spread_of_equal_measurements(monkeypatch, seconds, spread):
+    """Of which the first is not looked at, unless it was the best."""
+    times = iter(seconds)
+    monkeypatch.setattr(compute_speed, "_time", lambda call: next(times))
+    found = compute_speed.fastest(lambda size: (lambda: None, 1e6), (1,))
+    assert found == (pytest.approx(1e7), pytest.approx(spread))
 
 
 def test_ways_between_hosts(monkeypatch):
@@ -500,7 +565,7 @@ def doctor(*arguments: str, **environment: str):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["-n", "0"], "'-n': 0"),
+        (["-n", "0"], "'-n' / '--ranks': 0"),
         (["--heads", "32/7"], "32/7"),
         (["--head-dim", "0"], "'--head-dim': 0"),
         (["--dtype", "int8"], "int8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +15,11 @@ from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
 from ringattn.core.rules import Rules
 from ringattn.cpu import work_units
-from ringattn.kernels import blockwise_backward, reference
+from ringattn.kernels import blockwise_backward
+from ringattn.kernels.interface import KernelInputs
+from ringattn.kernels.reference import ReferenceKernel
 from ringattn.verify.features import FEATURES
-from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, to64
 
 BACKENDS = ("host", "metal", "reference", "blocked")
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -26,7 +29,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def backend(request, monkeypatch):
     """A backend's name. "blocked": the reference with the gradient that it has in a ring, not the one MLX derives."""
     if request.param == "blocked":
-        monkeypatch.setattr(reference, "DIFFERENTIABLE", False)
+        monkeypatch.setattr(ReferenceKernel, "differentiable", False)
     if request.param in ("blocked", "metal"):
         monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 12)
         monkeypatch.setattr(blockwise_backward, "KEYS", 48)
@@ -75,6 +78,22 @@ def test_random_combinations(backend, seed):
 
 
 @every_backend
+@pytest.mark.parametrize("seed", [12, 25, 38])
+def test_terms_that_cancel(backend, seed):
+    """With dlse = dout . out the gradient by sinks is almost zero, and what is left of it is rounding errors."""
+    r = np.random.default_rng(seed)
+    shapes = (2, 4, 1 + seed % 5, 64), (2, 2, 7, 64), (2, 2, 7, 64)
+    arrays = [
+        mx.array(np.random.default_rng(i).standard_normal(shape), mx.float32) for i, shape in enumerate(shapes, 1)
+    ]
+    options = {"mask": "causal", "sinks": mx.array(r.standard_normal(4), mx.float32)}
+    case = Case(*arrays, np.arange(7 - shapes[0][2], 7), np.arange(7), options)
+    problem = GradientCase.random(case, seed)
+    problem.dlse = mx.array((to64(problem.dout) * case.exact()[0]).sum(-1), mx.float32)
+    check(problem, backend)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_through_out_alone(backend, dtype):
     case = FEATURES["causal"]()
@@ -114,6 +133,124 @@ def test_padding_may_hold_any_bits(backend):
     for a, b in zip(want, got):
         assert mx.array_equal(a, b)
         assert np.all(np.array(b)[:, :, ids[0] < 0] == 0)
+
+
+HIDING = {  # ways for a key not to be seen: 60 queries at positions 0 to 59, 80 keys at 0 to 79
+    "causal": lambda r: {"mask": "causal"},
+    "window": lambda r: {"window": (5, 3)},
+    "softcap": lambda r: {"window": (5, 3), "softcap": 2.0},
+    "boolean": lambda r: {"mask": mx.array((r.random((60, 80)) < 0.7) & (np.arange(80) % 9 != 4))},
+    "additive": lambda r: {"mask": mx.array(np.where(r.random((4, 60, 80)) < 0.7, r.random((4, 60, 80)), -np.inf))},
+    "additive, softcap": lambda r: {**HIDING["additive"](r), "softcap": 2.0},
+    "segments": lambda r: {
+        "segments": (
+            mx.array(np.arange(120).reshape(2, 60) // 25),
+            mx.array([[1] * 50 + [7] * 30, [3] * 50 + [9] * 30]),
+        )
+    },
+}
+
+
+def hiding_case(way: str, dtype: mx.Dtype = mx.float32) -> tuple[Case, np.ndarray]:
+    """A problem with keys that no query sees, and these keys, bool ``[B, Hkv, Lk]``."""
+    r = np.random.default_rng(0)
+    shapes = (2, 4, 60, 16), (2, 2, 80, 16), (2, 2, 80, 24)
+    q, k, v = (mx.array(r.standard_normal(shape)).astype(dtype) for shape in shapes)
+    options = HIDING[way](r)
+    if way.startswith("additive"):
+        options["mask"][..., 70:] = -mx.inf
+    case = Case(q, k, v, np.arange(60), np.arange(80), options)
+    unseen = ~case.visible.reshape(2, 2, 2, 60, 80).any((2, 3))
+    assert unseen.any() and not unseen.all()
+    return case, unseen
+
+
+def put(case: Case, name: str, where: np.ndarray, value: float) -> Case:
+    """The same problem with `value` in some tokens of q, k or v; `where` is bool ``[B, H, L]``."""
+    x = getattr(case, name)
+    return replace(case, **{name: mx.where(mx.array(where)[..., None], mx.array(value, x.dtype), x)})
+
+
+def loss_gradients(case: Case, backend: str) -> dict[str, np.ndarray]:
+    """The gradients of a loss through `out` and the lse by all that has one."""
+    named = GradientCase.random(case).differentiable
+
+    def loss(*arrays: mx.array) -> mx.array:
+        given = {**case.options, **dict(zip(named, arrays))}
+        q, k, v = (given.pop(name) for name in "qkv")
+        out, lse = ra.attention(q, k, v, offset=0, backend=backend, return_lse=True, **given)
+        out = out.astype(mx.float32)
+        return (out * out).sum() + mx.where(lse == -mx.inf, 0.0, lse).sum()
+
+    found = mx.grad(loss, argnums=list(range(len(named))))(*named.values())
+    return {name: to64(x) for name, x in zip(named, found)}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles for the host as well, empty and full ones among them."""
+    for name, size in {"ROWS": 32, "SCORES": 32 * 16, "SMALL": 1, "EDGE": 16}.items():
+        monkeypatch.setattr(work_units, name, size)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("way", HIDING)
+def test_keys_that_no_query_sees_may_hold_any_bits(backend, small_tiles, way, dtype):
+    clean, unseen = hiding_case(way, dtype)
+    want = loss_gradients(clean, backend)
+    for name in ("k", "v"):
+        for value in (np.nan, np.inf, -np.inf):
+            got = loss_gradients(put(clean, name, unseen, value), backend)
+            assert not got["k"][unseen].any() and not got["v"][unseen].any()
+            for x in got:
+                np.testing.assert_array_equal(got[x], want[x], err_msg=f"d{x}, {value} in {name}")
+
+
+@every_backend
+@pytest.mark.parametrize("way", HIDING)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_of_what_is_not_finite(backend, small_tiles, way, value, name):
+    """NaN comes out in what depends on it. Rows that do not see it, and keys that only they see, are unchanged."""
+    clean, _ = hiding_case(way)
+    visible, heads = clean.visible, getattr(clean, name).shape[1]
+    where = np.zeros(getattr(clean, name).shape[:3], bool)
+    where[1, heads - 1, 10 if way != "segments" else 30] = True
+    rows = (np.repeat(where, 4 // heads, 1)[:, :, None] & visible).any(-1) if name != "q" else where & visible.any(-1)
+    keys = (rows[..., None] & visible).reshape(2, 2, 2, 60, 80).any((2, 3))
+    assert rows.any() and not rows[1].all() and keys.any() and not keys[1].all()
+    want, got = loss_gradients(clean, backend), loss_gradients(put(clean, name, where, value), backend)
+    for x, touched in {"q": rows, "k": keys, "v": keys}.items():
+        np.testing.assert_allclose(got[x][~touched], want[x][~touched], rtol=0, atol=1e-5, err_msg=f"d{x}")
+        if np.isnan(value):
+            np.testing.assert_array_equal(np.isnan(got[x]).any(-1), touched, err_msg=f"d{x}")
+    if "mask" in got:
+        touched = (rows[..., None] & visible).any(0)
+        np.testing.assert_allclose(got["mask"][~touched], want["mask"][~touched], rtol=0, atol=1e-5)
+        if np.isnan(value):
+            np.testing.assert_array_equal(np.isnan(got["mask"]), touched)
+
+
+@every_backend
+def test_incoming_gradients_of_rows_that_see_nothing_may_be_anything(backend, small_tiles):
+    """As where a loss divides by the norm of such a row's `out`, which is zero."""
+    case, _ = hiding_case("segments")
+    blind = ~case.visible.any(-1)
+    assert blind.any() and not blind.all()
+
+    def gradient(dout: np.ndarray) -> list[mx.array]:
+        def function(q, k, v):
+            return [ra.attention(q, k, v, offset=0, backend=backend, **case.options)]
+
+        return mx.vjp(function, [case.q, case.k, case.v], [mx.array(dout)])[1]
+
+    dout = np.random.default_rng(1).standard_normal((2, 4, 60, 24)).astype(np.float32)
+    want = gradient(dout)
+    for value in (np.nan, np.inf):
+        dout[blind] = value
+        for a, b in zip(gradient(dout), want):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
 
 
 @every_backend
@@ -202,8 +339,9 @@ def test_blocks_bound_the_memory(monkeypatch):
     rules = Rules(0.25, Band())
 
     def gradient(q, k, v, dout, dlse, out, lse):
-        rows = reference.rows(out, lse, dout, dlse)
-        return reference.backward(q, k, v, case.q_pos, case.k_pos, rules, rows, Gradients.zeros(q, k, v, rules))[:3]
+        rows = ReferenceKernel().rows(out, lse, dout, dlse)
+        inputs = KernelInputs(q, k, v, case.q_pos, case.k_pos, rules)
+        return ReferenceKernel().backward(inputs, rows, Gradients.zeros(q, k, v, rules))[:3]
 
     def loss(*x):
         return opaque("test", lambda *x: results, x, gradient)[0].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -373,6 +374,19 @@ def test_an_interface_that_a_host_has_not_is_one_line(cluster: Cluster) -> None:
     assert all(part in shown.stderr for part in told.split("; ")), shown.stderr
     shown = launch(cluster, "--interface", "eth0", "--no-prefix", "sh", "-c", "echo $FI_TCP_IFACE")
     assert (shown.returncode, shown.stdout) == (0, "eth0\n" * 2), shown.stderr
+
+
+@pytest.mark.hosts
+def test_a_long_input_crosses_the_link_to_rank_0(cluster: Cluster, tmp_path: Path) -> None:
+    """To a program that reads late, on another machine than the launcher's."""
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"".join(b"%d\n" % number for number in range(1_000_000)))
+    read = "sleep 2; sha256sum; cat /proc/sys/kernel/hostname"
+    with book.open("rb") as file:
+        shown = launch(cluster, "--no-prefix", "sh", "-c", read, stdin=file)
+    digests = [hashlib.sha256(data).hexdigest() + "  -" for data in (book.read_bytes(), b"")]
+    assert shown.returncode == 0, shown.stderr
+    assert sorted(shown.stdout.splitlines()) == sorted([*digests, "mac0", "mac1"])
 
 
 @pytest.mark.hosts

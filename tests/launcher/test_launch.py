@@ -16,10 +16,13 @@ from click.testing import CliRunner
 from ringattn.cli import main
 from ringattn.errors import LaunchError
 from ringattn.launcher import mpiexec
+from ringattn.launcher import rank_wrapper as wrapper
 from ringattn.launcher.mpiexec import Mpiexec
 from ringattn.launcher.rank_table import End, Rank, Ranks
-from ringattn.launcher.rank_wrapper import describe_end, parse_status, settle, start_time, unescape
+from ringattn.launcher.rank_wrapper import Pulse, parse_status, settle, start_time, unescape
 from ringattn.launcher.supervisor import Job
+from ringattn.transport.failures.cause import Cause
+from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE
 
 pytestmark = pytest.mark.ranks
 
@@ -147,16 +150,46 @@ def test_no_mpiexec_names_the_remedy(monkeypatch):
         mpiexec.find_mpiexec()
 
 
-def test_mpiexec_beside_python_comes_before_path(monkeypatch, tmp_path):
-    other = tmp_path / "mpiexec"
-    other.write_text("#!/bin/sh\necho mpiexec '(Open MPI)' 1\n")
-    other.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert mpiexec.find_mpiexec(str(other)) == Mpiexec(str(other), "Open MPI")
-    beside = Path(sys.executable).with_name("mpiexec")
-    assert mpiexec.find_mpiexec().path == str(beside if beside.exists() else other)
-    monkeypatch.setattr(sys, "executable", str(other.with_name("python")))
-    assert mpiexec.find_mpiexec().path == str(other)
+def fake_mpiexec(folder: Path, version: str, name: str = "mpiexec") -> str:
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(f"#!/bin/sh\necho '{version}'\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    ("library", "chosen"), [(None, "beside"), ("MPICH", "beside"), ("Open MPI", "path"), ("LAM", "beside")]
+)
+def test_mpiexec_of_the_library_comes_first_then_the_one_beside_python(monkeypatch, tmp_path, library, chosen):
+    fake_mpiexec(tmp_path / "unknown", "LAM 7")
+    found = {
+        "beside": Mpiexec(fake_mpiexec(tmp_path / "beside", "HYDRA build details"), "MPICH"),
+        "path": Mpiexec(fake_mpiexec(tmp_path / "path", "mpiexec (Open MPI) 5.0.11"), "Open MPI"),
+    }
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("unknown", "path")))
+    monkeypatch.setattr(mpiexec.sysconfig, "get_path", lambda name: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
+    monkeypatch.setattr(mpiexec, "library_flavour", lambda: library)
+    assert mpiexec.find_mpiexec() == found[chosen]
+    assert mpiexec.find_mpiexec(found["path"].path) == found["path"]
+
+
+def test_mpiexec_of_the_library_where_two_mpis_share_a_folder(monkeypatch, tmp_path):
+    """The wheels of both in one environment: the second one has overwritten the first one's ``mpiexec``."""
+    fake_mpiexec(tmp_path, "mpiexec (Open MPI) 5.0.11")
+    hydra = fake_mpiexec(tmp_path, "HYDRA build details", "mpiexec.hydra")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(mpiexec, "library_flavour", lambda: "MPICH")
+    assert mpiexec.find_mpiexec() == Mpiexec(hydra, "MPICH")
+
+
+def test_mpiexec_beside_the_library_that_mpi4py_was_told_to_load(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libmpi.so.40").touch()
+    program = fake_mpiexec(tmp_path / "bin", "mpiexec (Open MPI) 5.0.11")
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(tmp_path / "lib" / "libmpi.so.40"))
+    assert mpiexec.find_mpiexec() == Mpiexec(program, "Open MPI")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +224,11 @@ def test_environment():
     assert (built["OMP_NUM_THREADS"], built["RINGATTN_THREADS"], built["MKL_NUM_THREADS"]) == ("5", "3", "3")
 
 
+@pytest.mark.parametrize(("given", "value"), [({}, "0"), ({"MLX_ENABLE_TF32": "1"}, "1")])
+def test_ranks_multiply_in_full_float32_unless_the_user_has_chosen(given, value):
+    assert mpiexec.build_environment(base=given)["MLX_ENABLE_TF32"] == value
+
+
 @pytest.mark.parametrize(("local", "share"), [("4", "2"), ("40", "1"), ("", "10")])
 def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsys, local, share):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(10), raising=False)
@@ -207,15 +245,20 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("code", "status", "line"),
     [
-        (-9, b"rank=2 call=ring_attention hop=3", "rank 2 (mac) was killed by SIGKILL in ring_attention, hop 3"),
-        (-11, b"rank=2 size=4 call=- hop=0\n", "rank 2 (mac) was killed by SIGSEGV"),
-        (7, b"rank=2 call=after:barrier hop=0", "rank 2 (mac) exited with code 7 after barrier"),
+        (-9, b'{"rank": 2, "call": "x", "hop": 3}', "rank 2 (mac) was killed by SIGKILL in x, hop 3"),
+        (
+            -11,
+            b'{"rank": 2, "size": 4, "call": "", "hop": 0}',
+            "rank 2 (mac) was killed by SIGSEGV before its first call",
+        ),
+        (7, b'{"rank": 2, "call": "after barrier", "hop": 0}', "rank 2 (mac) exited with code 7 after barrier"),
         (-9, b"", "rank 5 (mac) was killed by SIGKILL"),
         (-9, b"\xff=\x01 junk", "rank 5 (mac) was killed by SIGKILL"),
+        (-9, b"[1]", "rank 5 (mac) was killed by SIGKILL"),
     ],
 )
 def test_describes_an_end(code, status, line):
-    assert describe_end("5", "mac", code, parse_status(status.ljust(256, b"\0"))) == line
+    assert str(Cause.of_end("5", "mac", code, parse_status(status.ljust(4096, b"\0")))) == line
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])  # /proc, and ps
@@ -237,8 +280,8 @@ def test_start_time(monkeypatch, platform):
 @pytest.mark.parametrize(
     ("arguments", "expected", "code"),
     [
-        (["-n", "0", "true"], "'-n': 0", 2),
-        (["-n", "two", "true"], "'-n': 'two'", 2),
+        (["-n", "0", "true"], "'-n' / '--ranks': 0", 2),
+        (["-n", "two", "true"], "'-n' / '--ranks': 'two'", 2),
         (["true"], "'-n'", 2),
         (["-n", "2"], "COMMAND", 2),
         (["-n", "2", "--threads", "0", "true"], "'--threads': 0", 2),
@@ -276,6 +319,35 @@ def test_help_imports_no_command():
     assert all(f"  {name}  " in shown.stdout for name in ("demo", "launch", "verify"))
 
 
+def test_wrapper_and_library_agree_on_the_status_file():
+    ours = wrapper.LINE_BYTES, wrapper.PULSE.format, wrapper.FILE_BYTES
+    assert ours == (LINE_BYTES, PULSE.format, FILE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("program", "late", "kept"),
+    [("while True: pass", 1, True), ("while True: pass", -60, False), ("import time; time.sleep(60)", 1, False)],
+)
+def test_a_rank_computes_without_a_pulse(program, late, kept):
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            time.sleep(0.5)
+            file = bytearray(wrapper.FILE_BYTES)
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic() - late)
+            pulse = Pulse()
+            assert not pulse.is_kept_late(file)  # no look before this one
+            time.sleep(0.6)
+            assert pulse.is_kept_late(file) == kept
+            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic())
+            time.sleep(0.1)
+            assert not pulse.is_kept_late(file)  # it came, and is late again
+        finally:
+            process.kill()
+    assert not pulse.is_kept_late(file)
+    time.sleep(0.6)
+    assert not pulse.is_kept_late(file)  # dead
+
+
 # Real runs
 
 
@@ -285,7 +357,7 @@ def test_ranks_environment_and_arguments(script, tmp_path):
         "names = ('OMP_NUM_THREADS', 'RINGATTN_THREADS', 'RINGATTN_TIMEOUT', 'RINGATTN_LAUNCH', 'PYTHONUNBUFFERED')\n"
         "seen = [os.environ.get(name) for name in names]\n"
         "status = os.environ['RINGATTN_STATUS']\n"
-        "seen += [open(status, 'rb').read() == bytes(256), status, sys.argv[1:]]\n"
+        "seen += [open(status, 'rb').read() == bytes(4096), status, sys.argv[1:]]\n"
         f"open(os.path.join({str(tmp_path)!r}, f'{{rank}}.json'), 'w').write(json.dumps(seen))\n"
     )
     given = ["a b", "q'\"", "", ":", "\\:", "$HOME", "x\ny", "*", "-n", "--", "é"]
@@ -298,9 +370,8 @@ def test_ranks_environment_and_arguments(script, tmp_path):
 
 
 def test_programs_that_are_not_python_and_stdin():
-    # one line, not all of it: under Open MPI 5.0.11 rank 0 never sees the end of its input, with or without us
-    result = launch("-n", "2", "sh", "-c", 'read line && echo "$line"; echo done >&2', stdin="one\ntwo\n")
-    assert (result.returncode, result.stdout) == (0, "one\n")
+    result = launch("-n", "2", "sh", "-c", "cat; echo done >&2", stdin="one\ntwo\n")
+    assert (result.returncode, result.stdout) == (0, "one\ntwo\n")
     assert result.stderr == "done\ndone\n"
 
 
@@ -350,7 +421,8 @@ def test_killed_rank_is_named_with_its_place(script, tmp_path, written):
     path = script(
         NOTE_PID + f"if rank != 1: time.sleep({60 if written else 0}); sys.exit(0)\n"
         f"if {written}:\n"
-        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(b'rank=1 call=ring_attention hop=3')\n"
+        '    place = b\'{"rank": 1, "call": "ring_attention", "hop": 3}\'\n'
+        "    with open(os.environ['RINGATTN_STATUS'], 'r+b') as f: f.write(place)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = launch("-n", "2", path, str(tmp_path))

@@ -2,16 +2,31 @@
 
 import ipaddress
 import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from spawn import ROOT
 
+from launch.virtual import Cluster
+from launch.virtual.cluster import STATE
 from ringattn.launcher.hostfile import Host, read_hostfile
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPT = str(LAUNCH / "thunderbolt_ring.sh")
 SIZES = range(2, 9)
+SAMPLES = sorted(LAUNCH.glob("hostfile.*"))
+RING = """
+import mlx.core as mx
+import ringattn as ra
+with ra.init() as ring:
+    total = ring.all_reduce(mx.array([ring.rank]))
+    print(f"{ring.rank} {ring.hosts[ring.rank]} {total.item()}\\n", end="", flush=True)  # in one piece
+"""
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -117,8 +132,68 @@ def test_it_changes_nothing_elsewhere():
     assert (done.returncode, done.stdout) == (2, "") and "expected macOS" in done.stderr
 
 
-def test_host_files_are_of_the_ring_that_the_script_makes():
-    expected = [known(plan(rank, 3)) for rank in range(3)]
-    assert [host.address for host in read_hostfile(LAUNCH / "hostfile.json").hosts] == expected
-    for name in ("mpich", "openmpi"):
-        assert read_hostfile(LAUNCH / f"hostfile.{name}").hosts == tuple(Host(one, slots=1) for one in expected)
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_host_files_are_of_the_ring_that_the_script_makes(path):
+    hosts = read_hostfile(path).hosts
+    assert hosts == tuple(Host(known(plan(rank, len(hosts))), slots=1) for rank in range(len(hosts)))
+
+
+def test_there_is_a_host_file_for_two_macs_and_for_three():
+    assert {len(read_hostfile(path).hosts) for path in SAMPLES} == {2, 3}
+
+
+# On hosts
+
+
+@contextmanager
+def cabled(size: int) -> Iterator[Cluster]:
+    """Hosts whose only links are cables, with the addresses and routes that the script gives to Macs."""
+    with Cluster(size) as cluster:
+        spaces = [f"{cluster.bridge}h{rank}" for rank in range(size)]
+        texts = [plan(rank, size) for rank in range(size)]
+        for rank in range(size if size > 2 else 1):
+            left = "en3" if size == 2 else "en2"
+            other = ("peer", "name", left, "netns", spaces[(rank + 1) % size])
+            ip("-n", spaces[rank], "link", "add", "en3", "type", "veth", *other)
+        for space, text in zip(spaces, texts):
+            ip("-n", space, "addr", "flush", "dev", "eth0")  # which leads to this machine
+            for name, address in addresses(text).items():
+                ip("-n", space, "addr", "add", str(address), "dev", name)
+                ip("-n", space, "link", "set", name, "up")
+        for space, text in zip(spaces, texts):
+            for destination, gateway in routes(text).items():
+                ip("-n", space, "route", "add", destination, "via", gateway)
+        yield cluster
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+def write_ssh(folder: Path, hosts: Sequence[str], real: str) -> None:
+    """An `ssh` that knows the hosts by the addresses of their cables."""
+    cases = "".join(f"{address}) word=mac{rank};; " for rank, address in enumerate(hosts))
+    each = f'for word; do shift; case "$word" in {cases}esac; set -- "$@" "$word"; done'
+    (folder / "ssh").write_text(f'#!/bin/sh\n{each}\nexec {real} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("name", ["hostfile.two-macs", "hostfile.three-macs"])
+def test_a_job_on_hosts_with_the_addresses_of_the_script(tmp_path, name):
+    """Started on the first of them, as the page says."""
+    hosts = [host.address for host in read_hostfile(LAUNCH / name).hosts]
+    program = tmp_path / "ring.py"
+    program.write_text(RING)
+    with cabled(len(hosts)) as cluster:
+        write_ssh(tmp_path, hosts, str(STATE / cluster.bridge / "ssh"))
+        environment = [
+            f"PATH={tmp_path}:{Path(sys.executable).parent}:$PATH",
+            f"PYTHONPATH={ROOT}",
+            "MPIR_CVAR_NOLOCAL=1",
+        ]
+        line = [sys.executable, "-m", "ringattn.cli", "launch", "--hostfile", str(LAUNCH / name), "--interface", "en3"]
+        job = shlex.join([*line, "--env", f"PYTHONPATH={ROOT}", "--no-prefix", "--", str(program)])
+        done = cluster.run(["ssh", "mac0", *environment, job], capture_output=True, text=True, timeout=90)
+    expected = [f"{rank} mac{rank} {sum(range(len(hosts)))}" for rank in range(len(hosts))]
+    assert sorted(done.stdout.splitlines()) == expected and done.returncode == 0, done.stderr

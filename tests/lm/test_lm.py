@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn import Layout
+from ringattn import Layout, init
 from ringattn.errors import ArgumentError, KernelWarning
 from ringattn.lm.partition import LEAST, RUN, Cost, next_step, round_layout
 
@@ -97,6 +97,33 @@ def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
     found, _ = lm.load("somewhere", mx.float32)
     assert found.layers[0].mlp.down_proj.weight.dtype == mx.float32
     assert not [one for one in recwarn if "float32 ones" in str(one.message)]
+
+
+def test_a_prompt_is_read_in_several_rounds_on_a_cpu():
+    """So that a progress bar does not jump from nothing to all."""
+    model, seen = families.build("llama"), list[int]()
+    with init("solo") as ring:
+        lm.shard(model, ring)
+        options = {"max_tokens": 1, "prompt_progress_callback": lambda done, total: seen.append(done)}
+        list(lm.stream_generate(model, families.words(), [1] * 2000, **options))
+    assert seen == [0, 512, 1024, 1536, 1999, 2000]
+
+
+@pytest.mark.parametrize("path", ["/no/such/dir", "./none", "../none", "none/", "a/b/c", "~/none", Path("none")])
+def test_no_such_folder_is_no_question_for_the_network(monkeypatch, path):
+    import mlx_lm
+
+    monkeypatch.setattr(mlx_lm, "load", lambda path: pytest.fail("asked"))
+    with pytest.raises(ArgumentError, match=f"^path: {path}: no such folder$"):
+        lm.load(path)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ArgumentError, match=r"^path: .*, expected a folder with a model's config.json$"):
+        lm.load(tmp_path)
+    (tmp_path / "x").touch()
+    with pytest.raises(ArgumentError, match=r"^path: .*/x, expected a model's folder or a file that ends in .gguf$"):
+        lm.load(tmp_path / "x")
 
 
 def test_no_such_file():

@@ -11,11 +11,13 @@ import pytest
 from ringattn.core.masks import Band
 from ringattn.core.online_softmax import State
 from ringattn.core.rules import Rules
-from ringattn.kernels.interface import Ending, Problem
+from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal.forward import forward_call
 from ringattn.metal.tiling import Tiling
 from ringattn.verify.oracle import Case, check
 from tools.hostmetal import Runtime
+
+pytestmark = pytest.mark.host_runtime
 
 TOKENS, HEADS, DIM, WINDOW = 1 << 20, 33, 128, 100  # 4.4e9 numbers, 8.9 GB in float16
 SEEN = 132  # keys that the last 32 queries see, and some more
@@ -42,7 +44,7 @@ def test_the_last_tile_of_the_last_head(ends, tokens_first):
     assert buffers["keys"].size > 1 << 31 and buffers["keys"].nbytes > 1 << 32
     like = mx.broadcast_to(mx.zeros((1,), mx.float16), (1, HEADS, TOKENS, DIM))
     positions = np.arange(TOKENS, dtype=np.int32)
-    problem = Problem(like, like, like, positions, positions, Rules(DIM**-0.5, Band.of(True, WINDOW)))
+    problem = KernelInputs(like, like, like, positions, positions, Rules(DIM**-0.5, Band.of(True, WINDOW)))
     state = None
     if ends == "state":
         rows = mx.broadcast_to(mx.zeros((1,)), (1, HEADS, TOKENS))
@@ -51,7 +53,7 @@ def test_the_last_tile_of_the_last_head(ends, tokens_first):
         buffers |= {name: sparse(rows.shape, np.float32) for name in ("m_in", "l_in")}
         buffers["m_in"][0, -1, -32:] = -np.inf
     tiling = Tiling.of(mx.float16, DIM, DIM, TOKENS)
-    call = forward_call(problem, tiling, 1, 1, state, None if state else Ending(mx.float16, True))
+    call = forward_call(problem, tiling, 1, 1, state, None if state else OutputSpec(mx.float16, True))
     done = Runtime().run(call, buffers, groups=[(0, HEADS - 1, 0)])
     last = [mx.array(np.ascontiguousarray(x[:, -1:, -SEEN:])) for x in buffers.values()][:3]
     near = np.arange(SEEN)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_executor import restore_executor, usual_executor
 
 import ringattn as ra
 from ringattn.core.masks import Band, Tile
 from ringattn.core.rules import Rules
-from ringattn.kernels.interface import Problem
-from ringattn.metal import backend, device, dispatch, set_executor
+from ringattn.kernels.interface import KernelInputs, OutputSpec
+from ringattn.metal import device, dispatch, set_executor
+from ringattn.metal.backend import MetalKernel
 from ringattn.metal.device import Device
 from ringattn.metal.dispatch import Plan
 from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, pieces, reach
@@ -154,10 +156,10 @@ def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
     tiling = Tiling.of(mx.float16, 64, 64, 8)
     budget = 30_000 * tiling.BQ * 2 * (tiling.BD + tiling.BV)
     monkeypatch.setattr(dispatch, "device", lambda: Device(1, budget))
-    calls, runtime = [], Runtime(checks=False)
-    set_executor(lambda call: calls.append(call) or runtime(call))
+    calls, run_kernel = [], usual_executor(checks=False)
+    set_executor(lambda call: calls.append(call) or run_kernel(call))
     out, lse = run(case)
-    set_executor(Runtime())
+    restore_executor()
     forward = [call for call in calls if "forward" in call.name]
     assert len(forward) == -(-keys // (30_000 // tiling.BK * tiling.BK))
     assert all(call.inputs[1].shape[2] <= 30_000 for call in forward)
@@ -168,13 +170,14 @@ def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
 
 
 def captured(case: Case, **more) -> list:
-    calls, runtime = [], Runtime()
-    set_executor(lambda call: calls.append(call) or runtime(call))
+    calls, run_kernel = [], usual_executor()
+    set_executor(lambda call: calls.append(call) or run_kernel(call))
     ra.attention(case.q, case.k, case.v, backend="metal", **{**case.options, **more})
-    set_executor(Runtime())
+    restore_executor()
     return calls
 
 
+@pytest.mark.host_runtime
 def test_without_lse_there_is_no_trace_of_it():
     """Neither an operation nor a byte: `attention` keeps it for the gradient, callers without one leave it out."""
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 70, 64)), mx.float16)
@@ -182,10 +185,11 @@ def test_without_lse_there_is_no_trace_of_it():
     set_executor(runtime)
     for with_lse in (False, True):
         positions = np.arange(70, dtype=np.int32)
-        out, lse = backend.finished(x, x, x, positions, positions, Rules(0.125, Band()), None, x.dtype, with_lse)
+        inputs = KernelInputs(x, x, x, positions, positions, Rules(0.125, Band()))
+        out, lse = MetalKernel().finish(inputs, OutputSpec(x.dtype, with_lse))
         assert (lse is not None) is with_lse
         counted.append(runtime.last)
-    set_executor(Runtime())
+    restore_executor()
     off, on = counted
     assert "lse" not in off.device_written and on.device_written["lse"] == 4 * 70
     assert off.log == 0 and on.log == 70 and off.device_written["out"] == on.device_written["out"]
@@ -204,6 +208,7 @@ def packed(n: int) -> dict:
     return {"segments": (ids, ids), "mask": "causal"}
 
 
+@pytest.mark.host_runtime
 @pytest.mark.parametrize("options", [{"window": 40}, {"window": (70, 10)}, packed(512), {"mask": "causal"}], ids=str)
 def test_work_is_in_proportion_to_the_tiles_that_are_seen(options):
     case = case_of(512, 512, heads=1, kv_heads=1, **options)
@@ -211,7 +216,7 @@ def test_work_is_in_proportion_to_the_tiles_that_are_seen(options):
     set_executor(runtime)
     ra.attention(case.q, case.k, case.v, backend="metal", **options)
     counted = runtime.last
-    set_executor(Runtime())
+    restore_executor()
     tiles, dim = visible_tiles(case), case.q.shape[3]
     assert counted.matmuls <= tiles * 2 * (32 // 8) ** 2 * (dim // 8)
     assert counted.exp2 <= tiles * (32 * 32 + 128)  # and for each of the 128 threads what rescales its row
@@ -245,7 +250,7 @@ def test_without_a_gpu_metal_is_refused():
         with pytest.raises(ra.ArgumentError, match="backend: 'metal' needs an Apple GPU"):
             run(case)
     finally:
-        set_executor(Runtime())
+        restore_executor()
 
 
 def test_an_executor_is_a_function():
@@ -255,6 +260,6 @@ def test_an_executor_is_a_function():
 
 def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
-    problem = Problem(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    problem = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
     plan = Plan.of(problem, Device(10, 10**12))
     assert plan.group == 4 and plan.splits(problem) == 5000 // dispatch.LEAST_KEYS

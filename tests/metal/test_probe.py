@@ -7,13 +7,13 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_executor import restore_executor, usual_executor
 
 import ringattn as ra
 from ringattn.errors import KernelWarning
 from ringattn.metal import launch, self_test, set_executor
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import ratios
-from tools.hostmetal import Runtime
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def as_on_a_mac(monkeypatch):
     monkeypatch.setattr(launch, "available", lambda: True)
     monkeypatch.setattr(self_test, "_verdicts", {})
     yield
-    set_executor(Runtime())
+    restore_executor()
 
 
 def worst(feature: str) -> float:
@@ -62,7 +62,7 @@ def broken(call):
 
 
 def wrong(call):
-    return [x + 1 for x in Runtime()(call)]
+    return [x + 1 for x in usual_executor()(call)]
 
 
 @pytest.mark.parametrize("run,what", [(broken, "Unable to build metal library"), (wrong, "its answer is wrong")])

@@ -7,6 +7,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_executor import restore_executor
 
 import ringattn as ra
 from ringattn.errors import KernelWarning
@@ -18,6 +19,8 @@ from ringattn.verify.oracle import Case, check, random_case
 from tools.hostmetal import Runtime
 from tools.hostmetal.mlx_kernel import steel_attention
 
+pytestmark = pytest.mark.host_runtime  # a device with the M5's matrix units
+
 HALF = (mx.float16, mx.bfloat16)
 
 
@@ -27,7 +30,7 @@ def runtime():
     runtime = Runtime("shuffled")
     set_executor(runtime, tensor_ops=True)
     yield runtime
-    set_executor(Runtime())
+    restore_executor()
 
 
 def normal(seed: int, *shape: int, dtype: mx.Dtype) -> mx.array:
@@ -86,13 +89,10 @@ def test_odd_values_reach_only_those_who_see_them(runtime, odd):
 
 
 def test_state_is_carried(runtime, monkeypatch):
-    from ringattn.metal import pieces
-
     case = in_dtype(FEATURES["causal, float16"](), mx.float16)
     one = run(case)
     assert runtime.counters.groups == 2 * case.q.shape[1]
     monkeypatch.setattr("ringattn.metal.dispatch.device", lambda: ra.metal.device.Device(1, 1))
-    assert pieces.pieces
     check(case, *run(case))
     check(case, *one)
 
@@ -142,7 +142,7 @@ def test_plain_kernel_takes_over_where_it_fails(monkeypatch):
             check(case, *run(case))
         assert runtime.last.tensor_ops > 0
     finally:
-        set_executor(Runtime())
+        restore_executor()
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = st.sampled_from(["host", "processes", "stopped", "opening", "ended", "asked", "caused", "line", "said"])
+NAMES = st.sampled_from(
+    ["host", "processes", "stopped", "opening", "ended", "asked", "known", "said", "input", "computing"]
+)
 SAID = st.lists(
     st.one_of(
         st.dictionaries(NAMES, VALUES | st.lists(st.tuples(st.integers(), st.text(max_size=3)), max_size=3)),

@@ -34,6 +34,11 @@ def wait_until(condition, seconds: float = 10.0) -> bool:
     return condition()
 
 
+def test_a_ring_says_what_it_is(ring):
+    told = f"Ring(backend={ring.backend!r}, rank={ring.rank}, size={ring.size}, hosts={ring.hosts!r})"
+    assert repr(ring) == str(ring) == told and ring.backend == launched_by() and len(ring.hosts) == ring.size
+
+
 # exchange
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ringattn import lm
 from ringattn.lm import partition
 from ringattn.lm import sharded_cache as caches
 from ringattn.lm.prompt_cache import atomic_files
+from ringattn.lm.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
@@ -82,6 +84,24 @@ def test_each_rank_holds_its_part(ring: Ring, name: str) -> None:
     total = sum(c.nbytes for c in cache)
     whole = float(ring.all_reduce(mx.array(float(total))).item())
     assert total <= 1.5 * whole / ring.size
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_held_bytes_are_those_of_the_tokens(ring: Ring, name: str) -> None:
+    """Not of the room for more that one token at a time makes: it grows in steps, in mlx-lm's cache too."""
+    model = build(name)
+    plain = make_prompt_cache(model)
+    lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    for layers, length in product((plain, cache), (20 * ring.size + 7, 1, 1)):
+        model(mx.zeros((1, length), mx.int32), cache=layers)
+    for whole, layer in zip(plain, cache):
+        size = sum(x.shape[1] * x.shape[3] * 4 for x in (whole.keys, whole.values))  # of a token, float32
+        assert held_bytes([layer]) == layer.layout.local_length(ring.rank) * size
+        if layer.window is None:
+            assert held_bytes([whole]) == (20 * ring.size + 9) * size < whole.nbytes
+    held = ring.all_reduce(mx.array([float(layer.layout.local_length(ring.rank)) for layer in cache]))
+    assert held.tolist() == [layer.layout.length for layer in cache]
 
 
 def test_window_layers_forget(ring: Ring) -> None:

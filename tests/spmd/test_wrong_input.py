@@ -194,8 +194,27 @@ def test_an_error_that_nobody_foresaw(ring, name):
 DIFFERENT = {
     "ring_attention": {
         "scale": (lambda a: {"scale": 0.5}, lambda a: {}, "scale differs"),
-        "window": (lambda a: {"window": 3}, lambda a: {"window": 4}, "mask and window differs"),
-        "mask": (lambda a: {"mask": None}, lambda a: {}, "mask and window differs"),
+        "window": (lambda a: {"window": 3}, lambda a: {"window": 4}, "window differs between ranks: 3 on rank 0, 4 on"),
+        "window and none": (
+            lambda a: {"window": (3, 1)},
+            lambda a: {},
+            "window differs between ranks: (3, 1) on rank 0",
+        ),
+        "mask": (
+            lambda a: {"mask": None},
+            lambda a: {},
+            "mask differs between ranks: None on rank 0, 'causal' on rank",
+        ),
+        "mask and none": (
+            lambda a: {"mask": "causal"},
+            lambda a: {"mask": None},
+            "mask differs between ranks: 'causal' on",
+        ),
+        "mask and array": (
+            lambda a: {},
+            lambda a: {"mask": mx.ones((4, a["layout"].length), mx.bool_)},
+            "mask differs between ranks: 'causal' on rank 0, mlx.core.bool array of batch 1, heads 1, columns",
+        ),
         "kind of mask": (
             lambda a: {"mask": mx.ones((4, a["layout"].length), mx.bool_)},
             lambda a: {"mask": mx.zeros((4, a["layout"].length))},
@@ -216,7 +235,11 @@ DIFFERENT = {
         "heads of k": (lambda a: {n: a[n][:, :1] for n in "kv"}, lambda a: {}, "heads of k differs"),
         "head_dim": (lambda a: {n: a[n][..., :4] for n in "qk"}, lambda a: {}, "head_dim differs"),
         "head_dim of v": (lambda a: {"v": a["v"][..., :4]}, lambda a: {}, "head_dim of v differs"),
-        "strategy": (lambda a: {"strategy": "pass_q"}, lambda a: {"strategy": "pass_kv"}, "strategy differs"),
+        "strategy": (
+            lambda a: {"strategy": "pass_q"},
+            lambda a: {"strategy": "pass_kv"},
+            "strategy differs between ranks: 'pass_q' on rank 0, 'pass_kv' on rank",
+        ),
         "strategy and none": (lambda a: {"strategy": "pass_kv"}, lambda a: {}, "strategy differs"),
         "layout": (
             lambda a: {"layout": Layout.cyclic(a["layout"].length, a["layout"].size, 1)},
@@ -236,7 +259,8 @@ DIFFERENT = {
     },
     "decode_attention": {
         "scale": (lambda a: {"scale": 0.5}, lambda a: {}, "scale differs"),
-        "window": (lambda a: {"window": 3}, lambda a: {}, "mask and window differs"),
+        "window": (lambda a: {"window": 3}, lambda a: {}, "window differs between ranks: 3 on rank 0, None on"),
+        "mask": (lambda a: {"mask": None}, lambda a: {}, "mask differs between ranks: None on rank 0, 'causal' on"),
         "softcap": (lambda a: {"softcap": 30.0}, lambda a: {}, "softcap differs"),
         "values of sinks": (lambda a: {"sinks": mx.zeros(4)}, lambda a: {"sinks": mx.ones(4)}, "sinks differs"),
         "start": (lambda a: {"start": 1}, lambda a: {"start": 0}, "start differs"),

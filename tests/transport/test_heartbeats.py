@@ -8,11 +8,14 @@ from collections import deque
 
 import pytest
 
+from ringattn.transport.failures.cause import Cause
 from ringattn.transport.failures.control_channel import BEAT, FAIL
-from ringattn.transport.failures.heartbeats import Liveness
+from ringattn.transport.failures.heartbeats import UNWATCHED, Liveness, Member
+from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE, status
 
-HOSTS = ("mac0", "mac1", "mac2")
 TIMEOUT = 0.4
+ALONE = [Member(host, TIMEOUT, -1) for host in ("mac0", "mac1", "mac2")]
+LAUNCHED = [member._replace(job_rank=5 - rank) for rank, member in enumerate(ALONE)]
 
 
 class Wire:
@@ -33,10 +36,8 @@ class Wire:
         self.coming.append((sender, BEAT, json.dumps([*said]).encode()))
 
 
-def make(wire: Wire, rank: int, told: list) -> Liveness:
-    return Liveness(
-        wire, rank, HOSTS, TIMEOUT, 0.05, lambda: ("barrier", 0), lambda peer: [["send", peer]], told.append
-    )
+def make(wire: Wire, rank: int, told: list, members: list[Member] = ALONE) -> Liveness:
+    return Liveness(wire, rank, members, 0.05, lambda: ("barrier", 0), lambda peer: [["send", peer]], told.append)
 
 
 def wait(life: Liveness, seconds: float, but: tuple[int, ...], wire: Wire) -> None:
@@ -50,17 +51,33 @@ def wait(life: Liveness, seconds: float, but: tuple[int, ...], wire: Wire) -> No
         time.sleep(0.02)
 
 
-def test_a_silent_rank_is_named_with_the_last_place_it_was_seen_at() -> None:
+@pytest.mark.parametrize(("members", "more"), [(ALONE, UNWATCHED), (LAUNCHED, "")])
+def test_a_silent_rank_is_named_with_the_last_place_it_was_seen_at(members: list[Member], more: str) -> None:
     wire, told = Wire(), []
-    life = make(wire, 0, told)
+    life = make(wire, 0, told, members)
     life.met(("ring_attention", 0))
     wait(life, 2 * TIMEOUT, but=(0, 1), wire=wire)
-    text = "rank 1 (mac1) gave no sign of life for 0.4 s; it was last heard of in ring_attention, hop 0"
+    text = "rank 1 (mac1) gave no sign of life for 0.4 s; it was last heard of in ring_attention, hop 0" + more
     assert [str(error) for error in told] == [text] and told[0].rank == 1
-    assert {(peer, note["text"], note["silent"]) for peer, kind, note in wire.sent if kind == FAIL} == {
-        (1, text, True),
-        (2, text, True),
-    }
+    notes = [(peer, Cause(**note)) for peer, kind, note in wire.sent if kind == FAIL]
+    assert [(peer, cause.kind, str(cause)) for peer, cause in notes] == [(1, "silent", text), (2, "silent", text)]
+
+
+def test_a_rank_that_the_launcher_sees_compute_is_alive_until_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = bytearray(FILE_BYTES)
+    monkeypatch.setattr(status, "_map", shared)
+    wire, told = Wire(), []
+    life = make(wire, 0, told, LAUNCHED)
+    wire.beat(1, "barrier", 0, [["recv", 5]])
+    life.beat()
+    for _ in range(3):
+        wait(life, 0.75 * TIMEOUT, but=(0, 1), wire=wire)
+        shared[LINE_BYTES + PULSE.size + LAUNCHED[1].job_rank] += 1
+    wait(life, 0.5 * TIMEOUT, but=(0, 1), wire=wire)
+    assert not told
+    assert 1 not in life.moving  # what it was moving does not move while it computes, and is not stuck
+    wait(life, TIMEOUT, but=(0, 1), wire=wire)
+    assert [error.rank for error in told] == [1]
 
 
 def test_data_is_a_sign_of_life() -> None:
@@ -87,11 +104,11 @@ def test_who_is_accused_of_silence_and_heard(rank: int, heard: bool, told_of: st
     wire, told = Wire(), []
     life = make(wire, rank, told)
     wait(life, 0.75 * TIMEOUT, but=(rank,) if heard else (rank, 1), wire=wire)
-    note = {"text": "rank 1 is silent", "rank": 1, "host": "mac1", "hop": 0, "exit_code": 7, "silent": True}
-    wire.coming.append((0, FAIL, json.dumps(note).encode()))
+    cause = Cause("silent", 1, "mac1", "barrier", 0, "60 s", exit_code=7)
+    wire.coming.append((0, FAIL, cause.encode()))
     life.hear()
-    assert [str(error) for error in told] == [f"rank 1 is silent {told_of}".strip()]
-    assert life.exit_code == 7
+    assert [str(error) for error in told] == [f"{cause} {told_of}".strip()]
+    assert told[0].exit_code == 7
 
 
 def test_what_is_under_way_is_told_and_kept() -> None:

@@ -70,7 +70,7 @@ def _backend(context: click.Context, parameter: click.Parameter, name: str | Non
     from ...backends import select
 
     try:
-        return select(name).__name__.rpartition(".")[2]
+        return select(name).name
     except ArgumentError as error:
         raise click.BadParameter(str(error).removeprefix("backend: ")) from None
 

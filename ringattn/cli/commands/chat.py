@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ...transport.collectives import broadcast_bytes
-from ..lm_options import OPTIONS, TALK, with_options
+from ..host_options import with_options
+from ..lm_options import OPTIONS, TALK
 from ..session import Session, run
 
 HELP = "'q' ends, 'r' begins a new conversation, 'h' says this again; Ctrl-C ends an answer."
@@ -17,7 +18,7 @@ HELP = "'q' ends, 'r' begins a new conversation, 'h' says this again; Ctrl-C end
 
 @click.command()
 @with_options(*OPTIONS, *TALK)
-def chat(ranks: int | None, **options: Any) -> None:
+def chat(**options: Any) -> None:
     """Talk to an mlx-lm model whose context is spread over the ranks.
 
         ringattn chat -n 2 --model smollm2 --dtype float32
@@ -28,7 +29,7 @@ def chat(ranks: int | None, **options: Any) -> None:
     Ctrl-C ends an answer, and at the prompt the conversation, as 'q' does; twice at once it ends all ranks. Under
     ringattn launch it ends all ranks after at most 3 s, saved or not.
     """
-    run(_chat, "chat", ranks, options, patient=True)
+    run(_chat, "chat", options, patient=True)
 
 
 class Interrupts:

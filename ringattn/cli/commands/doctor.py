@@ -11,21 +11,12 @@ from ...doctor.breakeven import Model
 from ...doctor.diagnosis import examine
 from ...doctor.runner import DTYPES, Where, examine_cluster
 from ...doctor.table import as_json, text
-from ...errors import LaunchError
-from ..host_options import chosen, count_ranks, host_options
+from ..host_options import HOSTS, chosen, count_ranks, ranks_option, with_options
 from .bench import parse_heads
 
 
 @click.command()
-@click.option(
-    "-n",
-    "ranks",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Ranks.  [default: 2, or one for each slot of the hosts]",
-)
-@host_options
-@click.option("--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]")
+@with_options(ranks_option("Ranks.  [default: 2, or one for each slot of the hosts]"), *HOSTS)
 @click.option(
     "--heads",
     default="32/8",
@@ -68,18 +59,15 @@ def doctor(
     connection to every other: where one does not come about, that is told, and no link is measured. The exit status is
     1 if something will not work. What only costs speed is a warning.
 
-    --json prints ok, size, ranks (rank, host, gflop_s, mpi, done), links (ranks, latency_us, to_right_gb_s,
+    --json prints ok, size, ranks (rank, host, gflop_s, spread, mpi, done), links (ranks, latency_us, to_right_gb_s,
     to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
     model and findings (fatal, where, what, remedy); null is what could not be found out.
     """
     model = Model(*heads, head_dim, DTYPES[dtype], causal)
-    try:
-        cluster = chosen(hosts, hostfile, interface)
-        size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
-        click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
-        seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
-    except LaunchError as error:
-        raise click.ClickException(str(error)) from None
+    cluster = chosen(hosts, hostfile, interface)
+    size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
+    click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
+    seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
     findings = examine(seen)
     click.echo(json.dumps(as_json(seen, findings, dtype), indent=1) if wanted else text(seen, findings, dtype))
     raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

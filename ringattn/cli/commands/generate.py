@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from ...errors import ArgumentError
-from ..lm_options import OPTIONS, TALK, with_options
+from ..host_options import with_options
+from ..lm_options import OPTIONS, TALK
 from ..session import Session, run
 
 
@@ -21,7 +22,7 @@ from ..session import Session, run
     "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A text file, put before --prompt."
 )
 @click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as it is.")
-def generate(ranks: int | None, **options: Any) -> None:
+def generate(**options: Any) -> None:
     """Generate text with an mlx-lm model whose context is spread over the ranks.
 
     Run it on several processes of this machine with -n, or on any ranks with ringattn launch or mpiexec:
@@ -32,16 +33,18 @@ def generate(ranks: int | None, **options: Any) -> None:
         raise click.UsageError("--prompt or --prompt-file is missing")
     if options["system_prompt"] is not None and options["prompt_cache_file"] is not None:
         raise click.UsageError("--system-prompt: given with --prompt-cache-file, which goes on after a first turn")
-    run(_generate, "generate", ranks, options, _text)
+    run(_generate, "generate", options, _text)
 
 
 def _generate(session: Session) -> None:
     """One answer, and what it took."""
+    from ...lm.sharded_cache import held_bytes
+
     options = session.options
     response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))
     session.save()
     if session.speaks:
-        held = sum(c.nbytes for c in session.cache) / 1e6
+        held = held_bytes(session.cache) / 1e6
         click.echo(
             f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s. Generation: "
             f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s. "

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from ...errors import ArgumentError
-from ..lm_options import OPTIONS, JsonObject, with_options
+from .. import INTERRUPTED
+from ..host_options import with_options
+from ..lm_options import OPTIONS, JsonObject
 from ..session import Session, run
 
 SERVING = (
@@ -42,7 +44,7 @@ SERVING = (
 
 @click.command(context_settings={"default_map": {"max_tokens": 512}})
 @with_options(*OPTIONS, *SERVING)
-def serve(ranks: int | None, **options: Any) -> None:
+def serve(**options: Any) -> None:
     """Answer HTTP requests with an mlx-lm model whose context is spread over the ranks.
 
     The endpoints are those of mlx_lm.server: /v1/chat/completions, /v1/completions (both with streaming), /v1/models
@@ -51,11 +53,11 @@ def serve(ranks: int | None, **options: Any) -> None:
 
         ringattn serve -n 2 --model smollm2 --dtype float32
     """
-    run(_serve, "serve", ranks, options)
+    run(_serve, "serve", options)
 
 
-def _serve(session: Session) -> None:
-    """Listen on rank 0 and answer on all ranks, until a signal ends it."""
+def _serve(session: Session) -> int:
+    """Listen on rank 0 and answer on all ranks, until a signal ends it; the exit code."""
     from ...lm.server import Engine, open_server
     from ...transport.consensus import heard
 
@@ -73,8 +75,14 @@ def _serve(session: Session) -> None:
     )
     size, chunk = options["prompt_cache_size"], options["prefill_step_size"]
     engine = Engine(session.model, session.tokenizer, arguments, size, chunk)
+    signals: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        signals.append(number)
+        engine.stopping = True  # rank 0's is what counts
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(engine, "stopping", True))  # rank 0's is what counts
+        signal.signal(number, stop)
     if session.speaks:
         with heard(session.ring, "broadcast"):
             server = _listen(open_server, engine, options["host"], options["port"])
@@ -84,6 +92,7 @@ def _serve(session: Session) -> None:
         many = "1 rank" if session.ring.size == 1 else f"{session.ring.size} ranks"
         click.echo(f"Serving {options['model']} on http://{shown}:{port}/v1 ({many}).", err=True)
     engine.run()
+    return INTERRUPTED if signal.SIGINT in signals else 0
 
 
 def _listen(open_server: Any, engine: Any, host: str, port: int) -> Any:

@@ -15,16 +15,18 @@ import click
 from ... import backends
 from ...cpu.softmax import compiled
 from ...metal import launch
+from ...native import tf32
 from ...reporting.machine import machine
 from ...verify.findings import Findings, Results
 from ...verify.run import findings, verify_local
+from ..host_options import ranks_option
 
 if TYPE_CHECKING:
     from ...verify.variants import Variant
 
 
 @click.command()
-@click.option("--ranks", default=2, show_default=True, type=click.IntRange(min=0), help="Local ranks; 0: no ring.")
+@ranks_option("Local ranks; 0: no ring.", least=0, default=2)
 def verify(ranks: int) -> None:
     """Check every feature on this machine's kernels and ranks against float64, and every variant of the Metal kernels.
 
@@ -103,6 +105,7 @@ def _report(ranks: int, metal: Results, failed: dict[str, str], problem: str | N
     """One block for a bug report."""
     lines = ["", "--- to paste into a report ---", machine()]
     lines.append(f"softmax of the CPU kernel: {'compiled' if compiled() else 'NumPy (not compiled at installation)'}")
+    lines.append(f"float32 products of MLX: {tf32.describe()}")
     lines.append(f"ring: {ranks} local ranks" if ranks and problem is None else "ring: not checked")
     if problem:
         lines.append(f"the ring did not run: {problem}")

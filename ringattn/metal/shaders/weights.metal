@@ -58,7 +58,7 @@
     const float p = sees ? metal::fast::exp2((s - own_lse) * RA_LOG2E) : 0.0f;
     const float by_score = sees ? p * (by_weights[at] - own_delta) : 0.0f;
     weights[at] = p;
-    by_products[at] = by_score * slope;
+    by_products[at] = sees ? by_score * slope : 0.0f; // the slope of a hidden pair may be NaN
 #if RA_MASK == 2
     by_mask[at] = by_score;
 #endif

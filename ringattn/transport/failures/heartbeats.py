@@ -9,23 +9,35 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from ...errors import RingError
+from .cause import Cause, name_rank
 from .control_channel import BEAT, BYE, FAIL, LOST, Post, Sent
+from .status_file import Computing
 
+UNWATCHED = (
+    ". It stopped or is out of reach, or a call kept Python's global interpreter lock for that long: then raise timeout"
+)
 GRACE = 0.2  # s in which messages may still arrive that a rank sent before its goodbye
-_LONGEST_TEXT = 4000  # characters of an error that travel; short messages need no answer from the receiver
 
 Place = tuple[str, int]  # what a rank is doing: (call, hop)
 
 
-def describe(place: Place) -> str:
-    """`place` in words, to go behind "failed" or "last heard of"."""
-    what, hop = place
-    if not what:
-        return "before its first call"
-    return what if what.startswith("after ") else f"in {what}, hop {hop}"
+class Member(NamedTuple):
+    """A rank as it introduces itself.
+
+    Attributes:
+        host: The name of its host.
+        timeout: Seconds without a sign of life after which it takes another rank for dead.
+        job_rank: Its rank in the launcher's job, which a part of a ring does not change; -1 without such a launcher.
+    """
+
+    host: str
+    timeout: float
+    job_rank: int
 
 
 class Liveness:
@@ -34,8 +46,7 @@ class Liveness:
     Args:
         post: Where messages go and come from.
         rank: This rank.
-        hosts: The host name of every rank.
-        timeout: Seconds of silence after which a rank counts as dead.
+        members: All ranks.
         interval: Seconds between two heartbeats.
         place: Says what this rank is doing.
         moving: Says which messages to or from a rank are under way here, in lists that JSON can hold.
@@ -46,19 +57,25 @@ class Liveness:
         self,
         post: Post,
         rank: int,
-        hosts: tuple[str, ...],
-        timeout: float,
+        members: Sequence[Member],
         interval: float,
         place: Callable[[], Place],
         moving: Callable[[int], list[list]],
-        on_broken: Callable[[RingError], None],
+        on_broken: Callable[[Cause], None],
     ):
-        self.error: RingError | None = None
-        self.exit_code = 1  # of a process that ends because of it
+        self.cause: Cause | None = None
+        self.error: RingError | None = None  # which says it
         self.left: set[int] = set()
-        self._post, self._hosts, self._timeout, self._interval, self._place = post, hosts, timeout, interval, place
-        self._me, self._moving, self._on_broken = rank, moving, on_broken
-        self._peers = [peer for peer in range(len(hosts)) if peer != rank]
+        self._post = post
+        self._members = members
+        self._timeout = members[rank].timeout
+        self._interval = interval
+        self._place = place
+        self._me = rank
+        self._moving = moving
+        self._on_broken = on_broken
+        self._peers = [peer for peer in range(len(members)) if peer != rank]
+        self._computing = Computing({peer: members[peer].job_rank for peer in self._peers})
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
         self.moving: dict[int, list[list]] = {}  # what each rank has said last of its messages to and from this one
@@ -69,7 +86,7 @@ class Liveness:
         self._lock = threading.RLock()
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} ({self._hosts[rank]})"
+        return name_rank(rank, self._members[rank].host)
 
     # What the helper thread does
 
@@ -89,15 +106,17 @@ class Liveness:
         # A process that was itself stopped or suspended finds everybody silent: only its waking time counts.
         awake = min(now - self._ticked, 2 * self._interval)
         self._ticked = now
+        for peer in self._computing.look():
+            self._silent[peer] = 0.0
+            self.moving.pop(peer, None)  # nothing moves there until it can send heartbeats again
         for peer in self._peers:
             self._silent[peer] += awake
             if self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
-                self._mourn(peer, f"gave no sign of life for {self._timeout:g} s", silent=True)
+                note = "" if self._members[peer].job_rank >= 0 else UNWATCHED
+                self._declare_dead("silent", peer, f"{self._timeout:g} s", note)
 
-    def _mourn(self, peer: int, how: str, silent: bool = False) -> None:
-        what, hop = self._places[peer]
-        text = f"{self.name(peer)} {how}; it was last heard of {describe((what, hop))}"
-        self.fail(RingError(text, rank=peer, host=self._hosts[peer], hop=hop), silent=silent)
+    def _declare_dead(self, kind: str, peer: int, detail: str = "", note: str = "") -> None:
+        self.fail(Cause(kind, peer, self._members[peer].host, *self._places[peer], detail, note))
 
     # What both threads do
 
@@ -114,45 +133,40 @@ class Liveness:
     def _take(self, sender: int, kind: int, note: bytes) -> None:
         if kind == LOST:
             if sender not in self.left:
-                self._mourn(sender, "died: its connection was closed")
+                self._declare_dead("disconnected", sender)
             self.left.add(sender)  # it will say no goodbye any more
             return
-        said = json.loads(note)
         self._silent[sender] = 0.0
         if kind == BEAT:
-            self._places[sender] = (said[0], said[1])
-            self.moving[sender] = said[2]
+            what, hop, self.moving[sender] = json.loads(note)
+            self._places[sender] = (what, hop)
         elif kind == BYE:
             self.left.add(sender)
         elif self.error is None:
-            text, rank = said["text"], said["rank"]
-            if said["silent"] and self._hears(rank):
-                seen = "is alive" if rank == self._me else f"is heard by {self.name(self._me)}"
-                text += f" ({self.name(sender)} says so, but it {seen}: look at the way between the two)"
-            self.exit_code = said["exit_code"]
-            self._break(RingError(text, rank=rank, host=said["host"], hop=said["hop"]))
+            self._break(self._reviewed(Cause.decode(note), sender))
 
-    def _hears(self, rank: int) -> bool:
-        """Whether `rank` has told of itself of late: this rank itself, or one that is heard."""
-        return rank == self._me or self._silent[rank] < 4 * self._interval
+    def _reviewed(self, cause: Cause, sender: int) -> Cause:
+        """What `sender` says, with what this rank knows better of one that is accused of silence."""
+        rank = cause.rank
+        if cause.kind != "silent" or rank is None:
+            return cause
+        if rank != self._me and self._silent[rank] >= 4 * self._interval:
+            return cause
+        seen = "is alive" if rank == self._me else f"is heard by {self.name(self._me)}"
+        why = f" ({self.name(sender)} says so, but it {seen}: look at the way between the two)"
+        return replace(cause, note=cause.note + why)
 
-    def _break(self, error: RingError) -> None:
-        self.error = error
-        self._on_broken(error)
+    def _break(self, cause: Cause, error: RingError | None = None) -> None:
+        self.cause = cause
+        self.error = error or cause.error
+        self._on_broken(cause)
 
-    def fail(self, error: RingError, exit_code: int = 1, silent: bool = False) -> None:
-        """Break the ring because of `error`, and tell everybody. The first error stands.
-
-        `exit_code` is that of the rank that failed. All end with it, for any of them may be the first to be seen.
-        `silent` says that a rank is accused of silence, which others may know better.
-        """
+    def fail(self, cause: Cause, error: RingError | None = None) -> None:
+        """Break the ring because of `cause`, of which `error` is raised, and tell everybody. The first one stands."""
         with self._lock:
-            if self.error is not None:
-                return
-            self.exit_code = exit_code
-            self._break(error)
-            about = {"rank": error.rank, "host": error.host, "hop": error.hop, "exit_code": exit_code, "silent": silent}
-            self._tell(json.dumps({"text": str(error)[:_LONGEST_TEXT], **about}).encode(), FAIL)
+            if self.error is None:
+                self._break(cause, error)
+                self._tell(cause.encode(), FAIL)
 
     def met(self, place: Place) -> None:
         """All ranks were seen at `place`, later than any heartbeat could say."""

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from .cause import Cause
+
 if TYPE_CHECKING:
     from ..process_ring import PeerRing
 
@@ -54,9 +56,10 @@ def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackT
 def _report(error: BaseException) -> None:
     if _rings:
         # The oldest ring is that of the whole job, and its ranks are those that a launcher counts.
-        where = next((ring for ring in _rings if ring.broken), _rings[0]).where
-        text = f"ringattn: {_rings[0].me} failed {where}: {type(error).__name__}: {error}"
-        print(text, file=sys.stderr, flush=True)
+        job = _rings[0]
+        place = next((ring for ring in _rings if ring.broken), job).place
+        cause = Cause.of_exception(error, job.rank, job.hosts[job.rank], *place)
+        print(f"ringattn: {cause}", file=sys.stderr, flush=True)
 
 
 def _leave() -> None:

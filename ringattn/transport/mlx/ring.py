@@ -26,6 +26,7 @@ from ..consensus import agree, heard
 from ..environment import read_timeout
 from ..failures import shutdown
 from ..failures.bandwidth import LinkRate
+from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
 from ..process_ring import PeerRing
@@ -45,20 +46,20 @@ def open_ring(timeout: float | None) -> Ring:
     if launched_size() == 1:
         return SoloRing(read_timeout(timeout))
     all_of_us = hub()
-    _, timeouts = introduce(timeout, all_of_us.introduce)
-    return MlxRing(all_of_us, timeouts)
+    return MlxRing(all_of_us, introduce(timeout, all_of_us.introduce))
 
 
 class MlxRing(PeerRing):
     """A ring of the processes of `mx.distributed`."""
 
+    backend = "mlx"
     in_graph_bytes = INLINE_BYTES
     _foreign = (RuntimeError,)
 
-    def __init__(self, all_of_us: Hub, timeouts: Sequence[float]):
+    def __init__(self, all_of_us: Hub, members: Sequence[Member]):
         self._hub, self._fabric = all_of_us, all_of_us.fabric
         self._channel = all_of_us.new_channel()
-        super().__init__(all_of_us.post(self._channel), all_of_us.rank, all_of_us.hosts, timeouts)
+        super().__init__(all_of_us.post(self._channel), all_of_us.rank, members)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
         self._broke: float | None = None  # when this was seen
         self.duplex = self._fabric.group.duplex

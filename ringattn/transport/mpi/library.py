@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RingError
+from .launchers import refuse_other_mpi, refuse_other_size
 
 LEVELS = ("single", "funneled", "serialized", "multiple")
 
@@ -28,17 +29,45 @@ class Library:
 
 
 def load_mpi() -> Any:
-    """mpi4py's ``MPI``.
+    """mpi4py's ``MPI``, started.
 
     Raises:
-        RingError: mpi4py is missing, or it found no MPI library.
+        RingError: mpi4py is missing, it found no MPI library, or the launcher belongs to another MPI.
     """
     try:
-        from mpi4py import MPI
+        MPI = _import()
     except (ImportError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
         raise RingError(f"backend 'mpi' needs mpi4py and MPI ({why}): pip install 'ringattn[mpi]'") from error
+    vendor = MPI.get_vendor()[0]
+    if not MPI.Is_initialized():
+        refuse_other_mpi(vendor, MPI.Get_library_version())
+        _start(MPI)
+    refuse_other_size(vendor, MPI.COMM_WORLD.Get_size())
     return MPI
+
+
+def _import() -> Any:
+    """Import mpi4py's ``MPI`` without starting it: a library may end the process if its launcher is another MPI's."""
+    import mpi4py
+
+    before = mpi4py.rc.initialize, mpi4py.rc.finalize
+    mpi4py.rc.initialize = False
+    if mpi4py.rc.finalize is None:
+        mpi4py.rc.finalize = True
+    try:
+        from mpi4py import MPI
+    finally:
+        mpi4py.rc.initialize, mpi4py.rc.finalize = before
+    return MPI
+
+
+def _start(MPI: Any) -> None:
+    """Start MPI with the threads that mpi4py would ask for, had it started MPI itself."""
+    from mpi4py import rc
+
+    level = rc.thread_level if rc.threads else "single"
+    MPI.Init_thread(getattr(MPI, f"THREAD_{level.upper()}"))
 
 
 def library() -> Library:

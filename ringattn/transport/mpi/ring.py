@@ -13,6 +13,7 @@ from ..base import Buffers, Event, Gate, Ring, Transfer
 from ..consensus import agree, heard
 from ..failures import shutdown
 from ..failures.control_channel import MpiPost
+from ..failures.heartbeats import Member
 from ..handshake import introduce
 from ..mlx import process
 from ..process_ring import PeerRing
@@ -33,7 +34,7 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
         comm = MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm):
         raise ArgumentTypeError(f"comm: {type(comm).__name__}, expected an mpi4py intracommunicator")
-    return MpiRing(MPI, comm, *introduce(timeout, comm.allgather))
+    return MpiRing(MPI, comm, introduce(timeout, comm.allgather))
 
 
 def _load() -> Any:
@@ -49,15 +50,16 @@ def _load() -> Any:
 class MpiRing(PeerRing):
     """A ring of MPI processes. It has two communicators of its own: one for data, one for signs of life."""
 
-    def __init__(self, MPI: Any, comm: Any, hosts: tuple[str, ...], timeouts: list[float]):
+    backend = "mpi"
+
+    def __init__(self, MPI: Any, comm: Any, members: Sequence[Member]):
         self._MPI, self._comm, self._life_comm = MPI, comm.Dup(), comm.Dup()
         self._foreign = (MPI.Exception,)
         for own in (self._comm, self._life_comm):
             own.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
-        super().__init__(MpiPost(self._life_comm, MPI.Status()), comm.Get_rank(), hosts, timeouts)
+        super().__init__(MpiPost(self._life_comm, MPI.Status()), comm.Get_rank(), members)
         # Each rank begins with its right neighbour, so that they do not all send to the same one first.
         self._peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
-        self._timeouts = timeouts
         self._status = MPI.Status()
         self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
@@ -81,9 +83,7 @@ class MpiRing(PeerRing):
                 comm = self._comm.Split(mine, self.rank)
                 ring = None
                 if color is not None:
-                    ranks = [rank for rank in range(self.size) if colors[rank] == color]
-                    hosts = tuple(self.hosts[rank] for rank in ranks)
-                    ring = MpiRing(self._MPI, comm, hosts, [self._timeouts[rank] for rank in ranks])
+                    ring = MpiRing(self._MPI, comm, [m for m, own in zip(self._members, colors) if own == color])
                     comm.Free()  # the new ring has its own duplicates
                 self._stuck = False
                 return ring

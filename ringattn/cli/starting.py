@@ -1,0 +1,133 @@
+"""Starting the ranks of a command, here or on hosts: from their options to what `launcher` runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import LaunchError
+from ..launcher.hostfile import Cluster, check_variable
+from ..launcher.mpiexec import Mpiexec, build_command, build_environment, check_command, find_mpiexec, mismatch
+from ..launcher.preflight import check_hosts, home_address
+from ..launcher.supervisor import run
+from .host_options import chosen, count_ranks
+
+PASSED_ON = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
+FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # what is known only once the launcher runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks run, and how: the values of `ranks_option`, `HOSTS` and `PROCESSES` in `host_options`."""
+
+    ranks: int | None = None
+    hosts: str | None = None
+    hostfile: Path | None = None
+    interface: str | None = None
+    mpiexec: str | None = None
+    variables: tuple[str, ...] = ()
+    timeout: float | None = None
+    threads: int | None = None
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> Place:
+        """Remove the options of a place from a command's `options` and return them."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    @property
+    def given(self) -> list[str]:
+        """The options that the user gave, as written on the command line."""
+        names = {"ranks": "-n", "variables": "--env"}
+        return [names.get(f.name, f"--{f.name}") for f in fields(self) if getattr(self, f.name) not in (None, ())]
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the user asks for more than this process."""
+        return (self.ranks or 1) > 1 or any(name != "-n" for name in self.given)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Ranks that can be started."""
+
+    line: list[str]
+    environment: dict[str, str]
+    count: int
+    addresses: list[str]
+
+    def run(self, **options: bool) -> int:
+        """Start the ranks and wait for them; the exit code. `options` are those of `launcher.supervisor.run`."""
+        return run(self.line, ranks=self.count, environment=self.environment, hosts=self.addresses, **options)
+
+
+def prepare(place: Place, command: Sequence[str], *, prefix: bool | None = None, dry_run: bool = False) -> Launch:
+    """Check all that can be checked before ranks of `command` start. What may be wrong is a warning on standard error.
+
+    Args:
+        place: Where they are to run.
+        command: The program and its arguments.
+        prefix: Whether each line of output begins with its rank. Default: where there are hosts.
+        dry_run: Whether to leave out what asks the hosts.
+
+    Raises:
+        LaunchError: The ranks cannot be started there.
+    """
+    cluster = chosen(place.hosts, place.hostfile, place.interface)
+    count = count_ranks(place.ranks, cluster)
+    given = _variables([*(cluster.variables if cluster else ()), *place.variables])
+    environment = _environment(place, cluster is not None, prefix, given)
+    mpiexec = find_mpiexec(place.mpiexec)
+    if not dry_run:
+        check_command(command)
+    if cluster is not None and not dry_run:
+        check_hosts(cluster.hosts, mpiexec, place.interface)
+    line = build_command(
+        mpiexec,
+        count,
+        command,
+        hosts=cluster.hosts if cluster else (),
+        home=home_address(cluster.hosts) if cluster else "",
+        interface=place.interface,
+        variables=[*given, *_passed_on(environment), *(() if dry_run else FOR_WRAPPERS)],
+    )
+    for warning in _warnings(place, cluster, mpiexec):
+        click.echo(f"Warning: {warning}", err=True)
+    return Launch(line, environment, count, [host.address for host in cluster.hosts] if cluster else [])
+
+
+def _environment(place: Place, remote: bool, prefix: bool | None, given: Mapping[str, str]) -> dict[str, str]:
+    return build_environment(
+        threads=place.threads,
+        timeout=place.timeout,
+        interface=place.interface,
+        remote=remote,
+        prefix=remote if prefix is None else prefix,
+        base={**os.environ, **given},
+    )
+
+
+def _warnings(place: Place, cluster: Cluster | None, mpiexec: Mpiexec) -> list[str]:
+    other = None
+    if cluster is not None and cluster.backend not in (None, "mpi", "any"):
+        other = f"{place.hostfile}: backend {cluster.backend!r} is for mlx.launch; here ranks talk over MPI"
+    return [warning for warning in (other, mismatch(mpiexec)) if warning]
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    """The values of ``NAME=VALUE``, and of ``NAME`` as it is here."""
+    for one in given:
+        if "=" not in one and one not in os.environ:
+            raise LaunchError(f"--env: {one!r} is not set here, expected the name of a variable, or NAME=VALUE", 2)
+    whole = [one if "=" in one else f"{one}={os.environ[one]}" for one in given]
+    pairs = (check_variable("--env", one).partition("=") for one in whole)
+    return {name: value for name, _, value in pairs}
+
+
+def _passed_on(environment: Mapping[str, str]) -> list[str]:
+    """The variables that every rank gets, also where MPI does not pass all of them on."""
+    return [name for name in environment if name.startswith(PASSED_ON)]

@@ -1,0 +1,26 @@
+"""The fused kernels for CPUs."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..core.gradients import Gradients, Rows
+from ..core.online_softmax import State
+from ..kernels.interface import Kernel, KernelInputs
+from . import backward, forward
+
+
+class HostKernel(Kernel):
+    """NumPy and its BLAS on the memory of the mx arrays."""
+
+    name = "host"
+    lazy = False
+
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        return forward.attend(inputs, state)
+
+    def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+        return backward.rows(out, lse, dout, dlse)
+
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        return backward.add_gradients(inputs, rows, sums)

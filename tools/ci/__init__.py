@@ -1,0 +1,1 @@
+"""What the workflows in ``.github/workflows`` run, and what can be run without them."""
