@@ -58,6 +58,10 @@ class UnsupportedModelError(ArgumentError):
     """A layer or cache of a model cannot be spread over a ring; the message names it."""
 
 
+class ContextWarning(UserWarning):
+    """A prompt is longer than the context that the model was made for; the message names both lengths."""
+
+
 class CacheFileError(ArgumentError):
     """A file of a saved prompt cache is missing, torn or another model's; the message names it."""
 

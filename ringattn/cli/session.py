@@ -7,11 +7,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +25,11 @@ from .starting import Place, prepare
 Work = Callable[["Session"], int | None]
 Read = Callable[[dict[str, Any]], Any]
 STARTED = "RINGATTN_STARTED"  # set for ranks that one of these commands has started itself
+
+LONGEST_ERROR = 600  # characters of another library's message
+
+if TYPE_CHECKING:
+    from ..lm.conversation import Conversation
 
 
 def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, patient: bool = False) -> None:
@@ -63,12 +67,14 @@ def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], rea
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, what, tuple((name, str(value)) for name, value in options.items()))
+
             if ring.rank == 0 and shown():
                 click.echo(f"Loading {options['model']} ...", err=True)
-            with heard(ring, what), _warnings_in_one_line(ring.rank == 0):
-                model, tokenizer = _loaded(options)
-            agree(ring, what)
-            return work(Session(ring, model, tokenizer, options, text)) or 0
+            with _warnings_in_one_line(ring.rank == 0):
+                with heard(ring, what):
+                    model, tokenizer = _loaded(options)
+                agree(ring, what)
+                return work(Session(ring, model, tokenizer, options, text)) or 0
         except (ArgumentError, MissingExtraError) as error:
             if ring.rank == 0:
                 click.echo(f"Error: {error}", err=True)
@@ -83,7 +89,7 @@ def _check_place(place: Place, ring: Ring) -> None:
 
 @contextmanager
 def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
-    """What the loader warns of, once for all ranks and without a line of its source."""
+    """Print warnings, once for all ranks and without a line of their source."""
     with warnings.catch_warnings():
         if not speaks:
             warnings.simplefilter("ignore", KernelWarning)
@@ -123,11 +129,10 @@ def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, and its type where that alone would be a riddle."""
-    told = (str(error).splitlines() or [""])[0]
-    return (
-        told if told and isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {told}"
-    )
+    """The whole message of an error in one line, with its type where the message alone would not say enough."""
+    message = " ".join(str(error).split())
+    plain = message and isinstance(error, OSError | RuntimeError | ValueError)
+    return (message if plain else f"{type(error).__name__}: {message}")[:LONGEST_ERROR]
 
 
 class Session:
@@ -151,7 +156,8 @@ class Session:
         if file is None:
             self.forget()
             return
-        self.cache, _ = lm.load_cache(file, model)
+        self.cache, metadata = lm.load_cache(file, model)
+        self.talk = self._conversation(metadata, self.cache[0].tokens.reshape(-1).tolist())
 
     @property
     def speaks(self) -> bool:
@@ -161,41 +167,44 @@ class Session:
     def forget(self) -> None:
         """Begin again."""
         self.cache = self.model.make_cache()
+        self.talk = self._conversation()
+
+    def _conversation(self, *held: Any) -> Conversation:
+        from ..lm.conversation import Conversation
+
+        system, config = (self.options.get(name) for name in ("system_prompt", "chat_template_config"))  # not of serve
+        return Conversation(self.tokenizer, system, config, *held)
 
     def tokens(self, text: str, plain: bool = False) -> list[int]:
-        """A user's turn, in the model's chat template unless it is to be `plain`; of rank 0, on others nothing."""
+        """What is to be read for a user's turn, in the model's chat template unless it is to be `plain`. Collective.
+
+        The cache is trimmed to what it has in common with all that was said so far, and the rest is read again: a
+        template may put an earlier turn otherwise once another one follows. Other ranks than 0 are given nothing.
+        """
+        from ..lm.conversation import reusable
+        from ..transport.collectives import broadcast_bytes
         from ..transport.consensus import heard
 
-        if not self.speaks:
-            return []
+        ids: list[int] = []
+        known: bytes | None = None
         with heard(self.ring, "broadcast"):
-            if plain or not self.tokenizer.has_chat_template:
-                self._check_plain()
-                return list(self.tokenizer.encode(text))
-            try:
-                return self._turn(text)
-            except Exception as error:  # whatever a model's template says, such as that it knows no system prompt
-                raise ArgumentError(f"the model's chat template: {_one_line(error)}") from None
+            if self.speaks:
+                ids = self._plain(text) if plain or not self.tokenizer.has_chat_template else self.talk.ask(text)
+                known = str(reusable(self.cache, ids)).encode()
+        kept = int(broadcast_bytes(self.ring, known))
+        if kept == 0:
+            self.cache = self.model.make_cache()
+        for layer in self.cache:
+            layer.trim(layer.size() - kept)
+        return ids[kept:]
 
-    def _check_plain(self) -> None:
+    def _plain(self, text: str) -> list[int]:
+        """What the cache holds, and the text as it is after it."""
         for name in ("system_prompt", "chat_template_config"):
             if self.options[name] is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ArgumentError(f"{flag}: {self.options[name]!r}, expected none: no chat template is used")
-
-    def _turn(self, text: str) -> list[int]:
-        """A user's turn in the template. What that puts before it, the system prompt too, is the first turn's alone."""
-        system, config = self.options["system_prompt"], self.options["chat_template_config"] or {}
-        template = partial(self.tokenizer.apply_chat_template, tokenize=False, **config)
-        before, turn = [{"role": "system", "content": system or ""}], [{"role": "user", "content": text}]
-        if not self.cache[0].size():
-            whole = template([*before, *turn] if system is not None else turn, add_generation_prompt=True)
-        else:
-            whole = template(turn, add_generation_prompt=True)
-            with suppress(Exception):  # a template that knows no system prompt, or wants a user
-                both, first = template([*before, *turn], add_generation_prompt=True), template(before)
-                whole = both.removeprefix(first) if both.startswith(first) else whole
-        return list(self.tokenizer.encode(whole, add_special_tokens=False))
+        return self.talk.ask_plainly(text, self.cache[0].tokens.reshape(-1).tolist())
 
     def answer(self, ids: Sequence[int], stopped: Callable[[], bool] | None = None) -> Any:
         """Generate, and print what comes on rank 0; mlx-lm's last response, ``None`` if there was none.
@@ -207,7 +216,7 @@ class Session:
 
         from .. import lm
 
-        options, response, before = self.options, None, self.cache[0].size()
+        options, response, before, said = self.options, None, self.cache[0].size(), ""
         for response in lm.stream_generate(
             self.model,
             self.tokenizer,
@@ -219,10 +228,12 @@ class Session:
             prompt_progress_callback=bar() if self.speaks else None,
             stopped=stopped,
         ):
+            said += response.text
             if self.speaks:
                 click.echo(response.text, nl=False)
         if self.speaks:
             click.echo()
+            self.talk.end_turn(None if response is None else said)
         if response is None and all(c.is_trimmable() for c in self.cache):
             for c in self.cache:
                 c.trim(c.size() - before)
@@ -232,9 +243,10 @@ class Session:
         """Write the cache where that is asked for."""
         from .. import lm
 
-        path, metadata = self.options["save_prompt_cache"], {"model": self.options["model"]}
+        path = self.options["save_prompt_cache"]
         if path is None:
             return
+        metadata = {"model": self.options["model"], **self.talk.metadata}
         try:
             lm.save_cache(path, self.cache, metadata, model=self.model)
         except OSError as error:  # on other ranks it is an ArgumentError

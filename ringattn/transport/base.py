@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import ArgumentError, ArgumentTypeError, RingError
+from .shared_input import SharedInput
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
 
@@ -73,6 +74,7 @@ class Ring(abc.ABC):
         trace: A list that collects `Event`s while it is not ``None``.
         in_graph_bytes: How long the payload of an `exchange_in_graph` may be; 0 where there is none.
         duplex: Whether messages may come and go on all links at once.
+        shared_input: What all ranks must have in common, besides its arguments, for a call to go on.
         bytes_sent: Bytes of blocks and states this rank has sent so far: those of `send`; `exchange` does not count.
     """
 
@@ -84,6 +86,7 @@ class Ring(abc.ABC):
     trace: list[Event] | None = None
     bytes_sent: int = 0
     in_graph_bytes: int = 0
+    shared_input: SharedInput | None = None
     duplex: bool = True
 
     def __init__(self) -> None:
@@ -210,6 +213,16 @@ class Ring(abc.ABC):
     def call(self, what: str) -> Call:
         """Hold the ring for one collective call; a second one, from any thread, gets a `RingError`."""
         return Call(self, what)
+
+    @contextmanager
+    def sharing(self, shared: SharedInput) -> Iterator[None]:
+        """Make `shared` a part of what ranks agree on in every call."""
+        before = self.shared_input
+        self.shared_input = shared
+        try:
+            yield
+        finally:
+            self.shared_input = before
 
     @contextmanager
     def committed(self) -> Iterator[None]:

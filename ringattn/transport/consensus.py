@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .base import Ring
+from .shared_input import TAG_BYTES, SharedInput
 
 __all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
 
@@ -26,8 +27,9 @@ Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short 
 
 IN_GRAPH = 256  # calls in MLX's graph that may be unchecked: the layers of two tokens, of which one is computed now
 _HEAD_BYTES = 64
-_HEAD = struct.Struct("<4sBxxxI16s")  # magic, verdict, bytes of error text, digest; zeros up to _HEAD_BYTES
-_MAGIC = b"ra01"
+_HEAD = struct.Struct("<4sBxxxI24s")  # magic, verdict, bytes of error text, digest and tag; zeros up to _HEAD_BYTES
+_TAG = slice(12 + 16, 12 + 16 + TAG_BYTES)  # of the ring's shared input, behind the digest of the call
+_MAGIC = b"ra02"
 _OK, _ERROR = 0, 1
 _LONGEST_TEXT = 4096
 
@@ -56,14 +58,16 @@ def agree(
         The payload of every rank, in rank order.
 
     Raises:
-        ArgumentError: On every rank, when one rank has an error or the calls differ. The ring still works.
+        ArgumentError: On every rank, when one rank has an error or the calls (or the rings' shared inputs) differ. The
+            ring still works.
     """
     try:
         ring.settle()
     except ArgumentError as late:
         error = error or late
-    own = [memoryview(_head(what, fields, error))]
-    replies = _check(ring, what, fields, error, ring.exchange(own if apart or error is not None else [*own, *payload]))
+    own = [memoryview(_head(ring, what, fields, error))]
+    sent = own if apart or error is not None else [*own, *payload]
+    replies = _check(ring, what, fields, error, ring.exchange(sent), ring.shared_input)
     return ring.exchange(payload) if apart else replies
 
 
@@ -83,10 +87,12 @@ def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> 
         ring.settle(keep=IN_GRAPH)
     except ArgumentError as late:
         agree(ring, what, fields, late)  # the others may not know
-    head = _good_head(what, fields)
-    own = mx.array(np.frombuffer(head, np.uint8))
+    own = mx.array(np.frombuffer(_good_head(what, fields), np.uint8))
+    shared = ring.shared_input
+    if shared is not None:
+        own = mx.concatenate([own[: _TAG.start], shared.tag, own[_TAG.stop :]])
     data = mx.concatenate([own, payload.reshape(-1).view(mx.uint8)])
-    replies = ring.exchange_in_graph(data, lambda told: _check(ring, what, fields, None, told))
+    replies = ring.exchange_in_graph(data, lambda told: _check(ring, what, fields, None, told, shared))
     same = mx.all(replies[:, :_HEAD_BYTES] == own)
     return mx.where(same, mx.contiguous(replies[:, _HEAD_BYTES:]).view(payload.dtype), mx.nan)
 
@@ -102,12 +108,14 @@ def heard(ring: Ring, what: str) -> Iterator[None]:
         raise
 
 
-def _head(what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
+def _head(ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
     """What a rank puts before its payload: `_HEAD_BYTES` bytes, and the text of `error` if there is one."""
-    if error is None:
-        return _good_head(what, fields)
-    text = str(error).encode()[:_LONGEST_TEXT]
-    return _HEAD.pack(_MAGIC, _ERROR, len(text), bytes(16)).ljust(_HEAD_BYTES, b"\0") + text
+    if error is not None:
+        text = str(error).encode(errors="backslashreplace")[:_LONGEST_TEXT]
+        return _HEAD.pack(_MAGIC, _ERROR, len(text), b"").ljust(_HEAD_BYTES, b"\0") + text
+    head = _good_head(what, fields)
+    shared = ring.shared_input
+    return head if shared is None else head[: _TAG.start] + shared.tag_bytes + head[_TAG.stop :]
 
 
 @lru_cache(maxsize=4096)
@@ -116,17 +124,22 @@ def _good_head(what: str, fields: Fields) -> bytes:
     return _HEAD.pack(_MAGIC, _OK, 0, digest).ljust(_HEAD_BYTES, b"\0")
 
 
-def _describe(what: str, fields: Fields) -> bytes:
+def _describe(what: str, fields: Sequence[tuple[str, ...]]) -> bytes:
     return json.dumps([what, fields]).encode()
 
 
 def _check(
-    ring: Ring, what: str, fields: Fields, error: BaseException | None, replies: Sequence[memoryview]
+    ring: Ring,
+    what: str,
+    fields: Fields,
+    error: BaseException | None,
+    replies: Sequence[memoryview],
+    shared: SharedInput | None,
 ) -> list[memoryview]:
     """Read the heads of all ranks' `replies`; see `agree` for the arguments, the result and what it raises."""
     if error is not None:
         raise error
-    own = _good_head(what, fields)
+    own = bytes(replies[ring.rank][:_HEAD_BYTES])
     if all(bytes(reply[:_HEAD_BYTES]) == own for reply in replies):
         return [reply[_HEAD_BYTES:] for reply in replies]
     digests = []
@@ -140,29 +153,31 @@ def _check(
     if len(set(digests)) == 1:
         raise ArgumentError(f"{what}: the ranks run different versions of ringattn")
     # Every rank has seen that the digests differ, so every rank comes here, and the round is matched.
-    calls = [json.loads(bytes(text)) for text in ring.exchange([memoryview(_describe(what, fields))])]
+    table = (() if shared is None else (shared.field,)) + fields
+    calls = [json.loads(bytes(text)) for text in ring.exchange([memoryview(_describe(what, table))])]
     raise ArgumentError(_difference(calls))
 
 
 def _difference(calls: list[list]) -> str:
-    """The first thing in which `calls`, one ``[what, fields]`` per rank, differ."""
+    """The first thing in which `calls`, one ``[what, fields]`` per rank, differ, and its remedy if it has one."""
     names = [call[0] for call in calls]
     if len(set(names)) > 1:
         return ", ".join(f"{_ranks(ranks)} called {name}" for name, ranks in _group(names).items())
-    tables = [dict(call[1]) for call in calls]
+    tables = [{name: rest for name, *rest in call[1]} for call in calls]
     for name in dict.fromkeys(name for table in tables for name in table):
-        values = [table.get(name, "not given") for table in tables]
+        values, *remedies = zip(*(table.get(name, ["not given"]) for table in tables))
         if len(set(values)) > 1:
-            return f"{names[0]}: {name} differs between ranks: {by_rank(values)}"
+            text = f"{names[0]}: {name} differs between ranks: {by_rank(values)}"
+            return f"{text}: {remedies[0][0]}" if remedies else text
     return f"{names[0]}: the order of its arguments differs between ranks"
 
 
-def by_rank(values: list[str]) -> str:
+def by_rank(values: Sequence[str]) -> str:
     """The value of every rank, in words: ``0.25 on ranks 0 and 2, 0.5 on rank 1``."""
     return ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in _group(values).items())
 
 
-def _group(values: list[str]) -> dict[str, list[int]]:
+def _group(values: Sequence[str]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace as Namespace
-from typing import Any
 
 import families
 import mlx.core as mx
@@ -19,7 +17,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ringattn.cli.progress_bar import line
-from ringattn.cli.session import Session
 
 pytestmark = pytest.mark.model
 
@@ -188,52 +185,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # as on a disk that is full
 main()
 """
-
-
-@pytest.mark.parametrize(
-    "system, held, told",
-    [
-        ("Be brief.", 0, "[system Be brief.][user x][assistant]"),
-        ("Be brief.", 5, "[user x][assistant]"),
-        (None, 0, "[system Default][user x][assistant]"),
-        (None, 5, "[user x][assistant]"),
-    ],
-)
-@pytest.mark.parametrize("knows_system", [True, False])
-def test_a_system_prompt_is_of_the_first_turn(system, held, told, knows_system):
-    """And so is what a template puts there by itself."""
-    tokenizer = Template(knows_system)
-    config = {"enable_thinking": False}
-    session: Any = Namespace(
-        tokenizer=tokenizer,
-        options={"system_prompt": system, "chat_template_config": config},
-        cache=[Namespace(size=lambda: held)],
-    )
-    if not knows_system and system is not None and not held:
-        with pytest.raises(ValueError, match="no system"):
-            Session._turn(session, "x")
-        return
-    found = "".join(map(chr, Session._turn(session, "x")))
-    assert found == (told if knows_system else told.replace("[system Default]", ""))
-    assert tokenizer.config == config
-
-
-class Template:
-    """A tokenizer with a chat template."""
-
-    def __init__(self, knows_system: bool):
-        self.knows_system = knows_system
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False, **config):
-        self.config, first = config, messages[0]["role"] == "system"
-        if first and not self.knows_system:
-            raise ValueError("no system role")
-        before = "[system Default]" if self.knows_system and not first else ""
-        text = "".join(f"[{m['role']} {m['content']}]" for m in messages)
-        return before + text + "[assistant]" * add_generation_prompt
-
-    def encode(self, text, add_special_tokens):
-        return list(map(ord, text))
 
 
 def test_more_ways_to_sample_and_to_end():

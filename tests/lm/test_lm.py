@@ -21,7 +21,7 @@ if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
 from ringattn import lm
-from ringattn.lm.gguf import load_gguf
+from ringattn.lm.gguf import load_gguf, tokenizer_of
 
 WEIGHTS = st.lists(st.floats(0.2, 5), min_size=1, max_size=6).map(tuple)
 
@@ -144,3 +144,27 @@ def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
     monkeypatch.setattr(mx, "load", lambda *_, **__: (tensors, whole))
     with pytest.raises(lm.UnsupportedModelError, match=told.replace(".", r"\.")):
         load_gguf(Path("x.gguf"))
+
+
+def test_gguf_kinds_of_tokens():
+    """Those of a user are atoms as the control tokens are, but a part of the text; unused and byte tokens are not."""
+    words = [chr(i) for i in range(33, 127)]  # bytes that stand for themselves
+    extra = [("<eos>", 3), ("<think>", 4), ("<unused>", 5), ("<0x0A>", 6), ("<unk>", 2), ("th", 1), ("\n\n", 4)]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [*words, *(word for word, _ in extra)],
+        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.token_type": mx.array([1] * 94 + [kind for _, kind in extra]),
+        "tokenizer.ggml.bos_token_id": mx.array(94),
+        "tokenizer.ggml.eos_token_id": mx.array(94),
+    }
+    tokenizer = tokenizer_of(Path("x.gguf"), metadata)
+    ids = {word: 94 + i for i, (word, _) in enumerate(extra)}
+    for word in ("<eos>", "<think>", "<unk>", "\n\n"):
+        assert tokenizer.encode(f"a{word}th") == [words.index("a"), ids[word], ids["th"]]
+        assert tokenizer.decode([ids[word]]) == word
+    for word in ("<unused>", "<0x0A>"):
+        assert tokenizer.encode(word) == list(map(words.index, word))
+    shown = tokenizer.decode([ids["<eos>"], ids["<think>"], ids["th"]], skip_special_tokens=True)
+    assert shown == "<think>th"

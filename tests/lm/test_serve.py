@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
+import os
 import re
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_requests import FUZZ_SECONDS, bodies
+from tiny_model import make_folder
 
 pytestmark = pytest.mark.model
 
@@ -28,19 +33,26 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 5000}
 class Server:
     """A running ``ringattn serve -n 2``."""
 
-    def __init__(self) -> None:
-        line = [sys.executable, "-m", "ringattn.cli", "serve", "-n", "2", "--model", "smollm2", "--dtype", "float32"]
-        self.process = subprocess.Popen(
-            [*line, "--port", "0", "--prefill-step-size", "64"], stderr=subprocess.PIPE, text=True
-        )
+    def __init__(self, model: str, *options: str) -> None:
+        line = [sys.executable, "-m", "ringattn.cli", "serve", "-n", "2", "--model", model, "--dtype", "float32"]
+        self.process = subprocess.Popen([*line, "--port", "0", *options], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
-        said = self.process.stderr.readline()
-        found = re.search(r"http://127.0.0.1:(\d+)/v1 \(2 ranks\)", said)
-        assert found, said
+        said: list[str] = []
+        for line_of_it in self.process.stderr:
+            said.append(line_of_it)
+            if found := re.search(r"http://127.0.0.1:(\d+)/v1 \(2 ranks\)", line_of_it):
+                break
+        else:
+            pytest.fail("".join(said))
         self.port = int(found[1])
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()  # what it says of each request
+
+    def close(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(20) == 128 + signal.SIGTERM
 
     def open(self, path: str, body: Any, **headers: str) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         text = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("GET" if body is None else "POST", path, None if body is None else text, headers)
         return connection
@@ -55,10 +67,18 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    one = Server()
+    """With SmolLM2, whose answers make sense."""
+    one = Server("smollm2", "--prefill-step-size", "64")
     yield one
-    one.process.terminate()
-    assert one.process.wait(20) == 128 + signal.SIGTERM
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With a tiny random model, for requests that are odd."""
+    one = Server(str(make_folder(tmp_path_factory.mktemp("model"))))
+    yield one
+    one.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +116,21 @@ def test_a_stream(server: Server, expected: str) -> None:
     assert chunks[0]["choices"][0]["finish_reason"] == "stop" and usage["usage"]["completion_tokens"] > 1
 
 
-@pytest.mark.parametrize("stop, left", [("Paris", "The capital of France is"), (["xyz", "tal of Fr"], "The capi")])
+@pytest.mark.parametrize(
+    "stop, left",
+    [
+        ("Paris", "The capital of France is "),
+        (["xyz", "tal of Fr"], "The capi"),  # spread over several tokens
+        ("Paris. And", "The capital of France is Paris."),  # begins where the answer ends
+    ],
+)
 def test_a_stop_word(server: Server, stop: str | list[str], left: str) -> None:
-    """Also one that is spread over several tokens."""
-    _, found = server.ask(CHAT, {"messages": QUESTION, "max_tokens": 20, "stop": stop})
-    choice = found["choices"][0]
-    assert (choice["message"]["content"].strip(), choice["finish_reason"]) == (left, "stop")
+    body = {"messages": QUESTION, "max_tokens": 20, "stop": stop}
+    choice = server.ask(CHAT, body)[1]["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (left, "stop")
+    _, text = server.ask(CHAT, {**body, "stream": True})
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == left
 
 
 def test_a_text(server: Server) -> None:
@@ -125,55 +154,99 @@ def test_models_and_health(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "path, body, status, told",
+    "body, param",
     [
-        (CHAT, b"{", 400, "Invalid JSON"),
-        (CHAT, b"\xff", 400, "not UTF-8"),
-        (CHAT, [], 400, "JSON dictionary"),
-        (CHAT, {}, 400, "messages: expected a list"),
-        (CHAT, {"messages": []}, 400, "messages: expected a list"),
-        (CHAT, {"messages": [{"content": "x"}]}, 400, "messages[0].role: None"),
-        (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content: 5"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "parts of type 'text'"),
-        (CHAT, {"messages": QUESTION, "model": "gpt"}, 404, "model: 'gpt' is not served here, expected 'smollm2'"),
-        (CHAT, {"messages": QUESTION, "n": 2}, 400, "n: 2, expected 1"),
-        (CHAT, {"messages": QUESTION, "adapters": "x"}, 400, "adapters: 'x'"),
-        (CHAT, {"messages": QUESTION, "stream": True, "stream_options": 1}, 400, "stream_options: 1"),
-        (CHAT, {"messages": QUESTION, "max_tokens": "many"}, 400, "max_tokens must be"),
-        (CHAT, {"messages": QUESTION, "temperature": -1}, 400, "temperature must be"),
-        (CHAT, b'{"messages": ' + b"[" * 10**5, 400, "nested too deep"),
-        (CHAT, b'{"stop": ' + b'{"a": ' * 900 + b"1" + b"}" * 901, 400, "messages: expected a list"),
-        (TEXT, {"prompt": "x", "stop": json.loads("[" * 400 + "]" * 400)}, 400, "stop: [[["),
-        (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, "request body: Exceeds the limit"),
-        (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN, which is not JSON"),
-        (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "1e999, expected finite numbers"),
-        (TEXT, {"prompt": "x", "temperature": 10**400}, 400, "temperature: 1000"),
-        (TEXT, {"prompt": "x", "presence_penalty": -(10**400)}, 400, "presence_penalty: -1000"),
-        (TEXT, {"prompt": "x", "logit_bias": {"5": "nan"}}, 400, "logit_bias: nan for token 5"),
-        (TEXT, {"prompt": "x", "top_k": 49152, "temperature": 1}, 400, "top_k: 49152, expected less than 49152"),
-        (TEXT, {"prompt": "x", "seed": -1}, 400, "seed: -1, expected a whole number from 0 to 18446744073709551615"),
-        (TEXT, {"prompt": "x", "seed": 10**30}, 400, "seed: 1000000000000000000000000000000, expected"),
-        (TEXT, {"prompt": "x", "seed": True}, 400, "seed: True"),
-        (TEXT, {"prompt": "x", "max_tokens": 10**30}, 400, "max_tokens: 1000"),
-        (TEXT, {"prompt": "x", "repetition_penalty": 2, "repetition_context_size": 10**30}, 400, "context_size: 1000"),
-        (TEXT, {}, 400, "prompt"),
-        (TEXT, {"prompt": 5}, 400, "prompt: of type int"),
-        (TEXT, {"prompt": ""}, 400, "prompt: no token"),
-        (TEXT, {"prompt": "x", "stop": 5}, 400, "stop: 5"),
-        (TEXT, {"prompt": "x", "stop": [""]}, 400, "stop: ['']"),
-        (TEXT, {"prompt": "x", "logit_bias": {"999999": 1}}, 400, "logit_bias: token 999999"),
+        ({"prompt": "x", "top_logprobs": True}, "top_logprobs"),
+        ({"prompt": "x", "xtc_probability": 1, "xtc_threshold": 0.9, "temperature": 1}, "xtc_threshold"),
+        ({"prompt": "x", "top_k": 262, "temperature": 1}, "top_k"),
+        ({"prompt": "x", "logit_bias": {"262": 1}}, "logit_bias"),
+        ({"prompt": "x", "repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"prompt": "\ud800"}, None),
+        ({"prompt": "x", "stop": json.loads("[" * 400 + "]" * 400)}, "stop"),
     ],
 )
-def test_a_bad_request_is_told_why(server: Server, path: str, body: Any, status: int, told: str) -> None:
-    found, answer = server.ask(path, body)
-    assert found == status and told in answer["error"], answer
+def test_a_bad_request_leaves_the_ranks_in_step(tiny: Server, body: Any, param: str | None) -> None:
+    status, found = tiny.ask(TEXT, body)
+    assert (status, found["error"]["param"]) == (400, param), found
+    assert tiny.ask(TEXT, {"prompt": "x", "max_tokens": 3})[0] == 200
 
 
-@pytest.mark.parametrize("length, status", [("-1", 400), ("99999999999", 413), ("many", 400)])
-def test_a_wrong_length_is_told_why(server: Server, length: str, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as one:
-        one.sendall(f"POST {CHAT} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode())
-        assert f" {status} ".encode() in one.recv(100)
+class Fuzz:
+    """Odd requests to a server, and between them a plain one that must get its usual answer."""
+
+    plain = {"prompt": "Once upon a time", "max_tokens": 4, "logprobs": 2}
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.count = 0
+        self.usual = self.ask_plain()
+
+    def ask_plain(self) -> Any:
+        status, found = self.server.ask(TEXT, self.plain)
+        assert status == 200, found
+        return found["choices"]
+
+    def ask(self, path: str, body: dict[str, Any]) -> None:
+        status, found = self.server.ask(path, body)
+        assert status in (200, 400, 404, 413), (status, body)
+        assert status == 200 or found["error"]["message"], body
+        self.count += 1
+        if self.count % 10 == 0:
+            assert self.ask_plain() == self.usual, body
+
+
+def few_tokens(body: dict[str, Any]) -> dict[str, Any]:
+    """A body whose answer is short, unless its number of tokens is refused."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is None or (isinstance(value, int) and value > 8):
+            body[name] = 3
+    if "prompt" in body:
+        del body["max_completion_tokens"]
+    return body
+
+
+def test_odd_requests_leave_the_usual_answer(tiny: Server) -> None:
+    """For RINGATTN_FUZZ_SECONDS seconds, or some more where requests are slow."""
+    fuzz = Fuzz(tiny)
+    end = time.monotonic() + FUZZ_SECONDS
+
+    @settings(max_examples=20 * FUZZ_SECONDS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.tuples(st.just(CHAT), bodies("chat")) | st.tuples(st.just(TEXT), bodies("text")))
+    def odd(request: tuple[str, dict[str, Any]]) -> None:
+        if time.monotonic() < end:
+            fuzz.ask(request[0], few_tokens(request[1]))
+
+    odd()
+    assert fuzz.count > 5 and fuzz.ask_plain() == fuzz.usual
+
+
+def test_other_servers_clients(server: Server, expected: str) -> None:
+    """OpenAI's own: answers, streams, errors."""
+    openai = pytest.importorskip("openai") if "CI" not in os.environ else importlib.import_module("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+    ask = {"model": "smollm2", "messages": QUESTION, "max_tokens": 20}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, n=None, user="me")
+    assert whole.choices[0].message.content == expected and whole.model == "smollm2"
+    chosen = whole.choices[0].logprobs.content
+    assert "".join(entry.token for entry in chosen) == expected
+    assert all(entry.top_logprobs[0].token == entry.token for entry in chosen)
+    chunks = list(client.chat.completions.create(**ask, stream=True, logprobs=True))
+    told = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
+    assert "".join(told) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    with client.chat.completions.stream(**ask) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.content == expected
+    text = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=2, logprobs=1)
+    assert text.choices[0].text == "".join(text.choices[0].logprobs.tokens).lstrip()  # as mlx-lm trims the first
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+    with pytest.raises(openai.BadRequestError, match="n: 2, expected 1") as wrong:
+        client.chat.completions.create(**ask, n=2)
+    assert (wrong.value.param, wrong.value.type) == ("n", "invalid_request_error")
+    with pytest.raises(openai.NotFoundError, match="'gpt' is not served here"):
+        client.chat.completions.create(**{**ask, "model": "gpt"})
+    with pytest.raises(openai.NotFoundError, match="no such address"):
+        client.embeddings.create(model="smollm2", input="x")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -190,34 +263,13 @@ def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> N
         assert time.monotonic() - begin < 20  # the answers alone would have taken minutes
 
 
-def test_requests_wait_for_their_turn(server: Server) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        body = {"messages": QUESTION, "max_tokens": 20}
-        found = list(pool.map(lambda _: server.ask(CHAT, body)[1]["choices"][0]["message"]["content"], range(4)))
-    assert len(set(found)) == 1 and "Paris" in found[0]
-
-
-def test_arguments_for_the_chat_template() -> None:
-    """Those of the command line, which a request may change."""
-    from argparse import Namespace
-
-    from ringattn.lm.server import Engine
-
-    seen = {}
-
-    class Tokenizer:
-        has_chat_template, has_tool_calling, has_thinking, response_initial_state = True, False, False, None
-
-        def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
-            seen.update(options)
-            return [1, 2]
-
-    arguments = Namespace(chat_template_args={"enable_thinking": False, "more": 1})
-    engine = Engine(Namespace(ring=None), Tokenizer(), arguments, 0)  # type: ignore[arg-type]
-    request = Namespace(request_type="chat", messages=[{"role": "assistant", "content": "x"}], tools=None)
-    request.role_mapping = None
-    assert engine.tokens(request, {"more": 2})[0] == [1, 2]
-    assert (seen["enable_thinking"], seen["more"]) == (False, 2)
+def test_requests_wait_for_their_turn(tiny: Server) -> None:
+    """Of fifty at the same moment each gets its answer."""
+    body = {"prompt": "Once", "max_tokens": 4}
+    expected = tiny.ask(TEXT, body)[1]["choices"]
+    with ThreadPoolExecutor(50) as pool:
+        found = list(pool.map(lambda _: tiny.ask(TEXT, body), range(50)))
+    assert all(status == 200 and answer["choices"] == expected for status, answer in found)
 
 
 def test_template_arguments_that_are_no_object_are_one_line() -> None:
@@ -232,23 +284,6 @@ def test_a_port_in_use_is_one_line(server: Server) -> None:
     found = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
     assert f"cannot listen on 127.0.0.1:{server.port}" in found.stderr
-
-
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.data())
-def test_stop_words_end_where_the_text_says(text: str, words: list[str], data: Any) -> None:
-    from ringattn.lm.server.stop_words import StopWords
-
-    stops, end = StopWords(words), None
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
-    done = 0
-    for start, stop in zip([0, *cuts], [*cuts, len(text)]):
-        cut = stops.cut(text[start:stop])
-        if cut is not None:
-            end = start + len(cut)
-            break
-        done = stop
-    ends = [text.find(word) + len(word) for word in words if word in text]
-    assert end == min(ends, default=None) if ends else (end is None and done == len(text))
 
 
 class Plain:

@@ -11,6 +11,7 @@ import pytest
 import ringattn as ra
 from ringattn import ArgumentError, Layout, TransformError
 from ringattn.transport import Ring, consensus
+from ringattn.transport.shared_input import SharedInput
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,27 @@ def test_arguments_that_differ(ring, looked_at):
     if looked_at:
         assert np.isnan(np.array(out)).all()
     with pytest.raises(ArgumentError, match="decode_attention: scale differs between ranks: 0.5 on rank 0, 0.25 on"):
+        ring.barrier()
+    assert same(decode(ring))
+    ring.barrier()
+
+
+@pytest.mark.parametrize("backends", [["reference"], ["host", "reference"]], ids=["in the graph", "mixed"])
+def test_a_shared_input(ring, backends):
+    """It is looked at without waiting, wherever a rank's kernel computes; the first rank has another one."""
+    backend = backends[ring.rank % len(backends)]
+    with ring.sharing(SharedInput("the input", mx.array([[5, 6]]), "do so")):
+        assert same(decode(ring, backend=backend))
+        ring.barrier()
+    text = r"decode_attention: the input differs between ranks: \[5, 7\] on rank 0, \[5, 6\] on ranks? .*: do so$"
+    with ring.sharing(SharedInput("the input", mx.array([[5, 6 + (ring.rank == 0)]]), "do so")):
+        if backend == "host":
+            with pytest.raises(ArgumentError, match=text):
+                decode(ring, backend=backend)
+        else:
+            out, _ = decode(ring, backend=backend)
+            assert np.isnan(np.array(out)).all()
+    with pytest.raises(ArgumentError, match=text):  # those that did not wait hear of it now, and so do all
         ring.barrier()
     assert same(decode(ring))
     ring.barrier()

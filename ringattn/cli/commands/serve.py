@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -14,6 +15,8 @@ from .. import INTERRUPTED
 from ..host_options import with_options
 from ..lm_options import OPTIONS, JsonObject
 from ..session import Session, run
+
+DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p")  # beside --temp; a request may change them
 
 SERVING = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
@@ -39,6 +42,14 @@ SERVING = (
         type=click.IntRange(min=0),
         help="Contexts of earlier requests that are kept for those that go on from them.",
     ),
+    click.option(
+        "--max-body",
+        default=4,
+        show_default=True,
+        type=click.IntRange(1, 1024),
+        metavar="MB",
+        help="Size of a request at most.",
+    ),
 )
 
 
@@ -57,24 +68,19 @@ def serve(**options: Any) -> None:
 
 
 def _serve(session: Session) -> int:
-    """Listen on rank 0 and answer on all ranks, until a signal ends it; the exit code."""
-    from ...lm.server import Engine, open_server
+    """Listen on rank 0 and answer on all ranks until a signal ends it. Return the exit code."""
+    from ...lm.server import Engine, Settings, open_server
     from ...transport.consensus import heard
 
     options = session.options
-    arguments = Namespace(
+    settings = Settings(
         model=options["model"],
-        max_tokens=options["max_tokens"],
-        temp=options["temp"],
-        top_p=options["top_p"],
-        top_k=options["top_k"],
-        min_p=options["min_p"],
-        allowed_origins=options["allowed_origins"].split(","),
-        num_draft_tokens=0,
-        chat_template_args=options["chat_template_args"],
+        defaults={"temperature": options["temp"], **{name: options[name] for name in DEFAULTS}},
+        template=options["chat_template_args"],
+        origins=tuple(options["allowed_origins"].split(",")),
+        max_body=options["max_body"] << 20,
     )
-    size, chunk = options["prompt_cache_size"], options["prefill_step_size"]
-    engine = Engine(session.model, session.tokenizer, arguments, size, chunk)
+    engine = Engine(session.model, session.tokenizer, options["prompt_cache_size"], options["prefill_step_size"])
     signals: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -85,7 +91,7 @@ def _serve(session: Session) -> int:
         signal.signal(number, stop)
     if session.speaks:
         with heard(session.ring, "broadcast"):
-            server = _listen(open_server, engine, options["host"], options["port"])
+            server = _listen(partial(open_server, engine, settings), options["host"], options["port"])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host, port = server.server_address[:2]
         shown = f"[{host!s}]" if ":" in str(host) else host
@@ -95,8 +101,8 @@ def _serve(session: Session) -> int:
     return INTERRUPTED if signal.SIGINT in signals else 0
 
 
-def _listen(open_server: Any, engine: Any, host: str, port: int) -> Any:
+def _listen(open_at: Callable[[str, int], Any], host: str, port: int) -> Any:
     try:
-        return open_server(engine, host, port)
+        return open_at(host, port)
     except OSError as error:
         raise ArgumentError(f"--host, --port: cannot listen on {host}:{port} ({error.strerror or error})") from None

@@ -9,13 +9,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ...errors import CacheFileError
 from ...layout import Layout
 from ..sharded_cache import ShardedKVCache
 from .atomic_files import DATA
 from .fingerprint import difference
 
-VERSION = 2
+VERSION = 3
+TOKENS = "tokens"  # the array of their ids, in every file
+NAMES = ("keys", "values")  # the arrays of a layer, behind its index
 _VERSION, _CHECKSUM = "ringattn prompt cache", "checksum"
 
 
@@ -72,6 +76,14 @@ class Manifest:
     layers: tuple[Layer, ...]
     model: Mapping[str, Any]
     metadata: Mapping[str, str]
+
+    def expected(self, file: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array in a file."""
+        first = self.layers[0]
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {TOKENS: ((first.keys[0], first.layout.stop), str(mx.int32))}
+        for i, layer in enumerate(self.layers):
+            arrays |= {f"{i}.{name}": found for name, found in zip(NAMES, layer.expected(file))}
+        return arrays
 
     def text(self) -> str:
         """As it stands in the file, with a checksum of itself."""

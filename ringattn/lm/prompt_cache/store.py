@@ -24,14 +24,14 @@ from ...layout import Layout
 from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, heard
+from ..history import TokenHistory
 from ..shard import Sharded
 from ..sharded_cache import ShardedKVCache, pick
 from .atomic_files import Part, sweep
 from .fingerprint import shared_fingerprint
-from .manifest import File, Layer, Manifest
+from .manifest import NAMES, TOKENS, File, Layer, Manifest
 
 SAVE, LOAD = "save_cache", "load_cache"
-NAMES = ("keys", "values")
 PIECE = 1 << 24  # bytes that are read at once
 
 
@@ -59,7 +59,8 @@ def save_cache(
     made_by = shared_fingerprint(ring, model)
     with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
         with heard(ring, SAVE):
-            part.write({f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)})
+            arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
+            part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
             told = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
             payload = memoryview(json.dumps(told).encode())
             layers = tuple(map(Layer.of, cache))
@@ -98,8 +99,9 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
         cache = model.make_cache()
         manifest.check_model(path, expected, cache)
         arrays = _arrays(path, manifest, ring)
+        history = TokenHistory(next(file[TOKENS] for file in arrays if file))
         for i, c in enumerate(cache):
-            c.restore(*_part(i, manifest, ring, arrays))
+            c.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
     agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
     return cache, dict(manifest.metadata)
@@ -132,12 +134,11 @@ def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
         if getattr(found, name) != getattr(told, name):
             what = f"{name} {getattr(found, name)}, expected {getattr(told, name)}"
             raise CacheFileError(f"{file}: torn or changed: {what}")
-    for layer, held in enumerate(manifest.layers):
-        for name, expected in zip(NAMES, held.expected(i)):
-            x = arrays.get(f"{layer}.{name}")
-            if x is None or (x.shape, str(x.dtype)) != expected:
-                shown = None if x is None else (x.shape, str(x.dtype))
-                raise CacheFileError(f"{file}: {name} of layer {layer}: {shown}, expected {expected}")
+    for name, expected in manifest.expected(i).items():
+        x = arrays.get(name)
+        if x is None or (x.shape, str(x.dtype)) != expected:
+            shown = None if x is None else (x.shape, str(x.dtype))
+            raise CacheFileError(f"{file}: array {name}: {shown}, expected {expected}")
     return arrays
 
 

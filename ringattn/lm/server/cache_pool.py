@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..history import shared_length
+
 Cache = list[Any]  # of all layers
 
 
@@ -50,8 +52,3 @@ class KeptCaches:
             c.trim(surplus)
         self._held.insert(0, (list(ids), cache))
         del self._held[self._size :]
-
-
-def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first elements two sequences have in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,29 +1,49 @@
-"""Answers on all ranks: requests wait in rank 0's queue, and every rank works on one of them at a time."""
+"""Generation on all ranks: requests wait in rank 0's queue, and every rank works on one of them at a time."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import server as mlx_server
-from mlx_lm.generate import make_text_state_machine
+import numpy as np
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
-from ...transport.consensus import heard
 from ..generate import stream_generate
 from ..shard import Sharded
 from .cache_pool import KeptCaches
+from .fields import RequestError
+from .requests import Request
 from .stop_words import StopWords
 
-LOOK = 0.25  # s between two looks whether a client, or the server, is still there
+POLL_INTERVAL = 0.25  # s between two looks whether a client, or the server, is still there
+MOST_WAITING = 192  # requests that wait for their turn
+
+
+@dataclass
+class Piece:
+    """What one token adds to an answer.
+
+    Attributes:
+        text: Without stop words.
+        token: Its id.
+        logprob: Its log-probability; ``None`` where that is not wanted, or the token only ends the answer.
+        top: The likeliest tokens in its place, with their log-probabilities.
+        finish_reason: ``"stop"`` or ``"length"`` with the last token.
+    """
+
+    text: str
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+    finish_reason: str | None
 
 
 @dataclass
@@ -31,85 +51,86 @@ class Answer:
     """A request that waits for its turn or has it; rank 0 alone knows of it.
 
     Attributes:
+        request: Checked.
         ids: The prompt.
-        args: mlx-lm's arguments of the generation.
-        context: What mlx-lm's handler wants to know of the answer; it says when its client has left.
-        replies: mlx-lm's responses, progress as ``(done, total)``, an exception, or ``None`` at the end.
+        cached: How many tokens of the prompt were in a kept cache.
+        left: Whether nobody waits for the answer any more.
+        replies: Pieces, progress as ``(done, total)``, an exception, or ``None`` at the end.
     """
 
+    request: Request
     ids: list[int]
-    args: Any
-    context: Any
+    cached: int = 0
+    left: bool = False
     replies: Queue = field(default_factory=Queue)
 
-    @property
-    def left(self) -> bool:
-        return bool(self.context._should_stop)
 
-
-class Engine(mlx_server.ResponseGenerator):
-    """What mlx-lm's HTTP handler asks for answers.
+class Engine:
+    """Answers of a sharded model.
 
     Args:
         model: Sharded.
         tokenizer: Its tokenizer.
-        cli_args: mlx_lm.server's command-line arguments, as far as its handler reads them.
         kept: How many caches of earlier requests are kept.
         chunk: As in `stream_generate`.
+
+    Attributes:
+        stopping: Whether the server is to end; set by a signal's handler.
     """
 
-    def __init__(self, model: Sharded, tokenizer: Any, cli_args: Namespace, kept: int, chunk: int | None = None):
-        # Not mlx-lm's own, which asks mx.distributed for a group: that would start MPI a second time in this process.
-        self.model, self.tokenizer, self.ring = model, tokenizer, model.ring
-        self.model_provider: Any = Namespace(processor=None, cli_args=cli_args)
+    def __init__(self, model: Sharded, tokenizer: Any, kept: int, chunk: int | None = None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ring = model.ring
         self.stopping = False
-        self._kept, self._chunk = KeptCaches(kept), chunk
+        self._kept = KeptCaches(kept)
+        self._chunk = chunk
         self._queue: Queue[Answer] = Queue()
-        self._tokenizing = threading.Lock()  # a fast tokenizer serves one thread at a time
+        self._places = threading.BoundedSemaphore(MOST_WAITING)
+        self._never_excluded = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]  # by XTC sampling, as mlx-lm's
 
     # What the threads of HTTP requests call, on rank 0
 
-    def generation_available(self) -> bool:
-        return not self.stopping
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be named in a request."""
+        width = getattr(getattr(self.model, "args", None), "vocab_size", None)
+        known = len(self.tokenizer.get_vocab())
+        return min(known, width) if isinstance(width, int) else known
 
-    def tokens(self, request: Any, template: Any) -> tuple[list[int], str]:
-        """The ids of a request's prompt, and the state that the answer begins in, of mlx-lm's state machine."""
-        with self._tokenizing:
-            found = self._tokenize(self.tokenizer, request, Namespace(chat_template_kwargs=template))
-        return list(found[0]), found[3]
+    def submit(self, request: Request, ids: list[int]) -> Answer:
+        """Queue a request. `leave` must be called in the end.
 
-    def generate(
-        self, request: Any, generation_args: Any, progress_callback: Callable[[int, int], None] | None = None
-    ) -> tuple[Any, Iterator[Any]]:
-        """Queue a request (an `http.Prompt`): its context, and the responses as they come.
-
-        Leaving the iterator early, or a client that is gone, frees the place for the next one.
+        Raises:
+            RequestError: The server is shutting down, or too many requests wait.
         """
-        context = mlx_server.GenerationContext(
-            has_tool_calling=self.tokenizer.has_tool_calling,
-            has_thinking=self.tokenizer.has_thinking,
-            tool_parser=self.tokenizer.tool_parser,
-            text_sm=make_text_state_machine(self.tokenizer, generation_args.stop_words),
-            initial_state=request.initial_state,
-            prompt=request.ids,
-        )
-        answer = Answer(request.ids, generation_args, context)
+        if self.stopping:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if not self._places.acquire(blocking=False):
+            raise RequestError(503, f"{MOST_WAITING} requests wait for their turn, try again later", code="overloaded")
+        answer = Answer(request, ids)
         self._queue.put(answer)
-        return context, self._responses(answer, request.check_client, progress_callback or (lambda *_: None))
+        return answer
 
-    def _responses(
+    def leave(self, answer: Answer) -> None:
+        """End an answer that nobody waits for any more, or that has come to its end."""
+        answer.left = True
+        self._places.release()
+
+    def pieces(
         self, answer: Answer, check_client: Callable[[], None], progress: Callable[[int, int], None]
-    ) -> Iterator[Any]:
+    ) -> Iterator[Piece]:
+        """The pieces of an answer as they come. `check_client` raises if the client has left."""
         looked = time.monotonic()
         while True:
-            if time.monotonic() - looked > LOOK:
+            if time.monotonic() - looked > POLL_INTERVAL:
                 check_client()
                 looked = time.monotonic()
             try:
-                reply = answer.replies.get(timeout=LOOK)
+                reply = answer.replies.get(timeout=POLL_INTERVAL)
             except Empty:
                 if self.stopping:
-                    raise RuntimeError("the server is shutting down") from None
+                    raise RequestError(503, "the server is shutting down", code="shutting_down") from None
                 continue
             if reply is None:
                 return
@@ -124,41 +145,68 @@ class Engine(mlx_server.ResponseGenerator):
 
     def run(self) -> None:
         """Answer requests until rank 0's `stopping` is set. Collective."""
-        while (answer := self._next()) is not None or self.ring.rank:
-            told = broadcast_bytes(self.ring, None if self.ring.rank else _job(answer))
-            if not told:
+        while (found := self._next()) is not None or self.ring.rank:
+            answer, options = found or (None, {})
+            job = broadcast_bytes(self.ring, None if answer is None else _pack(answer))
+            if not job:
                 return
-            self._serve(answer, **json.loads(told))
+            self._serve(answer, options, *_unpack(job))
         broadcast_bytes(self.ring, b"")
 
-    def _next(self) -> Answer | None:
-        """The next request whose client is still there; ``None`` at the end, and on other ranks than 0."""
+    def _next(self) -> tuple[Answer, dict[str, Any]] | None:
+        """The next request whose client is still there, and what rank 0 needs to generate its answer.
+
+        ``None`` at the end, and on other ranks than 0. What fails here fails before any other rank hears of it.
+        """
         while not self.stopping and self.ring.rank == 0:
             try:
-                answer = self._queue.get(timeout=LOOK)
+                answer = self._queue.get(timeout=POLL_INTERVAL)
             except Empty:
                 continue
-            if not answer.left:
-                return answer
+            if answer.left:
+                continue
+            try:
+                return answer, self._options(answer)
+            except Exception as error:
+                answer.replies.put(error)
         return None
 
-    def _serve(self, answer: Answer | None, ids: list[int], max_tokens: int, stop: list[str]) -> None:
-        """Answer one request. What goes wrong with it alone is told to its client, and the next one has its turn."""
-        replies = answer.replies if answer else None
-        try:
-            self._answer(answer, ids, max_tokens, StopWords(stop))
-        except Exception as error:  # on every rank: a collective call tells all of them
-            if replies is not None:
-                replies.put(error)
-            if isinstance(error, RingError):
-                raise
-        else:
-            if replies is not None:
-                replies.put(None)
+    def _options(self, answer: Answer) -> dict[str, Any]:
+        """What rank 0 decides: the sampling, and the end where the client has left."""
+        request = answer.request
+        if request.seed is not None:
+            mx.random.seed(request.seed)
+        sampling = dict(request.sampling)
+        return {
+            "sampler": make_sampler(
+                sampling.pop("temperature", 0.0), xtc_special_tokens=self._never_excluded, **sampling
+            ),
+            "logits_processors": make_logits_processors(**request.processors),
+            "stopped": lambda: self.stopping or answer.left,
+            "prompt_progress_callback": lambda done, total: answer.replies.put((done, total)),
+        }
 
-    def _answer(self, answer: Answer | None, ids: list[int], max_tokens: int, stop: StopWords) -> None:
+    def _serve(
+        self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: list[str]
+    ) -> None:
+        """Answer one request. An error of it alone goes to its client, and the next one has its turn."""
+        error: Exception | None = None
+        try:
+            self._generate(answer, options, ids, max_tokens, StopWords(stop))
+        except Exception as found:  # on every rank: a collective call tells all of them
+            error = found
+        if answer is not None:
+            answer.replies.put(error)
+        if isinstance(error, RingError):
+            raise error
+
+    def _generate(
+        self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: StopWords
+    ) -> None:
         cache, known = self._kept.take(ids)
         cache = self.model.make_cache() if cache is None else cache
+        if answer is not None:
+            answer.cached = known
         held = list(ids)
         for response in stream_generate(
             self.model,  # type: ignore[arg-type]
@@ -167,47 +215,50 @@ class Engine(mlx_server.ResponseGenerator):
             max_tokens=max_tokens,
             chunk=self._chunk,
             prompt_cache=cache,
-            **({} if answer is None else self._options(answer, known)),
+            **options,
         ):
             held.append(response.token)
-            cut = stop.cut(response.text)
+            text, stopped = stop.push(response.text)
+            if response.finish_reason is not None and not stopped:
+                text += stop.flush()
             if answer is not None:
-                answer.replies.put(self._response(answer, response, cut))
-            if cut is not None:
+                self._reply(answer, response, text, "stop" if stopped else response.finish_reason)
+            if stopped:
                 break
         self._kept.give(held[: cache[0].size()], cache)
 
-    def _options(self, answer: Answer, known: int) -> dict[str, Any]:
-        """What rank 0 decides: the sampling, and the end where the client has left."""
-        answer.context.prompt_cache_count = known
-        with heard(self.ring, "broadcast"):
-            if answer.args.seed is not None:
-                mx.random.seed(answer.args.seed)
-            with self._tokenizing:
-                sampler = mlx_server._make_sampler(answer.args, self.tokenizer)
-            processors = mlx_server._make_logits_processors(answer.args)
-        return {
-            "sampler": sampler,
-            "logits_processors": processors,
-            "stopped": lambda: self.stopping or answer.left,
-            "prompt_progress_callback": lambda done, total: answer.replies.put((done, total)),
-        }
-
-    def _response(self, answer: Answer, response: Any, cut: str | None) -> Any:
-        """mlx-lm's response. After a stop word the end follows without one, which its handler takes for a stop."""
-        top = mlx_server._format_top_logprobs(response.logprobs, answer.args.top_logprobs, self.tokenizer)
-        logprob = response.logprobs[response.token].item()
-        if cut is not None:
-            return mlx_server.Response(cut, response.token, logprob, None, top)
-        return mlx_server.Response(response.text, response.token, logprob, response.finish_reason, top)
+    def _reply(self, answer: Answer, response: Any, text: str, finish_reason: str | None) -> None:
+        """Hand a piece to its client's thread. A failure ends the answer on all ranks, by way of ``stopped``."""
+        try:
+            top = answer.request.logprobs
+            ends = response.finish_reason == "stop" and response.token in self.tokenizer.eos_token_ids
+            logprob, likeliest = None, []
+            if top is not None and not ends:
+                logprob = response.logprobs[response.token].item()
+                likeliest = _likeliest(response.logprobs, top)
+            answer.replies.put(Piece(text, response.token, logprob, likeliest, finish_reason))
+        except Exception as error:
+            answer.replies.put(error)
+            answer.left = True
 
 
-def _job(answer: Answer | None) -> bytes:
+def _likeliest(logprobs: mx.array, count: int) -> list[tuple[int, float]]:
+    """The `count` likeliest tokens and their log-probabilities, the likeliest first."""
+    if count == 0:
+        return []
+    ids = mx.argpartition(-logprobs, kth=count - 1)[:count]
+    tokens: Any = ids.tolist()
+    values: Any = logprobs[ids].tolist()
+    return sorted(zip(tokens, values), key=lambda one: -one[1])
+
+
+def _pack(answer: Answer) -> bytes:
     """What every rank has to know of a request."""
-    assert answer is not None
-    args = answer.args
-    return json.dumps({"ids": answer.ids, "max_tokens": args.max_tokens, "stop": _words(args.stop_words)}).encode()
+    head = json.dumps([answer.request.max_tokens, answer.request.stop]).encode()
+    return head + b"\n" + np.array(answer.ids, np.int32).tobytes()
 
 
-def _words(stop_words: Sequence[str]) -> list[str]:
-    return [word for word in stop_words if word]
+def _unpack(job: bytes) -> tuple[list[int], int, list[str]]:
+    head, _, ids = job.partition(b"\n")
+    max_tokens, stop = json.loads(head)
+    return np.frombuffer(ids, np.int32).tolist(), max_tokens, stop

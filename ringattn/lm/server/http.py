@@ -1,4 +1,4 @@
-"""mlx-lm's HTTP handler, which says no in one line to what it cannot do and notices when a client leaves."""
+"""The HTTP side: routes, bodies, errors and streams."""
 
 from __future__ import annotations
 
@@ -6,237 +6,237 @@ import io
 import json
 import select
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from http.server import ThreadingHTTPServer
-from math import isfinite
-from pathlib import Path
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from mlx_lm import server as mlx_server
+from .answers import AnswerParser, Delta
+from .engine import Answer, Engine, Piece
+from .fields import RequestError
+from .listener import DeadlineReader, Server
+from .requests import read_json, read_request
+from .responses import Responses, error_object, usage_object
+from .service import Service, Settings
 
-from .engine import Engine
-
-LARGEST = 64 << 20  # bytes of a request
-PATIENCE = 60.0  # s that a client may neither send what it announced nor take what it is sent
-REALS = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
-WHOLES = ("seed", "max_tokens", "repetition_context_size", "presence_context_size", "frequency_context_size")
-LARGEST_REAL, LARGEST_WHOLE, LARGEST_SEED = 1e6, 2**31 - 1, 2**64 - 1
-DEFAULT = "default_model"  # mlx-lm's name for the model of the command line
-
-
-class RefusedError(Exception):
-    """A request that is not answered: the HTTP status, and why."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
+PATIENCE = 60.0  # s in which a client has to send its request, and to take what it is sent
 
 
-@dataclass
-class Prompt(mlx_server.CompletionRequest):
-    """mlx-lm's request, tokenized.
-
-    Attributes:
-        ids: The tokens.
-        initial_state: The state of mlx-lm's state machine that the answer begins in.
-        check_client: Raises ConnectionError if the client has left.
-    """
-
-    ids: list[int]
-    initial_state: str
-    check_client: Callable[[], None]
-
-
-class Handler(mlx_server.APIHandler):
+class Handler(BaseHTTPRequestHandler):
     """One HTTP request."""
 
-    response_generator: Engine
     timeout = PATIENCE
 
-    def do_POST(self) -> None:  # noqa: N802  (http.server names it)
+    def __init__(self, service: Service, *args: Any):
+        self._service = service
+        self._begun = False  # whether the answer has begun
+        super().__init__(*args)
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        deadline = time.monotonic() + PATIENCE
+        self.rfile = io.BufferedReader(DeadlineReader(self.connection, deadline))
+
+    # Routes
+
+    def do_GET(self) -> None:  # noqa: N802  (http.server names it)
+        self._respond("GET")
+
+    def do_POST(self) -> None:  # noqa: N802
+        self._respond("POST")
+
+    def do_OPTIONS(self) -> None:  # noqa: N802
+        self._head(204)
+
+    def _other(self) -> None:
+        self._respond(self.command)
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = _other  # noqa: N815
+
+    def _respond(self, method: str) -> None:
+        """Answer, or say in an error what is wrong."""
         try:
-            self.rfile = io.BytesIO(self._read())
-            super().do_POST()
-        except RefusedError as refused:
-            self._refuse(refused.status, str(refused))
-        except RecursionError:
-            self._refuse(400, "request body: nested too deep, expected JSON of a few levels")
+            self._route(method)()
+        except RequestError as refused:
+            self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
             self.log_message("the client has left: %s", error or type(error).__name__)
         except Exception as error:  # an answer that broke off
-            self._refuse(500 if self.response_generator.generation_available() else 503, str(error))
+            self._refuse(RequestError(500, f"{type(error).__name__}: {error}", code="internal_error"))
         self.close_connection = True
 
-    def _read(self) -> bytes:
-        """The body; mlx-lm's own handler answers where its length is not a number."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
-            if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-                raise RefusedError(411, "Content-Length: not given, expected the length of the body in bytes")
-            if length.startswith("-"):
-                raise RefusedError(400, f"Content-Length: {length}, expected a number of bytes")
-            return b""
-        if int(length) > LARGEST:
-            raise RefusedError(413, f"Content-Length: {length}, expected at most {LARGEST} bytes")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionResetError("its request is not complete")
-        _check_json(body)
-        return body
+    def _route(self, method: str) -> Callable[[], None]:
+        path = self.path.partition("?")[0]
+        routes: dict[str, dict[str, Callable[[], None]]] = {
+            "/v1/chat/completions": {"POST": partial(self._complete, "chat")},
+            "/chat/completions": {"POST": partial(self._complete, "chat")},
+            "/v1/completions": {"POST": partial(self._complete, "text")},
+            "/health": {"GET": self._health},
+        }
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            routes[path] = {"GET": self._models}
+        if path not in routes:
+            raise RequestError(404, f"{path[:200]}: no such address here", code="not_found")
+        if method not in routes[path]:
+            expected = " or ".join(routes[path])
+            raise RequestError(405, f"{path}: {method}, expected {expected}", code="method_not_allowed")
+        return routes[path][method]
 
-    def handle_completion(self, request: Any, stop_words: Any) -> None:
-        """Look at what mlx-lm's handler does not look at, tokenize, and let it go on."""
-        self._check(request, stop_words)
-        engine = self.response_generator
-        if not engine.generation_available():
-            raise RefusedError(503, "the server is shutting down")
-        try:
-            ids, state = engine.tokens(request, self.chat_template_kwargs)
-        except Exception as error:  # whatever a model's template says to these messages
-            raise RefusedError(400, f"the prompt cannot be made: {type(error).__name__}: {error}") from None
-        if not ids:
-            raise RefusedError(400, "prompt: no token, expected at least one")
-        prompt = Prompt(**vars(request), ids=ids, initial_state=state, check_client=self.check)
-        super().handle_completion(prompt, stop_words)
+    def _health(self) -> None:
+        if self._service.engine.stopping:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        self._say(200, {"status": "ok"})
 
-    def handle_chat_completions(self) -> Any:
-        """Refuse what mlx-lm's handler stumbles over, and images, which it would fetch from wherever they are."""
-        _check_messages(self.body.get("messages"))
-        return super().handle_chat_completions()
-
-    def check(self) -> None:
-        """Raise ConnectionError if the client has closed its side."""
-        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionResetError("it closed the connection")
-
-    def _check(self, request: Any, stop_words: Any) -> None:
-        body, names = self.body, self._names()
-        if self.requested_model not in names:
-            raise RefusedError(404, f"model: {self.requested_model!r} is not served here, expected {names[0]!r}")
-        if self.adapter is not None:
-            raise RefusedError(400, f"adapters: {self.adapter!r}, expected none: the model is that of the command line")
-        if self.requested_draft_model != DEFAULT:
-            raise RefusedError(
-                400, f"draft_model: {self.requested_draft_model!r}, expected none: nothing is drafted here"
-            )
-        if body.get("n", 1) != 1:
-            raise RefusedError(400, f"n: {body['n']!r}, expected 1: a request has one answer")
-        if not isinstance(stop_words, list) or not all(isinstance(word, str) and word for word in stop_words):
-            raise RefusedError(400, f"stop: {stop_words!r}, expected a text or a list of texts that are not empty")
-        if not isinstance(self.chat_template_kwargs or {}, dict):
-            raise RefusedError(400, f"chat_template_kwargs: {self.chat_template_kwargs!r}, expected an object")
-        options = self.stream_options
-        if options is not None and not (isinstance(options, dict) and "include_usage" in options):
-            raise RefusedError(400, f"stream_options: {options!r}, expected an object with include_usage")
-        self._check_numbers()
-        vocabulary = len(self.response_generator.tokenizer.get_vocab())
-        if self.top_k >= vocabulary:
-            raise RefusedError(400, f"top_k: {self.top_k}, expected less than {vocabulary}")
-        if wrong := [token for token in self.logit_bias or () if not 0 <= token < vocabulary]:
-            raise RefusedError(400, f"logit_bias: token {wrong[0]}, expected 0 to {vocabulary - 1}")
-        if request.request_type == "text" and not isinstance(request.prompt, str):
-            raise RefusedError(400, f"prompt: of type {type(request.prompt).__name__}, expected a text")
-
-    def _check_numbers(self) -> None:
-        """What is a number for mlx-lm's handler, but not for the sampling."""
-        for name in REALS:
-            if not abs(getattr(self, name)) <= LARGEST_REAL:
-                raise RefusedError(400, f"{name}: {getattr(self, name)}, expected at most {LARGEST_REAL:g}")
-        for token, bias in (self.logit_bias or {}).items():
-            if not abs(bias) <= LARGEST_REAL:
-                raise RefusedError(400, f"logit_bias: {bias} for token {token}, expected at most {LARGEST_REAL:g}")
-        whole = {name: getattr(self, name) for name in WHOLES if getattr(self, name) is not None}
-        for name, value in whole.items():
-            most = LARGEST_SEED if name == "seed" else LARGEST_WHOLE
-            if isinstance(value, bool) or not 0 <= value <= most:
-                raise RefusedError(400, f"{name}: {value}, expected a whole number from 0 to {most}")
-
-    def handle_models_request(self) -> None:
+    def _models(self) -> None:
         """The one model that is served here."""
-        name = self._names()[0]
+        names = self._service.served.names
         wanted = self.path.partition("?")[0].removeprefix("/v1/models").strip("/")
-        if wanted and wanted not in self._names():
-            self._refuse(404, f"model: {wanted!r} is not served here, expected {name!r}")
-            return
-        model = {"id": name, "object": "model", "created": self.created}
+        if wanted and wanted not in names:
+            told = f"model: {wanted[:200]!r} is not served here, expected {names[0]!r}"
+            raise RequestError(404, told, "model", "model_not_found")
+        model = {"id": names[0], "object": "model", "created": self._service.created, "owned_by": "ringattn"}
         self._say(200, model if wanted else {"object": "list", "data": [model]})
 
-    def _names(self) -> tuple[str, ...]:
-        """What the model is called: first as on the command line."""
-        name = str(self.response_generator.cli_args.model)
-        return (name, Path(name).name, str(Path(name).resolve()), DEFAULT)
+    # Completions
 
-    def _refuse(self, status: int, reason: str) -> None:
+    def _complete(self, kind: str) -> None:
+        """Read and check a request, generate its answer, and send it."""
+        service = self._service
+        body = self._body()
+        with service.reading:
+            request = read_request(kind, read_json(body), service.served)
+        del body
+        prompt = service.prompts.build(request)
+        self.connection.settimeout(PATIENCE)
+        answer = service.engine.submit(request, prompt.ids)
         try:
+            send = self._stream if request.stream else self._whole
+            send(answer, service.parser(request, prompt.state), service.responses(request))
+        finally:
+            service.engine.leave(answer)
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length:
+            raise RequestError(411, "Content-Length: not given, expected the length of the body in bytes")
+        if not (length.isascii() and length.isdigit()):
+            raise RequestError(400, f"Content-Length: {length[:60]}, expected a number of bytes")
+        most = self._service.settings.max_body
+        if len(length) > 18 or int(length) > most:
+            told = f"request body: {length[:60]} bytes, expected at most {most}; the server's --max-body raises it"
+            raise RequestError(413, told, code="request_too_large")
+        try:
+            body = self.rfile.read(int(length))
+        except TimeoutError:
+            told = f"request body: not complete after {PATIENCE:g} s"
+            raise RequestError(408, told, code="request_timeout") from None
+        if len(body) < int(length):
+            raise ConnectionResetError("its request is not complete")
+        return body
+
+    def _whole(self, answer: Answer, parser: AnswerParser, responses: Responses) -> None:
+        """Send an answer when it is complete."""
+        total = Delta()
+        pieces = []
+        finish: str | None = None
+        for piece in self._pieces(answer):
+            delta, finish = parser.push(piece.text, piece.finish_reason)
+            total.content += delta.content
+            total.reasoning += delta.reasoning
+            total.tool_calls += delta.tool_calls
+            pieces.append(piece)
+        told = [piece for piece in pieces if piece.logprob is not None]
+        usage = usage_object(len(answer.ids), len(pieces), answer.cached)
+        self._say(200, responses.whole(total, finish or "stop", told, usage))
+
+    def _stream(self, answer: Answer, parser: AnswerParser, responses: Responses) -> None:
+        """Send an answer as it comes."""
+        self._head(200, "text/event-stream", {"Cache-Control": "no-cache"})
+        count = 0
+        waiting: list[Piece] = []  # whose text is held back
+        for piece in self._pieces(answer):
+            count += 1
+            waiting += [piece] if piece.logprob is not None else []
+            delta, finish = parser.push(piece.text, piece.finish_reason)
+            if delta or finish is not None:
+                self._event(responses.chunk(delta, finish, waiting))
+                waiting = []
+        if answer.request.include_usage:
+            self._event(responses.usage_chunk(usage_object(len(answer.ids), count, answer.cached)))
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _pieces(self, answer: Answer) -> Iterator[Piece]:
+        return self._service.engine.pieces(answer, self._check_client, self._progress)
+
+    def _progress(self, done: int, total: int) -> None:
+        """Keep a stream alive while its prompt is read."""
+        if self._begun:
+            self.wfile.write(f": keepalive {done}/{total}\n\n".encode())
+
+    def _check_client(self) -> None:
+        """Raise ConnectionError if the client has closed its side."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionResetError("it closed the connection")
+
+    # What is sent
+
+    def _event(self, chunk: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+
+    def _refuse(self, error: RequestError) -> None:
+        try:
+            self.connection.settimeout(PATIENCE)
             if self._begun:
-                self.wfile.write(f"data: {json.dumps({'error': reason})}\n\n".encode())
+                self._event(error_object(error))
             else:
-                self._say(status, {"error": reason})
+                self._say(error.status, error_object(error))
         except OSError:
             pass  # nobody is left to hear it
 
-    def _say(self, status: int, what: dict) -> None:
-        text = json.dumps(what).encode()
-        self._headers_buffer: list[bytes] = []  # of an answer that was begun and is not given
-        self._set_completion_headers(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is no HTTP request, as `http.server` found."""
+        self.close_connection = True
+        self._refuse(RequestError(int(code), message or HTTPStatus(code).phrase, code="bad_request"))
 
-    _begun = False  # whether headers have been sent
+    def _say(self, status: int, what: dict[str, Any]) -> None:
+        body = json.dumps(what).encode()
+        self._head(status, headers={"Content-Length": str(len(body))})
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    def flush_headers(self) -> None:
-        super().flush_headers()
+    def _head(self, status: int, kind: str = "application/json", headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self._allow_origin()
         self._begun = True
+        self.end_headers()
+
+    def _allow_origin(self) -> None:
+        allowed = self._service.settings.origins
+        origin = self.headers.get("Origin") if hasattr(self, "headers") else None
+        if "*" in allowed:
+            self.send_header("Access-Control-Allow-Origin", "*")
+        elif origin in allowed:
+            self.send_header("Access-Control-Allow-Origin", str(origin))
+            self.send_header("Vary", "Origin")
+        self.send_header("Access-Control-Allow-Methods", "*")
+        self.send_header("Access-Control-Allow-Headers", "*")
 
 
-def _check_json(body: bytes) -> None:
-    """Refuse what Python takes for JSON and should not; mlx-lm's own handler answers where it is none at all."""
-    try:
-        json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
-    except UnicodeDecodeError as error:
-        raise RefusedError(400, f"request body: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError:
-        pass
-    except ValueError as error:  # an integer of thousands of digits
-        raise RefusedError(400, f"request body: {error}") from None
-
-
-def _no_number(text: str) -> None:
-    raise RefusedError(400, f"request body: {text}, which is not JSON, expected finite numbers")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise RefusedError(400, f"request body: {text[:32]}, expected finite numbers")
-    return number
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise RefusedError(400, "messages: expected a list of objects, at least one")
-    for i, message in enumerate(messages):
-        if not isinstance(message.get("role"), str):
-            raise RefusedError(400, f"messages[{i}].role: {message.get('role')!r}, expected a text such as 'user'")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        if not (content is None or isinstance(content, str | list)):
-            raise RefusedError(400, f"messages[{i}].content: {content!r}, expected a text or a list of parts")
-        if not all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in parts):
-            raise RefusedError(400, f"messages[{i}].content: expected parts of type 'text'")
-
-
-def open_server(engine: Engine, host: str, port: int) -> ThreadingHTTPServer:
+def open_server(engine: Engine, settings: Settings, host: str, port: int) -> Server:
     """A server that listens on `host` and `port` (0: any free one), to be served by a thread.
 
     Raises:
         OSError: It cannot listen there.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    kind = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
-    fingerprint = mlx_server.get_system_fingerprint()
-    server: ThreadingHTTPServer = kind(address, partial(Handler, engine, system_fingerprint=fingerprint))
+    kind = type("Server", (Server,), {"address_family": family})
+    server: Server = kind(address, partial(Handler, Service(engine, settings)))
     return server

@@ -1,23 +1,28 @@
-"""Where a text ends because of what it says."""
+"""The end of a text at a stop word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_lm.generate import TextStateMachine
+
 
 class StopWords:
-    """Looks for `words` in a text that comes in pieces, also where one is spread over several of them."""
+    """Search for `words` in a text that comes in pieces, also for a word that is spread over several of them.
+
+    Text in which a word may begin is held back until that is decided. Of several words the one that ends first counts,
+    and of those that end together the longest.
+    """
 
     def __init__(self, words: Sequence[str]):
-        self._words = tuple(words)
-        self._before = ""  # the end of what has come, in which a word may begin
-        self._longest = max((len(word) for word in words), default=0)
+        self._state = TextStateMachine({"text": [(word, None) for word in words]}).make_state("text")
 
-    def cut(self, piece: str) -> str | None:
-        """`piece` up to the end of the first word that ends in it; ``None`` where none does."""
-        text, start = self._before + piece, len(self._before)
-        ends = [at + len(word) for word in self._words if (at := text.find(word)) >= 0]
-        if ends:
-            return text[start : min(ends)]
-        self._before = text[len(text) - self._longest + 1 :] if len(text) >= self._longest > 0 else text
-        return None
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is decided now, and whether a word ended it. Nothing may be pushed after a word."""
+        self._state, parts = TextStateMachine.split(self._state, piece)
+        return "".join(text for _, text in parts), self._state[0] is None
+
+    def flush(self) -> str:
+        """The text that was held back, at the end of all pieces."""
+        self._state, text, _ = TextStateMachine.flush(self._state)
+        return text

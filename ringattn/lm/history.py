@@ -1,0 +1,43 @@
+"""The ids of the tokens that a cache holds: penalties count them, and a next prompt is held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+PARTS = 256  # calls whose ids wait in arrays of their own
+
+
+class TokenHistory:
+    """The ids of all tokens that went through a model into one cache; the same on every rank.
+
+    Ids may come unevaluated, so that a call of the model need not wait for them.
+    """
+
+    def __init__(self, ids: mx.array | None = None):
+        self._parts: list[mx.array] = []
+        self._length = 0
+        if ids is not None:
+            self.write(0, ids)
+
+    def write(self, start: int, ids: mx.array) -> None:
+        """Put `ids` ``[batch, tokens]`` at the positions from `start` on; forget what was there and behind it."""
+        if start < self._length:
+            self._parts = [mx.array(self.read(start))]
+        self._parts.append(ids.astype(mx.int32))
+        self._length = start + ids.shape[1]
+        if len(self._parts) > PARTS:
+            self._parts = [mx.array(self.read(self._length))]
+
+    def read(self, stop: int) -> np.ndarray:
+        """The ids of the tokens before `stop`, ``[batch, tokens]``, int32."""
+        if not self._parts:
+            return np.zeros((1, 0), np.int32)
+        return np.concatenate([np.array(part) for part in self._parts], axis=1)[:, :stop]
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first elements two sequences have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

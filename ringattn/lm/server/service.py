@@ -1,0 +1,70 @@
+"""The server's settings, and what all its connections share."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.server import get_system_fingerprint
+
+from .answers import AnswerParser
+from .engine import Engine
+from .prompts import PromptBuilder
+from .requests import DEFAULT_MODEL, Request, Served
+from .responses import Responses
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server is told on the command line.
+
+    Attributes:
+        model: What the model is called.
+        defaults: ``max_tokens`` and the sampling that a request may change.
+        template: Arguments of the chat template that a request may change.
+        origins: Web pages whose scripts may ask; ``"*"``: all.
+        max_body: Bytes of a request at most.
+    """
+
+    model: str
+    defaults: Mapping[str, Any]
+    template: Mapping[str, Any] = field(default_factory=dict)
+    origins: tuple[str, ...] = ("*",)
+    max_body: int = 4 * MB
+
+
+class Service:
+    """What all connections share."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        name = settings.model
+        names = (name, Path(name).name, str(Path(name).resolve()), DEFAULT_MODEL)
+        self.engine = engine
+        self.settings = settings
+        self.served = Served(names, engine.vocabulary, settings.defaults)
+        self.prompts = PromptBuilder(engine.tokenizer, settings.template, 2 * settings.max_body)
+        self.fingerprint = get_system_fingerprint()
+        self.created = int(time.time())
+        self.reading = threading.Lock()  # one body at a time: its objects take many times its bytes
+
+    def responses(self, request: Request) -> Responses:
+        """The form of the answer to a request."""
+        return Responses(
+            chat=request.kind == "chat",
+            stream=request.stream,
+            include_usage=request.include_usage,
+            model=self.settings.model,
+            fingerprint=self.fingerprint,
+            tokenizer=self.engine.tokenizer,
+        )
+
+    def parser(self, request: Request, state: str) -> AnswerParser:
+        """The parser of the answer; a text has no markers."""
+        tokenizer = self.engine.tokenizer if request.kind == "chat" else None
+        return AnswerParser(tokenizer, state, request.tools, request.stream)

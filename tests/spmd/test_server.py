@@ -1,0 +1,122 @@
+"""The server's engine on every rank: what goes wrong with one request leaves the ranks in step for the next."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from ringattn import Ring
+
+if "CI" not in os.environ:
+    pytest.importorskip("mlx_lm")
+
+from pathlib import Path
+
+from tiny_model import make_folder
+
+from ringattn import lm
+from ringattn.lm.server import Engine, engine
+from ringattn.lm.server.requests import Request, Served, read_request
+
+PLAIN = {"prompt": "Once upon a time", "max_tokens": 9}
+
+
+def request(found: Engine, **body: Any) -> Request:
+    return read_request("text", {**PLAIN, **body}, Served(("tiny",), found.vocabulary, {"max_tokens": 9}))
+
+
+def ask(found: Engine, **body: Any) -> list[int] | Exception:
+    """The tokens of an answer, or what came in their place."""
+    asked = request(found, **body)
+    answer = found.submit(asked, found.tokenizer.encode(asked.prompt))
+    try:
+        return [piece.token for piece in found.pieces(answer, lambda: None, lambda *_: None)]
+    except Exception as error:
+        return error
+    finally:
+        found.leave(answer)
+
+
+def serve(ring: Ring, folder: Path, client: Callable[[Engine], None]) -> None:
+    """Run the engine on all ranks while `client` asks on rank 0."""
+    model, tokenizer = lm.load(make_folder(folder), mx.float32)
+    lm.shard(model, ring)
+    found = Engine(model, tokenizer, 2, 64)  # type: ignore[arg-type]
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            client(found)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            found.stopping = True
+
+    if ring.rank == 0:
+        threading.Thread(target=work, daemon=True).start()
+    found.run()
+    if failed:
+        raise failed[0]
+
+
+def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request is told to others, and while its answer is made, up to the last token."""
+    likeliest = engine._likeliest
+    make_sampler = engine.make_sampler
+
+    def fail(at: int) -> Callable[..., Any]:
+        calls = iter(range(at + 1))
+        return lambda *a: likeliest(*a) if next(calls) < at else 1 / 0
+
+    def client(found: Engine) -> None:
+        expected = ask(found)
+        assert isinstance(expected, list) and len(expected) == 9
+        for at in (0, 4, 8):
+            monkeypatch.setattr(engine, "_likeliest", fail(at))
+            assert isinstance(ask(found, logprobs=2), ZeroDivisionError)
+            assert ask(found) == expected
+        monkeypatch.setattr(engine, "make_sampler", lambda *_, **__: 1 / 0)
+        assert isinstance(ask(found), ZeroDivisionError)
+        monkeypatch.setattr(engine, "make_sampler", lambda *_, **__: lambda logprobs: 1 / 0)
+        assert isinstance(ask(found), Exception)  # within the agreement that tells all ranks
+        monkeypatch.setattr(engine, "make_sampler", make_sampler)
+        assert ask(found) == expected
+
+    serve(ring, tmp_path, client)
+
+
+def test_logprobs_are_the_models(ring: Ring, tmp_path: Path) -> None:
+    """The likeliest first, and the token that was chosen among them."""
+
+    def client(found: Engine) -> None:
+        asked = request(found, logprobs=3)
+        answer = found.submit(asked, found.tokenizer.encode(asked.prompt))
+        pieces = list(found.pieces(answer, lambda: None, lambda *_: None))
+        found.leave(answer)
+        assert len(pieces) == 9 and pieces[-1].finish_reason == "length"
+        for piece in pieces:
+            assert piece.top[0] == (piece.token, piece.logprob) and len(piece.top) == 3
+            assert [one[1] for one in piece.top] == sorted((one[1] for one in piece.top), reverse=True)
+
+    serve(ring, tmp_path, client)
+
+
+def test_too_many_requests_and_those_that_left(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MOST_WAITING", 3)
+
+    def client(found: Engine) -> None:
+        expected = ask(found)
+        ids = found.tokenizer.encode("x" * 200)
+        waiting = [found.submit(request(found, max_tokens=500), ids) for _ in range(3)]
+        with pytest.raises(Exception, match="3 requests wait for their turn"):
+            ask(found)
+        for answer in waiting:
+            found.leave(answer)
+        assert ask(found) == expected
+
+    serve(ring, tmp_path, client)
