@@ -128,8 +128,10 @@ def attention(
         return out, lse
 
     def gradient(*arrays: mx.array) -> list[mx.array]:
-        (q, k, v, *given), (dout, dlse, out, lse) = arrays[:-4], arrays[-4:]
-        bound, rows = options.bind(given), kernel.rows(out, lse, dout, dlse)
+        q, k, v, *given = arrays[:-4]
+        dout, dlse, out, lse = arrays[-4:]
+        bound = options.bind(given)
+        rows = kernel.rows(out, lse, dout, dlse)
         inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
         sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
         return bound.gradients(sums, rows, q.dtype)

@@ -79,7 +79,9 @@ class Layout:
     @classmethod
     def cyclic(cls, n: int, size: int, chunk: int, *, start: int = 0) -> Layout:
         """Divide `n` tokens into chunks of `chunk`, assigned to the ranks in turn, as in chunked prefill."""
-        n, start, size = check_int("n", n, 0), check_int("start", start), _checked_size(size)
+        n = check_int("n", n, 0)
+        start = check_int("start", start)
+        size = _checked_size(size)
         chunk = check_int("chunk", chunk, 1)
         cuts = [(a, min(a + chunk, start + n)) for a in range(start, start + n, chunk)]
         return cls(tuple(tuple(cuts[rank::size]) for rank in range(size)), start)

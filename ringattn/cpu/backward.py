@@ -116,7 +116,8 @@ class _Backward(WorkUnits):
             self._unit(unit, chain)
 
     def _unit(self, unit: WorkUnit, chain: UnitChain) -> None:
-        at, heads = self.rows(unit), unit.last - unit.first
+        at = self.rows(unit)
+        heads = unit.last - unit.first
         queries = self.scaled(self.q[at], heads)
         stacked = queries.shape[:2]
         dout = as_float32(self.rows_in.dout[at], partial(buffer, "dout")).reshape(*stacked, -1)
@@ -133,7 +134,8 @@ class _Backward(WorkUnits):
 
     def _step(self, unit: WorkUnit, piece: Piece, chain: UnitChain, queries, dout, lse, delta, dq) -> None:
         """Add the gradients of one piece."""
-        at, keys = self.keys(unit, piece), slice(piece.k_start, piece.k_stop)
+        at = self.keys(unit, piece)
+        keys = slice(piece.k_start, piece.k_stop)
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
         rows = Rows(dout, lse, delta)
         found = self._products(unit, piece, queries, k, v, rows)

@@ -62,7 +62,8 @@ class _Forward(WorkUnits):
 
     def _step(self, unit: WorkUnit, piece: Piece, queries, acc, m, l, exclude_hidden: bool) -> None:
         """Merge the keys of one piece into the state of the rows that see them, in place."""
-        rows, at = self.rows_of(unit, piece), self.keys(unit, piece)
+        rows = self.rows_of(unit, piece)
+        at = self.keys(unit, piece)
         queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
         p = buffer("scores", (*queries.shape[:2], k.shape[1]))

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..native import load
 
-POINTER, INT = ctypes.c_void_p, ctypes.c_int64
+POINTER = ctypes.c_void_p
+INT = ctypes.c_int64
 FUNCTIONS = {
     "ringattn_softmax_step": [POINTER, INT, INT, POINTER, POINTER, POINTER],
     "ringattn_weights": [POINTER, INT, INT, POINTER],

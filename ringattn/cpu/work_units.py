@@ -96,7 +96,9 @@ class WorkUnits:
 
     def units(self) -> Iterator[WorkUnit]:
         """Yield the units that see any key."""
-        q_pos, k_pos, kv_heads = self.q_pos, self.k_pos, self.k.shape[1]
+        q_pos = self.q_pos
+        k_pos = self.k_pos
+        kv_heads = self.k.shape[1]
         step = max(1, ROWS // self.group)
         rows = self.group * max(1, min(step, len(q_pos)))
         heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))

@@ -52,7 +52,9 @@ class Block:
 
     def part(self, most: int) -> Block:
         """Cut out the first `most` rows and keys of the first head."""
-        rules, mask, segments = self.rules, self.rules.mask, self.rules.segments
+        rules = self.rules
+        mask = self.rules.mask
+        segments = self.rules.segments
         if mask is not None:
             mask = mask[:1, :1, :most, :most]
         if segments is not None:

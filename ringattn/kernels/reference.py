@@ -73,7 +73,9 @@ def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
         mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
         segments=None if segments is None else (segments[0][:, rows], segments[1]),
     )
-    q, q_pos, state = inputs.q[:, :, rows], inputs.q_pos[rows], State(*(x[:, :, rows] for x in state))
+    q = inputs.q[:, :, rows]
+    q_pos = inputs.q_pos[rows]
+    state = State(*(x[:, :, rows] for x in state))
     for start in range(0, k.shape[2], KEYS):
         keys = slice(start, min(start + KEYS, k.shape[2]))
         tile = rules.band.tile(int(q_pos[0]), int(q_pos[-1]), int(k_pos[keys][0]), int(k_pos[keys][-1]))
@@ -96,7 +98,8 @@ def _settled(state: State) -> State:
 
 def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
     """Compute scores ``[B, Hkv, group, Lq, keys]`` and which of them are visible. ``None`` means all."""
-    (batch, heads, q_len, dim), (_, kv_heads, k_len, _) = q.shape, k.shape
+    batch, heads, q_len, dim = q.shape
+    _, kv_heads, k_len, _ = k.shape
     group = heads // kv_heads
     mask = None if rules.mask is None else _columns(rules, keys)
     if mask is not None:
@@ -144,7 +147,8 @@ def _grouped_heads(mask_heads: int, kv_heads: int) -> tuple[int, int]:
 def _chunk(scores: mx.array, seen: mx.array | None, v: mx.array) -> State:
     """Compute the state over one chunk of keys. `seen` is ``None`` where all scores are visible."""
     batch, kv_heads, group, q_len, keys = scores.shape
-    v, stacked = v.astype(mx.float32), (batch, kv_heads, group * q_len, keys)
+    v = v.astype(mx.float32)
+    stacked = (batch, kv_heads, group * q_len, keys)
     if seen is not None:
         scores = products.select_visible(scores, seen, -mx.inf)
     m = mx.stop_gradient(scores.max(axis=-1))

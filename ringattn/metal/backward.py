@@ -37,7 +37,8 @@ def delta_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> 
 
 def weights_call(block: Block) -> KernelCall:
     """Build the call of `weights.metal`."""
-    rules, shape = block.rules, block.scores.shape
+    rules = block.rules
+    shape = block.scores.shape
     band = rules.band if block.partial else None
     buffers = {
         "scores": mx.contiguous(block.scores),

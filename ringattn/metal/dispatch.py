@@ -64,7 +64,8 @@ class Plan:
 
     def dispatches(self) -> list[tuple[slice, list[slice]]]:
         """Runs of queries, each with its runs of keys: one dispatch for each run of keys."""
-        inputs, tiling = self.inputs, self.tiling
+        inputs = self.inputs
+        tiling = self.tiling
         tiles = key_tile_ranges(inputs.rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, self.group, tiling.BK)
         least = len(tiles) if self.group > 1 else -(-self.gpu.threadgroups // self.columns)
         flops = 2 * (tiling.BD + tiling.BV) * self.columns

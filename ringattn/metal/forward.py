@@ -29,33 +29,14 @@ def forward_call(
         state: The state over earlier keys, or ``None``.
         output: The results to return. ``None`` returns a state, with a first axis `splits` where that is above 1.
     """
-    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
-    batch, heads, q_len = inputs.rows
+    q, v, rules = inputs.q, inputs.v, inputs.rules
+    batch, heads, _ = inputs.rows
     tiles = key_tile_ranges(rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, group, tiling.BK)
-    band = _needed_band(inputs)
-    buffers = {
-        "queries": q,
-        "keys": k,
-        "values": v,
-        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
-        "key_tiles": _padded(mx.array(tiles)),
-    }
-    if band is not None:
-        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
-    if rules.segments is not None:
-        buffers |= _segment_buffers(*rules.segments, tiling, group, len(tiles))
-    if rules.mask is not None:
-        buffers["mask"] = rules.mask
-        if rules.columns is not None:
-            buffers["mask_columns"] = _padded(mx.array(rules.columns.astype(np.int32)))
-    if state is not None:
-        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
-    if output is not None and output.sinks is not None:
-        buffers["sinks"] = output.sinks
+    buffers = _forward_buffers(inputs, tiles, tiling, group, state, output)
     switches = {
         "TENSOR": int(tiling.tensor),
-        "BAND": int(band is not None),
-        "SEGMENTS": int(rules.segments is not None),
+        "BAND": int("limits" in buffers),
+        "SEGMENTS": int("query_ids" in buffers),
         "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
         "COLUMNS": int("mask_columns" in buffers),
         "STATE_IN": int(state is not None),
@@ -85,6 +66,39 @@ def forward_call(
         compile_options={"math_mode": "safe"},
         **output_arguments(output, rows, v.shape[3]),
     )
+
+
+def _forward_buffers(
+    inputs: KernelInputs,
+    tiles: np.ndarray,
+    tiling: Tiling,
+    group: int,
+    state: State | None,
+    output: OutputSpec | None,
+) -> dict[str, mx.array]:
+    """Buffers that the forward kernel reads, by name. `tiles` are from `key_tile_ranges`."""
+    rules = inputs.rules
+    band = _needed_band(inputs)
+    buffers = {
+        "queries": inputs.q,
+        "keys": inputs.k,
+        "values": inputs.v,
+        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
+        "key_tiles": _padded(mx.array(tiles)),
+    }
+    if band is not None:
+        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
+    if rules.segments is not None:
+        buffers |= _segment_buffers(*rules.segments, tiling, group, len(tiles))
+    if rules.mask is not None:
+        buffers["mask"] = rules.mask
+        if rules.columns is not None:
+            buffers["mask_columns"] = _padded(mx.array(rules.columns.astype(np.int32)))
+    if state is not None:
+        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    return buffers
 
 
 def band_buffers(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, mx.array]:

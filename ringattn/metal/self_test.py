@@ -33,7 +33,8 @@ class UnusableError(Exception):
 
 def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> str:
     """Describe the kernel variant that a call needs."""
-    rules, lengths = inputs.rules, (inputs.q.shape[3], inputs.v.shape[3])
+    rules = inputs.rules
+    lengths = (inputs.q.shape[3], inputs.v.shape[3])
     features = {
         "band": rules.band != Band(),
         "softcap": rules.softcap is not None,
@@ -134,7 +135,8 @@ def _trial_inputs(inputs: KernelInputs) -> KernelInputs:
     def normal(like: mx.array, heads: int, tokens: int) -> mx.array:
         return mx.array(r.standard_normal((1, heads, tokens, like.shape[3])), mx.float32).astype(like.dtype)
 
-    rules, mask = inputs.rules, inputs.rules.mask
+    rules = inputs.rules
+    mask = inputs.rules.mask
     if mask is not None:
         mask = mx.array(r.random((1, group, q_len, k_len)) < 0.8).astype(mask.dtype)
     rules = replace(

@@ -99,9 +99,11 @@ def split_dispatches(
         budget: Operations allowed in a dispatch. `least_tiles` query tiles by one key tile may exceed it.
         least_tiles: The number of query tiles that fill the GPU.
     """
-    (BQ, BK), (q_len, k_len) = tile, lengths
+    BQ, BK = tile
+    q_len, k_len = lengths
     tile_flops = BQ * BK * pair_flops
-    cuts, start = [], 0
+    cuts = []
+    start = 0
     while start < len(tiles):
         stop = _run_end(tiles, start, tile_flops, budget, least_tiles)
         first, last = int(tiles[start:stop, 0].min()), int(tiles[start:stop, 3].max())

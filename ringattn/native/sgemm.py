@@ -28,7 +28,8 @@ def install() -> bool:
     """Redirect the products of the loaded MLX to NumPy's BLAS, unless the user has chosen another. Return success."""
     if not sys.platform.startswith("linux") or chosen():
         return False
-    numpys, library = library_of_numpy(), load(LIBRARY, FUNCTIONS)
+    numpys = library_of_numpy()
+    library = load(LIBRARY, FUNCTIONS)
     if library is None or numpys is None or not hasattr(numpys, "scipy_cblas_sgemm64_"):
         return False
     library.ringattn_redirect.restype = ctypes.c_int

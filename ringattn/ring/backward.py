@@ -58,7 +58,8 @@ def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
         found = call.backward_block(
             h, queries, block, Gradients(q, *call.gradients_of_keys(length(block.spans)), *mask)
         )
-        q, mask = found.q, [x for x in (found.mask,) if x is not None]
+        q = found.q
+        mask = [x for x in (found.mask,) if x is not None]
         return found.k, found.v
 
     results = Accumulator(call.gradients_of_keys, add_sums)

@@ -89,11 +89,15 @@ class RingCall:
     def _sizes(self, gradient: bool) -> tuple[Sizes, Sizes]:
         """Compute the bytes that travel for a key and for a query."""
         q, k, v = self.arrays[:3]
-        mask, (batch, heads, _, dim) = self.options.mask, q.shape
-        item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
+        mask = self.options.mask
+        batch, heads, _, dim = q.shape
+        item = q.dtype.size
+        ids = 4 * batch * (self.options.segments is not None)
         row = 0 if mask is None else mask.shape[0] * mask.shape[1] * mask.shape[3] * mask.dtype.size
-        key, query = batch * k.shape[1] * (dim + v.shape[3]), batch * heads * dim
-        keys, queries = Sizes(key * item + ids), Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
+        key = batch * k.shape[1] * (dim + v.shape[3])
+        query = batch * heads * dim
+        keys = Sizes(key * item + ids)
+        queries = Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
         if gradient:  # dout, lse and delta travel with a query
             rows = batch * heads * (v.shape[3] * self.options.out_dtype.size + 8)
             dmask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
@@ -107,8 +111,11 @@ class RingCall:
 
     def queries(self, of_rows: Rows | None = None) -> Block:
         """Make the block of this rank's queries, their rows for the gradient, mask rows and segment ids."""
-        q, mask, segments = self.arrays[0], self.options.mask, self.options.segments
-        arrays, axes = [q, *(of_rows or ())], [2] * (1 + len(of_rows or ()))
+        q = self.arrays[0]
+        mask = self.options.mask
+        segments = self.options.segments
+        arrays = [q, *(of_rows or ())]
+        axes = [2] * (1 + len(of_rows or ()))
         if mask is not None:
             arrays.append(mx.broadcast_to(mask, (*mask.shape[:2], q.shape[2], mask.shape[3])))
             axes.append(2)

@@ -38,7 +38,8 @@ def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
     fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
     agree(ring, WHAT, fields)
     with ring.committed():
-        size, spans = ring.size, layout.spans
+        size = ring.size
+        spans = layout.spans
         held = [(ring.rank - h) % size for h in range(size)]
         hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
         schedule = Schedule(tuple(hops), (), spans[ring.rank], 1)

@@ -46,7 +46,9 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
 def _pass_kv(call: RingCall) -> State:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
     arrivals, sends = relay(call.ring, call.keys(), call.schedules())
-    queries, state, h = call.queries(), None, 0
+    queries = call.queries()
+    state = None
+    h = 0
     for h, hop, arrival in arrivals:
         call.ring.at(WHAT, h)
         if hop.compute:

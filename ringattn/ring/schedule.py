@@ -150,12 +150,14 @@ def _build(travelling: Layout, staying: Layout, band: Band, rank: int, route: Ro
     Results follow their tokens, from the first rank that adds to them through all later ranks and home.
     """
     sources = _source_hops(travelling, staying, band, route)
-    size, own = travelling.size, travelling.spans[rank]
+    size = travelling.size
+    own = travelling.spans[rank]
     at_home = band.seen_by(staying.spans[rank], own) if route.first else ()
     hops = [Hop(rank, own, at_home, sources[rank][0].send)]
     for h in range(1, size):
         source = (rank - route.step * h) % size
-        here, before = sources[source][h], sources[source][h - 1]
+        here = sources[source][h]
+        before = sources[source][h - 1]
         adding = (here.visible_since, before.visible_since) if results else ()
         hops.append(Hop(source, here.held, here.visible, here.send, *adding))
     home = sources[rank][size - 1].visible_since if results else ()

@@ -115,9 +115,13 @@ class Launch:
         chosen = None if self.groups is None else np.array(self.groups, np.uint32).reshape(-1, 3)
         count = math.prod(-(-n // t) for n, t in zip(self.grid, threadgroup)) if chosen is None else len(chosen)
         c = CLaunch(kernel=self.kernel, arguments=arguments, buffers=buffers, buffer_count=len(buffers))
-        c.grid, c.threadgroup, c.group_count = U32x3(*self.grid), U32x3(*threadgroup), count
+        c.grid = U32x3(*self.grid)
+        c.threadgroup = U32x3(*threadgroup)
+        c.group_count = count
         c.groups = None if chosen is None else chosen.ctypes.data
-        c.seed, c.order, c.checks = seed, ORDERS[order], checks
+        c.seed = seed
+        c.order = ORDERS[order]
+        c.checks = checks
         c.workers = max(1, min(workers, count // GROUPS_PER_WORKER))
         core.hostmetal_launch(ctypes.byref(c))
         reports = [

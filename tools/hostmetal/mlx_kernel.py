@@ -126,7 +126,8 @@ def attention_params(
     names += ["qL_rem", "kL_rem", "qL_off"]
     fields = [(name, np.float32 if name == "scale" else np.int32) for name in names]
     fields += [(f"{name}_strides", np.int64, 3) for name in "QKVO"]
-    (batch, heads, q_len, head_dim), k_len = q.shape, k.shape[2]
+    batch, heads, q_len, head_dim = q.shape
+    k_len = k.shape[2]
     values = (batch, heads, head_dim, q_len, k_len, heads // k.shape[1], scale, -(-q_len // bq), -(-k_len // bk))
     values += (q_len // bq, k_len // bk, q_len % bq, k_len % bk, k_len - q_len)
     strides = tuple([s // a.itemsize for s in a.strides[:3]] for a in (q, k, v, out))

@@ -28,7 +28,9 @@ def without_comments(text: str) -> str:
 
 def split_outside(text: str, separator: str = ",") -> list[str]:
     """Split `text` at the separators that no bracket encloses."""
-    parts, depth, start = [], 0, 0
+    parts = []
+    depth = 0
+    start = 0
     for i, c in enumerate(text):
         depth += (c in "([{<") - (c in ")]}>")
         if c == separator and depth == 0:
@@ -72,9 +74,11 @@ def one_array(element: str, declarator: str, number: int) -> str:
 
 def vector_constructors(text: str) -> str:
     """Turn ``vec<T, N>(a, b)`` into ``make_vec<T, N>(a, b)``: clang's vectors have no such constructor."""
-    out, start = [], 0
+    out = []
+    start = 0
     for match in VEC.finditer(text):
-        depth, end = 1, match.end()
+        depth = 1
+        end = match.end()
         while depth and end < len(text):
             depth += (text[end] == "<") - (text[end] == ">")
             end += 1

@@ -40,12 +40,15 @@ class Runtime:
     def __init__(self, order: str = "forward", seed: int = 0, checks: bool = True, workers: int | None = None) -> None:
         if order not in ORDERS:
             raise ValueError(f"{order=} must be one of {', '.join(ORDERS)}")
-        self.order, self.seed, self.checks = order, seed, checks
+        self.order = order
+        self.seed = seed
+        self.checks = checks
         self.workers = workers or min(4, len(os.sched_getaffinity(0)))
         self.reset()
 
     def reset(self) -> None:
-        self.counters, self.last = Counters(), Counters()
+        self.counters = Counters()
+        self.last = Counters()
 
     def __call__(self, call: KernelCall) -> list[mx.array]:
         outputs = self.run(call)
@@ -75,11 +78,14 @@ class Runtime:
         if call.atomic_outputs:
             raise NotImplementedError("atomic outputs do not run on the host")
         inputs = {name: self.input_memory(call, name, array, buffers or {}) for name, array in named_inputs(call)}
-        outputs, mapped, regions = {}, [], []
+        outputs = {}
+        mapped = []
+        regions = []
         for p in parameters(call):
             if p.role == "output":
                 i = call.output_names.index(p.name)
-                shape, dtype = tuple(call.output_shapes[i]), call.output_dtypes[i]
+                shape = tuple(call.output_shapes[i])
+                dtype = call.output_dtypes[i]
                 outputs[p.name], mapping = map_output(raw_dtype(dtype), shape, call.init_value)
                 if call.init_value is not None:
                     outputs[p.name][...] = raw_view(mx.array(call.init_value, dtype))
@@ -96,7 +102,8 @@ class Runtime:
 
     def input_memory(self, call: KernelCall, name: str, array: mx.array, buffers: dict[str, np.ndarray]) -> np.ndarray:
         if name in buffers:
-            given, wanted = buffers[name], raw_dtype(array.dtype)
+            given = buffers[name]
+            wanted = raw_dtype(array.dtype)
             if given.dtype != wanted:
                 raise TypeError(f"buffers[{name!r}] must be {wanted}, got {given.dtype}")
             return given

@@ -80,7 +80,8 @@ def check_variant(name: str, check: Check) -> None:
 def feature(make: Callable[[], Case]) -> float:
     """Compute the largest error of a feature, forward and gradient."""
     problem = GradientCase.random(make())
-    case, named = problem.case, problem.differentiable
+    case = problem.case
+    named = problem.differentiable
 
     def function(*arrays: mx.array) -> list[mx.array]:
         given = dict(zip(named, arrays))
@@ -161,10 +162,10 @@ def sanitize() -> None:
         click.echo("compute-sanitizer: not found on PATH or in /usr/local/cuda/bin; nothing was checked with it")
         return
     for checker in ("memcheck", "racecheck"):
-        told = _under(tool, checker, "-m", "tools.nvidia.check", "--quick")
-        ours = [line for line in told if "ringattn" in line]  # cuBLAS, which the references use, has hazards too
-        summary = next((line.strip("= ") for line in told if "SUMMARY" in line), " ".join(told)[-300:])
-        right = "all checks passed" in told and not ours
+        lines = _under(tool, checker, "-m", "tools.nvidia.check", "--quick")
+        ours = [line for line in lines if "ringattn" in line]  # cuBLAS, which the references use, has hazards too
+        summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), " ".join(lines)[-300:])
+        right = "all checks passed" in lines and not ours
         report(f"compute-sanitizer {checker}", right, f"{len(ours)} reports of our kernels; in all: {summary}")
     planted = [line for line in _under(tool, "racecheck", "-c", PLANTED) if "ringattn" in line]
     report("a planted race is seen", bool(planted), f"{len(planted)} reports")

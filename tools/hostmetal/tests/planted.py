@@ -13,7 +13,8 @@ import numpy as np
 
 from ringattn.metal.launch import KernelCall
 
-THREADS, GROUPS = 64, 2
+THREADS = 64
+GROUPS = 2
 COUNT = THREADS * GROUPS
 VALUES = np.random.default_rng(0).standard_normal(COUNT).astype(np.float32)
 

@@ -425,7 +425,9 @@ def test_attention_of_mlx_is_counted():
     runtime = Runtime()
     steel_attention(runtime, q, k, v, causal=False, scale=0.1)
     counted = runtime.last
-    groups, key_tiles, simdgroups = 2 * 2, 96 // 16, 4
+    groups = 2 * 2
+    key_tiles = 96 // 16
+    simdgroups = 4
     assert counted.groups == groups
     assert counted.threadgroup_bytes == 2 * (32 * (128 + 8) + 128 * (16 + 8))
     # a simdgroup has 8 rows: 16 x 2 products for the scores of 16 keys, and as many for the output
@@ -473,7 +475,8 @@ def test_workers_report_what_one_reports(line):
     reports = []
     for workers in (1, *4 * [4]):
         with pytest.raises(RuntimeFault) as caught:
-            inputs, outputs = {"x": mx.zeros(1024)}, [("y", (1024,), mx.float32)]
+            inputs = {"x": mx.zeros(1024)}
+            outputs = [("y", (1024,), mx.float32)]
             run(source, inputs, outputs, (1024, 1, 1), (32, 1, 1), Runtime(workers=workers))
         reports.append(str(caught.value))
     assert reports == 5 * reports[:1]
