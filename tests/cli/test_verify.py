@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from metal_executor import restore_executor, usual_executor
+from ringattn.verify.run import findings, verify_local
 
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
@@ -16,7 +17,6 @@ from ringattn.metal import launch, self_test, set_executor
 from ringattn.verify import variants
 from ringattn.verify.features import FEATURES
 from ringattn.verify.findings import Findings, attempt, in_one_line
-from ringattn.verify.run import findings, verify_local
 
 pytestmark = pytest.mark.ranks
 

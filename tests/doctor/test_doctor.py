@@ -21,13 +21,13 @@ from launch.virtual import Cluster
 from ringattn.cli import main
 from ringattn.doctor import compute_speed, connectivity, host_info, link_speed, records
 from ringattn.doctor.breakeven import break_even
-from ringattn.doctor.compute_speed import Speeds
+from ringattn.doctor.compute_speed import ComputeSpeeds
 from ringattn.doctor.connectivity import Dead
-from ringattn.doctor.diagnosis import examine
-from ringattn.doctor.examination import Examination
-from ringattn.doctor.records import Library, Rank, Told
-from ringattn.doctor.runner import launcher_words
-from ringattn.doctor.table import as_json, text
+from ringattn.doctor.diagnosis import diagnose
+from ringattn.doctor.diagnosis.examination import Examination
+from ringattn.doctor.output import as_json, as_text
+from ringattn.doctor.records import Library, RankReport, RankReports
+from ringattn.doctor.runner import launcher_message
 from ringattn.errors import RingError
 from ringattn.launcher import mpiexec
 from ringattn.launcher.hostfile import Host
@@ -37,7 +37,7 @@ from ringattn.transport.solo import SoloRing
 
 pytestmark = pytest.mark.ranks
 
-MAC = host_info.Facts(
+MAC = host_info.HostInfo(
     host="mac",
     system="macOS 26.2",
     chip="Apple M3 Ultra",
@@ -59,29 +59,29 @@ MAC = host_info.Facts(
     float32="full",
 )
 LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
-FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12, spread=1.1)
+FAST = ComputeSpeeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12, spread=1.1)
 MPICH = Library("MPICH 5.0.2", "MPICH", "multiple", 3)
 
 
 def healthy(size: int = 3) -> Examination:
     """Macs on Thunderbolt, of which nothing bad can be said."""
     ranks = {
-        n: Rank(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
+        n: RankReport(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
         for n in range(size)
     }
-    measured = [link_speed.Link(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in link_speed.pairs(size)]
-    return Examination(size, Told(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
+    measured = [link_speed.LinkSpeed(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in link_speed.pairs(size)]
+    return Examination(size, RankReports(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
 
 
 def about(seen: Examination, number: int, **changed: object) -> None:
     """Change what rank `number` has said of its host."""
-    rank = seen.told.ranks[number]
-    assert rank.facts is not None
-    rank.facts = replace(rank.facts, **changed)
+    rank = seen.reports.ranks[number]
+    assert rank.host is not None
+    rank.host = replace(rank.host, **changed)
 
 
 def found(seen: Examination) -> list[str]:
-    return [str(finding) for finding in examine(seen)]
+    return [str(finding) for finding in diagnose(seen)]
 
 
 def test_healthy():
@@ -114,9 +114,14 @@ def test_hosts_between_which_nothing_passes():
     """Each pair once, whichever ranks tried; and what ends because of it is not told as well."""
     seen = healthy(4)
     about(seen, 3, host="mac2")
-    seen.told.dead = [Dead(1, 2, "timed out"), Dead(1, 3, "timed out"), Dead(2, 1, "no route"), Dead(0, 1, "refused")]
-    seen.ended = 1
-    for rank in seen.told.ranks.values():
+    seen.reports.failed_connections = [
+        Dead(1, 2, "timed out"),
+        Dead(1, 3, "timed out"),
+        Dead(2, 1, "no route"),
+        Dead(0, 1, "refused"),
+    ]
+    seen.exit_status = 1
+    for rank in seen.reports.ranks.values():
         rank.done, rank.doing = False, "connecting to all other hosts"
     first, second = found(seen)
     ends = "from mac1 to mac2 (timed out) and from mac2 to mac1 (no route)"
@@ -127,7 +132,7 @@ def test_hosts_between_which_nothing_passes():
 
 def test_two_mpis():
     seen = healthy()
-    seen.told.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
+    seen.reports.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
     [line] = found(seen)
     assert line.startswith(
         "error: MPI: differs: MPICH on ranks 0, 1 (mac0, mac1), Open MPI on rank 2 (mac2); install the same MPI"
@@ -136,33 +141,33 @@ def test_two_mpis():
 
 def test_thread_level():
     seen = healthy()
-    seen.told.ranks[1].mpi = replace(MPICH, threads="serialized")
+    seen.reports.ranks[1].mpi = replace(MPICH, threads="serialized")
     [line] = found(seen)
     assert line.startswith("error: rank 1 (mac1): MPI gives thread level 'serialized'") and "pip install" in line
 
 
 def test_ranks_that_see_themselves_alone():
     seen = healthy(2)
-    for rank in seen.told.ranks.values():
+    for rank in seen.reports.ranks.values():
         rank.mpi = replace(MPICH, size=1)
     assert all("sees 1 of 2 ranks" in line and "--mpiexec" in line for line in found(seen)) and len(found(seen)) == 2
-    seen.mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
+    seen.mpi_mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
     assert found(seen) == ["error: MPI: mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"]
 
 
 def test_rank_that_does_not_start():
     seen = healthy()
-    del seen.told.ranks[1]
-    seen.ended, seen.launcher = 255, "ssh: connect to host mac1 port 22: Connection refused"
+    del seen.reports.ranks[1]
+    seen.exit_status, seen.launcher_message = 255, "ssh: connect to host mac1 port 22: Connection refused"
     [line] = found(seen)
     assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
     assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
-    del seen.told.ranks[2]
+    del seen.reports.ranks[2]
     assert [line.partition(": did")[0] for line in found(seen)] == ["error: ranks 1, 2 (mac1, mac2)"]
-    seen.told.ranks.clear()
+    seen.reports.ranks.clear()
     [line] = found(seen)
     assert line.startswith("error: launch: no rank started (ssh: ") and "`ssh mac1 true`" in line
-    seen.launcher = "ssh: connect to host mac10 port 22"
+    seen.launcher_message = "ssh: connect to host mac10 port 22"
     assert "`ssh mac0 / mac1 / mac2 true`" in found(seen)[0]
 
 
@@ -171,9 +176,9 @@ def test_hosts_that_are_left_out():
     seen = healthy()
     seen.troubles = (Trouble(Host("me@mac3"), "Connection refused", "start its sshd"), Trouble(Host("mac4"), "a", "b"))
     assert found(seen) == ["error: host me@mac3: Connection refused; start its sshd", "error: host mac4: a; b"]
-    nothing = Examination(0, Told(), troubles=seen.troubles)
-    assert text(nothing, examine(nothing), "float16").splitlines() == found(seen)
-    assert as_json(nothing, examine(nothing), "float16")["ok"] is False
+    nothing = Examination(0, RankReports(), troubles=seen.troubles)
+    assert as_text(nothing, diagnose(nothing), "float16").splitlines() == found(seen)
+    assert as_json(nothing, diagnose(nothing), "float16")["ok"] is False
 
 
 def test_ranks_with_different_versions_of_ringattn():
@@ -181,8 +186,8 @@ def test_ranks_with_different_versions_of_ringattn():
     with pytest.raises(RingError) as error:
         introduce(None, lambda mine: [mine, ["0.0.1", *mine[1:]]])
     seen = healthy(2)
-    seen.ended = 1
-    for rank in seen.told.ranks.values():
+    seen.exit_status = 1
+    for rank in seen.reports.ranks.values():
         rank.done, rank.doing, rank.problem = False, "opening the ring", str(error.value)
     [line] = found(seen)
     told = (
@@ -198,11 +203,11 @@ def test_ranks_with_different_versions_of_ringattn():
 
 def test_rank_that_fails():
     seen = healthy()
-    seen.ended = 1
+    seen.exit_status = 1
     for number in (0, 2):
-        rank = seen.told.ranks[number]
+        rank = seen.reports.ranks[number]
         rank.done, rank.doing, rank.problem = False, "measuring link 0-1", "link 0-1: mac1 gave no sign of life"
-    seen.told.ranks[1].done, seen.launcher = False, "rank 1 (mac1) was killed by SIGKILL"
+    seen.reports.ranks[1].done, seen.launcher_message = False, "rank 1 (mac1) was killed by SIGKILL"
     first, second = found(seen)
     assert first.startswith("error: rank 0 (mac0): link 0-1: mac1 gave no sign of life; look at that link")
     assert second.startswith("error: rank 1 (mac1): ended while measuring a hop (rank 1 (mac1) was killed by SIGKILL)")
@@ -210,15 +215,15 @@ def test_rank_that_fails():
 
 def test_rank_that_never_ends():
     seen = healthy()
-    seen.ended, seen.seconds = None, 60
-    seen.told.ranks[2].done, seen.told.ranks[2].doing = False, "opening the ring"
+    seen.exit_status, seen.time_limit = None, 60
+    seen.reports.ranks[2].done, seen.reports.ranks[2].doing = False, "opening the ring"
     [line] = found(seen)
     assert line.startswith("error: launch: not finished after 60 s (rank 2 (mac2) was opening the ring); look at that ")
 
 
 def test_no_mpi():
     seen = healthy(1)
-    seen.unlaunched = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
+    seen.launch_problem = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
     [line] = found(seen)
     assert line.startswith("error: MPI: no mpiexec found, beside this Python or on PATH; pip install 'ringattn[mpi]'")
 
@@ -234,14 +239,14 @@ def test_numpy_and_python_may_differ():
 
 def test_slow_blas_on_linux():
     seen = healthy(2)
-    for rank in seen.told.ranks.values():
-        rank.facts, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
+    for rank in seen.reports.ranks.values():
+        rank.host, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
     [line] = found(seen)  # once for both ranks of this host
     told = "warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; "
     assert line.startswith(f"{told}see what else runs there") and "unset" not in line
     about(seen, 0, blas_advice="preload an OpenBLAS")
     assert found(seen) == [f"{told}preload an OpenBLAS"]
-    for rank in seen.told.ranks.values():
+    for rank in seen.reports.ranks.values():
         rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
     assert found(seen) == []
 
@@ -251,7 +256,7 @@ def test_products_in_tf32():
     about(seen, 1, float32="TF32")
     [line] = found(seen)
     assert line.startswith("warning: rank 1 (") and line.endswith("less exact; set MLX_ENABLE_TF32=0 there")
-    assert "TF32" in text(seen, [], "float16")
+    assert "TF32" in as_text(seen, [], "float16")
 
 
 @pytest.mark.parametrize(
@@ -266,33 +271,33 @@ def test_a_busy_host(load, spread, signs):
     """Which measures next to nothing: it is named, and nothing is shown as 0."""
     seen = healthy()
     about(seen, 1, load=load)
-    seen.told.ranks[1].speeds = Speeds(2e8, 1.5e8, 3e8, 3e8, 9e6, spread)
+    seen.reports.ranks[1].speeds = ComputeSpeeds(2e8, 1.5e8, 3e8, 3e8, 9e6, spread)
     [line] = [line for line in found(seen) if line.startswith("warning: rank")]
     assert line == (
         f"warning: rank 1 (mac1): busy: {signs}; its speeds here are too low: end what else runs there (see top), "
         "and run the doctor again"
     )
-    shown = text(seen, examine(seen), "float16")
+    shown = as_text(seen, diagnose(seen), "float16")
     assert ["1", "0.2", "0.15", "0.3", "0.3", "0.009"] in [row.split() for row in shown.splitlines()]
     assert "nothing is wrong" not in shown
-    assert as_json(seen, examine(seen), "float16")["ranks"][1]["spread"] == spread
+    assert as_json(seen, diagnose(seen), "float16")["ranks"][1]["spread"] == spread
 
 
 def test_a_host_is_busy_once_and_not_with_its_own_ranks():
     seen = healthy(2)
-    for rank in seen.told.ranks.values():
-        rank.facts, rank.speeds = replace(MAC, load=1.0), replace(FAST, spread=3.0)
+    for rank in seen.reports.ranks.values():
+        rank.host, rank.speeds = replace(MAC, load=1.0), replace(FAST, spread=3.0)
     [line] = found(seen)
     assert line.startswith("warning: rank 0 (mac): busy: load average 1.0 a core") and "differ 3.0-fold; " in line
-    for rank in seen.told.ranks.values():
-        rank.facts = replace(MAC, cores=16)  # for two ranks of 16 threads
+    for rank in seen.reports.ranks.values():
+        rank.host = replace(MAC, cores=16)  # for two ranks of 16 threads
     assert found(seen) == []
 
 
 def test_slow_links_are_not_shown_as_0():
     seen = healthy(2)
-    seen.told.links, seen.told.hop = [link_speed.Link((0, 1), 2e-7, 4e4, 5e5, 1.5e6)], 4e4
-    shown = text(seen, examine(seen), "float16")
+    seen.reports.links, seen.reports.hop = [link_speed.LinkSpeed((0, 1), 2e-7, 4e4, 5e5, 1.5e6)], 4e4
+    shown = as_text(seen, diagnose(seen), "float16")
     row = next(line for line in shown.splitlines() if line.startswith("rank 0 (mac0) - rank 1 (mac1)"))
     assert row.split()[-6:] == ["0.2", "us", "4e-05", "0.0005", "0.002", "slowest"]
     assert "as in a hop: 4e-05 GB/s each" in shown
@@ -307,15 +312,15 @@ def test_mac_without_metal():
 
 def test_slow_link():
     seen = healthy()
-    seen.told.links[1] = replace(seen.told.links[1], to_left=1e9)
+    seen.reports.links[1] = replace(seen.reports.links[1], to_left=1e9)
     [line] = found(seen)
     assert line.startswith("warning: link 1-2: 1.00 GB/s, where others have 3.00") and "cable" in line
-    assert seen.slowest == seen.told.links[1]
+    assert seen.slowest_link == seen.reports.links[1]
 
 
 def test_links_that_need_long_contexts():
     seen = healthy()
-    seen.told.hop = 0.117e9
+    seen.reports.hop = 0.117e9
     [line] = found(seen)
     assert line.startswith("warning: links: transfers hide behind compute only above 7") and "tokens" in line
 
@@ -323,10 +328,10 @@ def test_links_that_need_long_contexts():
 def test_break_even_is_by_the_slowest_rank_and_what_links_carry_together():
     seen = healthy()
     assert seen.break_even == break_even(17e12, 3e9, 300e-6)
-    seen.told.ranks[1].speeds = replace(FAST, attention=5e12)
-    seen.told.hop = 2e9
+    seen.reports.ranks[1].speeds = replace(FAST, attention=5e12)
+    seen.reports.hop = 2e9
     assert seen.break_even == break_even(5e12, 2e9, 300e-6)
-    seen.told.hop = None
+    seen.reports.hop = None
     assert seen.break_even is None
 
 
@@ -335,8 +340,8 @@ def test_break_even_is_by_the_slowest_rank_and_what_links_carry_together():
 
 def test_table():
     seen = healthy()
-    seen.told.links[2] = replace(seen.told.links[2], to_right=2.9e9)
-    shown = text(seen, examine(seen), "float16")
+    seen.reports.links[2] = replace(seen.reports.links[2], to_right=2.9e9)
+    shown = as_text(seen, diagnose(seen), "float16")
     row = next(line for line in shown.splitlines() if line.startswith("rank 2 (mac2) - rank 0 (mac0)"))
     assert row.split()[-6:] == ["300", "us", "2.900", "3.200", "3.000", "slowest"]
     assert shown.count("slowest") == 1 and "macOS 26.2  Apple M3 Ultra  512 GiB  32 (16 a rank)" in shown
@@ -346,14 +351,14 @@ def test_table():
 
 
 def test_table_of_almost_nothing():
-    seen = Examination(2, Told({1: Rank()}), ended=1, launcher="boom")
-    assert text(seen, examine(seen), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
+    seen = Examination(2, RankReports({1: RankReport()}), exit_status=1, launcher_message="boom")
+    assert as_text(seen, diagnose(seen), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
 
 
 def test_json():
     seen = healthy()
     about(seen, 1, mlx="0.1")
-    told = json.loads(json.dumps(as_json(seen, examine(seen), "float16")))
+    told = json.loads(json.dumps(as_json(seen, diagnose(seen), "float16")))
     assert (told["ok"], told["size"], told["hop_gb_s"], told["slowest_link"]) == (False, 3, 3.0, [0, 1])
     assert told["links"][0] == {
         "ranks": [0, 1],
@@ -370,14 +375,14 @@ def test_json():
 
 
 def test_records_come_back_whatever_is_around_them(capfd):
-    records.say(1, doing="timing", facts=asdict(MAC))
-    records.say(1, speeds=asdict(FAST), mpi=asdict(MPICH))
-    records.say(0, link=asdict(link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
+    records.write_record(1, doing="timing", host=asdict(MAC))
+    records.write_record(1, speeds=asdict(FAST), mpi=asdict(MPICH))
+    records.write_record(0, link=asdict(link_speed.LinkSpeed((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
     lines = capfd.readouterr().out.splitlines()
     noise = ["hello", f"[2] {records.MARK}" + '{"rank": 2, "cut o', ""]
-    told = records.read("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
-    assert told.ranks == {0: Rank(done=True), 1: Rank(MAC, FAST, MPICH, doing="timing")}
-    assert (told.links, told.hop) == ([link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
+    told = records.parse_records("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
+    assert told.ranks == {0: RankReport(done=True), 1: RankReport(MAC, FAST, MPICH, doing="timing")}
+    assert (told.links, told.hop) == ([link_speed.LinkSpeed((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
 
 
 @pytest.mark.parametrize(
@@ -389,11 +394,11 @@ def test_records_come_back_whatever_is_around_them(capfd):
         ("", ""),
     ],
 )
-def test_launcher_words(said, words):
-    assert launcher_words(said) == words
+def test_launcher_message(said, words):
+    assert launcher_message(said) == words
 
 
-# Facts and measurements
+# HostInfo and measurements
 
 
 def test_facts_of_this_host():
