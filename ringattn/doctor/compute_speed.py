@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import attention
-from ..bench.kernel import Shape, random_arrays
+from ..bench.kernel import AttentionShape, random_arrays
 
 ENOUGH = 0.05  # seconds of one call after which no larger size is measured
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
@@ -60,7 +60,7 @@ def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> ComputeSp
     workloads: dict[str, tuple[Workload, tuple[int, ...]]] = {
         "mlx": (lambda n: _mlx(n, mx.float32), SIZES),
         "numpy": (_numpy, SIZES),
-        "attention": (lambda n: _attention(Shape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
+        "attention": (lambda n: _attention(AttentionShape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
     }
     if gpu:
         workloads["float16"] = (lambda n: _mlx(n, mx.float16), SIZES)
@@ -106,6 +106,6 @@ def _numpy(n: int) -> tuple[Callable[[], object], float]:
     return lambda: a @ a, 2.0 * n**3
 
 
-def _attention(shape: Shape) -> tuple[Callable[[], object], float]:
+def _attention(shape: AttentionShape) -> tuple[Callable[[], object], float]:
     q, k, v = random_arrays(shape)
     return lambda: mx.eval(attention(q, k, v)), shape.flops

@@ -151,5 +151,5 @@ def test_calls_take_turns():
 
 
 def test_work_is_counted_of_visible_pairs():
-    shape = speed.Shape(mx.float16, 64, (2, 1), 3, 10, True)
+    shape = speed.AttentionShape(mx.float16, 64, (2, 1), 3, 10, True)
     assert shape.flops == 4 * 2 * 64 * (8 + 9 + 10)

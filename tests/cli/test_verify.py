@@ -9,14 +9,15 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from metal_executor import restore_executor, usual_executor
-from ringattn.verify.run import findings, verify_local
 
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
 from ringattn.metal import launch, self_test, set_executor
+from ringattn.reporting.one_line import in_one_line
 from ringattn.verify import variants
+from ringattn.verify.feature_checks import ring_findings, verify_local
 from ringattn.verify.features import FEATURES
-from ringattn.verify.findings import Findings, attempt, in_one_line
+from ringattn.verify.findings import Findings, run_check
 
 pytestmark = pytest.mark.ranks
 
@@ -33,7 +34,7 @@ def few(monkeypatch):
     every = [variant for variant in variants.variants() if variant.name in FEW]
     assert len(every) == len(FEW)
     monkeypatch.setattr(variants, "variants", lambda: every)
-    monkeypatch.setattr("ringattn.verify.run.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
+    monkeypatch.setattr("ringattn.verify.feature_checks.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
     yield
     restore_executor()
 
@@ -136,7 +137,7 @@ def test_every_check_that_needs_a_replaced_kernel_says_so(as_on_a_mac):
     """The library warns of it once."""
     set_executor(without(("D", 80)))
     check = next(variant.check for variant in variants.variants() if variant.name == "head_dim 80, float16")
-    assert [TOLD in attempt(check)[1] for _ in range(2)] == [True, True]
+    assert [TOLD in run_check(check)[1] for _ in range(2)] == [True, True]
 
 
 def test_a_wrong_answer_is_named(few):
@@ -183,7 +184,7 @@ def test_what_a_ring_replaced_is_told(monkeypatch):
 
 
 def test_what_a_ring_got_wrong_is_named():
-    found = findings({"plain": {"pass_kv": 0.5, "pass_q": 2.5, "gather": float("nan")}})
+    found = ring_findings({"plain": {"pass_kv": 0.5, "pass_q": 2.5, "gather": float("nan")}})
     assert list(found.failed) == ["plain on pass_q", "plain on gather"]
 
 
