@@ -11,7 +11,7 @@ from ...doctor.breakeven import AttentionModel
 from ...doctor.diagnosis import diagnose
 from ...doctor.output import as_json, as_text
 from ...doctor.runner import DTYPES, Target, examine_cluster
-from ..host_options import HOSTS, chosen, count_ranks, ranks_option, with_options
+from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
 from .bench import parse_heads
 
 
@@ -64,7 +64,7 @@ def doctor(
     model and findings (fatal, where, what, remedy); null stands for a value that is not known.
     """
     model = AttentionModel(*heads, head_dim, DTYPES[dtype], causal)
-    cluster = chosen(hosts, hostfile, interface)
+    cluster = chosen_cluster(hosts, hostfile, interface)
     size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
     click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
     exam = examine_cluster(Target(size, cluster, interface, mpiexec), model, dtype, timeout)
