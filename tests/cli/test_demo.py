@@ -1,4 +1,4 @@
-"""The demo: its report, its picture, and the whole of it on a short document."""
+"""Demo: its report, its picture, and a whole run on a short document."""
 
 from __future__ import annotations
 

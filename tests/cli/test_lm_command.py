@@ -18,7 +18,7 @@ from ringattn.cli.lm_command import LONGEST_ERROR, load_model
 
 
 def test_a_model_that_does_not_load_tells_why_in_one_line(tmp_path: Path) -> None:
-    """Its names of weights too, which mlx-lm writes on lines of their own."""
+    """The line has the names of missing weights, which mlx-lm writes on lines of their own."""
     weights = dict(mx.load(str(make_folder(tmp_path) / "model.safetensors")))
     gone = ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
     kept = {name: weight for name, weight in weights.items() if name not in gone}

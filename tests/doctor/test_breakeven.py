@@ -1,4 +1,4 @@
-"""From how many tokens on transfers hide: the published figures, and that compute and transfer are equal there."""
+"""Break-even number of tokens: the published figures, and equal times of compute and transfer at that number."""
 
 import pytest
 from hypothesis import given
