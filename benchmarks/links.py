@@ -116,8 +116,9 @@ def worker() -> None:
         assert error < 1e-5, error
         alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
         before = ring.bytes_sent
-        trace = ring.trace = []
+        ring.trace = []
         call()
+        trace = ring.trace
         ring.trace = None
         sent = ring.bytes_sent - before
         waited = sum(event.stop - event.start for event in trace if event.kind == "wait")
