@@ -13,7 +13,7 @@ from typing import Any
 
 from ..transport.mpi.library import Library
 from .compute_speed import ComputeSpeeds
-from .connectivity import Dead
+from .connectivity import FailedConnection
 from .host_info import HostInfo
 from .link_speed import LinkSpeed
 
@@ -39,7 +39,7 @@ class RankReports:
     ranks: dict[int, RankReport] = field(default_factory=dict)
     links: list[LinkSpeed] = field(default_factory=list)
     hop: float | None = None  # bytes per second that every rank sends while all send
-    failed_connections: list[Dead] = field(default_factory=list)  # these keep MPI from starting
+    failed_connections: list[FailedConnection] = field(default_factory=list)  # these keep MPI from starting
 
 
 def write_record(rank: int, **fields: Any) -> None:
@@ -54,7 +54,7 @@ def parse_records(output: str) -> RankReports:
         rank = reports.ranks.setdefault(record["rank"], RankReport())
         if "link" in record:
             reports.links.append(LinkSpeed(**{**record["link"], "ranks": tuple(record["link"]["ranks"])}))
-        reports.failed_connections += [Dead(**failed) for failed in record.get("failed_connections", ())]
+        reports.failed_connections += [FailedConnection(**failed) for failed in record.get("failed_connections", ())]
         reports.hop = record.get("hop", reports.hop)
         for name, kind in (("host", HostInfo), ("speeds", ComputeSpeeds), ("mpi", Library)):
             if name in record:

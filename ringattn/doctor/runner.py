@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import LaunchError
 from ..launcher.hostfile import Cluster, Host
 from ..launcher.mpiexec import Mpiexec, find_mpiexec, mismatch
 from ..launcher.preflight import find_troubles, home_address
 from .breakeven import AttentionModel
-from .connectivity import Exchange
+from .connectivity import ENDPOINT, Coordinator
 from .diagnosis.examination import Examination
 from .records import RankReports, parse_records
 
@@ -75,11 +78,11 @@ def _examine(
     """Run the worker on these hosts and collect the ranks' reports."""
     names = [host.ssh for host in hosts for _ in range(host.slots)][: target.size]
     size = len(names) if hosts else target.size
-    options = [*_options(target, hosts), "--timeout", f"{HEARTBEAT_TIMEOUT:g}", "--mpiexec", mpiexec.path]
-    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(size), *options, "--", *worker]
-    with closing(Exchange(home_address(hosts), size)) if hosts else nullcontext() as exchange:
-        several = [exchange.told, ",".join(name.rpartition("@")[2] for name in names)] if exchange else []
-        status, output, errors = _run([*line, *several], seconds)
+    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(size), "--timeout", f"{HEARTBEAT_TIMEOUT:g}"]
+    with _options(target, hosts, size) as options:
+        several = [",".join(name.rpartition("@")[2] for name in names)] if hosts else []
+        command = [*line, "--mpiexec", mpiexec.path, *options, "--", *worker, *several]
+        status, output, errors = _run(command, seconds)
     return Examination(
         size,
         parse_records(output),
@@ -91,13 +94,22 @@ def _examine(
     )
 
 
-def _options(target: Target, hosts: Sequence[Host]) -> list[str]:
-    """Options of ``ringattn launch`` for these hosts."""
+@contextmanager
+def _options(target: Target, hosts: Sequence[Host], size: int) -> Iterator[list[str]]:
+    """Open a `Coordinator` for the ranks on these hosts, and yield the options of ``ringattn launch``.
+
+    Variables are passed by a file that no other user can read, since all users can read the command line.
+    """
     if target.cluster is None:
-        return []
-    variables = [part for variable in target.cluster.variables for part in ("--env", variable)]
-    through = ["--interface", target.interface] if target.interface else []
-    return ["--no-prefix", "--hosts", ",".join(f"{host.ssh}:{host.slots}" for host in hosts), *variables, *through]
+        yield []
+        return
+    with closing(Coordinator(home_address(hosts), size)) as coordinator, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "hosts.json")
+        entries = [{"ssh": host.ssh, "slots": host.slots} for host in hosts]
+        variables = [*target.cluster.variables, f"{ENDPOINT}={coordinator.endpoint}"]
+        path.write_text(json.dumps({"hosts": entries, "envs": variables}))
+        through = ["--interface", target.interface] if target.interface else []
+        yield ["--no-prefix", "--hostfile", str(path), *through]
 
 
 def _run(line: Sequence[str], seconds: float) -> tuple[int | None, str, str]:

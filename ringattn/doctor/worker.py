@@ -1,11 +1,12 @@
 """Program of every rank of ``ringattn doctor``.
 
-``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [EXCHANGE HOST,HOST,...]``: the last two where there
-are several hosts, see `connectivity`.
+``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [HOST,HOST,...]``: the last where there are several
+hosts; the environment then says where the doctor listens, see `connectivity`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from ..launcher.rank_wrapper import launched_rank
 from ..transport import init
 from ..transport.environment import launched_by
 from .compute_speed import measure
-from .connectivity import find_dead
+from .connectivity import ENDPOINT, find_failed_connections
 from .host_info import collect
 from .link_speed import measure_hop, measure_link, pairs
 from .records import write_record
@@ -43,13 +44,13 @@ def main() -> int:
     return 0
 
 
-def _reach_all(rank: int, exchange: str, hosts: str) -> bool:
+def _reach_all(rank: int, hosts: str) -> bool:
     """Whether every host can reach every other."""
     write_record(rank, doing="connecting to all other hosts")
-    dead = find_dead(exchange, rank, hosts.split(","))
+    failed_connections = find_failed_connections(os.environ[ENDPOINT], rank, hosts.split(","))
     if rank == 0:  # all ranks have the same list
-        write_record(rank, failed_connections=[asdict(failed) for failed in dead])
-    return not dead
+        write_record(rank, failed_connections=[asdict(failed) for failed in failed_connections])
+    return not failed_connections
 
 
 def _measure_ring(rank: int) -> None:
