@@ -27,7 +27,7 @@ from ringattn.bench.kernel import Shape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
 from ringattn.verify.features import FEATURES
-from ringattn.verify.findings import Check, attempt
+from ringattn.verify.findings import Check, run_check
 from ringattn.verify.oracle import Case, GradientCase, ratios
 from ringattn.verify.variants import variants
 
@@ -73,7 +73,7 @@ def timed(run: Callable[[], None]) -> float:
 
 def check_variant(name: str, check: Check) -> None:
     """Compare a variant or feature, forward or gradient, with float64."""
-    fraction, problem = attempt(check)
+    fraction, problem = run_check(check)
     report(name, fraction <= 1, problem or f"{fraction:.2f} of the budget")
 
 
