@@ -8,7 +8,7 @@ from statistics import median
 
 import ringattn as ra  # before MLX, for its BLAS
 from ringattn import lm
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import held_bytes
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_map  # isort: skip

@@ -15,7 +15,7 @@ import ringattn as ra
 from ringattn import lm
 from ringattn.demo.document import prompt
 from ringattn.demo.job import Figures, Job, Progress
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.base import Event, Ring
 
 Told = Callable[[int, int], None]

@@ -14,7 +14,7 @@ from .generate import stream_generate
 from .load import load
 from .prompt_cache.store import load_cache, save_cache
 from .shard import shard
-from .sharded_cache import ShardedKVCache
+from .sharding.sharded_cache import ShardedKVCache
 
 __all__ = [
     "CacheFileError",

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError
-from .history import shared_length
-from .sharded_cache import ShardedKVCache
+from .sharding.history import shared_length
+from .sharding.sharded_cache import ShardedKVCache
 
 MESSAGES = "messages"  # the key of a saved cache's metadata
 

@@ -16,7 +16,7 @@ from ..transport.consensus import heard
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
-from .sharded_cache import ShardedKVCache
+from .sharding.sharded_cache import ShardedKVCache
 
 CHUNK = 512  # tokens a rank computes in one round of prefill, on a CPU: one round is a few seconds' work
 CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token

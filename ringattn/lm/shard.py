@@ -16,12 +16,12 @@ from ..layout import Layout
 from ..ring.arguments import check_ring
 from ..transport.base import Ring
 from ..transport.shared_input import SharedInput
-from .attention import NAME, dispatching
-from .history import TokenHistory
-from .layer_adapters import ADAPTERS
-from .partition import Cost, Step, next_step
-from .ropes import RopeCall, longest_context, recorded_ropes
-from .sharded_cache import Probe, ShardedKVCache, step_through
+from .sharding.attention import NAME, dispatching
+from .sharding.history import TokenHistory
+from .sharding.layer_adapters import ADAPTERS
+from .sharding.partition import Cost, Step, next_step
+from .sharding.ropes import RopeCall, longest_context, recorded_ropes
+from .sharding.sharded_cache import Probe, ShardedKVCache, step_through
 
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"

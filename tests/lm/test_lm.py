@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ringattn import Layout, init
 from ringattn.errors import ArgumentError, KernelWarning
-from ringattn.lm.partition import LEAST, RUN, Cost, next_step, round_layout
+from ringattn.lm.sharding.partition import LEAST, RUN, Cost, next_step, round_layout
 
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")

@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 def parse(pieces: Sequence[str], reason: str = "stop", state: str = "normal") -> tuple[str, str, list[str], str | None]:
     """Content, reasoning, names of tools called and the reason to finish."""
-    from ringattn.lm.server.answers import AnswerParser
+    from ringattn.lm.server.api.answers import AnswerParser
 
     parser = AnswerParser(tokenizer(), state)
     deltas = [parser.push(piece)[0] for piece in pieces]

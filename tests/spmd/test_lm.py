@@ -23,10 +23,10 @@ from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ringattn import lm
-from ringattn.lm import partition
-from ringattn.lm import sharded_cache as caches
 from ringattn.lm.prompt_cache import atomic_files
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding import partition
+from ringattn.lm.sharding import sharded_cache as caches
+from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank

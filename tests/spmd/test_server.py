@@ -21,7 +21,7 @@ from tiny_model import make_folder
 
 from ringattn import lm
 from ringattn.lm.server import Engine, engine
-from ringattn.lm.server.requests import Request, Served, read_request
+from ringattn.lm.server.api.requests import Request, Served, read_request
 
 PLAIN = {"prompt": "Once upon a time", "max_tokens": 9}
 

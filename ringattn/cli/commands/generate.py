@@ -38,7 +38,7 @@ def generate(**options: Any) -> None:
 
 def _generate(session: Session) -> None:
     """One answer, and what it took."""
-    from ...lm.sharded_cache import held_bytes
+    from ...lm.sharding.sharded_cache import held_bytes
 
     options = session.options
     response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))

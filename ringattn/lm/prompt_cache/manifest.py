@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ...errors import CacheFileError
 from ...layout import Layout
-from ..sharded_cache import ShardedKVCache
+from ..sharding.sharded_cache import ShardedKVCache
 from .atomic_files import DATA
 from .fingerprint import difference
 

@@ -24,9 +24,9 @@ from ...layout import Layout
 from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, heard
-from ..history import TokenHistory
 from ..shard import Sharded
-from ..sharded_cache import ShardedKVCache, pick
+from ..sharding.history import TokenHistory
+from ..sharding.sharded_cache import ShardedKVCache, pick
 from .atomic_files import Part, sweep
 from .fingerprint import shared_fingerprint
 from .manifest import NAMES, TOKENS, File, Layer, Manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..history import shared_length
+from ..sharding.history import shared_length
 
 Cache = list[Any]  # of all layers
 

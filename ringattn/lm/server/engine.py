@@ -18,9 +18,9 @@ from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
 from ..generate import stream_generate
 from ..shard import Sharded
+from .api.fields import RequestError
+from .api.requests import Request
 from .cache_pool import KeptCaches
-from .fields import RequestError
-from .requests import Request
 from .stop_words import StopWords
 
 POLL_INTERVAL = 0.25  # s between two looks whether a client, or the server, is still there

@@ -13,12 +13,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from .answers import AnswerParser, Delta
+from .api.answers import AnswerParser, Delta
+from .api.fields import RequestError
+from .api.requests import read_json, read_request
+from .api.responses import Responses, error_object, usage_object
 from .engine import Answer, Engine, Piece
-from .fields import RequestError
 from .listener import DeadlineReader, Server
-from .requests import read_json, read_request
-from .responses import Responses, error_object, usage_object
 from .service import Service, Settings
 
 PATIENCE = 60.0  # s in which a client has to send its request, and to take what it is sent

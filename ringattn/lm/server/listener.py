@@ -12,8 +12,8 @@ from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from .fields import RequestError
-from .responses import error_object
+from .api.fields import RequestError
+from .api.responses import error_object
 
 BACKLOG = 256  # connections that the system keeps until they are accepted
 MOST_CONNECTIONS = 256  # threads

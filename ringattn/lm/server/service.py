@@ -11,11 +11,11 @@ from typing import Any
 
 from mlx_lm.server import get_system_fingerprint
 
-from .answers import AnswerParser
+from .api.answers import AnswerParser
+from .api.prompts import PromptBuilder
+from .api.requests import DEFAULT_MODEL, Request, Served
+from .api.responses import Responses
 from .engine import Engine
-from .prompts import PromptBuilder
-from .requests import DEFAULT_MODEL, Request, Served
-from .responses import Responses
 
 MB = 1 << 20
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decode_attention import decode_attention
-from ..errors import UnsupportedModelError
-from ..ring_attention import ring_attention
+from ...decode_attention import decode_attention
+from ...errors import UnsupportedModelError
+from ...ring_attention import ring_attention
 from .sharded_cache import Probe, ShardedKVCache, Visible, giver
 
 NAME = "scaled_dot_product_attention"  # what models import from mlx_lm.models.base

@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.intervals import length, locate, positions
-from ..errors import ArgumentError
-from ..layout import Layout
-from ..transport.base import Ring
-from ..transport.solo import SoloRing
+from ...core.intervals import length, locate, positions
+from ...errors import ArgumentError
+from ...layout import Layout
+from ...transport.base import Ring
+from ...transport.solo import SoloRing
 from .history import TokenHistory
 from .partition import Step, extended, within
 

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from ..engine import Piece
 from .answers import Delta
-from .engine import Piece
 from .fields import RequestError
 
 LEAST_LOGPROB = -9999.0  # OpenAI's for a token that is very unlikely; JSON has no infinity

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 
-from ..core.intervals import intersection
-from ..layout import Layout
+from ...core.intervals import intersection
+from ...layout import Layout
 
 LEAST = 16  # tokens a rank: for fewer it is not worth while to share the work out
 RUN = 256  # tokens that one rank keeps in a row while they come one by one: layouts stay short
