@@ -71,7 +71,7 @@ def worker() -> None:
             for length in LENGTHS:
                 cache, before = make_prompt_cache(model), ring.bytes_sent
                 found = lm.stream_generate(
-                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, chunk=512
+                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, prefill_step_size=512
                 )
                 result["tokens"].append([response.token for response in found])
                 result["cache"].append(held_bytes(cache))

@@ -62,6 +62,10 @@ class ContextWarning(UserWarning):
     """A prompt is longer than the context that the model was made for; the message names both lengths."""
 
 
+class VersionWarning(UserWarning):
+    """The installed version of a library was not tested with this package; the message says which versions were."""
+
+
 class CacheFileError(ArgumentError):
     """A file of a saved prompt cache is missing, torn or another model's; the message names it."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError, KernelWarning, MissingExtraError
+from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..extras import require
 from ..transport.base import Ring
 from ..transport.environment import launched_by
@@ -92,7 +92,8 @@ def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
     """Print warnings, once for all ranks and without a line of their source."""
     with warnings.catch_warnings():
         if not speaks:
-            warnings.simplefilter("ignore", KernelWarning)
+            for kind in (KernelWarning, VersionWarning):
+                warnings.simplefilter("ignore", kind)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
         yield
 
@@ -223,7 +224,7 @@ class Session:
             ids,
             max_tokens=options["max_tokens"],
             sampler=make_sampler(options["temp"], options["top_p"], options["min_p"], top_k=options["top_k"]),
-            chunk=options["prefill_step_size"],
+            prefill_step_size=options["prefill_step_size"],
             prompt_cache=self.cache,
             prompt_progress_callback=bar() if self.speaks else None,
             stopped=stopped,

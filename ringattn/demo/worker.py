@@ -67,7 +67,7 @@ def _answer(job: Job, model: Any, tokenizer: Any, ids: list[int], cache: list, t
     options: dict = {"max_tokens": job.most, "prompt_cache": cache, "prompt_progress_callback": told}
     if job.plain:
         return mlx_lm.stream_generate(model, tokenizer, ids, **options)
-    return lm.stream_generate(model, tokenizer, ids, chunk=job.chunk, **options)
+    return lm.stream_generate(model, tokenizer, ids, prefill_step_size=job.chunk, **options)
 
 
 def main() -> None:

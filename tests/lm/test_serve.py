@@ -302,23 +302,23 @@ class Plain:
         self.tokens -= n
 
 
-def test_kept_caches() -> None:
-    from ringattn.lm.server.cache_pool import KeptCaches
+def test_a_pool_of_caches() -> None:
+    from ringattn.lm.server.cache_pool import PromptCachePool
 
-    kept = KeptCaches(2)
+    pool = PromptCachePool(2)
     first, second = Plain(6), Plain(4)
-    kept.give([1, 2, 3, 4, 5], [first])
+    pool.push([1, 2, 3, 4, 5], [first])
     assert first.size() == 5  # one token more than was given out
-    kept.give([1, 9, 9, 9], [second])
-    assert kept.take([1, 2, 7]) == (None, 0)  # too little of either
-    assert kept.take([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
-    assert len(kept) == 1 and kept.take([1, 2, 3, 4, 5]) == (None, 0)
-    kept.give([1, 2, 3, 4], [first])
-    assert kept.take([1, 2, 3, 7, 8]) == ([first], 3)
+    pool.push([1, 9, 9, 9], [second])
+    assert pool.pop([1, 2, 7]) == (None, 0)  # too little of either
+    assert pool.pop([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
+    assert len(pool) == 1 and pool.pop([1, 2, 3, 4, 5]) == (None, 0)
+    pool.push([1, 2, 3, 4], [first])
+    assert pool.pop([1, 2, 3, 7, 8]) == ([first], 3)
     window = Plain(3, trimmable=False)
-    kept.give([5, 6, 7], [window])
-    assert kept.take([5, 6, 8, 9]) == (None, 0)
-    assert kept.take([5, 6, 7, 8]) == ([window], 3)
+    pool.push([5, 6, 7], [window])
+    assert pool.pop([5, 6, 8, 9]) == (None, 0)
+    assert pool.pop([5, 6, 7, 8]) == ([window], 3)
     for tokens in ([1], [2], [3]):
-        kept.give(tokens, [Plain(1)])
-    assert len(kept) == 2 and kept.take([1, 1]) == (None, 0)
+        pool.push(tokens, [Plain(1)])
+    assert len(pool) == 2 and pool.pop([1, 1]) == (None, 0)

@@ -306,7 +306,7 @@ def test_many_clients_at_once(client: Client) -> None:
 def test_slow_clients_time_out_and_do_not_block_others(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     from ringattn.lm.server import http as server_http
 
-    monkeypatch.setattr(server_http, "PATIENCE", 1.5)
+    monkeypatch.setattr(server_http, "CLIENT_TIMEOUT", 1.5)
     client.engine.script = ["a"]
     slow = [client.open() for _ in range(40)]
     for one in slow:
@@ -327,7 +327,7 @@ def test_slow_clients_time_out_and_do_not_block_others(client: Client, monkeypat
 def test_a_client_that_never_reads_does_not_block_others(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     from ringattn.lm.server import http as server_http
 
-    monkeypatch.setattr(server_http, "PATIENCE", 1.5)
+    monkeypatch.setattr(server_http, "CLIENT_TIMEOUT", 1.5)
     client.engine.script = ["x" * 4_000_000] * 4
     body = json.dumps({**ASK, "stream": True}).encode()
     with closing(client.open()) as deaf:

@@ -140,7 +140,7 @@ def test_greedy_tokens(ring: Ring, rng: np.random.Generator) -> None:
     lm.shard(model, ring)
     for prompt, tokens in zip(prompts, expected):
         theirs = prompt if ring.rank == 0 else []
-        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, chunk=50)]
+        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, prefill_step_size=50)]
         assert found == tokens
 
 
@@ -162,7 +162,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
     options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
     prompt = [i % 60 for i in range(301)]
     found = lm.stream_generate(
-        model, words(), prompt, max_tokens=9, chunk=100 // ring.size, prompt_cache=cache, **options
+        model, words(), prompt, max_tokens=9, prefill_step_size=100 // ring.size, prompt_cache=cache, **options
     )
     assert (len(list(found)), cache[0].size()) == (tokens, read)
     assert len(list(lm.stream_generate(model, words(), [3], max_tokens=2, prompt_cache=cache))) == 2
@@ -227,8 +227,9 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
         ({"max_kv_size": 32}, "max_kv_size: not supported"),
         ({"draft_model": 1}, "draft_model: not supported"),
         ({"input_embeddings": 1}, "input_embeddings: not supported"),
-        ({"prefill_step_size": 9}, "prefill_step_size: not supported over a ring, expected chunk"),
+        ({"prefill_step_size": 0}, "prefill_step_size: 0, expected at least 1"),
         ({"chunk": 0}, "chunk: 0, expected at least 1"),
+        ({"chunk": 9, "prefill_step_size": 9}, "chunk: not supported over a ring"),
     ],
 )
 def test_options_that_mean_nothing_here(ring: Ring, options: dict, told: str) -> None:

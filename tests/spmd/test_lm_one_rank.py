@@ -32,7 +32,7 @@ def model(ring: Ring) -> nn.Module:
 
 
 def say(model: nn.Module, prompt: Any, **options: Any) -> list[int]:
-    options = {"max_tokens": 3, "chunk": 40, **options}
+    options = {"max_tokens": 3, "prefill_step_size": 40, **options}
     return [r.token for r in lm.stream_generate(model, words(), prompt, **options)]
 
 
@@ -97,8 +97,8 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"chunk": 0}, "chunk: 0, expected at least 1"),
-        ({"chunk": 41}, "stream_generate: chunk differs between ranks: 40 on rank"),
+        ({"prefill_step_size": 0}, "prefill_step_size: 0, expected at least 1"),
+        ({"prefill_step_size": 41}, "stream_generate: prefill_step_size differs between ranks: 40 on rank"),
         ({"max_tokens": 4}, "stream_generate: max_tokens differs between ranks: 3 on rank"),
         ({"max_tokens": 0}, "max_tokens: 0, expected at least 1, or -1"),
         ({"kv_bits": 4}, "kv_bits: not supported over a ring"),
@@ -122,7 +122,7 @@ def test_a_text_that_rank_0_leaves_early(ring: Ring, model: nn.Module, prompt: l
         pytest.skip("nobody is left behind")
     expected = say(model, LONG[:9])
     with pytest.raises(ArgumentError, match=r"^rank 0 called stream_generate, .* called decode_attention$"):
-        for _ in lm.stream_generate(model, words(), LONG, max_tokens=5, chunk=40):
+        for _ in lm.stream_generate(model, words(), LONG, max_tokens=5, prefill_step_size=40):
             if ring.rank == 0:
                 break
         say(model, prompt)
