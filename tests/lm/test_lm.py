@@ -1,4 +1,4 @@
-"""Language models: how rounds are cut, what is cached where, and a real model in a GGUF file."""
+"""Language models: the cutting of rounds, the places of cached tokens, and a real model in a GGUF file."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_gguf_stays_quantised_unless_a_dtype_is_asked_for(smollm2):
 
 
 def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
-    """Of an mlx-lm model as of a GGUF file."""
+    """The dtype applies to an mlx-lm model as to a GGUF file."""
     import mlx_lm
 
     model = families.build("llama")
@@ -100,8 +100,9 @@ def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
 
 
 def test_a_prompt_is_read_in_several_rounds_on_a_cpu():
-    """So that a progress bar does not jump from nothing to all."""
-    model, seen = families.build("llama"), list[int]()
+    """Several rounds let a progress bar move in steps."""
+    model = families.build("llama")
+    seen: list[int] = []
     with init("solo") as ring:
         lm.shard(model, ring)
         options = {"max_tokens": 1, "prompt_progress_callback": lambda done, total: seen.append(done)}
@@ -147,7 +148,7 @@ def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
 
 
 def test_gguf_kinds_of_tokens():
-    """Those of a user are atoms as the control tokens are, but a part of the text; unused and byte tokens are not."""
+    """Control and user-defined tokens are never split, and the latter are part of the text; other types are split."""
     words = [chr(i) for i in range(33, 127)]  # bytes that stand for themselves
     extra = [("<eos>", 3), ("<think>", 4), ("<unused>", 5), ("<0x0A>", 6), ("<unk>", 2), ("th", 1), ("\n\n", 4)]
     metadata = {

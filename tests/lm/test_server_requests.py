@@ -1,4 +1,4 @@
-"""The bodies of the server's requests: what is refused, by which name, and that what passes can be generated."""
+"""Bodies of requests: wrong ones are refused by the field's name, and accepted ones can be generated."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_values_become_what_the_engine_needs() -> None:
         {"reasoning_effort": "low"},
     )
     assert read("chat", messages=MESSAGES, tools=tools, tool_choice="none").tools is None
-    assert read("text", prompt="x", temperature=1e-9).sampling["temperature"] == 0  # 1 / 1e-9 is no use in float32
+    assert read("text", prompt="x", temperature=1e-9).sampling["temperature"] == 0  # 1 / 1e-9 overflows in float32
     assert read("text", prompt="x", stream_options={"include_usage": True}).include_usage
     assert read("text", prompt="x", logit_bias={"5": -100}).processors["logit_bias"] == {5: -100.0}
 
