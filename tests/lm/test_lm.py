@@ -133,17 +133,17 @@ def test_no_such_file():
 
 
 @pytest.mark.parametrize(
-    "tensors, metadata, told",
+    "tensors, metadata, message",
     [
         ({}, {"general.architecture": "mamba"}, "x.gguf has general.architecture 'mamba', expected 'llama'"),
         ({}, {"llama.rope.scaling.type": "yarn"}, "x.gguf has llama.rope.scaling.type 'yarn', expected None or 'none'"),
         ({"rope_freqs.weight": mx.ones(4)}, {}, "x.gguf: llama.embedding_length, expected what a Llama has"),
     ],
 )
-def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
+def test_another_gguf_is_named(monkeypatch, tensors, metadata, message):
     whole = {"general.architecture": "llama", **metadata}
     monkeypatch.setattr(mx, "load", lambda *_, **__: (tensors, whole))
-    with pytest.raises(lm.UnsupportedModelError, match=told.replace(".", r"\.")):
+    with pytest.raises(lm.UnsupportedModelError, match=message.replace(".", r"\.")):
         load_gguf(Path("x.gguf"))
 
 

@@ -274,8 +274,10 @@ def test_clients_of_openai(smollm2: Server, sensible_answer: str) -> None:
     assert "".join(entry.token for entry in chosen) == expected
     assert all(entry.top_logprobs[0].token == entry.token for entry in chosen)
     chunks = list(client.chat.completions.create(**ask, stream=True, logprobs=True))
-    told = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
-    assert "".join(told) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    streamed = [
+        entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content
+    ]
+    assert "".join(parts) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     with client.chat.completions.stream(**ask) as stream:
         stream.until_done()
         assert stream.get_final_completion().choices[0].message.content == expected

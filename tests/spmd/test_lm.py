@@ -195,7 +195,7 @@ def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         (
             "afm7",
@@ -205,9 +205,9 @@ def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window
         ("iquestloopcoder", {"loop_window_size": 8, "loop_num": 2}, "has a layer of another kind: attention to"),
     ],
 )
-def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, told: str) -> None:
+def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, message: str) -> None:
     """The error comes before anything is computed: the result would be silently wrong."""
-    with pytest.raises(lm.UnsupportedModelError, match=rf"^model: {name} [^\n]*{told}[^\n]*$"):
+    with pytest.raises(lm.UnsupportedModelError, match=rf"^model: {name} [^\n]*{message}[^\n]*$"):
         lm.shard(build_other(name, changes), ring)
 
 
@@ -221,7 +221,7 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"kv_bits": 4}, "kv_bits: not supported over a ring"),
         ({"max_kv_size": 32}, "max_kv_size: not supported"),
@@ -232,9 +232,9 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
         ({"chunk": 9, "prefill_step_size": 9}, "chunk: not supported over a ring"),
     ],
 )
-def test_options_that_mean_nothing_here(ring: Ring, options: dict, told: str) -> None:
+def test_options_that_mean_nothing_here(ring: Ring, options: dict, message: str) -> None:
     model = lm.shard(build("llama"), ring)
-    with pytest.raises(ArgumentError, match=f"^{told}"):
+    with pytest.raises(ArgumentError, match=f"^{message}"):
         list(lm.stream_generate(model, words(), [5], max_tokens=4, **options))
 
 
@@ -331,9 +331,9 @@ def _in_float16(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_factory, name: str) -> None:
     """Such a cache would give wrong numbers, or an error inside the next call."""
-    make, told = OTHERS[name]
+    make, message = OTHERS[name]
     path, _ = _saved(ring, tmp_path_factory, lm.shard(make(), ring))
-    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {told}$"):
+    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {message}$"):
         lm.load_cache(path, lm.shard(build("llama"), ring))
 
 
@@ -357,7 +357,7 @@ TORN = "not the manifest of a prompt cache, or torn"
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda text: text[:-9], TORN),
         (lambda text: "[]", TORN),
@@ -372,7 +372,7 @@ TORN = "not the manifest of a prompt cache, or torn"
         (lambda text: _changed(text, "layouts", lambda _: []), "torn or changed: a checksum of"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, told: str) -> None:
+def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, message: str) -> None:
     """Files in another order count too: their keys would be used for other tokens."""
     model = lm.shard(build("llama"), ring)
     path, _ = _saved(ring, tmp_path_factory, model)
@@ -380,7 +380,7 @@ def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, chan
     if text == path.read_text():
         pytest.skip("one file has no order")
     _on_rank_0(ring, lambda: path.write_text(text, encoding="latin-1"))
-    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: {told}[^\n]*$"):
+    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: {message}[^\n]*$"):
         lm.load_cache(path, model)
 
 

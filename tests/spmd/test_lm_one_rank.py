@@ -49,7 +49,7 @@ def test_a_prompt_in_any_array(ring: Ring, model: nn.Module, make: Callable[[lis
 
 
 @pytest.mark.parametrize(
-    "prompt, told",
+    "prompt, message",
     [
         ([1, 2, "three"], "prompt: <U21 of shape"),
         ([1.5], "prompt: float64 of shape"),
@@ -67,8 +67,8 @@ def test_a_prompt_in_any_array(ring: Ring, model: nn.Module, make: Callable[[lis
         ("w1 \ud800", r"prompt: '\\ud800' at index 3, expected Unicode text"),
     ],
 )
-def test_a_prompt_that_is_wrong_on_rank_0(ring: Ring, model: nn.Module, prompt: Any, told: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"^(rank 0: )?({told})[^\n]*$"):
+def test_a_prompt_that_is_wrong_on_rank_0(ring: Ring, model: nn.Module, prompt: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^(rank 0: )?({message})[^\n]*$"):
         say(model, prompt if ring.rank == 0 else LONG)
     assert len(say(model, LONG[:9])) == 3
 
@@ -95,7 +95,7 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"prefill_step_size": 0}, "prefill_step_size: 0, expected at least 1"),
         ({"prefill_step_size": 41}, "stream_generate: prefill_step_size differs between ranks: 40 on rank"),
@@ -106,11 +106,11 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
         ({"prompt_cache": []}, "prompt_cache: nothing in 0 layers, expected"),
     ],
 )
-def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, options: dict, told: str) -> None:
+def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, options: dict, message: str) -> None:
     last = ring.size - 1
-    if ring.size == 1 and "differs" in told:
+    if ring.size == 1 and "differs" in message:
         pytest.skip("one rank differs from none")
-    with pytest.raises(ArgumentError, match=rf"^(rank {last}: )?{told}[^\n]*$"):
+    with pytest.raises(ArgumentError, match=rf"^(rank {last}: )?{message}[^\n]*$"):
         say(model, LONG, **(options if ring.rank == last else {}))
     assert len(say(model, LONG[:9])) == 3
 
