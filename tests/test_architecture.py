@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 
 # From the bottom up. What stands in one row knows nothing of its neighbours.
 FLOORS = [
-    {"errors", "_version", "native", "reporting"},
+    {"errors", "_version", "native", "rendezvous", "reporting"},
     {"core", "extras"},
     {"autograd"},
     {"kernels", "transport"},

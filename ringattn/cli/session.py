@@ -67,7 +67,6 @@ def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], rea
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, what, tuple((name, str(value)) for name, value in options.items()))
-
             if ring.rank == 0 and shown():
                 click.echo(f"Loading {options['model']} ...", err=True)
             with _warnings_in_one_line(ring.rank == 0):

@@ -5,21 +5,21 @@ Ranks that cannot talk to each other yet tell each other where they listen throu
 
 from __future__ import annotations
 
-import hmac
-import json
-import secrets
-import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import RingError
+from ..rendezvous.channel import Channel, take
+from ..rendezvous.client import Address, connect, format_endpoint, parse_endpoint
+from ..rendezvous.handshake import derive_key, make_key
+from ..rendezvous.listener import Listener
 
-HELLO = 5.0  # s for a connection, and for whoever connects to say who it is
-WELCOME = b"welcome\n"
+ENDPOINT = "RINGATTN_DOCTOR"  # the environment variable that names the `Coordinator` to the ranks
+MESSAGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,129 +37,118 @@ class Dead:
     why: str
 
 
-class Exchange:
+class Coordinator:
     """The doctor's part: it hands what each rank says to all, round after round, until one has left.
 
     Args:
         address: Of this machine, at which all ranks reach it.
         size: How many ranks will come.
+
+    Attributes:
+        endpoint: For `CoordinatorClient`. It holds a secret.
     """
 
     def __init__(self, address: str, size: int) -> None:
-        self._door = socket.create_server((address, 0), backlog=size)
-        self._size, self._token = size, secrets.token_hex(16)
-        self.told = f"{address},{self._door.getsockname()[1]},{self._token}"  # for `Voice`
+        key = make_key()
+        self._listener = Listener([address], lambda rank: key if rank < size else None)
+        self._size = size
+        self.endpoint = format_endpoint(self._listener.addresses, key)
         threading.Thread(target=self._run, daemon=True).start()
 
     def close(self) -> None:
-        self._door.close()
+        self._listener.close()
 
     def _run(self) -> None:
-        ranks: dict[int, Any] = {}
-        with suppress(OSError):
-            while len(ranks) < self._size:
-                self._admit(ranks)
-            while all(lines := [ranks[rank].readline() for rank in range(self._size)]):
-                for file in ranks.values():
-                    file.write(f"[{','.join(line.strip() for line in lines)}]\n")
-                    file.flush()
-
-    def _admit(self, ranks: dict[int, Any]) -> None:
-        link = self._door.accept()[0]
-        link.settimeout(HELLO)
-        file = link.makefile("rw", encoding="utf-8")
-        with suppress(OSError, ValueError):
-            token, rank = file.readline().split()
-            if hmac.compare_digest(token.encode(), self._token.encode()):
-                link.settimeout(None)
-                ranks[int(rank)] = file
+        ranks: dict[int, Channel] = {}
+        while len(ranks) < self._size and (caller := self._listener.accept()):
+            ranks[caller[0]] = Channel(caller[1], MESSAGE_BYTES)
+        with ExitStack() as stack, suppress(OSError):
+            for channel in ranks.values():
+                stack.callback(channel.close)  # which tells the others that a rank has left
+            while len(ranks) == self._size:
+                said = [take(ranks[rank].receive(), "said", list) for rank in range(self._size)]
+                for channel in ranks.values():
+                    channel.send(said)
 
 
-class Voice:
-    """A rank's part. `told` is what the doctor's `Exchange` told; `RingError` where the doctor cannot be reached."""
+class CoordinatorClient:
+    """A rank's part. `RingError` where the doctor cannot be reached.
 
-    def __init__(self, told: str, rank: int) -> None:
-        address, port, token = told.split(",")
+    Args:
+        endpoint: Of the doctor's `Coordinator`.
+        rank: This rank.
+
+    Attributes:
+        key: That all ranks of this run know.
+        own_address: At which others may reach this host as well.
+    """
+
+    def __init__(self, endpoint: str, rank: int) -> None:
+        addresses, self.key = parse_endpoint(endpoint)
         try:
-            self._link = socket.create_connection((address, int(port)), timeout=HELLO)
-        except OSError as error:
-            raise RingError(f"no TCP connection to the doctor at {address} ({error.strerror or error})") from None
-        self._link.settimeout(None)
-        self._file = self._link.makefile("rw", encoding="utf-8")
-        self._file.write(f"{token} {rank}\n")
-        self.own_address: str = self._link.getsockname()[0]  # at which others may reach this host as well
+            link = connect(addresses, self.key, rank)
+        except ConnectionError as error:
+            raise RingError(f"no TCP connection to the doctor at {error}") from None
+        self._channel = Channel(link, MESSAGE_BYTES)
+        self.own_address: str = link.getsockname()[0]
 
-    def gather(self, what: object) -> list[Any]:
-        """What all ranks say, anything that JSON can hold. Collective."""
-        self._file.write(f"{json.dumps(what)}\n")
-        self._file.flush()
-        said = self._file.readline()
-        if not said:
+    def gather(self, what: list) -> list[Any]:
+        """What all ranks say, lists of anything that JSON can hold. Collective."""
+        try:
+            self._channel.send({"said": what})
+            said = self._channel.receive()
+        except OSError as error:
+            raise RingError(f"the connection to the doctor was lost ({error})") from None
+        if said is None:
             raise RingError("a rank left before all had said what they found")
-        return list(json.loads(said))
+        return list(said)
 
     def close(self) -> None:
-        self._file.close()
-        self._link.close()
+        self._channel.close()
 
 
-def find_dead(told: str, rank: int, hosts: Sequence[str]) -> list[Dead]:
+class AnsweringListener:
+    """Answers the ranks of the same run, and keeps no connection.
+
+    Whoever listens at the same address of another machine has another key: each rank has its own.
+    """
+
+    def __init__(self, key: bytes, rank: int) -> None:
+        own = derive_key(key, f"rank {rank}")
+        self._listener = Listener([""], lambda rank: own)
+        self.port = self._listener.addresses[0][1]
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _run(self) -> None:
+        while caller := self._listener.accept():
+            caller[1].close()
+
+
+def find_dead(endpoint: str, rank: int, hosts: Sequence[str]) -> list[Dead]:
     """The ways between ranks on different hosts that are dead, the same list on all ranks. Collective.
 
     Args:
-        told: By the doctor's `Exchange`.
+        endpoint: Of the doctor's `Coordinator`.
         rank: This rank.
         hosts: The address or name of every rank's host.
     """
-    with closing(Voice(told, rank)) as voice, closing(_Door()) as door:
-        addresses = list(dict.fromkeys([hosts[rank], voice.own_address]))
-        cards = [_Card(*card) for card in voice.gather([addresses, door.port, door.secret])]
+    with closing(CoordinatorClient(endpoint, rank)) as client, closing(AnsweringListener(client.key, rank)) as own:
+        addresses = dict.fromkeys([hosts[rank], client.own_address])
+        places = client.gather([(address, own.port) for address in addresses])
         others = [peer for peer, host in enumerate(hosts) if host != hosts[rank]]
         with ThreadPoolExecutor(max(1, len(others))) as pool:
-            tried = pool.map(lambda peer: _call(cards[peer]), others)
+            tried = pool.map(lambda peer: _try(places[peer], client.key, rank, peer), others)
             mine = [(rank, peer, why) for peer, why in zip(others, tried) if why]
-        return [Dead(*one) for dead in voice.gather(mine) for one in dead]
+        return [Dead(*one) for dead in client.gather(mine) for one in dead]
 
 
-class _Card(NamedTuple):
-    addresses: list[str]
-    port: int
-    secret: str
-
-
-class _Door:
-    """Answers those who know its secret. Whoever listens at the same address of another machine does not."""
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0), backlog=128)
-        self.port, self.secret = self._socket.getsockname()[1], secrets.token_hex(16)
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                link = self._socket.accept()[0]
-            except OSError:
-                return  # closed
-            with link, suppress(OSError):
-                link.settimeout(HELLO)
-                if hmac.compare_digest(link.makefile("rb").readline().strip(), self.secret.encode()):
-                    link.sendall(WELCOME)
-
-
-def _call(card: _Card) -> str | None:
-    """Why none of the addresses led to the host; ``None`` if one did."""
-    reasons = []
-    for address in card.addresses:
-        try:
-            with socket.create_connection((address, card.port), timeout=HELLO) as link:
-                link.sendall(f"{card.secret}\n".encode())
-                if link.makefile("rb").readline() == WELCOME:
-                    return None
-            reasons.append(f"{address} is another machine")
-        except OSError as error:
-            reasons.append(f"{address}: {error.strerror or error}")
-    return ", ".join(reasons)
+def _try(addresses: Sequence[Address], key: bytes, rank: int, peer: int) -> str | None:
+    """Why none of the addresses led to the rank; ``None`` if one did."""
+    try:
+        connect([(address, port) for address, port in addresses], derive_key(key, f"rank {peer}"), rank).close()
+    except ConnectionError as error:
+        return str(error)
+    return None

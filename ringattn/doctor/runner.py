@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import LaunchError
 from ..launcher.hostfile import Cluster, Host
 from ..launcher.mpiexec import Mpiexec, find_mpiexec, mismatch
 from ..launcher.preflight import find_troubles, home_address
 from .breakeven import Model
-from .connectivity import Exchange
+from .connectivity import ENDPOINT, Coordinator
 from .examination import Examination
 from .records import Told, read
 
@@ -74,11 +77,10 @@ def _examine(
     """What the ranks find out on these of the hosts."""
     names = [host.ssh for host in hosts for _ in range(host.slots)][: where.size]
     size = len(names) if hosts else where.size
-    options = [*_options(where, hosts), "--timeout", f"{SIGN_OF_LIFE:g}", "--mpiexec", mpiexec.path]
-    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(size), *options, "--", *worker]
-    with closing(Exchange(home_address(hosts), size)) if hosts else nullcontext() as exchange:
-        several = [exchange.told, ",".join(name.rpartition("@")[2] for name in names)] if exchange else []
-        ended, output, said = _run([*line, *several], seconds)
+    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", str(size), "--timeout", f"{SIGN_OF_LIFE:g}"]
+    with _options(where, hosts, size) as options:
+        several = [",".join(name.rpartition("@")[2] for name in names)] if hosts else []
+        ended, output, said = _run([*line, "--mpiexec", mpiexec.path, *options, "--", *worker, *several], seconds)
     words = launcher_words(said) if ended != 0 else ""
     differs = mismatch(mpiexec)
     return Examination(
@@ -86,13 +88,22 @@ def _examine(
     )
 
 
-def _options(where: Where, hosts: Sequence[Host]) -> list[str]:
-    """Those of ``ringattn launch`` for these of the hosts."""
+@contextmanager
+def _options(where: Where, hosts: Sequence[Host], size: int) -> Iterator[list[str]]:
+    """Those of ``ringattn launch`` for these of the hosts, with a `Coordinator` for the ranks on them.
+
+    Variables go by a file that no other user can read, and not by the command line, which all can.
+    """
     if where.cluster is None:
-        return []
-    variables = [part for variable in where.cluster.variables for part in ("--env", variable)]
-    through = ["--interface", where.interface] if where.interface else []
-    return ["--no-prefix", "--hosts", ",".join(f"{host.ssh}:{host.slots}" for host in hosts), *variables, *through]
+        yield []
+        return
+    with closing(Coordinator(home_address(hosts), size)) as coordinator, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "hosts.json")
+        entries = [{"ssh": host.ssh, "slots": host.slots} for host in hosts]
+        variables = [*where.cluster.variables, f"{ENDPOINT}={coordinator.endpoint}"]
+        path.write_text(json.dumps({"hosts": entries, "envs": variables}))
+        through = ["--interface", where.interface] if where.interface else []
+        yield ["--no-prefix", "--hostfile", str(path), *through]
 
 
 def _run(line: Sequence[str], seconds: float) -> tuple[int | None, str, str]:

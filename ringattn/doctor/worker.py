@@ -1,11 +1,12 @@
 """What every rank runs for ``ringattn doctor``.
 
-``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [EXCHANGE HOST,HOST,...]``: the last two where there
-are several hosts, see `ways`.
+``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [HOST,HOST,...]``: the last where there are several
+hosts; the environment then says where the doctor listens, see `connectivity`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from ..launcher.rank_wrapper import launched_rank
 from ..transport import init
 from ..transport.environment import launched_by
 from .compute_speed import measure
-from .connectivity import find_dead
+from .connectivity import ENDPOINT, find_dead
 from .host_info import collect
 from .link_speed import measure_hop, measure_link, pairs
 from .records import say
@@ -43,10 +44,10 @@ def main() -> int:
     return 0
 
 
-def _reach_all(rank: int, exchange: str, hosts: str) -> bool:
+def _reach_all(rank: int, hosts: str) -> bool:
     """Whether every host can reach every other."""
     say(rank, doing="connecting to all other hosts")
-    dead = find_dead(exchange, rank, hosts.split(","))
+    dead = find_dead(os.environ[ENDPOINT], rank, hosts.split(","))
     if rank == 0:  # every rank knows
         say(rank, dead=[asdict(way) for way in dead])
     return not dead

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hmac
-import json
 import os
-import secrets
-import select
 import signal
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+from ..rendezvous.channel import Channel, ProtocolError, take
+from ..rendezvous.client import format_endpoint
+from ..rendezvous.handshake import make_key
+from ..rendezvous.listener import Listener
 from ..transport.failures.cause import Cause
 from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 from .standard_input import StandardInput, own_descriptor
-
-PATIENCE = 5.0  # s for whoever connects to say who it is
-LONGEST = 1 << 16  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -76,42 +74,46 @@ class Connection:
     def __init__(self, link: socket.socket, timeout: float):
         link.setblocking(False)
         keep_alive(link, timeout)
-        self._link, self._rest = link, b""
+        self._link, self._channel = link, Channel(link)
         self.open = True
-        self.broken = False  # not closed by the wrapper, but given up by the system: its host is out of reach
-        self.since = time.monotonic()
+        self.broken = False  # not closed by the wrapper, but given up: its host is out of reach, or speaks nonsense
         # Whoever connects to an address of this machine from this machine has it itself.
         self.local = link.getpeername()[0] == link.getsockname()[0]
 
-    def next(self) -> bytes | None:
-        """The next line that has come, if one has; `open` says whether more may come."""
+    def next(self) -> Any:
+        """The next message that has come, if one has; `open` says whether more may come."""
         try:
-            while self.open and b"\n" not in self._rest and len(self._rest) < LONGEST:
-                part = self._link.recv(4096)
-                self.open = bool(part)
-                self._rest += part
+            self._channel.flush()
+            while self.open:
+                if (message := self._channel.next()) is not None:
+                    return message
+                self.open = self._channel.read()
         except BlockingIOError:
             pass
         except OSError:
-            self.open, self.broken = False, True
-        line, end, rest = self._rest.partition(b"\n")
-        self._rest = rest if end else line
-        return line if end else None
+            self.give_up()
+        return None
 
-    def say(self, line: str) -> None:
+    def say(self, **what: object) -> None:
+        """Send a message; to a wrapper that is gone it goes nowhere."""
         with suppress(OSError):
-            self._link.sendall(line.encode() + b"\n")
+            self._channel.send(what)
 
     def let_go(self) -> None:
         """The end of the leash: the wrapper ends its rank and leaves, and then `open` turns false."""
         with suppress(OSError):
             self._link.shutdown(socket.SHUT_WR)
 
+    def give_up(self) -> None:
+        """Close it because nothing more can be made of it."""
+        self.open, self.broken = False, True
+        self._link.close()
+
     def close(self) -> None:
         self._link.close()
 
     def detach(self) -> socket.socket:
-        """The socket, for another use than lines."""
+        """The socket, for another use than messages."""
         return self._link
 
 
@@ -160,95 +162,110 @@ class Rank:
         if self.connection.local:
             self.child.signal(number)
         else:
-            self.connection.say(f"signal {int(number)}")
+            self.connection.say(signal=int(number))
 
     def kill(self) -> None:
         """Kill its program, and what that has left behind."""
         if self.connection.local:
             self.child.kill_group()
         else:
-            self.connection.say(f"signal {int(signal.SIGKILL)}")
+            self.connection.say(signal=int(signal.SIGKILL))
 
     def hear(self) -> None:
         """Take in what its wrapper has said."""
-        while (line := self.connection.next()) is not None:
-            said = json.loads(line)
-            if "stopped" in said:
-                self.stopped = said["stopped"]
-            elif "opening" in said:
-                self.opening_since = time.monotonic() if said["opening"] else None
-            elif "computing" in said:
-                self.computing = True
-            elif "ended" in said and self.end is None:
-                cause = Cause.of_end(self.number, self.host, said["ended"], said["known"])
-                caused = said["known"].get("broken") == "elsewhere"
-                self.end = End(said["ended"], time.monotonic(), said["asked"], caused, str(cause))
-                self.stopped = False
+        while (message := self.connection.next()) is not None:
+            try:
+                self._take(message)
+            except ProtocolError:
+                self.connection.give_up()
+
+    def _take(self, message: Any) -> None:
+        if "stopped" in message:
+            self.stopped = take(message, "stopped", bool)
+        elif "opening" in message:
+            self.opening_since = time.monotonic() if take(message, "opening", bool) else None
+        elif "computing" in message:
+            self.computing = True
+        elif "ended" in message and self.end is None:
+            self.end = self._read_end(message)
+            self.stopped = False
+
+    def _read_end(self, message: Any) -> End:
+        code = take(message, "ended", int)
+        said = take(message, "known", dict)  # from a file that the program could write to
+        known = {name: value for name, value in said.items() if isinstance(value, (str, int))}
+        try:
+            line = str(Cause.of_end(self.number, self.host, code, known))
+        except ValueError as error:
+            raise ProtocolError(f"ended: {error}") from None
+        return End(code, time.monotonic(), take(message, "asked", bool), known.get("broken") == "elsewhere", line)
 
 
 class Ranks(dict[str, Rank]):
-    """The ranks that have reported, by number, and the sockets at which others are expected.
+    """The ranks that have reported, by number, and where others are expected.
 
     Args:
         addresses: The addresses of this machine at which ranks can reach it.
         timeout: Seconds without a sign of life after which a host counts as gone.
+
+    Attributes:
+        endpoint: What a wrapper needs for its way here. It holds a secret.
     """
 
     def __init__(self, addresses: Sequence[str], timeout: float = DEFAULT_TIMEOUT):
         super().__init__()
         self._timeout = timeout
-        self._token = secrets.token_hex(16)
-        self._coming: list[Connection] = []
+        self._coming: dict[Connection, str] = {}  # without a word yet
         self._input: StandardInput | None = None
-        self._doors = []
-        for address in dict.fromkeys(addresses):
-            door = socket.create_server((address, 0), backlog=256)
-            door.setblocking(False)
-            self._doors.append(door)
-
-    @property
-    def told(self) -> str:
-        """What a wrapper needs for its way here: addresses with ports, and the token that it shows."""
-        return " ".join([*(f"{a},{p}" for a, p in (door.getsockname()[:2] for door in self._doors)), self._token])
+        key = make_key()
+        self._listener = Listener(list(dict.fromkeys(addresses)), lambda rank: key)
+        self.endpoint = format_endpoint(self._listener.addresses, key)
 
     def hear(self) -> None:
         """Take in what has been said since the last time."""
-        for door in select.select(self._doors, [], [], 0)[0] if self._doors else ():
-            with suppress(OSError):
-                self._coming.append(Connection(door.accept()[0], self._timeout))
-        self._coming = [connection for connection in self._coming if not self._admit(connection)]
+        while caller := self._listener.accept(0):
+            with suppress(OSError):  # it has gone already
+                self._coming[Connection(caller[1], self._timeout)] = str(caller[0])
+        for connection, number in list(self._coming.items()):
+            if self._admit(connection, number):
+                del self._coming[connection]
         for rank in self.values():
             rank.hear()
             if rank.computing:
                 rank.computing = False
                 for other in self.values():
-                    other.connection.say(f"computing {rank.number}")
+                    other.connection.say(computing=int(rank.number))
 
     def close(self) -> None:
-        for door in self._doors:
-            door.close()
+        self._listener.close()
         if self._input is not None:
             self._input.close()
         for connection in [*self._coming, *(rank.connection for rank in self.values())]:
             connection.close()
 
-    def _admit(self, connection: Connection) -> bool:
-        """Make a rank of whoever shows the token; whether that is decided."""
-        line = connection.next()
-        if line is not None:
-            with suppress(ValueError, KeyError, TypeError):
-                said = json.loads(line)
-                if hmac.compare_digest(str(said["token"]), self._token):
-                    if "input" in said and self._input is None:
-                        self._input = StandardInput(connection.detach(), own_descriptor())
-                        return True
-                    wrapper, child = (Process(int(pid), started) for pid, started in said["processes"])
-                    self[said["rank"]] = Rank(said["rank"], said["host"], wrapper, child, connection)
-                    return True
-        if line is not None or not connection.open or time.monotonic() - connection.since > PATIENCE:
-            connection.close()
+    def _admit(self, connection: Connection, number: str) -> bool:
+        """Make a rank of a wrapper once it has said what it runs; whether that is decided."""
+        message = connection.next()
+        if message is None:
+            return not connection.open
+        if "input" in message and self._input is None:
+            self._input = StandardInput(connection.detach(), own_descriptor())
             return True
-        return False
+        try:
+            wrapper, child = (_read_process(one) for one in take(message, "processes", list))
+            self[number] = Rank(number, take(message, "host", str), wrapper, child, connection)
+        except (ProtocolError, ValueError):
+            connection.give_up()
+        return True
+
+
+def _read_process(told: Any) -> Process:
+    """The process of ``[pid, start time]``. No other number may be signalled: some stand for groups."""
+    if isinstance(told, list) and len(told) == 2:
+        pid, started = told
+        if type(pid) is int and 1 < pid < 1 << 31 and isinstance(started, str):
+            return Process(pid, started)
+    raise ProtocolError("process: expected a number above 1 and a start time")
 
 
 def own_addresses(hosts: Sequence[str]) -> list[str]:

@@ -1,20 +1,20 @@
 """What every rank runs under: starts the program, stays beside it, and tells the launcher how it ended.
 
 Run by path, ``python -IS rank.py -- COMMAND...``, so that a rank pays little for it and no library is imported.
-mpiexec starts it, on whatever host; it connects to the launcher as ``RINGATTN_LAUNCHER`` says, and tells it in JSON,
-one object a line:
+mpiexec starts it, on whatever host; it connects to the launcher as ``RINGATTN_LAUNCHER`` says, both prove who they are
+(see `rendezvous`), and it tells the launcher in messages, each a JSON object:
 
-    {"token", "rank", "host", "processes": [[pid, start time], [pid, start time]]}     of this process and the program
+    {"host", "processes": [[pid, start time], [pid, start time]]}       of this process and the program; the first one
     {"stopped": true}                               or false: the program was stopped (SIGSTOP) or goes on
     {"opening": true}                               or false: it waits for the others to open a ring, or does no longer
     {"computing": true}                             the program computes in a call that holds its heartbeats up
     {"ended": code, "asked": false, "known": {}}    whether a signal that came through here asked for it, and what the
                                                     status file said
 
-Rank 0 opens a second connection, on which it says ``{"token", "input": true}``, and gets the launcher's standard input.
+Rank 0 opens a second connection, on which it says ``{"input": true}``, and gets the launcher's standard input.
 
-The launcher answers with a line for each signal that the program is to get, such as ``signal 15``, and for each rank
-that computes so, such as ``computing 3``, of which the library is told. The connection is a leash as well: when the
+The launcher answers with a message for each signal that the program is to get, ``{"signal": 15}``, and for each rank
+that computes so, ``{"computing": 3}``, of which the library is told. The connection is a leash as well: when the
 launcher lets go of it, or dies, everything here ends. The library keeps its place in a file of this host that
 ``RINGATTN_STATUS`` names; `ringattn.transport.failures.status_file` says what is in it.
 
@@ -29,13 +29,23 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
 import time
+import types
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
+
+if __name__ == "__main__":  # run by path: an empty package in place of ringattn, whose __init__ imports MLX
+    _ringattn = types.ModuleType("ringattn")
+    _ringattn.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.modules["ringattn"] = _ringattn
+
+from ringattn.rendezvous.channel import Channel, take  # noqa: E402
+from ringattn.rendezvous.client import connect, parse_endpoint  # noqa: E402
 
 LINE_BYTES = 256  # of the status file, as in ringattn.transport.failures.status_file; so are the next two
 PULSE = struct.Struct("=qd")
@@ -142,21 +152,43 @@ def timeout_of(environment: Mapping[str, str]) -> float:
         return DEFAULT_TIMEOUT  # the ring will say what is wrong with it
 
 
-def connect(told: str) -> tuple[socket.socket, str]:
-    """The connection to the launcher, by one of its addresses, and the token to show."""
-    *doors, token = told.split()
-    error: OSError | None = None
-    for door in doors:
-        address, _, port = door.rpartition(",")
-        try:
-            link = socket.create_connection((address, int(port)), timeout=5)
-        except OSError as wrong:
-            error = wrong
-            continue
-        keep_alive(link, timeout_of(os.environ))
-        link.settimeout(None)
-        return link, token
-    raise error or OSError("no address")
+def connect_launcher(endpoint: str, rank: str) -> socket.socket:
+    """The connection to the launcher; `OSError` or `ValueError` where there is none."""
+    addresses, key = parse_endpoint(endpoint)
+    link = connect(addresses, key, int(rank))
+    keep_alive(link, timeout_of(os.environ))
+    return link
+
+
+def make_status_file(folder: str) -> str:
+    """A new file of `FILE_BYTES` that only this user can reach, in `folder` if nobody else can write there.
+
+    That is the launcher's, which other hosts have not; there somebody else may have made one of the same name.
+    """
+    if not _is_private(folder):
+        folder = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"ringattn-{os.urandom(8).hex()}")
+        os.mkdir(folder, 0o700)
+    path = os.path.join(folder, f"{os.urandom(8).hex()}.status")
+    made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(made, "wb") as file:
+        file.write(bytes(FILE_BYTES))
+    return path
+
+
+def _is_private(folder: str) -> bool:
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def remove_status_file(path: str, folder: str) -> None:
+    """Remove it, with its folder where that is not the launcher's."""
+    with suppress(OSError):
+        os.unlink(path)
+        if os.path.dirname(path) != folder:
+            os.rmdir(os.path.dirname(path))
 
 
 class Prefixer:
@@ -258,10 +290,10 @@ class Pulse:
 class Input:
     """The standard input of rank 0's program: a pipe that is filled with what the launcher reads."""
 
-    def __init__(self, told: str) -> None:
-        self.link, token = connect(told)
+    def __init__(self, endpoint: str) -> None:
+        self.link = connect_launcher(endpoint, "0")
         give_up_after(self.link, 0)  # a program that does not read for an hour is in its right
-        self.link.sendall(json.dumps({"token": token, "input": True}).encode() + b"\n")
+        Channel(self.link).send({"input": True})
         self.reading, self.writing = os.pipe()
 
     def become(self) -> None:
@@ -288,16 +320,13 @@ class Wrapper:
     def __init__(self, rank: str) -> None:
         self.rank, self.host = rank, os.uname().nodename
         self.parent = os.getppid()
-        told = os.environ.pop("RINGATTN_LAUNCHER")
-        self.link, self.token = connect(told)
-        self.input = Input(told) if rank == "0" else None
-        folder = os.environ.pop("RINGATTN_LAUNCH_DIR", "")
-        folder = folder if os.path.isdir(folder) else os.environ.get("TMPDIR", "/tmp")
-        self.status = os.path.join(folder, f"ringattn-{os.getpid()}.status")
-        with open(self.status, "wb") as file:
-            file.write(bytes(FILE_BYTES))
+        endpoint = os.environ.pop("RINGATTN_LAUNCHER")
+        self.link = connect_launcher(endpoint, rank)
+        self.launcher = Channel(self.link)
+        self.input = Input(endpoint) if rank == "0" else None
+        self.folder = os.environ.pop("RINGATTN_LAUNCH_DIR", "")
+        self.status = make_status_file(self.folder)
         self.pulse = Pulse()
-        self.heard = b""  # a part of a line
         self.child = 0
         self.code: int | None = None  # as in subprocess: negative for a signal
         self.recorded = False
@@ -309,7 +338,7 @@ class Wrapper:
     def tell(self, **what: object) -> bool:
         """Say something to the launcher; whether it could be said."""
         try:
-            self.link.sendall(json.dumps(what).encode() + b"\n")
+            self.launcher.send(what)
         except OSError:
             return False  # it is gone, and nobody is left to hear it
         return True
@@ -342,7 +371,7 @@ class Wrapper:
             self.input.start()
         self.outputs = outputs
         processes = [(pid, start_time(pid) or "") for pid in (wrapper, self.child)]
-        self.tell(token=self.token, rank=self.rank, host=self.host, processes=processes)
+        self.tell(host=self.host, processes=processes)
 
     def _handle_signals(self) -> int:
         """Pass signals on from now; returns a descriptor that turns readable when one, or SIGCHLD, has come."""
@@ -383,8 +412,7 @@ class Wrapper:
             self.ended(os.waitpid(self.child, 0)[1])
         if self.outputs:
             self.outputs.finish()
-        with suppress(OSError):
-            os.unlink(self.status)
+        remove_status_file(self.status, self.folder)
         assert self.code is not None
         if self.lost and os.getppid() == self.parent:
             os.kill(self.parent, signal.SIGKILL)  # MPI's own process here, which would wait for its launcher for ever
@@ -395,17 +423,14 @@ class Wrapper:
     def hear(self) -> None:
         """Do what the launcher says: signal the program, or let everything here end."""
         try:
-            said = self.link.recv(4096)
+            self.held = self.launcher.read()
+            while (message := self.launcher.next()) is not None:
+                if "computing" in message:
+                    self.count_computing(take(message, "computing", int))
+                elif self.code is None:
+                    signal_group(self.child, take(message, "signal", int))
         except OSError:
-            said, self.lost = b"", True
-        self.held = bool(said)
-        *lines, self.heard = (self.heard + said).split(b"\n")
-        for line in lines:
-            what, number = line.decode().split()
-            if what == "computing":
-                self.count_computing(int(number))
-            elif self.code is None:
-                signal_group(self.child, int(number))
+            self.held, self.lost = False, True
 
     def count_computing(self, rank: int) -> None:
         """Tell the library that `rank` was seen to compute."""
@@ -524,7 +549,7 @@ def main() -> int:
         _become(command, dict(os.environ), rank)
     try:
         wrapper = Wrapper(rank)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"ringattn: rank {rank} ({os.uname().nodename}) cannot reach the launcher: {error}", file=sys.stderr)
         return 1
     settle(os.environ)

@@ -118,7 +118,7 @@ class Job:
 
     def start(self, line: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """Start mpiexec, out of reach of the terminal's Ctrl-C: only we decide who gets which signal."""
-        environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.told}
+        environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.endpoint}
         self._mpiexec = subprocess.Popen(
             list(line), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )  # rank 0 gets our standard input through its wrapper

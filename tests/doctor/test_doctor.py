@@ -32,6 +32,7 @@ from ringattn.errors import RingError
 from ringattn.launcher import mpiexec
 from ringattn.launcher.hostfile import Host
 from ringattn.launcher.preflight import Trouble
+from ringattn.rendezvous.handshake import make_key
 from ringattn.transport.handshake import introduce
 from ringattn.transport.solo import SoloRing
 
@@ -461,31 +462,46 @@ def test_the_spread_of_equal_measurements(monkeypatch, seconds, spread):
 
 
 def test_ways_between_hosts(monkeypatch):
-    """Of three ranks on two hosts, one of which is called by an address where somebody else listens."""
-    monkeypatch.setattr(connectivity, "HELLO", 1.0)
+    """Of three ranks on two hosts; then nobody answers at the address that others call."""
     hosts = ["127.0.0.1", "127.0.0.1", "127.0.0.2"]
-    with closing(connectivity.Exchange("127.0.0.1", 3)) as exchange, ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda rank: connectivity.find_dead(exchange.told, rank, hosts), range(3))) == [[]] * 3
-    monkeypatch.setattr(connectivity._Door, "_run", lambda door: None)  # nobody answers
-    with closing(connectivity.Exchange("127.0.0.1", 3)) as exchange, ThreadPoolExecutor(3) as pool:
-        told = list(pool.map(lambda rank: connectivity.find_dead(exchange.told, rank, hosts), range(3)))
+
+    def find_all():
+        with closing(connectivity.Coordinator("127.0.0.1", 3)) as coordinator, ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda rank: connectivity.find_dead(coordinator.endpoint, rank, hosts), range(3)))
+
+    assert find_all() == [[]] * 3
+    monkeypatch.setattr(connectivity, "derive_key", lambda key, purpose: make_key())  # every rank is another machine
+    told = find_all()
     assert [(way.caller, way.peer) for way in told[0]] == [(0, 2), (1, 2), (2, 0), (2, 1)] and told == [told[0]] * 3
-    assert told[0][0].why == "127.0.0.2: timed out, 127.0.0.1: timed out"
+    another = "another machine or another run of ringattn answers there"
+    assert told[0][0].why == f"127.0.0.2: {another}, 127.0.0.1: {another}"
 
 
-def test_a_door_is_for_those_who_know_its_secret():
-    with closing(connectivity._Door()) as door, closing(connectivity._Door()) as other:
-        card = connectivity._Card(["127.0.0.1"], door.port, door.secret)
-        assert connectivity._call(card) is None
-        assert connectivity._call(card._replace(secret=other.secret)) == "127.0.0.1 is another machine"
-        assert connectivity._call(card._replace(addresses=["nowhere.invalid", "127.0.0.1"])) is None
+def test_each_rank_answers_with_a_key_of_its_own():
+    key = make_key()
+    with closing(connectivity.AnsweringListener(key, 1)) as listener:
+        here = ("127.0.0.1", listener.port)
+        assert connectivity._try([here], key, 0, 1) is None
+        assert (
+            connectivity._try([here], key, 0, 2)
+            == "127.0.0.1: another machine or another run of ringattn answers there"
+        )
+        assert connectivity._try([("nowhere.invalid", listener.port), here], key, 0, 1) is None
 
 
 def test_a_doctor_out_of_reach_is_named():
-    with closing(connectivity.Exchange("127.0.0.1", 1)) as exchange:
-        told = exchange.told
-    with pytest.raises(RingError, match=r"^no TCP connection to the doctor at 127.0.0.1 \(.*refused\)$"):
-        connectivity.Voice(told.replace(told.split(",")[1], "1"), 0)
+    with closing(connectivity.Coordinator("127.0.0.1", 1)) as coordinator:
+        endpoint = coordinator.endpoint
+    with pytest.raises(RingError, match=r"^no TCP connection to the doctor at 127.0.0.1: Connection refused$"):
+        connectivity.CoordinatorClient(endpoint, 0)
+
+
+def test_a_rank_that_leaves_is_told_to_the_others():
+    with closing(connectivity.Coordinator("127.0.0.1", 2)) as coordinator:
+        first, second = (connectivity.CoordinatorClient(coordinator.endpoint, rank) for rank in range(2))
+        second.close()
+        with closing(first), pytest.raises(RingError, match="^a rank left before all had said what they found$"):
+            first.gather(["x"])
 
 
 def test_pairs():

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 
 from ringattn.errors import RingError
+from ringattn.rendezvous.key_exchange import KeyExchange
 from ringattn.transport.mlx import bootstrap
 from ringattn.transport.mlx.bootstrap import Meeting
 from ringattn.transport.mlx.sockets import Switchboard
@@ -61,7 +62,7 @@ def test_an_address_that_leads_elsewhere_is_given_up() -> None:
 def test_strangers_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "PATIENCE", 1.0)
     meetings = [Meeting("a", ["127.0.0.1"]), Meeting("b", ["127.0.0.1"])]
-    first, second = meet(meetings, [{**m.card, "secret": "00" * 16} for m in meetings])
+    first, second = meet(meetings, [{**m.card, "public": KeyExchange().public} for m in meetings])
     assert "rank 1 (b) did not connect to rank 0 (a) within 1 s" in str(first)
     assert "rank 1 cannot reach rank 0 (a) at 127.0.0.1" in str(second)
 

@@ -47,10 +47,9 @@ KERNEL_FLAGS = [
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    path = Path(base) if base else Path(tempfile.gettempdir()) / f"hostmetal-{os.getuid()}"
-    path = path / "hostmetal"
-    path.mkdir(parents=True, exist_ok=True)
+    """A folder of the user's own: what is found in it is loaded as code."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hostmetal"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 

@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 LINE_BYTES = 256
 PULSE = struct.Struct("=qd")  # the process id; when the thread will write again
@@ -75,11 +74,15 @@ class Status:
         if not path or self._map is not None:
             return
         try:
-            with Path(path).open("r+b") as file:
-                file.truncate(FILE_BYTES)
-                self._map = mmap.mmap(file.fileno(), FILE_BYTES)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
-            pass  # the variable came from another host, or the launcher has gone: nobody will read it
+            return  # the variable came from another host, or the launcher has gone: nobody will read it
+        with open(descriptor, "r+b") as file:
+            found = os.fstat(descriptor)
+            # On another host somebody else may have put something at that path: a link, also a hard one, to our files.
+            if (found.st_uid, found.st_nlink) == (os.geteuid(), 1):
+                file.truncate(FILE_BYTES)
+                self._map = mmap.mmap(descriptor, FILE_BYTES)
 
     def write(self, what: str, hop: int) -> None:
         """Where this rank is."""
