@@ -274,9 +274,7 @@ def test_clients_of_openai(smollm2: Server, sensible_answer: str) -> None:
     assert "".join(entry.token for entry in chosen) == expected
     assert all(entry.top_logprobs[0].token == entry.token for entry in chosen)
     chunks = list(client.chat.completions.create(**ask, stream=True, logprobs=True))
-    parts = [
-        entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content
-    ]
+    parts = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
     assert "".join(parts) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     with client.chat.completions.stream(**ask) as stream:
         stream.until_done()
