@@ -16,6 +16,12 @@ No deadlock is possible if all ranks make the same calls:
   commits or begins the gather too.
 - Gathers that are nodes of MLX's graph depend on one another in the order of the calls. They are evaluated before
   anything else starts here.
+
+A precomputed order for each link would not be simpler than offers and commits. Two rings may post their messages in
+different orders on two ranks, and the order in which one ring posts them can deadlock (pass-Q on six ranks: the block
+of hop 5 waits for the buffer of hop 3, in front of a result that the receiver needs at the end of hop 2). The ends must
+notify each other in any case: a receive that starts early keeps a core busy in MLX, and sizes that differ and links
+that are stuck must be found.
 """
 
 from __future__ import annotations
