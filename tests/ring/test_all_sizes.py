@@ -41,7 +41,7 @@ def test_spmd_the_rest(size: int) -> None:
     ],
 )
 def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
-    """Over mx.distributed; with `one_way` as where a rank must not send and receive at once."""
+    """Run over mx.distributed. With `one_way`, a rank does not send and receive at the same time."""
     arguments = ["-m", "pytest", f"tests/spmd/{what}", "-x", "-p", "no:cacheprovider"]
     results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
     assert all(result.code == 0 for result in results), "\n".join(map(str, results))
