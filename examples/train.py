@@ -3,8 +3,8 @@
     ringattn launch -n 4 -- examples/train.py --out run      # on four processes
     python examples/train.py --out alone                     # the same in one
 
-Documents are packed into sequences of bytes, `segments` keeps them apart, and the layout is zigzag. The loss of every
-step is the loss of one process, up to rounding. A run continues from its last checkpoint when it is started again.
+Documents are packed into sequences of bytes. `segments` keeps them apart, and the layout is zigzag. The loss of every
+step is that of one process, up to rounding. A run that is started again continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,12 +46,11 @@ class Attention(nn.Module):
 
 
 def rotated(x: mx.array, positions: mx.array) -> mx.array:
-    """Rotary embedding (Su et al., arXiv 2104.09864) at any positions; `mx.fast.rope` takes contiguous ones only."""
+    """Rotary embedding (Su et al., arXiv 2104.09864) at any positions. `mx.fast.rope` needs consecutive ones."""
     half = x.shape[-1] // 2
     angles = positions[:, None] * mx.exp(-mx.log(10000.0) * mx.arange(half) / half)
-    cos = mx.cos(angles)
-    sin = mx.sin(angles)
-    a, b = mx.split(x, 2, axis=-1)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    a, b = x[..., :half], x[..., half:]
     return mx.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
@@ -87,17 +86,13 @@ class Model(nn.Module):
 
 
 def packed(step: int, batch: int, length: int) -> tuple[mx.array, mx.array]:
-    """Pack documents in random order into the sequences of a step; return tokens and their documents' ids.
-
-    Both are ``[batch, length]``.
-    """
+    """Sequences of a step ``[batch, length]`` from documents in random order, and the documents' ids."""
     random = np.random.default_rng(step)
     names = sorted(topics)
     tokens = np.zeros((batch, length), np.int32)
     ids = np.zeros((batch, length), np.int32)
     for row in range(batch):
-        at = 0
-        document = 0
+        at = document = 0
         while at < length:
             text = topics[names[random.integers(len(names))]].encode()[: length - at]
             tokens[row, at : at + len(text)] = np.frombuffer(text, np.uint8)
@@ -108,7 +103,7 @@ def packed(step: int, batch: int, length: int) -> tuple[mx.array, mx.array]:
 
 
 class RefusedError(Exception):
-    """The error for wrong input of the user; rank 0 prints it."""
+    """Problem that the user has to solve; rank 0 prints it."""
 
 
 def refuse(ring: ra.Ring, problem: str | None) -> None:
@@ -118,7 +113,7 @@ def refuse(ring: ra.Ring, problem: str | None) -> None:
 
 
 class Run:
-    """A training run and its folder: ``checkpoint.safetensors``, ``losses.csv``, and ``losses.png`` with `plot`."""
+    """Training run with its folder: ``checkpoint.safetensors``, ``losses.csv``, and ``losses.png`` with `plot`."""
 
     def __init__(self, ring: ra.Ring, model: Model, optimizer: AdamW, folder: Path, plot: bool) -> None:
         self.ring = ring
@@ -135,7 +130,7 @@ class Run:
         return self.folder / "checkpoint.safetensors"
 
     def _load(self) -> None:
-        """Load the last checkpoint, if there is one: rank 0 reads it and broadcasts it."""
+        """Load the last checkpoint, if there is one. Rank 0 reads it and broadcasts it."""
         stored = {}
         if self.ring.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +148,7 @@ class Run:
         return dict(tree_flatten({"model": self.model.parameters(), "optimizer": self.optimizer.state}))
 
     def save(self) -> None:
-        """Write a checkpoint; the file before stays until this one is complete."""
+        """Write a checkpoint. The old file stays until the new one is complete."""
         if self.ring.rank == 0:
             part = self._file.with_suffix(".part.safetensors")
             mx.save_safetensors(str(part), {"losses": mx.array(self.losses), **self._state()})
@@ -176,7 +171,7 @@ class Run:
         plt.close(figure)
 
     def step(self, layout: ra.Layout, rows: int) -> float:
-        """Run one step; return the loss, which is the same on every rank."""
+        """Train one step. Return the loss, which is the same on every rank."""
         tokens, ids = packed(len(self.losses), rows, layout.length)
         batch = shard_batch(tokens, layout, self.ring, segments=ids)
 
@@ -192,7 +187,7 @@ class Run:
 
 
 class Progress:
-    """Progress of a run, shown by rank 0: ``losses.csv``, and a bar on a terminal or some lines elsewhere."""
+    """Output of rank 0: ``losses.csv``, and a bar on a terminal or some lines elsewhere."""
 
     def __init__(self, folder: Path, losses: list[float], steps: int) -> None:
         self._file = (folder / "losses.csv").open("w", newline="")
@@ -205,7 +200,7 @@ class Progress:
             self._bar.update(len(losses))
 
     def step(self, number: int, loss: float) -> None:
-        """Record a finished step."""
+        """Record a step."""
         csv.writer(self._file).writerow((number, loss))
         self._file.flush()
         if sys.stdout.isatty():
