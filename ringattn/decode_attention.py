@@ -19,8 +19,9 @@ from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
 from .ring.arguments import check_layout, check_ring
 from .ring.blocks import raw
-from .transport.base import Ring, timed
+from .transport.base import Ring
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
+from .transport.interface import Transport, timed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,7 +113,7 @@ def decode_attention(
         RingError: A rank died, stalled or left, or another thread is using the ring.
         TransformError: mx.grad, mx.compile, mx.vmap or mx.jvp reached it: not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
         with heard(ring, WHAT):
             check_qkv(q, k, v)
@@ -141,7 +142,7 @@ def decode_attention(
 class _Step:
     """One checked call on this rank."""
 
-    ring: Ring
+    ring: Transport
     kv_layout: Layout
     start: int
     options: Options

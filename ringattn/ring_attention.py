@@ -117,7 +117,7 @@ def ring_attention(
         RingError: A rank died, stalled or left, or another thread is using the ring.
         TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached it: not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
         with heard(ring, WHAT):
             call = RingCall.checked(

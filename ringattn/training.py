@@ -70,7 +70,7 @@ def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.ar
     Raises:
         ArgumentError: If shapes or dtypes do not fit.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     check_array("tokens", tokens)
     if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise ArgumentError(f"tokens: {tokens.dtype} {tokens.shape}, expected integers [batch, tokens]")
@@ -118,7 +118,7 @@ def mean_loss(losses: mx.array, ring: Ring, *, weights: mx.array | None = None) 
     Raises:
         ArgumentError: If shapes differ. Raised on every rank.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call("mean_loss"), heard(ring, "mean_loss"):
         check_array("losses", losses)
         if weights is not None:
@@ -148,7 +148,7 @@ def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTE
     Raises:
         ArgumentError: If the ranks' trees differ. Raised on every rank.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     named = _leaves(gradients)
     with ring.call("sum_gradients"):
         with heard(ring, "sum_gradients"):

@@ -16,8 +16,8 @@ import click
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError
 from ..extras import require
-from ..transport.base import Ring
 from ..transport.environment import launched_by
+from ..transport.interface import Transport
 from . import leave
 from .progress_bar import bar, shown
 from .starting import Place, prepare
@@ -58,9 +58,10 @@ def _on_ranks(place: Place, patient: bool) -> int:
 def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], read: Read | None) -> int:
     """Join the ring and do the work; the exit code. What is wrong on one rank is an error on all, told by rank 0."""
     from .. import init
+    from ..ring.arguments import check_ring
     from ..transport.consensus import agree, heard
 
-    with init() as ring:
+    with check_ring(init()) as ring:
         try:
             with heard(ring, what):
                 _check_place(place, ring)
@@ -80,7 +81,7 @@ def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], rea
             return 1
 
 
-def _check_place(place: Place, ring: Ring) -> None:
+def _check_place(place: Place, ring: Transport) -> None:
     """Refuse options of a place where a launcher has chosen it."""
     if place.given and STARTED not in os.environ and launched_by() != "solo":
         raise ArgumentError(f"{', '.join(place.given)}: given under a launcher, which has started {ring.size} ranks")
@@ -142,7 +143,7 @@ class Session:
         text: What the command has read on rank 0.
     """
 
-    def __init__(self, ring: Ring, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
+    def __init__(self, ring: Transport, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
         import mlx.core as mx
 
         from .. import lm

@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 
 from ..errors import RingError
-from ..transport.base import Ring
+from ..transport.interface import Transport
 
 ROUNDS = 101  # of a few bytes, for the latency,
 LATENCY_FOR = 0.5  # unless they take longer than so many seconds in all
@@ -51,7 +51,7 @@ def pairs(size: int) -> list[tuple[int, int]]:
     return [(rank, (rank + 1) % size) for rank in range(size if size > 2 else size - 1)]
 
 
-def measure_link(ring: Ring, ranks: tuple[int, int]) -> Link | None:
+def measure_link(ring: Transport, ranks: tuple[int, int]) -> Link | None:
     """Measure one link while all others rest. Collective over `ring`.
 
     Returns:
@@ -69,7 +69,7 @@ def measure_link(ring: Ring, ranks: tuple[int, int]) -> Link | None:
         raise RingError(f"{name}: {error}", host=error.host) from error
 
 
-def measure_hop(ring: Ring) -> float:
+def measure_hop(ring: Transport) -> float:
     """Bytes per second that every rank sends while all others do so too, as in a hop. Collective.
 
     To the right; half of them each way where `ring_attention` would do so.
@@ -78,7 +78,7 @@ def measure_hop(ring: Ring) -> float:
         return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.apart else (1,))
 
 
-def _latency(pair: Ring) -> float:
+def _latency(pair: Transport) -> float:
     """Both send a few bytes at once and wait for the other's, so a round takes as long as one message."""
     seconds: list[float] = []
     spent = 0.0
@@ -89,7 +89,7 @@ def _latency(pair: Ring) -> float:
     return _largest(pair, median(seconds))
 
 
-def _bandwidth(ring: Ring, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
+def _bandwidth(ring: Transport, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
     """Bytes per second when these ranks send, from messages that take long enough to be timed."""
     size = LEAST
     seconds = _transfer(ring, senders, size, steps)
@@ -105,7 +105,7 @@ def next_size(size: int, seconds: float) -> int:
     return max(LEAST, min(MOST, int(size * TARGET / max(seconds, 1e-9))))
 
 
-def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
+def _transfer(ring: Transport, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
     """Seconds until the last rank had sent and received all, counted by each from when all were ready.
 
     An equal part of the bytes goes each of the ways in `steps`.
@@ -124,6 +124,6 @@ def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int,
     return _largest(ring, time.perf_counter() - start)
 
 
-def _largest(ring: Ring, value: float) -> float:
+def _largest(ring: Transport, value: float) -> float:
     """The largest of all ranks' values: one decision everywhere."""
     return max(json.loads(bytes(told)) for told in ring.exchange([memoryview(json.dumps(value).encode())]))

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import LaunchError
-from ..transport.mlx.bootstrap import own_address_towards
+from ..transport.addresses import is_here, own_address_towards
 from .hostfile import Host
 from .mpiexec import SSH_OPTIONS, Mpiexec
-from .rank_table import is_here
 
 PATIENCE = 15.0  # s for a host to answer
 _MARK = "ringattn-lacks:"  # before each answer: what a shell's own start-up files print is none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -16,7 +15,6 @@ from ..rendezvous.client import format_endpoint
 from ..rendezvous.handshake import make_key
 from ..rendezvous.listener import Listener
 from ..transport.failures.cause import Cause
-from ..transport.mlx.bootstrap import own_address_towards
 from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
 from .standard_input import StandardInput, own_descriptor
 
@@ -266,18 +264,3 @@ def _read_process(told: Any) -> Process:
         if type(pid) is int and 1 < pid < 1 << 31 and isinstance(started, str):
             return Process(pid, started)
     raise ProtocolError("process: expected a number above 1 and a start time")
-
-
-def own_addresses(hosts: Sequence[str]) -> list[str]:
-    """The addresses of this machine from which its ways to `hosts` begin; where there are none, its own to itself."""
-    return list(dict.fromkeys(filter(None, map(own_address_towards, hosts)))) or ["127.0.0.1"]
-
-
-def is_here(host: str) -> bool:
-    """Whether `host` is this machine."""
-    with suppress(OSError):
-        family, _, _, _, address = socket.getaddrinfo(host, 0)[0]
-        with socket.socket(family) as probe:
-            probe.bind(address)  # works with one's own addresses alone
-            return True
-    return host in ("localhost", os.uname().nodename)

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from .rank_table import End, Process, Ranks, own_addresses
+from ..transport.addresses import own_addresses
+from .rank_table import End, Process, Ranks
 from .rank_wrapper import signal_group, timeout_of
 
 POLL = 0.05  # seconds

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..transport.base import Ring
 from ..transport.consensus import Fields, agree, heard
+from ..transport.interface import Transport
 
 # What ranks call, one for each kind of turn: a rank that has left a text early is never taken to be still in it.
 BEGIN = "stream_generate"
@@ -18,7 +18,7 @@ NEXT = "the next token of stream_generate"
 Sampler = Callable[[mx.array], mx.array]
 
 
-def agreed(ring: Ring, what: str, fields: Fields = (), told: np.ndarray | None = None) -> np.ndarray:
+def agreed(ring: Transport, what: str, fields: Fields = (), told: np.ndarray | None = None) -> np.ndarray:
     """Agree with the other ranks; the int32 numbers that rank 0 `told`."""
     payload = [] if told is None else [memoryview(told.tobytes())]
     with ring.call(what):
@@ -38,7 +38,7 @@ class Choice:
 
     def __init__(
         self,
-        ring: Ring,
+        ring: Transport,
         sampler: Sampler,
         stopped: Callable[[], bool] | None,
         progress: Callable[[int, int], None] | None,

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..core.validation import check_int
 from ..errors import ArgumentError
-from ..transport.base import Ring
 from ..transport.consensus import heard
+from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
@@ -136,7 +136,7 @@ def _checked_tokens(model: Sharded, cache: Sequence[ShardedKVCache] | None) -> n
     return cache[0].tokens.reshape(-1)
 
 
-def _whole(ring: Ring, held: np.ndarray, processor: Processor) -> Processor:
+def _whole(ring: Transport, held: np.ndarray, processor: Processor) -> Processor:
     """`processor`, given the tokens `held` before those of the prompt. What goes wrong in it is heard on all ranks."""
     before = mx.array(held)
 

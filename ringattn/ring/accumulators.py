@@ -12,7 +12,7 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, length, locate, tokens_at
 from ..core.online_softmax import State, merge_states
-from ..transport.base import Gate, Ring, Transfer, Way
+from ..transport.interface import Gate, Transfer, Transport, Way
 from .blocks import Block, copy_tokens
 from .buffers import Slots
 from .schedule import Schedule
@@ -113,7 +113,7 @@ class ResultHop:
         return total
 
 
-def post_results(ring: Ring, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
+def post_results(ring: Transport, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
     """Post all messages of the results: one for each hop, and in the end the one that comes home."""
     way = Way(ring, schedule.step)
     slots = Slots(

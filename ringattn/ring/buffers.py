@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import Spans, length
-from ..transport.base import Gate, Transfer, Way
+from ..transport.interface import Gate, Transfer, Way
 from .blocks import NOTHING, Block, copy_tokens, raw
 
 

@@ -15,8 +15,8 @@ from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
-from ..transport.base import Ring, Transfer, timed
 from ..transport.consensus import Fields
+from ..transport.interface import Transfer, Transport, timed
 from .arguments import check_layout
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
@@ -26,7 +26,7 @@ from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Size
 class RingCall:
     """One checked call on this rank. `arrays` are q, k, v and those of the options."""
 
-    ring: Ring
+    ring: Transport
     layout: Layout
     kv_layout: Layout
     options: Options

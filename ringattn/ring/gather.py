@@ -18,20 +18,21 @@ from .schedule import Hop, Schedule
 if TYPE_CHECKING:
     from ..layout import Layout
     from ..transport.base import Ring
+    from ..transport.interface import Transport
 
 WHAT = "gather"
 
 
 def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
     """See `Layout.gather`."""
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
         with heard(ring, WHAT):
             axis = _checked(layout, x, ring, axis)
         return opaque(WHAT, lambda x: (_gather(layout, x, ring, axis),), (x,))[0]
 
 
-def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
+def _gather(layout: Layout, x: mx.array, ring: Transport, axis: int) -> mx.array:
     with heard(ring, WHAT):
         mx.eval(x)
     shape = [n for i, n in enumerate(x.shape) if i != axis]

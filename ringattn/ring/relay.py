@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import length, union
-from ..transport.base import Ring, Transfer, Way
+from ..transport.interface import Transfer, Transport, Way
 from .blocks import Block, copy_tokens
 from .buffers import Arrival, Slots, _with_tokens
 from .schedule import Hop, Schedule
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def relay(
-    ring: Ring, own: Block, schedules: Sequence[Schedule]
+    ring: Transport, own: Block, schedules: Sequence[Schedule]
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     """Post all transfers of blocks; one is forwarded as it arrives, whatever this rank is doing.
 
@@ -53,7 +53,7 @@ def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
     return [x for turn in zip_longest(*routes) for x in turn if x is not None]
 
 
-def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
+def collect(ring: Transport, own: Block, schedules: Sequence[Schedule]) -> Block:
     """All the tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
     arrivals, sends = relay(ring, own, schedules)
     spans = union(span for _, hop, _ in arrivals for span in hop.compute)

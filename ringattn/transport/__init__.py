@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ..core.validation import told
-from ..errors import ArgumentError
-from .base import Event, Gate, Ring, Transfer
+from ..errors import ArgumentError, RingError
+from .base import Event, Ring
 from .environment import launched_by, read_timeout
 from .failures.status_file import status
+from .interface import Gate, Transfer
 
 __all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
 
@@ -43,13 +45,26 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
 
         return SoloRing(read_timeout(timeout))
     with status.opening():
-        if backend == "mlx":
-            from .mlx.ring import open_ring as open_mlx_ring
+        return _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
 
-            return open_mlx_ring(timeout)
-        from .mpi.ring import open_ring as open_mpi_ring
 
-        return open_mpi_ring(comm, timeout)
+def _open_mlx_ring(timeout: float | None) -> Ring:
+    from .mlx.backend import launched_size
+    from .mlx.ring import open_ring
+
+    MPI = sys.modules.get("mpi4py.MPI")
+    if launched_size() > 1 and MPI is not None and MPI.Is_initialized():
+        raise RingError("backend 'mlx': this process has started MPI, and only one of the two can be; use 'mpi'")
+    return open_ring(timeout)
+
+
+def _open_mpi_ring(comm: Any, timeout: float | None) -> Ring:
+    from .mlx.process import is_open
+    from .mpi.ring import open_ring
+
+    if is_open():
+        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
+    return open_ring(comm, timeout)
 
 
 def _choose(backend: str | None, comm: Any) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 from ..autograd.custom_function import opaque
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
-from .base import Ring, Transfer
+from .base import Ring
 from .consensus import agree, heard
+from .interface import Transfer, Transport
 
 SMALL_BYTES = 1 << 15  # up to here the data travel in the round that the agreement takes anyway
 PIECE_BYTES = 4 << 20  # of a broadcast: a rank passes one on while it receives the next
@@ -59,7 +60,7 @@ def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
     return x, (_view(x) if x.size else memoryview(bytearray()))
 
 
-def broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
+def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     """See `Ring.broadcast`. Large arrays go round the ring in pieces, each passed on while the next arrives."""
     with heard(ring, "broadcast"):
         root = check_rank("root", root, ring.size)
@@ -70,7 +71,7 @@ def broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
     return opaque("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
 
 
-def _broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
+def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     payload: list[memoryview] = []
     if x is not None:
         with heard(ring, "broadcast"):
@@ -99,7 +100,7 @@ def _name(dtype: mx.Dtype) -> str:
     return "bool_" if name == "bool" else name
 
 
-def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
+def _pass_round(ring: Transport, data: memoryview, root: int) -> None:
     transfers: list[Transfer] = []
     for tag, at in enumerate(range(0, len(data), PIECE_BYTES)):
         piece = [data[at : at + PIECE_BYTES]]
@@ -112,14 +113,14 @@ def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
     ring.wait(*transfers)
 
 
-def all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
+def all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
     with heard(ring, "all_reduce"):
         check_array("x", x)
     return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
 
 
-def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
+def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
     with heard(ring, "all_reduce"):
         data = to_bytes(x)
     fields = (("dtype", _name(x.dtype)), ("shape", str(x.shape)))
@@ -143,7 +144,7 @@ def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
     return y
 
 
-def swap_along(ring: Ring, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+def swap_along(ring: Transport, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
     """A `Swap` by neighbours alone: at each step a rank passes on what it holds for ranks further along."""
     rank, size = ring.rank, ring.size
     held = {(rank + far) % size: out[(rank + far) % size] for far in range(1, size)}
@@ -156,7 +157,7 @@ def swap_along(ring: Ring, out: Sequence[memoryview], into: Sequence[memoryview]
         held = {target: coming[target] for target in targets[1:]}
 
 
-def share_along(ring: Ring, own: memoryview, into: Sequence[memoryview]) -> None:
+def share_along(ring: Transport, own: memoryview, into: Sequence[memoryview]) -> None:
     """A `Share` by neighbours alone: each piece goes all the way round, and is passed on as it arrives."""
     transfers: list[Transfer] = []
     arrival: list[Transfer] = []

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArgumentError
-from .base import Ring
+from .interface import Transport
 from .shared_input import TAG_BYTES, SharedInput
 
 __all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
@@ -35,7 +35,7 @@ _LONGEST_TEXT = 4096
 
 
 def agree(
-    ring: Ring,
+    ring: Transport,
     what: str,
     fields: Fields = (),
     error: BaseException | None = None,
@@ -71,12 +71,12 @@ def agree(
     return ring.exchange(payload) if apart else replies
 
 
-def fits_in_graph(ring: Ring, count: int) -> bool:
+def fits_in_graph(ring: Transport, count: int) -> bool:
     """Whether `agree_in_graph` can carry a payload of `count` bytes."""
     return _HEAD_BYTES + count <= ring.in_graph_bytes
 
 
-def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> mx.array:
+def agree_in_graph(ring: Transport, what: str, fields: Fields, payload: mx.array) -> mx.array:
     """`agree` without waiting, all in MLX's graph, for a `payload` of one shape and dtype everywhere that fits.
 
     Returns:
@@ -98,7 +98,7 @@ def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> 
 
 
 @contextmanager
-def heard(ring: Ring, what: str) -> Iterator[None]:
+def heard(ring: Transport, what: str) -> Iterator[None]:
     """The part of a call in which this rank is on its own: whatever goes wrong in it, all others hear of at their
     agreement, and then it is raised."""
     try:
@@ -108,7 +108,7 @@ def heard(ring: Ring, what: str) -> Iterator[None]:
         raise
 
 
-def _head(ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
+def _head(ring: Transport, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
     """What a rank puts before its payload: `_HEAD_BYTES` bytes, and the text of `error` if there is one."""
     if error is not None:
         text = str(error).encode(errors="backslashreplace")[:_LONGEST_TEXT]
@@ -129,7 +129,7 @@ def _describe(what: str, fields: Sequence[tuple[str, ...]]) -> bytes:
 
 
 def _check(
-    ring: Ring,
+    ring: Transport,
     what: str,
     fields: Fields,
     error: BaseException | None,

@@ -11,7 +11,6 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .base import Ring
 from .consensus import agree
 from .failures.bandwidth import LinkRate
 from .failures.cause import Cause
@@ -19,9 +18,10 @@ from .failures.control_channel import Post
 from .failures.heartbeats import GRACE, Liveness, Member, Place
 from .failures.stall_timer import Moving, Watch
 from .failures.status_file import status
+from .interface import Transport
 
 
-class PeerRing(Ring):
+class PeerRing(Transport):
     """A ring whose ranks are other processes, of which each may die.
 
     Attributes:

@@ -9,12 +9,12 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .base import Buffers, Gate, Ring, Transfer
 from .consensus import agree, heard
 from .failures.status_file import status
+from .interface import Buffers, Gate, Transfer, Transport
 
 
-class SoloRing(Ring):
+class SoloRing(Transport):
     """A ring of one rank."""
 
     backend = "solo"
@@ -27,7 +27,7 @@ class SoloRing(Ring):
         self._error: RingError | None = None
         status.opened(0, 1)
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
             with heard(self, "split"):
                 color = collectives.check_color(color)

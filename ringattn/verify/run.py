@@ -15,6 +15,7 @@ from .. import backends
 from ..attention import attention
 from ..decode_attention import decode_attention
 from ..layout import Layout
+from ..ring.arguments import check_ring
 from ..ring.schedule import STRATEGIES
 from ..ring_attention import ring_attention
 from ..transport import init
@@ -45,12 +46,13 @@ def verify_ring(ring: Ring) -> Results:
     Returns:
         The largest fraction over the ranks, the same on all.
     """
+    transport = check_ring(ring)
     results: Results = {}
     for name, make in FEATURES.items():
         case = make()
         mine = {strategy: _ring(ring, case, strategy) for strategy in STRATEGIES}
         mine["decode"] = _decode(ring, case)
-        told = ring.exchange([memoryview(json.dumps(mine).encode())])
+        told = transport.exchange([memoryview(json.dumps(mine).encode())])
         results[name] = {key: max(json.loads(bytes(one))[key] for one in told) for key in mine}
     return results
 

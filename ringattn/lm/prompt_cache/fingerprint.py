@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes, to_bytes
 from ...transport.consensus import heard
+from ...transport.interface import Transport
 
 SAMPLES = 8  # values that are looked at along each axis of a parameter: cheap for any size
 
@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def shared_fingerprint(ring: Ring, model: nn.Module) -> dict[str, Any]:
+def shared_fingerprint(ring: Transport, model: nn.Module) -> dict[str, Any]:
     """That of rank 0, on every rank: machines that turned weights into another dtype may differ in a last bit."""
     own: bytes | None = None
     if ring.rank == 0:

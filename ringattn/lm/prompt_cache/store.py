@@ -21,9 +21,9 @@ import numpy as np
 from ...core.intervals import intersection, positions
 from ...errors import ArgumentError, CacheFileError
 from ...layout import Layout
-from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, heard
+from ...transport.interface import Transport
 from ..history import TokenHistory
 from ..shard import Sharded
 from ..sharded_cache import ShardedKVCache, pick
@@ -107,13 +107,13 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
     return cache, dict(manifest.metadata)
 
 
-def _ring_of(model: nn.Module) -> Ring:
+def _ring_of(model: nn.Module) -> Transport:
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     return model.ring
 
 
-def _arrays(path: Path, manifest: Manifest, ring: Ring) -> list[dict[str, mx.array] | None]:
+def _arrays(path: Path, manifest: Manifest, ring: Transport) -> list[dict[str, mx.array] | None]:
     """The arrays of each file that this rank needs."""
     count = len(manifest.files)
     wanted = [ring.rank] if count == ring.size else range(count)
@@ -143,7 +143,7 @@ def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
 
 
 def _part(
-    layer: int, manifest: Manifest, ring: Ring, arrays: Sequence[dict[str, mx.array] | None]
+    layer: int, manifest: Manifest, ring: Transport, arrays: Sequence[dict[str, mx.array] | None]
 ) -> tuple[Layout, mx.array, mx.array]:
     """The layout of a layer over `ring`, and this rank's keys and values."""
     held = manifest.layers[layer].layout
@@ -163,7 +163,7 @@ def _part(
     return layout, keys, values
 
 
-def _generation(ring: Ring) -> str:
+def _generation(ring: Transport) -> str:
     """A name that no earlier cache has, the same on every rank."""
     return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
 

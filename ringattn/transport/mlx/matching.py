@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...errors import RingError
-from ..base import Buffers, Gate, Transfer
+from ..interface import Buffers, Gate, Transfer
 
 Key = tuple[int, int]  # the channel of a ring, and a tag
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...errors import RingError
 from .. import collectives
-from ..base import Buffers, Event, Gate, Ring, Transfer
+from ..base import Event, Ring
 from ..consensus import agree, heard
 from ..environment import read_timeout
 from ..failures import shutdown
@@ -29,6 +29,7 @@ from ..failures.bandwidth import LinkRate
 from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
+from ..interface import Buffers, Gate, Transfer, Transport
 from ..process_ring import PeerRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
@@ -69,7 +70,7 @@ class MlxRing(PeerRing):
 
     # What users call
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
             with heard(self, "split"):
                 collectives.check_color(color)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..base import Buffers
+from ..interface import Buffers
 from . import progress
 
 ROUND_TAG, SWAP_TAG = 0, 1

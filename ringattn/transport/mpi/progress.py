@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import RingError
-from ..base import Buffers, Gate, Transfer
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
+from ..interface import Buffers, Gate, Transfer
 
 # The longest single message. Its arrival is a sign of life of its sender, whose heartbeats wait behind its data on a
 # slow link; and some MPIs refuse more than 2**31 bytes.

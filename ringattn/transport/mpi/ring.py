@@ -9,13 +9,13 @@ from typing import Any
 
 from ...errors import ArgumentTypeError, RingError
 from .. import collectives
-from ..base import Buffers, Event, Gate, Ring, Transfer
+from ..base import Event, Ring
 from ..consensus import agree, heard
 from ..failures import shutdown
 from ..failures.control_channel import MpiPost
 from ..failures.heartbeats import Member
 from ..handshake import introduce
-from ..mlx import process
+from ..interface import Buffers, Gate, Transfer, Transport
 from ..process_ring import PeerRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
@@ -27,8 +27,6 @@ FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
 
 def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
-    if process.is_open():
-        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD
@@ -70,7 +68,7 @@ class MpiRing(PeerRing):
 
     # What users call
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
             with heard(self, "split"):
                 color = collectives.check_color(color)
