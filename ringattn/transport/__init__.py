@@ -22,11 +22,11 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
 
     Args:
         backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
-            ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and ``"solo"`` where there
-            is no launcher. Over ``"mlx"`` there is no `split`.
+            ``"solo"`` for a ring of one. ``None`` chooses by the launcher's environment, ``"solo"`` without a
+            launcher. Over ``"mlx"`` there is no `split`.
         comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
         timeout: Seconds without a heartbeat after which a rank counts as dead. A long computation is not a stall: a
-            thread of its own sends the heartbeats. It cannot while one call keeps Python's global interpreter lock
+            thread of its own sends the heartbeats. It sends none while one call keeps Python's global interpreter lock
             (a regular expression, arithmetic of very large integers, ``json.loads`` of a large text). Under
             ``ringattn launch`` such a rank counts as alive as long as it computes, if `timeout` is at least 2.
             Under ``mpiexec`` and ``mlx.launch`` alone, choose a timeout longer than the longest such call. Default:

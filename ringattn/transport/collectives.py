@@ -1,4 +1,4 @@
-"""broadcast and all_reduce, on top of what every transport can do."""
+"""broadcast and all_reduce, built on the methods that every transport has."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .interface import Transfer, Transport
 SMALL_BYTES = 1 << 15  # up to here the data travel in the round that the agreement takes anyway
 PIECE_BYTES = 4 << 20  # of a broadcast: a rank passes one on while it receives the next
 
-# Sends slice i of the first list to rank i, and fills the second one with what rank i sends; lengths are agreed on.
+# Send slice i of the first list to rank i, and fill slice i of the second one from rank i; lengths are agreed on.
 Swap = Callable[[Sequence[memoryview], Sequence[memoryview]], None]
-# Sends the same bytes to every rank, and fills the list with what each rank sends; it has its own in it already.
+# Send the same bytes to every rank, and fill the list with the bytes of each rank; this rank's are in it already.
 Share = Callable[[memoryview, Sequence[memoryview]], None]
 
 
 def check_rank(name: str, rank: Any, size: int) -> int:
-    """An index of a rank."""
+    """Return `rank` if it is the index of a rank."""
     rank = check_int(name, rank, 0)
     if rank >= size:
         raise ArgumentError(f"{name}: {rank}, expected less than {size}, the size of the ring")
@@ -36,12 +36,12 @@ def check_rank(name: str, rank: Any, size: int) -> int:
 
 
 def check_color(color: Any) -> int | None:
-    """A colour to split by: any int, or ``None``."""
+    """Return `color` if it is a colour to split by: an int, or ``None``."""
     return None if color is None else check_int("color", color)
 
 
 def to_bytes(x: mx.array) -> memoryview:
-    """The bytes of `x` in row order, shared where its storage allows; the view keeps the memory alive."""
+    """The bytes of `x` in row order, shared where its storage allows. The view keeps the memory alive."""
     if x.size == 0:
         return memoryview(b"")
     x = mx.contiguous(x)
@@ -61,7 +61,7 @@ def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
 
 
 def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
-    """See `Ring.broadcast`. Large arrays go round the ring in pieces, each passed on while the next arrives."""
+    """See `Ring.broadcast`. Large arrays travel around the ring in pieces, each passed on while the next arrives."""
     with heard(ring, "broadcast"):
         root = check_rank("root", root, ring.size)
         if ring.rank == root:
@@ -78,21 +78,20 @@ def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
             data = to_bytes(x)
         about = json.dumps([_name(x.dtype), x.shape, len(data)]).encode()
         payload = [memoryview(about.ljust(256)), data if len(data) <= SMALL_BYTES else memoryview(b"")]
-    told = agree(ring, "broadcast", (("root", str(root)),), None, payload)[root]
-    name, shape, length = json.loads(bytes(told[:256]))
+    reply = agree(ring, "broadcast", (("root", str(root)),), None, payload)[root]
+    name, shape, length = json.loads(bytes(reply[:256]))
     y, into = empty(shape, getattr(mx, name)) if x is None else (x, data)
     if length > SMALL_BYTES:
         with ring.committed():
-            _pass_round(ring, into, root)
+            _pass_along(ring, into, root)
     elif x is None:
-        into[:] = told[256:]
+        into[:] = reply[256:]
     return y
 
 
 def broadcast_bytes(ring: Ring, data: bytes | None) -> bytes:
-    """The bytes that rank 0 gives, on every rank."""
-    told = ring.broadcast(None if data is None else mx.array(np.frombuffer(data, np.uint8)))
-    return bytes(to_bytes(told))
+    """Return the bytes of rank 0 on every rank."""
+    return bytes(to_bytes(ring.broadcast(None if data is None else mx.array(np.frombuffer(data, np.uint8)))))
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -100,10 +99,10 @@ def _name(dtype: mx.Dtype) -> str:
     return "bool_" if name == "bool" else name
 
 
-def _pass_round(ring: Transport, data: memoryview, root: int) -> None:
+def _pass_along(ring: Transport, data: memoryview, root: int) -> None:
     transfers: list[Transfer] = []
-    for tag, at in enumerate(range(0, len(data), PIECE_BYTES)):
-        piece = [data[at : at + PIECE_BYTES]]
+    for tag, start in enumerate(range(0, len(data), PIECE_BYTES)):
+        piece = [data[start : start + PIECE_BYTES]]
         arrival: list[Transfer] = []
         if ring.rank != root:
             arrival = [ring.recv(piece, tag=tag)]
@@ -145,7 +144,7 @@ def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.ar
 
 
 def swap_along(ring: Transport, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
-    """A `Swap` by neighbours alone: at each step a rank passes on what it holds for ranks further along."""
+    """Do a `Swap` between neighbours alone: at each step a rank passes on the slices for ranks further along."""
     rank, size = ring.rank, ring.size
     held = {(rank + far) % size: out[(rank + far) % size] for far in range(1, size)}
     for step in range(1, size):
@@ -158,7 +157,7 @@ def swap_along(ring: Transport, out: Sequence[memoryview], into: Sequence[memory
 
 
 def share_along(ring: Transport, own: memoryview, into: Sequence[memoryview]) -> None:
-    """A `Share` by neighbours alone: each piece goes all the way round, and is passed on as it arrives."""
+    """Do a `Share` between neighbours alone: each piece travels around the whole ring, passed on as it arrives."""
     transfers: list[Transfer] = []
     arrival: list[Transfer] = []
     for step in range(1, ring.size):
@@ -170,7 +169,7 @@ def share_along(ring: Transport, own: memoryview, into: Sequence[memoryview]) ->
 
 
 def _sum(parts: Sequence[memoryview], dtype: mx.Dtype) -> memoryview:
-    """The bytes of the sum of arrays of `dtype` given as bytes."""
+    """Sum arrays of `dtype`, given and returned as bytes."""
     if len(parts[0]) == 0:
         return memoryview(b"")
     wide = mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype

@@ -1,4 +1,4 @@
-"""The ring of one process: nothing moves, and everything else behaves as in a larger one."""
+"""The ring of one process: no data moves, and everything else behaves as in a larger ring."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class SoloRing(Transport):
 
     def __init__(self, timeout: float):
         super().__init__()
-        self.rank, self.size = 0, 1
+        self.rank = 0
+        self.size = 1
         self.hosts = (platform.node(),)
         self.timeout = timeout
         self._error: RingError | None = None

@@ -163,7 +163,7 @@ class Hub:
 
 
 class TcpPost:
-    """A `Post` on one channel of a switchboard."""
+    """A `ControlChannel` on one channel of a switchboard."""
 
     def __init__(self, board: Switchboard, channel: int, inbox: deque[tuple[int, int, bytes]]):
         self._board, self._channel, self._inbox = board, channel, inbox

@@ -30,7 +30,7 @@ from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
 from ..interface import Buffers, Gate, Transfer, Transport
-from ..process_ring import PeerRing
+from ..process_ring import ProcessRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
 from .backend import launched_size
@@ -50,12 +50,12 @@ def open_ring(timeout: float | None) -> Ring:
     return MlxRing(all_of_us, introduce(timeout, all_of_us.introduce))
 
 
-class MlxRing(PeerRing):
+class MlxRing(ProcessRing):
     """A ring of the processes of `mx.distributed`."""
 
     backend = "mlx"
     in_graph_bytes = INLINE_BYTES
-    _foreign = (RuntimeError,)
+    _library_errors = (RuntimeError,)
 
     def __init__(self, all_of_us: Hub, members: Sequence[Member]):
         self._hub, self._fabric = all_of_us, all_of_us.fabric
@@ -164,7 +164,7 @@ class MlxRing(PeerRing):
                 self.hear()
 
     def _waiting(self, missing: Callable[[], set[int]]) -> Callable[[Callable[[], bool]], None]:
-        look = self._looking(missing)
+        look = self._peer_check(missing)
         return lambda poll: self._fabric.wait(poll, look)
 
     # What the hub's thread calls
@@ -184,17 +184,17 @@ class MlxRing(PeerRing):
         now = time.monotonic()
         self._broke = now if self._broke is None else self._broke
         if self._fabric.pending and now - self._broke > _STUCK_AFTER:
-            shutdown.abandon(self)
+            shutdown.abort_from_helper(self)
 
     def _judge_links(self) -> None:
         """Break the ring when what both ends are moving does not arrive: signs of life go another way, and go on."""
         parcels = [Moving(p, p.sending, p.peer, p.bytes) for p in self._fabric.moving(self._channel)]
         gather = self._fabric.gather_moving
-        ages = self._judge_link(parcels, self._rate, [] if gather is None else [gather])
+        ages = self._check_links(parcels, self._rate, [] if gather is None else [gather])
         if gather is not None and ages[gather] > self._rate.deadline(0, self.timeout):
             raise RingError(f"a round is stuck: all ranks have been in it for {self.timeout:g} s; look at the cables")
 
-    # What leaving.py asks
+    # What failures/shutdown.py calls
 
     def free(self) -> None:
         self._hub.part(self._channel)
