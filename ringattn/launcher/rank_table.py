@@ -13,9 +13,11 @@ from typing import Any
 from ..rendezvous.channel import Channel, ProtocolError, take
 from ..rendezvous.client import format_endpoint
 from ..rendezvous.handshake import make_key
+from ..rendezvous.keepalive import keep_alive
 from ..rendezvous.listener import Listener
 from ..transport.failures.cause import Cause
-from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
+from .processes import signal_group, start_time
+from .rank_wrapper import DEFAULT_TIMEOUT
 from .standard_input import StandardInput, own_descriptor
 
 

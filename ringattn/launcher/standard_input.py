@@ -15,7 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from .rank_wrapper import give_up_after
+from ..rendezvous.keepalive import give_up_after
 
 _PART = 1 << 16  # bytes
 _BACKGROUND = 0.5  # s between attempts to read a terminal that another job reads at present

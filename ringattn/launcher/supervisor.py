@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from ..transport.addresses import own_addresses
+from .processes import signal_group
 from .rank_table import End, Process, Ranks
-from .rank_wrapper import signal_group, timeout_of
+from .rank_wrapper import timeout_of
 
 POLL = 0.05  # seconds
 SURVIVORS = 2.0  # after a rank failed: for the others to end by themselves, which takes the library 1.5 s

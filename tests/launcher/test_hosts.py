@@ -25,7 +25,7 @@ from ringattn.errors import LaunchError
 from ringattn.launcher import mpiexec, preflight
 from ringattn.launcher.hostfile import Host, parse_hosts, read_hostfile
 from ringattn.launcher.mpiexec import Mpiexec, find_mpiexec
-from ringattn.launcher.rank_wrapper import start_time
+from ringattn.launcher.processes import start_time
 
 pytestmark = pytest.mark.ranks
 

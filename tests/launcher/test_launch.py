@@ -15,11 +15,12 @@ from click.testing import CliRunner
 
 from ringattn.cli import main
 from ringattn.errors import LaunchError
-from ringattn.launcher import mpiexec
-from ringattn.launcher import rank_wrapper as wrapper
+from ringattn.launcher import mpiexec, rank_status
 from ringattn.launcher.mpiexec import Mpiexec
+from ringattn.launcher.processes import start_time
+from ringattn.launcher.rank_status import Pulse, parse_status
 from ringattn.launcher.rank_table import End, Rank, Ranks
-from ringattn.launcher.rank_wrapper import Pulse, parse_status, settle, start_time, unescape
+from ringattn.launcher.rank_wrapper import prepare_host, unescape
 from ringattn.launcher.supervisor import Job
 from ringattn.transport.failures.cause import Cause
 from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE
@@ -235,7 +236,7 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
     monkeypatch.chdir(tmp_path)
     environment = {"MKL_NUM_THREADS": "7", "MPI_LOCALNRANKS": local, "RINGATTN_LAUNCH_CWD": "/no/such/folder"}
-    settle(environment)
+    prepare_host(environment)
     assert environment["OMP_NUM_THREADS"] == environment["RINGATTN_THREADS"] == share
     assert environment["MKL_NUM_THREADS"] == "7"
     assert os.getcwd() == os.path.realpath(os.path.expanduser("~"))
@@ -320,7 +321,7 @@ def test_help_imports_no_command():
 
 
 def test_wrapper_and_library_agree_on_the_status_file():
-    ours = wrapper.LINE_BYTES, wrapper.PULSE.format, wrapper.FILE_BYTES
+    ours = rank_status.LINE_BYTES, rank_status.PULSE.format, rank_status.FILE_BYTES
     assert ours == (LINE_BYTES, PULSE.format, FILE_BYTES)
 
 
@@ -332,13 +333,13 @@ def test_a_rank_computes_without_a_pulse(program, late, kept):
     with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
             time.sleep(0.5)
-            file = bytearray(wrapper.FILE_BYTES)
-            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic() - late)
+            file = bytearray(rank_status.FILE_BYTES)
+            rank_status.PULSE.pack_into(file, rank_status.LINE_BYTES, process.pid, time.monotonic() - late)
             pulse = Pulse()
             assert not pulse.is_kept_late(file)  # no look before this one
             time.sleep(0.6)
             assert pulse.is_kept_late(file) == kept
-            wrapper.PULSE.pack_into(file, wrapper.LINE_BYTES, process.pid, time.monotonic())
+            rank_status.PULSE.pack_into(file, rank_status.LINE_BYTES, process.pid, time.monotonic())
             time.sleep(0.1)
             assert not pulse.is_kept_late(file)  # it came, and is late again
         finally:

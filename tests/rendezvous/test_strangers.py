@@ -27,8 +27,8 @@ from ringattn.doctor import connectivity, runner
 from ringattn.errors import RingError
 from ringattn.launcher import mpiexec, rank_wrapper
 from ringattn.launcher.hostfile import parse_hosts
+from ringattn.launcher.processes import start_time
 from ringattn.launcher.rank_table import Ranks
-from ringattn.launcher.rank_wrapper import start_time
 from ringattn.rendezvous.channel import Channel
 from ringattn.rendezvous.client import connect, parse_endpoint
 from ringattn.rendezvous.handshake import RESPONSE
