@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from ..lm.conversation import Conversation
 
 
-def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, patient: bool = False) -> None:
+def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, forward_sigint: bool = False) -> None:
     """Do `work` on a ring: on ranks that are started, on those of a launcher, or in this process alone.
 
     Before the model is loaded, `read` gets the options on rank 0; what it gives is the session's `text`. With
-    `patient`, the ranks that are started decide themselves what Ctrl-C means. `work` gives the exit code, where that is
-    not 0.
+    `forward_sigint`, the ranks that are started decide themselves what Ctrl-C means. `work` gives the exit code, where
+    that is not 0.
     """
     place = Place.taken_from(options)
     if launched_by() == "solo" and place.elsewhere:
-        leave(_on_ranks(place, patient))
+        leave(_on_ranks(place, forward_sigint))
     leave(_on_a_ring(work, what, place, options, read))
 
 
-def _on_ranks(place: Place, patient: bool) -> int:
+def _on_ranks(place: Place, forward_sigint: bool) -> int:
     """This command again, on ranks that find themselves under a launcher."""
     require("mlx_lm", "ringattn[lm]")  # before processes start
     own = replace(place, variables=(*place.variables, f"{STARTED}=1"))
     if place.hosts is None and place.hostfile is None:
         own = replace(own, ranks=place.ranks or 1)
     ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
-    return ranks.run(patient=patient, explained=True)
+    return ranks.run(forward_sigint=forward_sigint, explained=True)
 
 
 def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], read: Read | None) -> int:

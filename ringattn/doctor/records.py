@@ -13,7 +13,7 @@ from typing import Any
 
 from ..transport.mpi.library import Library
 from .compute_speed import Speeds
-from .connectivity import Dead
+from .connectivity import FailedConnection
 from .host_info import Facts
 from .link_speed import Link
 
@@ -39,7 +39,7 @@ class Told:
     ranks: dict[int, Rank] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     hop: float | None = None  # bytes per second that every rank sends while all do
-    dead: list[Dead] = field(default_factory=list)  # because of which MPI was not started
+    dead: list[FailedConnection] = field(default_factory=list)  # because of which MPI was not started
 
 
 def say(rank: int, **fields: Any) -> None:
@@ -54,7 +54,7 @@ def read(output: str) -> Told:
         rank = told.ranks.setdefault(record["rank"], Rank())
         if "link" in record:
             told.links.append(Link(**{**record["link"], "ranks": tuple(record["link"]["ranks"])}))
-        told.dead += [Dead(**way) for way in record.get("dead", ())]
+        told.dead += [FailedConnection(**way) for way in record.get("dead", ())]
         told.hop = record.get("hop", told.hop)
         for name, kind in (("facts", Facts), ("speeds", Speeds), ("mpi", Library)):
             if name in record:

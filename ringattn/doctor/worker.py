@@ -19,7 +19,7 @@ from ..ring.arguments import check_ring
 from ..transport import init
 from ..transport.environment import launched_by
 from .compute_speed import measure
-from .connectivity import ENDPOINT, find_dead
+from .connectivity import ENDPOINT, find_failed_connections
 from .host_info import collect
 from .link_speed import measure_hop, measure_link, pairs
 from .records import say
@@ -48,7 +48,7 @@ def main() -> int:
 def _reach_all(rank: int, hosts: str) -> bool:
     """Whether every host can reach every other."""
     say(rank, doing="connecting to all other hosts")
-    dead = find_dead(os.environ[ENDPOINT], rank, hosts.split(","))
+    dead = find_failed_connections(os.environ[ENDPOINT], rank, hosts.split(","))
     if rank == 0:  # every rank knows
         say(rank, dead=[asdict(way) for way in dead])
     return not dead

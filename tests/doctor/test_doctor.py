@@ -22,7 +22,7 @@ from ringattn.cli import main
 from ringattn.doctor import compute_speed, connectivity, host_info, link_speed, records
 from ringattn.doctor.breakeven import break_even
 from ringattn.doctor.compute_speed import Speeds
-from ringattn.doctor.connectivity import Dead
+from ringattn.doctor.connectivity import FailedConnection
 from ringattn.doctor.diagnosis import examine
 from ringattn.doctor.examination import Examination
 from ringattn.doctor.records import Library, Rank, Told
@@ -115,7 +115,12 @@ def test_hosts_between_which_nothing_passes():
     """Each pair once, whichever ranks tried; and what ends because of it is not told as well."""
     seen = healthy(4)
     about(seen, 3, host="mac2")
-    seen.told.dead = [Dead(1, 2, "timed out"), Dead(1, 3, "timed out"), Dead(2, 1, "no route"), Dead(0, 1, "refused")]
+    seen.told.dead = [
+        FailedConnection(1, 2, "timed out"),
+        FailedConnection(1, 3, "timed out"),
+        FailedConnection(2, 1, "no route"),
+        FailedConnection(0, 1, "refused"),
+    ]
     seen.ended = 1
     for rank in seen.told.ranks.values():
         rank.done, rank.doing = False, "connecting to all other hosts"
@@ -467,7 +472,9 @@ def test_ways_between_hosts(monkeypatch):
 
     def find_all():
         with closing(connectivity.Coordinator("127.0.0.1", 3)) as coordinator, ThreadPoolExecutor(3) as pool:
-            return list(pool.map(lambda rank: connectivity.find_dead(coordinator.endpoint, rank, hosts), range(3)))
+            return list(
+                pool.map(lambda rank: connectivity.find_failed_connections(coordinator.endpoint, rank, hosts), range(3))
+            )
 
     assert find_all() == [[]] * 3
     monkeypatch.setattr(connectivity, "derive_key", lambda key, purpose: make_key())  # every rank is another machine

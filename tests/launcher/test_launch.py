@@ -19,9 +19,9 @@ from ringattn.launcher import mpiexec, rank_status
 from ringattn.launcher.mpiexec import Mpiexec
 from ringattn.launcher.processes import start_time
 from ringattn.launcher.rank_status import Pulse, parse_status
-from ringattn.launcher.rank_table import End, Rank, Ranks
+from ringattn.launcher.rank_table import End, RankEntry, RankTable
 from ringattn.launcher.rank_wrapper import prepare_host, unescape
-from ringattn.launcher.supervisor import Job
+from ringattn.launcher.supervisor import Supervisor
 from ringattn.transport.failures.cause import Cause
 from ringattn.transport.failures.status_file import FILE_BYTES, LINE_BYTES, PULSE
 
@@ -133,7 +133,7 @@ def test_open_mpi_command_line(root):
     [("HYDRA build details:\n Version: 5.0.2", "MPICH"), ("mpiexec (Open MPI) 5.0.11", "Open MPI")],
 )
 def test_tells_the_flavours(version, flavour):
-    assert mpiexec.tell_flavour("mpiexec", version) == flavour
+    assert mpiexec.parse_flavour("mpiexec", version) == flavour
 
 
 def test_unknown_mpiexec_is_one_line(tmp_path):
@@ -466,10 +466,11 @@ def test_stopped_rank_is_swept(script, tmp_path, code):
 
 
 def test_killed_rank_counts_where_mpiexec_ends_with_zero():
-    job = Job(1, Ranks([]), 60.0)
-    job.ranks["0"] = Rank("0", "mac", None, None, None, End(-signal.SIGKILL, 0.0, True, False, "killed"))
-    job._mpiexec = SimpleNamespace(returncode=0)
-    assert job.conclude() == 137
+    supervisor = Supervisor(1, RankTable([]), 60.0)
+    end = End(Cause("ended", 0, "mac", detail="was killed", exit_code=-signal.SIGKILL), 0.0, True, False)
+    supervisor.ranks["0"] = RankEntry("0", "mac", None, None, None, end)
+    supervisor._mpiexec = SimpleNamespace(returncode=0)
+    assert supervisor.conclude() == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

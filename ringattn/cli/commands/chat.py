@@ -29,7 +29,7 @@ def chat(**options: Any) -> None:
     Ctrl-C ends an answer, and at the prompt the conversation, as 'q' does; twice at once it ends all ranks. Under
     ringattn launch it ends all ranks after at most 3 s, saved or not.
     """
-    run(_chat, "chat", options, patient=True)
+    run(_chat, "chat", options, forward_sigint=True)
 
 
 class Interrupts:

@@ -22,6 +22,8 @@ _SENTENCES = {
     "left": "{who} left the ring while {detail} waited for it {where}",
     "stuck": "{detail} {who} are stuck {where}{note}",
     "ended": "{who} {detail} {where}",
+    "unwatched": "{who}: its wrapper was killed",
+    "lost": "{who}: the connection to it was lost",
     "other": "{detail}",
 }
 
