@@ -100,8 +100,8 @@ def parse_flavour(path: str, version: str) -> Flavour:
 def library_flavour(environment: Mapping[str, str] | None = None, prefix: str | None = None) -> Flavour | None:
     """Find the MPI whose library mpi4py will load, or ``None`` if the file names do not show it.
 
-    The search is mpi4py's own (its variables, then the environment's ``lib``), by file names alone: to load the library,
-    as mpi4py does, would take longer than all other work of the launcher.
+    The search is mpi4py's own (its variables, then the environment's ``lib``), by file names alone: loading the
+    library, as mpi4py does, would take longer than all other work of the launcher.
     """
     environment = os.environ if environment is None else environment
     abi = environment.get("MPI4PY_MPIABI", "").lower().translate({ord(c): None for c in " -_"})

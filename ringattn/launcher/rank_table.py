@@ -20,6 +20,13 @@ from .processes import signal_group, start_time
 from .rank_wrapper import DEFAULT_TIMEOUT
 from .standard_input import StandardInput, own_descriptor
 
+_STATUS_TYPES = {
+    "rank": int,
+    "call": str,
+    "hop": int,
+    "broken": str,
+}  # of the values in a status file that are read here
+
 
 @dataclass(frozen=True)
 class Process:
@@ -198,7 +205,7 @@ class RankEntry:
     def _read_end(self, message: Any) -> End:
         code = take(message, "ended", int)
         status = take(message, "known", dict)  # from a file that the program could write to
-        known = {name: value for name, value in status.items() if isinstance(value, (str, int))}
+        known = {name: value for name, value in status.items() if type(value) is _STATUS_TYPES.get(name)}
         try:
             cause = Cause.of_end(self.number, self.host, code, known)
         except ValueError as error:

@@ -179,7 +179,7 @@ def test_the_way_home_is_never_a_hosts_own_loopback(monkeypatch: pytest.MonkeyPa
         ("ssh: connect to host mac1 port 22: No route to host", "check that it is on, and on this network"),
         ("ssh: connect to host mac1 port 22: Operation timed out", "check that it is on, and on this network"),
         ("me@mac1: Permission denied (publickey,password).", "'ssh me@mac1' must work without a password"),
-        ("No key is known\nHost key verification failed.", "call 'ssh me@mac1' once"),
+        ("No key is known\nHost key verification failed.", "run 'ssh me@mac1' once"),
         ("Connection closed by mac1", "run 'ssh me@mac1 true' and read its message"),
     ],
 )

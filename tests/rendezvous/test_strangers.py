@@ -233,11 +233,26 @@ def test_whatever_a_wrapper_says(said: list, introduced: bool) -> None:
         say(link, [hello(), *said] if introduced else said)
     end = time.monotonic() + 10
     ranks.read()
-    while time.monotonic() < end and (ranks._coming or any(rank.connection.open for rank in ranks.values())):
+    while time.monotonic() < end and (ranks._pending or any(rank.connection.open for rank in ranks.values())):
         ranks.read()
-    assert not ranks._coming and not any(rank.connection.open for rank in ranks.values())
+    assert not ranks._pending and not any(rank.connection.open for rank in ranks.values())
     assert all(process.pid > 1 for rank in ranks.values() for process in rank.here)
-    assert all(isinstance(rank.end.status, int) and str(rank.end.line) for rank in ranks.values() if rank.end)
+    assert all(isinstance(rank.end.status, int) and str(rank.end.cause) for rank in ranks.values() if rank.end)
+    ranks.close()
+
+
+@pytest.mark.parametrize(
+    "known", [{"call": 5}, {"hop": "x"}, {"rank": [0]}, {"broken": 1}, {"call": True, "hop": None}]
+)
+def test_a_status_of_other_types_is_ignored(known: dict) -> None:
+    ranks = RankTable([HERE])
+    addresses, key = parse_endpoint(ranks.endpoint)
+    with connect(addresses, key, 0) as link:
+        say(link, [hello(), {"ended": 3, "asked": False, "known": known}])
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not any(rank.end for rank in ranks.values()):
+            ranks.read()
+    assert str(ranks["0"].end.cause) == "rank 0 (mac1) exited with code 3"
     ranks.close()
 
 
