@@ -27,8 +27,6 @@ from ringattn.launcher.hostfile import Host, parse_hosts, read_hostfile
 from ringattn.launcher.mpiexec import Mpiexec, find_mpiexec
 from ringattn.launcher.processes import start_time
 
-pytestmark = pytest.mark.ranks
-
 # Names
 
 
