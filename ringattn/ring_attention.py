@@ -15,7 +15,7 @@ from .ring.backward import backward
 from .ring.call import RingCall
 from .ring.loop import WHAT
 from .transport.base import Ring
-from .transport.consensus import heard
+from .transport.consensus import raise_on_all_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,7 +119,7 @@ def ring_attention(
     """
     ring = check_ring(ring)
     with ring.call(WHAT):
-        with heard(ring, WHAT):
+        with raise_on_all_ranks(ring, WHAT):
             call = RingCall.checked(
                 ring,
                 layout,

@@ -59,11 +59,11 @@ def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], rea
     """Join the ring and do the work; the exit code. What is wrong on one rank is an error on all, told by rank 0."""
     from .. import init
     from ..ring.arguments import check_ring
-    from ..transport.consensus import agree, heard
+    from ..transport.consensus import agree, raise_on_all_ranks
 
     with check_ring(init()) as ring:
         try:
-            with heard(ring, what):
+            with raise_on_all_ranks(ring, what):
                 _check_place(place, ring)
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
@@ -71,7 +71,7 @@ def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], rea
             if ring.rank == 0 and shown():
                 click.echo(f"Loading {options['model']} ...", err=True)
             with _warnings_in_one_line(ring.rank == 0):
-                with heard(ring, what):
+                with raise_on_all_ranks(ring, what):
                     model, tokenizer = _loaded(options)
                 agree(ring, what)
                 return work(Session(ring, model, tokenizer, options, text)) or 0
@@ -183,11 +183,11 @@ class Session:
         """
         from ..lm.conversation import reusable
         from ..transport.collectives import broadcast_bytes
-        from ..transport.consensus import heard
+        from ..transport.consensus import raise_on_all_ranks
 
         ids: list[int] = []
         known: bytes | None = None
-        with heard(self.ring, "broadcast"):
+        with raise_on_all_ranks(self.ring, "broadcast"):
             if self.speaks:
                 ids = self._plain(text) if plain or not self.tokenizer.has_chat_template else self.talk.ask(text)
                 known = str(reusable(self.cache, ids)).encode()

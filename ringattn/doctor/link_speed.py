@@ -75,7 +75,7 @@ def measure_hop(ring: Transport) -> float:
     To the right; half of them each way where `ring_attention` would do so.
     """
     with ring.call("hop of all ranks"):
-        return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.apart else (1,))
+        return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.neighbours_on_other_hosts else (1,))
 
 
 def _latency(pair: Transport) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..transport.consensus import Fields, agree, heard
+from ..transport.consensus import Fields, agree, raise_on_all_ranks
 from ..transport.interface import Transport
 
 # What ranks call, one for each kind of turn: a rank that has left a text early is never taken to be still in it.
@@ -53,7 +53,7 @@ class Choice:
         """Rank 0's sample ``[1]``, on every rank."""
         own: np.ndarray | None = None
         if self._ring.rank == 0:
-            with heard(self._ring, NEXT):
+            with raise_on_all_ranks(self._ring, NEXT):
                 sample = self._sampler(logprobs).reshape(1).item()
                 own = np.array([sample, self._end()], np.int32)
         token, ended = agreed(self._ring, NEXT, told=own).tolist()
@@ -63,7 +63,7 @@ class Choice:
     def progress(self, done: int, total: int) -> None:
         """mlx-lm's call after each round of prefill: the place to end it. The call at the end of all is told too."""
         own: np.ndarray | None = None
-        with heard(self._ring, ROUND):
+        with raise_on_all_ranks(self._ring, ROUND):
             if self._progress is not None:
                 self._progress(done, total)
             if self._ring.rank == 0:

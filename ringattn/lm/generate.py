@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.validation import check_int
 from ..errors import ArgumentError
-from ..transport.consensus import heard
+from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
@@ -80,7 +80,7 @@ def stream_generate(
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     ring = model.ring
     ids: np.ndarray | None = None
-    with heard(ring, BEGIN):
+    with raise_on_all_ranks(ring, BEGIN):
         chunk = _checked_chunk(chunk, options)
         _check_max_tokens(max_tokens)
         held = _checked_tokens(model, prompt_cache)
@@ -140,7 +140,7 @@ def _whole(ring: Transport, held: np.ndarray, processor: Processor) -> Processor
     """`processor`, given the tokens `held` before those of the prompt. What goes wrong in it is heard on all ranks."""
     before = mx.array(held)
 
-    @heard(ring, NEXT)
+    @raise_on_all_ranks(ring, NEXT)
     def whole(tokens: mx.array, logits: mx.array) -> mx.array:
         return processor(mx.concatenate([before, tokens]), logits)
 

@@ -75,7 +75,7 @@ class RingCall:
         """This rank's hops, one way or both ways around."""
         chosen, where = self.chosen(gradient), (self.layout, self.kv_layout, self.options.band)
         routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
-        if self.ring.both_ways is None and self.ring.apart:
+        if self.ring.both_ways is None and self.ring.neighbours_on_other_hosts:
             routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
         return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import length, union
-from ..transport.interface import Transfer, Transport, Way
+from ..transport.interface import Direction, Transfer, Transport
 from .blocks import Block, copy_tokens
 from .buffers import Arrival, Slots, _with_tokens
 from .schedule import Hop, Schedule
@@ -27,20 +27,22 @@ def relay(
         The hops of all schedules in the order in which ranks have to do them, each with its number and its block, to be
         released after use; and the sends, to be waited for in the end.
     """
-    posted = [_relay(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
+    posted = [_relay(Direction(ring, schedule.step), own, schedule.hops) for schedule in schedules]
     return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
 
 
-def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+def _relay(
+    direction: Direction, own: Block, hops: Sequence[Hop]
+) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     first = hops[0].send
     copied = first if first and not (first == own.spans and own.packed) else ()
     slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
     arrivals, sends = [], []
     for h, hop in enumerate(hops):
-        arrival = slots.recv(way, hop.held, h - 1) if h else Arrival(own)
+        arrival = slots.recv(direction, hop.held, h - 1) if h else Arrival(own)
         if hop.send:
             source = slots.keep(copied) if h == 0 and copied else arrival
-            sends.append(source.forward(way, hop.send, h))
+            sends.append(source.forward(direction, hop.send, h))
         arrivals.append((h, hop, arrival))
     return arrivals, sends
 

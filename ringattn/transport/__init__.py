@@ -10,9 +10,9 @@ from ..errors import ArgumentError, RingError
 from .base import Event, Ring
 from .environment import launched_by, read_timeout
 from .failures.status_file import status
-from .interface import Gate, Transfer
+from .interface import Signal, Transfer
 
-__all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
+__all__ = ["Event", "Signal", "Ring", "Transfer", "init"]
 
 _BACKENDS = ("mpi", "mlx", "solo")
 

@@ -15,7 +15,7 @@ from ..autograd.custom_function import opaque
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
 from .base import Ring
-from .consensus import agree, heard
+from .consensus import agree, raise_on_all_ranks
 from .interface import Transfer, Transport
 
 SMALL_BYTES = 1 << 15  # up to here the data travel in the round that the agreement takes anyway
@@ -62,7 +62,7 @@ def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
 
 def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     """See `Ring.broadcast`. Large arrays travel around the ring in pieces, each passed on while the next arrives."""
-    with heard(ring, "broadcast"):
+    with raise_on_all_ranks(ring, "broadcast"):
         root = check_rank("root", root, ring.size)
         if ring.rank == root:
             check_array("x", x)
@@ -74,7 +74,7 @@ def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
 def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     payload: list[memoryview] = []
     if x is not None:
-        with heard(ring, "broadcast"):
+        with raise_on_all_ranks(ring, "broadcast"):
             data = to_bytes(x)
         about = json.dumps([_name(x.dtype), x.shape, len(data)]).encode()
         payload = [memoryview(about.ljust(256)), data if len(data) <= SMALL_BYTES else memoryview(b"")]
@@ -82,7 +82,7 @@ def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     name, shape, length = json.loads(bytes(reply[:256]))
     y, into = empty(shape, getattr(mx, name)) if x is None else (x, data)
     if length > SMALL_BYTES:
-        with ring.committed():
+        with ring.break_ring_on_error():
             _pass_along(ring, into, root)
     elif x is None:
         into[:] = reply[256:]
@@ -114,13 +114,13 @@ def _pass_along(ring: Transport, data: memoryview, root: int) -> None:
 
 def all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
-    with heard(ring, "all_reduce"):
+    with raise_on_all_ranks(ring, "all_reduce"):
         check_array("x", x)
     return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
 
 
 def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
-    with heard(ring, "all_reduce"):
+    with raise_on_all_ranks(ring, "all_reduce"):
         data = to_bytes(x)
     fields = (("dtype", _name(x.dtype)), ("shape", str(x.shape)))
     small = len(data) <= SMALL_BYTES
@@ -131,7 +131,7 @@ def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.ar
     if small:
         into[:] = _sum(replies, x.dtype)
         return y
-    with ring.committed():
+    with ring.break_ring_on_error():
         # Each rank sums one slice for all: 2 * (size - 1) / size of the bytes cross a rank's link, whatever the size.
         cuts = [x.size * i // ring.size * x.dtype.size for i in range(ring.size + 1)]
         theirs = [memoryview(bytearray(cuts[ring.rank + 1] - cuts[ring.rank])) for _ in range(ring.size)]

@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 from .interface import Transport
 from .shared_input import TAG_BYTES, SharedInput
 
-__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
+__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "raise_on_all_ranks"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
@@ -62,7 +62,7 @@ def agree(
             ring still works.
     """
     try:
-        ring.settle()
+        ring.check_pending()
     except ArgumentError as late:
         error = error or late
     own = [memoryview(_head(ring, what, fields, error))]
@@ -84,7 +84,7 @@ def agree_in_graph(ring: Transport, what: str, fields: Fields, payload: mx.array
         call of the ring then raises the error that `agree` would have raised.
     """
     try:
-        ring.settle(keep=IN_GRAPH)
+        ring.check_pending(keep=IN_GRAPH)
     except ArgumentError as late:
         agree(ring, what, fields, late)  # the other ranks may not have seen it
     own = mx.array(np.frombuffer(_good_head(what, fields), np.uint8))
@@ -98,7 +98,7 @@ def agree_in_graph(ring: Transport, what: str, fields: Fields, payload: mx.array
 
 
 @contextmanager
-def heard(ring: Transport, what: str) -> Iterator[None]:
+def raise_on_all_ranks(ring: Transport, what: str) -> Iterator[None]:
     """Run local checks. An exception raised here is raised on every rank."""
     try:
         yield

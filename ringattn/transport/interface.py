@@ -24,7 +24,7 @@ from .shared_input import SharedInput
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
 
 
-class Gate:
+class Signal:
     """An event that a transfer can be made to wait for: closed at first, opened once."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Transport(Ring):
         self._busy = threading.Lock()
 
     @property
-    def apart(self) -> bool:
+    def neighbours_on_other_hosts(self) -> bool:
         """Whether both neighbours of every rank are on other hosts and can be reached at once."""
         pairs = zip(self.hosts, (*self.hosts[1:], *self.hosts[:1]))
         return self.size > 2 and self.duplex and all(host != other for host, other in pairs)
@@ -90,19 +90,19 @@ class Transport(Ring):
 
         Args:
             payload: Bytes, uint8, of the same number on every rank, at most `in_graph_bytes`.
-            check: `settle` calls it with the first bytes of every rank's payload; it may raise.
+            check: `check_pending` calls it with the first bytes of every rank's payload; it may raise.
 
         Returns:
             The bytes of all ranks, as rows; zeros for what a rank did not send.
         """
         raise NotImplementedError
 
-    def settle(self, keep: int = 0) -> None:  # noqa: B027  (a transport without graph exchanges has none pending)
+    def check_pending(self, keep: int = 0) -> None:  # noqa: B027  (a transport without graph exchanges has none pending)
         """Evaluate all but the last `keep` lazy exchanges; raise their errors."""
 
     @abc.abstractmethod
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         """Send the buffers that `load` returns to the right neighbour once all of `after` are done.
 
@@ -114,7 +114,7 @@ class Transport(Ring):
         """
 
     @abc.abstractmethod
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         """Receive from the left neighbour into `buffers`, of exactly the sizes that it sends.
 
         With a `step` of -1, receive from the right one.
@@ -128,7 +128,7 @@ class Transport(Ring):
     def fail(self, error: BaseException) -> None:
         """Report to every peer that this rank cannot go on because of `error`. The ring is broken afterwards."""
 
-    def at(self, what: str, hop: int) -> None:  # noqa: B027  (a ring of one rank has no peer to report to)
+    def set_progress(self, what: str, hop: int) -> None:  # noqa: B027  (a ring of one rank has no peer to report to)
         """Record the current call and hop for error messages."""
 
     def call(self, what: str) -> Call:
@@ -146,7 +146,7 @@ class Transport(Ring):
             self.shared_input = before
 
     @contextmanager
-    def committed(self) -> Iterator[None]:
+    def break_ring_on_error(self) -> Iterator[None]:
         """Break the ring on all ranks if an exception is raised here: peers already wait for this rank's messages."""
         try:
             yield
@@ -176,27 +176,27 @@ class Call:
         if not self._ring._busy.acquire(blocking=False):
             text = f"{self._what}: this ring is in use by another thread, and a ring runs one call at a time"
             raise RingError(text)
-        self._ring.at(self._what, 0)
+        self._ring.set_progress(self._what, 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self._ring.at(f"after {self._what}", 0)  # after an exception the place says where it happened
+            self._ring.set_progress(f"after {self._what}", 0)  # after an exception the place says where it happened
         self._ring._busy.release()
 
 
-class Way(NamedTuple):
+class Direction(NamedTuple):
     """One direction around a ring: messages come from the rank before and go to the next."""
 
     ring: Transport
     step: int  # 1 to the right, -1 to the left
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
         """See `Transport.send`."""
         return self.ring.send(load, tag=tag, after=after, step=self.step)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = ()) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
         """See `Transport.recv`."""
         return self.ring.recv(buffers, tag=tag, after=after, step=self.step)
 

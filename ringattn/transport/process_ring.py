@@ -97,7 +97,7 @@ class ProcessRing(Transport):
         else:
             self._life.fail(Cause.of_exception(error, self.rank, self.hosts[self.rank], *self._place))
 
-    def at(self, what: str, hop: int) -> None:
+    def set_progress(self, what: str, hop: int) -> None:
         if self._life.error is None:  # a broken ring stays where it broke
             self._place = (what, hop)
             status.write(what, hop)
@@ -128,9 +128,9 @@ class ProcessRing(Transport):
         """The call and the hop that this rank is in."""
         return self._place
 
-    def hear(self) -> None:
+    def process_messages(self) -> None:
         """Handle all received messages."""
-        self._life.hear()
+        self._life.process_messages()
 
     @abc.abstractmethod
     def free(self) -> None:
@@ -153,7 +153,7 @@ class ProcessRing(Transport):
         since: dict[int, float] = {}  # when a missing rank was first seen to have left
 
         def check() -> None:
-            self._life.hear()
+            self._life.process_messages()
             self._check()
             now = time.monotonic()
             for peer in missing() & self._life.left:

@@ -9,9 +9,9 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .consensus import agree, heard
+from .consensus import agree, raise_on_all_ranks
 from .failures.status_file import status
-from .interface import Buffers, Gate, Transfer, Transport
+from .interface import Buffers, Signal, Transfer, Transport
 
 
 class SoloRing(Transport):
@@ -30,7 +30,7 @@ class SoloRing(Transport):
 
     def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 color = collectives.check_color(color)
             agree(self, "split")
             return None if color is None else SoloRing(self.timeout)
@@ -55,11 +55,11 @@ class SoloRing(Transport):
         return [memoryview(b"".join(payload))]
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to send to")
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to receive from")
 
     def wait(self, *transfers: Transfer) -> None:
@@ -68,7 +68,7 @@ class SoloRing(Transport):
     def fail(self, error: BaseException) -> None:
         self._error = self._error or RingError(f"the ring broke: {type(error).__name__}: {error}", rank=0)
 
-    def at(self, what: str, hop: int) -> None:
+    def set_progress(self, what: str, hop: int) -> None:
         status.write(what, hop)
 
     def _check(self) -> None:

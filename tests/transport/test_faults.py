@@ -29,10 +29,10 @@ begin = time.monotonic()
 
 def hops(count, at=lambda hop: None):
     "Pass blocks round the ring as an attention call does."
-    with ring.call("ring_attention"), ring.committed():
+    with ring.call("ring_attention"), ring.break_ring_on_error():
         block = memoryview(bytes(100_000))
         for hop in range(count):
-            ring.at("ring_attention", hop)
+            ring.set_progress("ring_attention", hop)
             at(hop)
             into = memoryview(bytearray(100_000))
             ring.wait(ring.send(lambda: [block], tag=hop), ring.recv([into], tag=hop))

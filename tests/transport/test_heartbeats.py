@@ -73,7 +73,7 @@ def test_a_silent_rank_is_named_with_the_last_place_it_was_seen_at(
 ) -> None:
     wire, told = Wire(), []
     life = make(wire, 0, told, members)
-    life.met(("ring_attention", 0))
+    life.set_all_places(("ring_attention", 0))
     wait(clock, life, 2 * TIMEOUT, but=(0, 1), wire=wire)
     text = "rank 1 (mac1) gave no sign of life for 0.4 s; it was last heard of in ring_attention, hop 0" + more
     assert [str(error) for error in told] == [text] and told[0].rank == 1
@@ -126,7 +126,7 @@ def test_who_is_accused_of_silence_and_heard(clock: Clock, rank: int, heard: boo
     wait(clock, life, 0.75 * TIMEOUT, but=(rank,) if heard else (rank, 1), wire=wire)
     cause = Cause("silent", 1, "mac1", "barrier", 0, "60 s", exit_code=7)
     wire.coming.append((0, FAIL, cause.encode()))
-    life.hear()
+    life.process_messages()
     assert [str(error) for error in told] == [f"{cause} {note}".strip()]
     assert told[0].exit_code == 7
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...transport.collectives import broadcast_bytes, to_bytes
-from ...transport.consensus import heard
+from ...transport.consensus import raise_on_all_ranks
 from ...transport.interface import Transport
 
 SAMPLES = 8  # values that are looked at along each axis of a parameter: cheap for any size
@@ -44,7 +44,7 @@ def shared_fingerprint(ring: Transport, model: nn.Module) -> dict[str, Any]:
     """That of rank 0, on every rank: machines that turned weights into another dtype may differ in a last bit."""
     own: bytes | None = None
     if ring.rank == 0:
-        with heard(ring, "broadcast"):
+        with raise_on_all_ranks(ring, "broadcast"):
             own = json.dumps(fingerprint(model)).encode()
     found: dict[str, Any] = json.loads(broadcast_bytes(ring, own))
     return found

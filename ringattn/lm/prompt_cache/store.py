@@ -22,7 +22,7 @@ from ...core.intervals import intersection, positions
 from ...errors import ArgumentError, CacheFileError
 from ...layout import Layout
 from ...transport.collectives import broadcast_bytes
-from ...transport.consensus import agree, heard
+from ...transport.consensus import agree, raise_on_all_ranks
 from ...transport.interface import Transport
 from ..history import TokenHistory
 from ..shard import Sharded
@@ -58,7 +58,7 @@ def save_cache(
     ring = _ring_of(model)
     made_by = shared_fingerprint(ring, model)
     with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
             part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
             told = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
@@ -66,11 +66,11 @@ def save_cache(
             layers = tuple(map(Layer.of, cache))
         replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
         files = tuple(File(**reply["file"]) for reply in replies)
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
         agree(ring, SAVE, (("path", path.name),))  # all is on every disk
         part.complete = True
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             part.publish()
         agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
     with suppress(CacheFileError, OSError):  # it is saved
@@ -94,7 +94,7 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
     """
     ring, path = _ring_of(model), Path(path)
     expected = shared_fingerprint(ring, model)
-    with heard(ring, LOAD):
+    with raise_on_all_ranks(ring, LOAD):
         manifest = Manifest.read(path)
         cache = model.make_cache()
         manifest.check_model(path, expected, cache)

@@ -93,7 +93,7 @@ class Liveness:
     def beat(self) -> None:
         """Handle received messages, send heartbeats, and declare silent ranks dead."""
         with self._lock:
-            self.hear()
+            self.process_messages()
             for peer in [] if self._said_bye else self._peers:
                 # A rank that does not receive its heartbeats gets no more of them.
                 if peer not in self._sending or self._sending[peer]():
@@ -120,7 +120,7 @@ class Liveness:
 
     # Calls of both threads
 
-    def hear(self) -> None:
+    def process_messages(self) -> None:
         """Handle all received messages."""
         if not self._lock.acquire(blocking=False):
             return  # the other thread handles them
@@ -168,7 +168,7 @@ class Liveness:
                 self._break(cause, error)
                 self._send_all(cause.encode(), FAIL)
 
-    def met(self, place: Place) -> None:
+    def set_all_places(self, place: Place) -> None:
         """Record that all ranks are at `place`; this is newer than the last heartbeats."""
         self._places = dict.fromkeys(self._peers, place)
 

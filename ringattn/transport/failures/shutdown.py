@@ -25,7 +25,7 @@ _rings: list[ProcessRing] = []  # not retired, the oldest first
 _previous_hook = sys.excepthook
 
 
-def watch_over(ring: ProcessRing) -> None:
+def register_ring(ring: ProcessRing) -> None:
     """Close `ring` properly, however this process ends."""
     global _previous_hook
     if sys.excepthook is not _excepthook:
@@ -77,7 +77,7 @@ def _listen(until: Callable[[], bool]) -> None:
     while not until():
         time.sleep(5e-3)
         for ring in _rings:
-            ring.hear()
+            ring.process_messages()
 
 
 def _abort_after_grace() -> None:

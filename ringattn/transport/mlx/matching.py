@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...errors import RingError
-from ..interface import Buffers, Gate, Transfer
+from ..interface import Buffers, Signal, Transfer
 
 Key = tuple[int, int]  # the channel of a ring, and a tag
 
@@ -39,7 +39,7 @@ class Parcel(Transfer):
         peer: int,
         key: Key,
         load: Callable[[], Buffers],
-        after: Sequence[Transfer | Gate],
+        after: Sequence[Transfer | Signal],
         on_done: Callable[[Parcel], None],
     ):
         self.sending, self.peer, self.key, self.on_done = sending, peer, key, on_done

@@ -33,7 +33,7 @@ class RingMember(Protocol):
     def beat(self) -> None:
         """Send heartbeats and judge those of the others."""
 
-    def hear(self) -> None:
+    def process_messages(self) -> None:
         """Handle all received messages."""
 
     def fail(self, error: BaseException) -> None:
@@ -151,7 +151,7 @@ class Hub:
 
     def _wake(self, channel: int) -> None:
         if channel in self._rings:
-            self._rings[channel].hear()
+            self._rings[channel].process_messages()
         with self.fabric.lock:
             self.fabric.changed.notify_all()
 

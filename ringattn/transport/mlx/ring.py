@@ -22,14 +22,14 @@ import numpy as np
 from ...errors import RingError
 from .. import collectives
 from ..base import Event, Ring
-from ..consensus import agree, heard
+from ..consensus import agree, raise_on_all_ranks
 from ..environment import read_timeout
 from ..failures import shutdown
 from ..failures.bandwidth import LinkRate
 from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
-from ..interface import Buffers, Gate, Transfer, Transport
+from ..interface import Buffers, Signal, Transfer, Transport
 from ..process_ring import ProcessRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
@@ -66,13 +66,13 @@ class MlxRing(ProcessRing):
         self.duplex = self._fabric.group.duplex
         self._rate = LinkRate()
         all_of_us.join(self._channel, self)
-        shutdown.watch_over(self)
+        shutdown.register_ring(self)
 
     # What users call
 
     def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 collectives.check_color(color)
             agree(self, "split")
             raise RingError("split: mx.distributed cannot divide its ranks; use backend 'mpi', under mpiexec")
@@ -82,7 +82,7 @@ class MlxRing(ProcessRing):
             return
         try:
             if not self.broken:
-                self.settle()  # others may still need this rank for it
+                self.check_pending()  # others may still need this rank for it
         finally:
             self._hub.say_how_far()
             super().close()
@@ -93,7 +93,7 @@ class MlxRing(ProcessRing):
         self._check()
         with self._breaking():
             replies = self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
-        self._life.met(self._place)
+        self._life.set_all_places(self._place)
         return replies
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
@@ -105,7 +105,7 @@ class MlxRing(ProcessRing):
         self._unchecked.append((begins, check))
         return mx.depends([replies], [begins])[0]  # so that both are evaluated, and the whole can go
 
-    def settle(self, keep: int = 0) -> None:
+    def check_pending(self, keep: int = 0) -> None:
         self._check()
         while len(self._unchecked) > keep:
             begins, check = self._unchecked.popleft()
@@ -120,21 +120,21 @@ class MlxRing(ProcessRing):
         collectives.share_along(self, own, into)
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         return self._add(True, (self.rank + step) % self.size, tag, load, after)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         return self._add(False, (self.rank - step) % self.size, tag, lambda: buffers, after)
 
     def _add(
-        self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]
+        self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Signal]
     ) -> Transfer:
         self._check()
         parcel = Parcel(sending, peer, (self._channel, tag), load, after, self._moved)
-        for gate in after:
-            if isinstance(gate, Gate):
-                gate.watch(self._fabric.advance)
+        for signal in after:
+            if isinstance(signal, Signal):
+                signal.watch(self._fabric.advance)
         with self._breaking():
             self._fabric.add(parcel)
         self._check()
@@ -161,7 +161,7 @@ class MlxRing(ProcessRing):
             deadline = time.monotonic() + _LAST_WORDS
             while not self.broken and time.monotonic() < deadline:
                 time.sleep(5e-3)
-                self.hear()
+                self.process_messages()
 
     def _waiting(self, missing: Callable[[], set[int]]) -> Callable[[Callable[[], bool]], None]:
         look = self._peer_check(missing)

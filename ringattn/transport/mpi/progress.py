@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import RingError
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
-from ..interface import Buffers, Gate, Transfer
+from ..interface import Buffers, Signal, Transfer
 
 # The longest single message. Its arrival is a sign of life of its sender, whose heartbeats wait behind its data on a
 # slow link; and some MPIs refuse more than 2**31 bytes.
@@ -24,7 +24,7 @@ CHUNK_BYTES = 4 << 20
 class Message(Transfer):
     """One send or receive: blocked until all of `after` are done, then active, then done."""
 
-    def __init__(self, kind: str, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]):
+    def __init__(self, kind: str, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Signal]):
         self.kind = kind
         self.peer = peer
         self.tag = tag
@@ -49,7 +49,7 @@ class Message(Transfer):
     @property
     def waits_for_signal(self) -> bool:
         """Whether it waits for a signal that is not open."""
-        return any(isinstance(a, Gate) and not a.done for a in self.after)
+        return any(isinstance(a, Signal) and not a.done for a in self.after)
 
     def start(self, post: Callable[[memoryview, int, int], Any]) -> None:
         assert self._load is not None

@@ -10,12 +10,12 @@ from typing import Any
 from ...errors import ArgumentTypeError, RingError
 from .. import collectives
 from ..base import Event, Ring
-from ..consensus import agree, heard
+from ..consensus import agree, raise_on_all_ranks
 from ..failures import shutdown
 from ..failures.control_channel import MpiControlChannel
 from ..failures.heartbeats import Member
 from ..handshake import introduce
-from ..interface import Buffers, Gate, Transfer, Transport
+from ..interface import Buffers, Signal, Transfer, Transport
 from ..process_ring import ProcessRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
@@ -66,17 +66,17 @@ class MpiRing(ProcessRing):
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
         self._progress = ProgressThread(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
-        shutdown.watch_over(self)
+        shutdown.register_ring(self)
 
     # What users call
 
     def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 color = collectives.check_color(color)
             replies = agree(self, "split", payload=[memoryview(json.dumps(color).encode())])
             colors = [json.loads(bytes(reply)) for reply in replies]
-            with self.committed():
+            with self.break_ring_on_error():
                 ordered = sorted({c for c in colors if c is not None})  # MPI's colours are small and not negative
                 mine = self._MPI.UNDEFINED if color is None else ordered.index(color)
                 self._stuck = True
@@ -94,7 +94,7 @@ class MpiRing(ProcessRing):
         self._check()
         round_ = Round(self._comm, self._status, self.rank, self._peers, payload, self._life.seen)
         self._wait_until(round_.poll, lambda: round_.missing)
-        self._life.met(self._place)
+        self._life.set_all_places(self._place)
         return round_.replies
 
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
@@ -106,18 +106,18 @@ class MpiRing(ProcessRing):
         self._swap([own] * self.size, into)
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         return self._add(Message("send", (self.rank + step) % self.size, tag, load, after))
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         return self._add(Message("recv", (self.rank - step) % self.size, tag, lambda: buffers, after))
 
     def _add(self, message: Message) -> Message:
         self._check()
-        for gate in message.after:
-            if isinstance(gate, Gate):
-                gate.watch(self._progress.wake)
+        for signal in message.after:
+            if isinstance(signal, Signal):
+                signal.watch(self._progress.wake)
         self._engine.add(message)
         try:
             self._engine.step(wait=False)  # starts it at once if possible: waking the helper takes longer
