@@ -1,4 +1,4 @@
-"""Checks of the arguments that every call on a ring has."""
+"""Checks of the arguments that all ring calls share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..transport.interface import Transport
 
 
 def check_ring(ring: Any) -> Transport:
-    """Return a user's ring with the methods that the library calls: with it the other checks are collective."""
+    """Check for a ring, and return it with the methods of the library. Without one no check can be collective."""
     if not isinstance(ring, Transport):
         raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
     return ring
 
 
 def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:
-    """A layout of the ring's size in which this rank holds as many tokens as its arrays."""
+    """Check for a layout of the ring's size that gives this rank as many tokens as its arrays have."""
     if not isinstance(layout, Layout):
         raise ArgumentTypeError(f"{name}: {type(layout).__name__}, expected a Layout")
     if layout.size != ring.size:

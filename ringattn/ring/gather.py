@@ -1,4 +1,4 @@
-"""Every rank's part of an array, on every rank."""
+"""Gather of an array: every rank gets the parts of all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHAT = "gather"
 
 
 def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
-    """See `Layout.gather`."""
+    """Gather the parts `x` of all ranks. See `Layout.gather`."""
     ring = check_ring(ring)
     with ring.call(WHAT):
         with raise_on_all_ranks(ring, WHAT):
@@ -39,7 +39,8 @@ def _gather(layout: Layout, x: mx.array, ring: Transport, axis: int) -> mx.array
     fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
     agree(ring, WHAT, fields)
     with ring.break_ring_on_error():
-        size, spans = ring.size, layout.spans
+        size = ring.size
+        spans = layout.spans
         held = [(ring.rank - h) % size for h in range(size)]
         hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
         schedule = Schedule(tuple(hops), (), spans[ring.rank], 1)

@@ -1,7 +1,7 @@
-"""Runs the Metal kernels of ringattn on an NVIDIA GPU, translated to CUDA by rule: `python -m tools.nvidia.check`.
+"""Check of the Metal kernels on an NVIDIA GPU, translated to CUDA by rules: `python -m tools.nvidia.check`.
 
-What it can tell: whether they are right at sizes that no emulator of a GPU reaches, whether they race, and whether they
-leave their memory. What it cannot: whether Apple's compiler takes them, how an Apple GPU rounds, and how fast they are.
+It shows whether the kernels are right at sizes that no emulator reaches, whether they race, and whether they leave
+their buffers. It does not show whether Apple's compiler accepts them, how an Apple GPU rounds, or how fast they are.
 """
 
 from tools.nvidia.executor import cuda_executor, translate
