@@ -8,7 +8,7 @@ from statistics import median
 
 import ringattn as ra  # before MLX, for its BLAS
 from ringattn import lm
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import held_bytes
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_map  # isort: skip
@@ -75,7 +75,7 @@ def worker() -> None:
                 cache = make_prompt_cache(model)
                 before = ring.bytes_sent
                 found = lm.stream_generate(
-                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, chunk=512
+                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, prefill_step_size=512
                 )
                 result["tokens"].append([response.token for response in found])
                 result["cache"].append(held_bytes(cache))

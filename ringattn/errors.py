@@ -64,6 +64,10 @@ class ContextWarning(UserWarning):
     """Prompt that is longer than the context of the model. The message names both lengths."""
 
 
+class VersionWarning(UserWarning):
+    """The installed version of a library was not tested with this package; the message says which versions were."""
+
+
 class CacheFileError(ArgumentError):
     """File of a saved prompt cache that is missing, damaged or of another model. The message names it."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..errors import ArgumentError, KernelWarning, MissingExtraError
+from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..extras import require
 from ..transport.environment import launched_by
 from ..transport.interface import Transport
@@ -112,7 +112,8 @@ def _warnings_in_one_line(is_first: bool) -> Iterator[None]:
     """Print each warning without the line of its source, and kernel warnings on the first rank only."""
     with warnings.catch_warnings():
         if not is_first:
-            warnings.simplefilter("ignore", KernelWarning)
+            for kind in (KernelWarning, VersionWarning):
+                warnings.simplefilter("ignore", kind)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
         yield
 

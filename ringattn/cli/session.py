@@ -120,7 +120,7 @@ class Session:
             ids,
             max_tokens=options["max_tokens"],
             sampler=make_sampler(options["temp"], options["top_p"], options["min_p"], top_k=options["top_k"]),
-            chunk=options["prefill_step_size"],
+            prefill_step_size=options["prefill_step_size"],
             prompt_cache=self.cache,
             prompt_progress_callback=make_callback() if self.is_first else None,
             stopped=stopped,

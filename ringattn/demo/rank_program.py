@@ -15,7 +15,7 @@ import ringattn as ra
 from ringattn import lm
 from ringattn.demo.document import prompt
 from ringattn.demo.task import ProgressFile, RankResult, ReadingTask
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.base import Event, Ring
 
 ProgressCallback = Callable[[int, int], None]
@@ -77,7 +77,7 @@ def _answer(
     options: dict = {"max_tokens": task.max_tokens, "prompt_cache": cache, "prompt_progress_callback": callback}
     if task.plain:
         return mlx_lm.stream_generate(model, tokenizer, ids, **options)
-    return lm.stream_generate(model, tokenizer, ids, chunk=task.chunk, **options)
+    return lm.stream_generate(model, tokenizer, ids, prefill_step_size=task.chunk, **options)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def generate(**options: Any) -> None:
 
 def _generate(session: Session) -> None:
     """Generate an answer and print its statistics."""
-    from ...lm.sharded_cache import held_bytes
+    from ...lm.sharding.sharded_cache import held_bytes
 
     options = session.options
     response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))
