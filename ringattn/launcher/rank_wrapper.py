@@ -217,7 +217,8 @@ class Wrapper:
                 elif self.code is None:
                     signal_group(self.child, take(message, "signal", int))
         except OSError:
-            self.held, self.lost = False, True
+            self.held = False
+            self.lost = True
 
     def count_computing(self, rank: int) -> None:
         """Record in the status file that the launcher sees `rank` compute."""

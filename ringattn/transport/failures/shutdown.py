@@ -12,20 +12,50 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from ...errors import RingError
 from .cause import Cause
-
-if TYPE_CHECKING:
-    from ..process_ring import ProcessRing
 
 GRACE = 1.5  # s in which the other ranks of a broken ring can print what they know
 
-_rings: list[ProcessRing] = []  # not retired, the oldest first
+
+class LeavableRing(Protocol):
+    """A ring, as far as shutdown knows it. `ProcessRing` describes the members."""
+
+    rank: int
+    hosts: tuple[str, ...]
+
+    @property
+    def error(self) -> RingError | None: ...
+
+    @property
+    def broken(self) -> bool: ...
+
+    @property
+    def retired(self) -> bool: ...
+
+    @property
+    def place(self) -> tuple[str, int]: ...
+
+    def process_messages(self) -> None: ...
+
+    def await_cause(self, error: BaseException) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+    def close(self) -> None: ...
+
+    def free(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+_rings: list[LeavableRing] = []  # not retired, the oldest first
 _previous_hook = sys.excepthook
 
 
-def register_ring(ring: ProcessRing) -> None:
+def register_ring(ring: LeavableRing) -> None:
     """Close `ring` properly, however this process ends."""
     global _previous_hook
     if sys.excepthook is not _excepthook:
@@ -89,7 +119,7 @@ def _abort_after_grace() -> None:
     _rings[0].abort()
 
 
-def abort_from_helper(ring: ProcessRing) -> None:
+def abort_from_helper(ring: LeavableRing) -> None:
     """End the job from the helper thread of `ring`, whose main thread does not return from the library's call."""
     if ring.error is not None:
         _report(ring.error)
