@@ -382,8 +382,8 @@ def test_the_doctor_keeps_its_secrets_off_the_command_line(monkeypatch: pytest.M
     monkeypatch.setattr(runner, "_run", look)
     monkeypatch.setattr(runner, "find_troubles", lambda *_: [])
     hosts = parse_hosts(f"{HERE}:2")
-    where = runner.Where(2, type(hosts)(hosts.hosts, ("HF_TOKEN=hush",)), None, None)
-    examination = runner._examine(where, mpiexec.Mpiexec("/x/mpiexec", "MPICH"), hosts.hosts, ["worker"], 5.0)
+    target = runner.Target(2, type(hosts)(hosts.hosts, ("HF_TOKEN=hush",)), None, None)
+    examination = runner._examine(target, mpiexec.Mpiexec("/x/mpiexec", "MPICH"), hosts.hosts, ["worker"], 5.0)
     token, endpoint = seen["file"]["envs"]
     assert token == "HF_TOKEN=hush" and endpoint.startswith(f"{connectivity.ENDPOINT}={HERE},")
     assert seen["file"]["hosts"] == [{"ssh": HERE, "slots": 2}] and seen["mode"] == 0o700
