@@ -1,15 +1,11 @@
 """Fixtures and options of all tests."""
 
-import os
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes of tests share the cores; before NumPy reads it
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RINGATTN_THREADS"):
-        os.environ.setdefault(name, "1")
-
 import importlib.util
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import metal_executor
 import mlx.core as mx
@@ -18,6 +14,7 @@ import stored
 from spawn import MPIEXEC
 
 from launch.virtual import unavailable
+from ringattn.native import blas
 
 # The requirements of each marker, and the reason to skip. Where CI promises one, its absence is a failure.
 NEEDS: dict[str, Callable[[], str | None]] = {
@@ -38,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[stored.FOLDER] = tempfile.mkdtemp(prefix="ringattn-results-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(stored.FOLDER), ignore_errors=True))
     stored.install()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_blas_thread(worker_id: str) -> Iterator[None]:
+    """Keep NumPy to one thread where several processes of tests share the cores."""
+    with nullcontext() if worker_id == "master" else blas.single_threaded():
+        yield
 
 
 def _choose_device(config: pytest.Config) -> None:

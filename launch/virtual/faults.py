@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def _wait(process: subprocess.Popen, end: float) -> int | None:
 def _repair(cluster: Cluster) -> None:
     """Prepare the cluster for the next fault."""
     for pid in cluster.processes():
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.kill(pid, signal.SIGKILL)
     cluster.plug(1)
 
 

@@ -137,6 +137,14 @@ class GradientCase:
             sums["mask"] = _summed_to(term(ds), options["mask"].shape)
         return sums
 
+    def _score_terms(self) -> float:
+        """Largest sum of the absolute products that make a visible score, scaled."""
+        q = np.abs(to64(self.case.q))
+        k = np.abs(np.repeat(to64(self.case.k), q.shape[1] // self.case.k.shape[1], 1))
+        scale = self.case.options.get("scale")
+        terms = (q @ k.swapaxes(-1, -2)) * abs(q.shape[-1] ** -0.5 if scale is None else scale)
+        return float(terms[self.case.visible].max(initial=0.0))
+
     def plain(self) -> dict[str, np.ndarray]:
         """Gradients that MLX derives from the textbook formula in the dtype of the inputs."""
         named = self.differentiable
@@ -157,18 +165,21 @@ class GradientCase:
 
         The allowed error is the sum of twice the error of the plain formula, four ulps of the largest value, and a
         floor for the rounding of float32. Let u = 2^-24, half an ulp of 1. The saved lse is rounded by up to u |lse|,
-        which changes each weight exp(score - lse) by that fraction. The exponential, the saved `out`, the products and
-        their sums add a few u more; 4 u are allowed. These are errors of the terms, which remain when the terms cancel:
-        delta, which is dout . out - dlse, may be near zero while its error is u times the sum of |dout| |out|. The
-        floor is therefore (4 u + u max |lse|) times `sizes`. For sinks, whose gradient sums a saved `out` over all
-        rows, it is at least two ulps of the dtype of `out` times `sizes`.
+        which changes each weight exp(score - lse) by that fraction. So does the score itself, a sum of products q_d
+        k_d: the gradient computes it anew, in another order of summation than the forward pass where the matrix product
+        has another shape, and each partial sum is rounded by up to u times the sum of |q_d k_d|. The exponential, the
+        saved `out`, the products and their sums add a few u more; 4 u are allowed. These are errors of the terms, which
+        remain when the terms cancel: delta, which is dout . out - dlse, may be near zero while its error is u times the
+        sum of |dout| |out|. The floor is therefore (4 u + u max |lse| + u max sum |q_d k_d| scale) times `sizes`. For
+        sinks, whose gradient sums a saved `out` over all rows, it is at least two ulps of the dtype of `out` times
+        `sizes`.
         """
         exact = self.exact()
         plain = self.plain()
         sizes = self.sizes()
         fractions = {}
         lse = self.case.exact()[1]
-        known = 2 * 2.0**-23 + 2.0**-24 * float(np.abs(lse[np.isfinite(lse)]).max(initial=1.0))
+        known = 2 * 2.0**-23 + 2.0**-24 * (float(np.abs(lse[np.isfinite(lse)]).max(initial=1.0)) + self._score_terms())
         rounded = max(known, 2 * 2.0 ** -MANTISSA[self.case.q.dtype])
         for name, x in gradients.items():
             ulp = 2.0 ** -MANTISSA[self.differentiable[name].dtype]
