@@ -19,8 +19,9 @@ from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
 from .ring.arguments import check_layout, check_ring
 from .ring.blocks import raw
-from .transport.base import Ring, timed
-from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
+from .transport.base import Ring
+from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, raise_on_all_ranks
+from .transport.interface import Transport, timed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,9 +113,9 @@ def decode_attention(
         RingError: If a rank died, stalled or left, or another thread is using the ring.
         TransformError: If mx.grad, mx.compile, mx.vmap or mx.jvp is applied. They are not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
-        with heard(ring, WHAT):
+        with raise_on_all_ranks(ring, WHAT):
             check_qkv(q, k, v)
             check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
             options = Options.checked(
@@ -141,7 +142,7 @@ def decode_attention(
 class _DecodeCall:
     """One checked call on this rank."""
 
-    ring: Ring
+    ring: Transport
     kv_layout: Layout
     start: int
     options: Options
@@ -152,7 +153,7 @@ class _DecodeCall:
         options = self.options.bind(arrays)
         fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
         lazy = fits and self.kernel.lazy
-        with heard(self.ring, WHAT):
+        with raise_on_all_ranks(self.ring, WHAT):
             state = self._attend(q, k, v, options, lazy)
             fields = self._fields(q, k, v, options)
             payload = [] if lazy else [raw(x) for x in state]

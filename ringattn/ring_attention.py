@@ -15,7 +15,7 @@ from .ring.backward import backward
 from .ring.call import RingCall
 from .ring.loop import WHAT
 from .transport.base import Ring
-from .transport.consensus import heard
+from .transport.consensus import raise_on_all_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,9 +117,9 @@ def ring_attention(
         RingError: If a rank died, stalled or left, or another thread is using the ring.
         TransformError: If mx.compile, mx.vmap, mx.jvp or a second derivative is applied. They are not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
-        with heard(ring, WHAT):
+        with raise_on_all_ranks(ring, WHAT):
             call = RingCall.checked(
                 ring,
                 layout,

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..launcher.rank_wrapper import available_cores
+from ..launcher.processes import available_cores
 from ..native import blas, sgemm, tf32
 from ..reporting.machine import version
 

@@ -7,12 +7,14 @@ from typing import Any
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layout import Layout
 from ..transport.base import Ring
+from ..transport.interface import Transport
 
 
-def check_ring(ring: Any) -> None:
-    """Check for a ring. Without one no other check can be collective."""
-    if not isinstance(ring, Ring):
+def check_ring(ring: Any) -> Transport:
+    """Check for a ring, and return it with the methods of the library. Without one no check can be collective."""
+    if not isinstance(ring, Transport):
         raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
+    return ring
 
 
 def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:

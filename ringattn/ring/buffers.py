@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import Spans, length
-from ..transport.base import Gate, Transfer, Way
+from ..transport.interface import Direction, Signal, Transfer
 from .blocks import NOTHING, Block, copy_tokens, raw
 
 
@@ -31,7 +31,7 @@ class Slots:
         shapes = [_flat(self._shape(i, most), axis) for i, axis in enumerate(like.axes)]
         self._memory = [[mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count)]
         mx.eval(self._memory)
-        self._users: list[list[Transfer | Gate]] = [[] for _ in range(count)]
+        self._users: list[list[Transfer | Signal]] = [[] for _ in range(count)]
         self._next = 0
 
     def keep(self, spans: Spans) -> Arrival:
@@ -51,7 +51,7 @@ class Slots:
         mx.eval(arrays)
         return arrays
 
-    def recv(self, way: Way, spans: Spans, tag: int, after: Sequence[Gate] = ()) -> Arrival:
+    def recv(self, direction: Direction, spans: Spans, tag: int, after: Sequence[Signal] = ()) -> Arrival:
         """Receive the tokens at `spans` into the next slot, once its last users and all of `after` are done.
 
         `after` delays a receive until its message can come. An open receive keeps the progress thread polling.
@@ -61,8 +61,8 @@ class Slots:
         at = self._next
         self._next = (at + 1) % len(self._memory)
         arrays = self._arrays(at, spans)
-        transfer = way.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
-        users: list[Transfer | Gate] = [Gate()]
+        transfer = direction.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
+        users: list[Transfer | Signal] = [Signal()]
         self._users[at] = users
         return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
 
@@ -90,17 +90,17 @@ class Arrival:
 
     block: Block
     transfer: Transfer | None = None
-    users: list[Transfer | Gate] | None = None
+    users: list[Transfer | Signal] | None = None
 
-    def forward(self, way: Way, spans: Spans, tag: int) -> Transfer:
+    def forward(self, direction: Direction, spans: Spans, tag: int) -> Transfer:
         """Send the tokens at `spans` to the next rank as soon as the block has arrived."""
-        sent = way.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
+        sent = direction.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
         if self.users is not None:
             self.users.append(sent)
         return sent
 
     def release(self) -> None:
         """Release the block. This rank does not read it again."""
-        for gate in self.users or ():
-            if isinstance(gate, Gate):
-                gate.open()
+        for signal in self.users or ():
+            if isinstance(signal, Signal):
+                signal.open()

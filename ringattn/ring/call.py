@@ -15,8 +15,8 @@ from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
-from ..transport.base import Ring, Transfer, timed
 from ..transport.consensus import Fields
+from ..transport.interface import Transfer, Transport, timed
 from .arguments import check_layout
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
@@ -26,7 +26,7 @@ from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Size
 class RingCall:
     """One checked call on this rank. `arrays` are q, k, v and the arrays of the options."""
 
-    ring: Ring
+    ring: Transport
     layout: Layout
     kv_layout: Layout
     options: Options
@@ -76,7 +76,7 @@ class RingCall:
         chosen = self.chosen(gradient)
         where = (self.layout, self.kv_layout, self.options.band)
         routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
-        if self.ring.both_ways is None and self.ring.apart:
+        if self.ring.both_ways is None and self.ring.neighbours_on_other_hosts:
             routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
         return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
 

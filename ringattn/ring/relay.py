@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import length, union
-from ..transport.base import Ring, Transfer, Way
+from ..transport.interface import Direction, Transfer, Transport
 from .blocks import Block, copy_tokens
 from .buffers import Arrival, Slots, with_tokens
 from .schedule import Hop, Schedule
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def relay(
-    ring: Ring, own: Block, schedules: Sequence[Schedule]
+    ring: Transport, own: Block, schedules: Sequence[Schedule]
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     """Post all transfers of blocks. Each block is forwarded on arrival, even while this rank computes.
 
@@ -27,20 +27,22 @@ def relay(
         The hops of all schedules in the order in which ranks must do them, each with its number and its block. The
         caller releases each block after use. And the sends, which the caller waits for at the end.
     """
-    posted = [_post_route(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
+    posted = [_post_route(Direction(ring, schedule.step), own, schedule.hops) for schedule in schedules]
     return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
 
 
-def _post_route(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+def _post_route(
+    direction: Direction, own: Block, hops: Sequence[Hop]
+) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     first = hops[0].send
     copied = first if first and not (first == own.spans and own.packed) else ()
     slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
     arrivals, sends = [], []
     for h, hop in enumerate(hops):
-        arrival = slots.recv(way, hop.held, h - 1) if h else Arrival(own)
+        arrival = slots.recv(direction, hop.held, h - 1) if h else Arrival(own)
         if hop.send:
             source = slots.keep(copied) if h == 0 and copied else arrival
-            sends.append(source.forward(way, hop.send, h))
+            sends.append(source.forward(direction, hop.send, h))
         arrivals.append((h, hop, arrival))
     return arrivals, sends
 
@@ -53,7 +55,7 @@ def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
     return [x for turn in zip_longest(*routes) for x in turn if x is not None]
 
 
-def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
+def collect(ring: Transport, own: Block, schedules: Sequence[Schedule]) -> Block:
     """Collect all tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
     arrivals, sends = relay(ring, own, schedules)
     spans = union(span for _, hop, _ in arrivals for span in hop.compute)

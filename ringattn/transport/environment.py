@@ -1,4 +1,4 @@
-"""What a launcher and the user's environment say about a job."""
+"""Settings of a job in the environment: the launcher's and the user's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLURM_TASKS = "SLURM_STEP_NUM_TASKS"  # how many processes srun started
 
 
 def launched_by() -> str:
-    """The backend that goes with the launcher of this process; ``"solo"`` without one."""
+    """The backend for the launcher that started this process; ``"solo"`` without one."""
     if any(name in os.environ for name in _MPI_LAUNCHERS):
         return "mpi"
     if any(name in os.environ for name in _MLX_LAUNCHERS):
@@ -25,7 +25,7 @@ def launched_by() -> str:
 
 
 def read_count(environment: Mapping[str, str], name: str) -> int | None:
-    """The number that a launcher has set, ``None`` where it has not."""
+    """The number that a launcher has set in `name`, or ``None``."""
     text = environment.get(name, "")
     return int(text) if text.isdecimal() else None
 

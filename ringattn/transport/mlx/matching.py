@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...errors import RingError
-from ..base import Buffers, Gate, Transfer
+from ..interface import Buffers, Signal, Transfer
 
 Key = tuple[int, int]  # the channel of a ring, and a tag
 
@@ -46,7 +46,7 @@ class PendingMessage(Transfer):
         peer: int,
         key: Key,
         load: Callable[[], Buffers],
-        after: Sequence[Transfer | Gate],
+        after: Sequence[Transfer | Signal],
         on_done: Callable[[PendingMessage], None],
     ):
         self.sending = sending
