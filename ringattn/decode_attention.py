@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import backends
-from .autograd.custom_function import opaque, start_evaluation
+from .autograd.custom_function import custom_op, start_evaluation
 from .core.arrays import view
 from .core.intervals import positions
 from .core.online_softmax import State, finish, merge_states, normalise
@@ -134,7 +134,7 @@ def decode_attention(
             first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
             check_int("start + q tokens", first + q.shape[2])
             call = _DecodeCall(ring, kv_layout, first, options, backends.select(backend))
-        out, lse = opaque(WHAT, call.run, (q, k, v, *options.arrays))
+        out, lse = custom_op(WHAT, call.run, (q, k, v, *options.arrays))
     return (out, lse) if return_lse else out
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
 
-from .autograd.custom_function import opaque
+from .autograd.custom_function import custom_op
 from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
@@ -138,7 +138,7 @@ def ring_attention(
                 segments=segments,
                 out_dtype=out_dtype,
             )
-        out, lse = opaque(
+        out, lse = custom_op(
             WHAT,
             lambda *arrays: loop.forward(call.bind(arrays)),
             call.arrays,

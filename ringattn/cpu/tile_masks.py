@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile, array_tile, segment_tile
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from ..kernels.tiles import Piece, WorkUnit
 
 
@@ -36,7 +36,7 @@ class TileMask:
     k_ids: np.ndarray | None
 
     @classmethod
-    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
+    def of(cls, rules: ScoreRules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
         """Evaluate the arrays of `rules` and make views of them."""
         q_ids, k_ids = rules.segments or (None, None)
         arrays = [x for x in (rules.mask, q_ids, k_ids) if x is not None]

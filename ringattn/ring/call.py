@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .. import backends
-from ..autograd.custom_function import settled
+from ..autograd.custom_function import evaluated_copies
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import positions
 from ..core.online_softmax import State
@@ -127,7 +127,7 @@ class RingCall:
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
         with timed(self.ring, "compute", hop):
-            state = State(*settled(self.kernel.forward(self._inputs(queries, keys, 1), state)))
+            state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             mx.eval(*state)
         return state
 
@@ -136,7 +136,7 @@ class RingCall:
         rows = Rows(*queries.arrays[1:4])
         with timed(self.ring, "compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
-            sums = Gradients(*settled([x for x in sums if x is not None]))
+            sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
             mx.eval(*sums[:3])
         return sums
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..autograd.custom_function import opaque
+from ..autograd.custom_function import custom_op
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
 from ..transport.consensus import agree, raise_on_all_ranks
@@ -29,7 +29,7 @@ def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
     with ring.call(WHAT):
         with raise_on_all_ranks(ring, WHAT):
             axis = _checked(layout, x, ring, axis)
-        return opaque(WHAT, lambda x: (_gather(layout, x, ring, axis),), (x,))[0]
+        return custom_op(WHAT, lambda x: (_gather(layout, x, ring, axis),), (x,))[0]
 
 
 def _gather(layout: Layout, x: mx.array, ring: Transport, axis: int) -> mx.array:

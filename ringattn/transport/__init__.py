@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..core.validation import told
+from ..core.validation import format_value
 from ..errors import ArgumentError, RingError
 from .base import Event, Ring
 from .environment import launched_by, read_timeout
@@ -73,7 +73,9 @@ def _choose(backend: str | None, comm: Any) -> str:
             return "mpi"
         backend = launched_by()
     if not isinstance(backend, str) or backend not in _BACKENDS:
-        raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
+        raise ArgumentError(
+            f"backend: {format_value(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None"
+        )
     if comm is not None and backend != "mpi":
         raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
     return backend

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..autograd.custom_function import opaque
+from ..autograd.custom_function import custom_op
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
 from .base import Ring
@@ -68,7 +68,7 @@ def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
             check_array("x", x)
     if x is None or ring.rank != root:
         return _broadcast(ring, None, root)
-    return opaque("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
+    return custom_op("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
 
 
 def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
@@ -116,7 +116,7 @@ def all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.arr
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
     with raise_on_all_ranks(ring, "all_reduce"):
         check_array("x", x)
-    return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
+    return custom_op("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
 
 
 def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:

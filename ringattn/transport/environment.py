@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.validation import told
+from ..core.validation import format_value
 from ..errors import ArgumentError, ArgumentTypeError
 
 _MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
@@ -41,7 +41,7 @@ def read_timeout(timeout: float | None) -> float:
         except ValueError:
             raise ArgumentError(f"{name}: {value!r}, expected a number of seconds") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number of seconds")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected a number of seconds")
     if not (math.isfinite(value) and value > 0):
         raise ArgumentError(f"{name}: {value}, expected a positive, finite number of seconds")
     return float(value)

@@ -15,7 +15,7 @@ import numpy as np
 from ..attention import attention
 from ..core.masks import Band
 from ..core.online_softmax import State, finish
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from ..kernels.interface import KernelInputs
 from ..metal.backend import MetalKernel
 from .findings import Check, Findings
@@ -59,7 +59,7 @@ def _attend(case: Case) -> float:
 
 def _chain(case: Case) -> float:
     """Check the state that one kernel call returns and the next one starts from, as in the hops of a ring."""
-    rules = Rules(case.q.shape[3] ** -0.5, Band(high=0))
+    rules = ScoreRules(case.q.shape[3] ** -0.5, Band(high=0))
     half = case.k.shape[2] // 2
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):

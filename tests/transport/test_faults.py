@@ -38,7 +38,7 @@ def hops(count, at=lambda hop: None):
             into = memoryview(bytearray(100_000))
             ring.wait(ring.send(lambda: [block], tag=hop), ring.recv([into], tag=hop))
 
-def told(work):
+def format_value(work):
     try:
         work()
     except RingError as error:
@@ -75,7 +75,7 @@ def stop(hop):
     if ring.rank == 1 and hop == 3:
         time.sleep(0.5)  # let a heartbeat say where
         os.kill(os.getpid(), signal.SIGSTOP)
-told(lambda: hops(6, stop))
+format_value(lambda: hops(6, stop))
 """
     env = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "MPIR_CVAR_NOLOCAL": "1"} if net == "tcp" else {}
     result = run(4, program, ring_timeout=3, timeout=20, env=env)
@@ -115,7 +115,7 @@ def bad(hop):
     if ring.rank == 2 and hop == 2:
         raise ValueError("boom")
 """
-    in_call, between = "told(lambda: hops(4, bad))", "hops(2); bad(2); told(lambda: hops(4))"
+    in_call, between = "format_value(lambda: hops(4, bad))", "hops(2); bad(2); format_value(lambda: hops(4))"
     result = run(3, program + (in_call if how == "in a call" else between))
     assert result.code not in (0, None) and result.seconds < 8, str(result)
     where = "in ring_attention, hop 2" if how == "in a call" else "after ring_attention"
@@ -130,7 +130,7 @@ def bad(hop):
 
 @pytest.mark.parametrize("leave", ["sys.exit(0)", "ring.close(); time.sleep(30)"])
 def test_rank_that_leaves(leave: str) -> None:
-    result = run(3, f"if ring.rank == 1: {leave}\nelse: told(ring.barrier)")
+    result = run(3, f"if ring.rank == 1: {leave}\nelse: format_value(ring.barrier)")
     assert result.code not in (0, None) and result.seconds < 8, str(result)
     lines = lines_told(result)
     assert len(lines) == 2, str(result)
@@ -184,7 +184,7 @@ if ring.rank == 1:
     ring.barrier()
 elif ring.rank == 0:
     time.sleep(1.5)
-told(ring.barrier)
+format_value(ring.barrier)
 """
     result = run(3, program)
     assert result.code not in (0, None) and result.seconds < 8, str(result)
@@ -202,7 +202,7 @@ def test_failure_in_part_of_the_ring() -> None:
     program = """
 part = ring.split(ring.rank % 2)
 if ring.rank == 2: raise ValueError("boom")
-told(part.barrier if ring.rank == 0 else ring.barrier)
+format_value(part.barrier if ring.rank == 0 else ring.barrier)
 """
     result = run(4, program)
     assert result.code not in (0, None) and result.seconds < 8, str(result)
@@ -243,7 +243,7 @@ if ring.rank == 1:
     ra.ring_attention(x, x, x, ring=ring, layout=layout)
     {end}
 else:
-    told(lambda: mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout).sum())(x))
+    format_value(lambda: mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout).sum())(x))
 """
     result = run(3, program, ring_timeout=2, timeout=20)
     lines = lines_told(result)

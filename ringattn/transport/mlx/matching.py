@@ -1,4 +1,4 @@
-"""Rules by which the two ends of a link agree on the next message. Pure: no sockets, no threads, no MLX.
+"""ScoreRules by which the two ends of a link agree on the next message. Pure: no sockets, no threads, no MLX.
 
 `mx.distributed` has no tags: the next message that one end sends is the next one that the other end must receive. So
 both ends name a message before it moves. One end of each link *leads*, the other *follows*. The follower offers every

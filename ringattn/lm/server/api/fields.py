@@ -1,4 +1,4 @@
-"""Rules for the fields of a request: each takes a field's name and value, and returns the value to use."""
+"""ScoreRules for the fields of a request: each takes a field's name and value, and returns the value to use."""
 
 from __future__ import annotations
 
