@@ -17,8 +17,8 @@ from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
 from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
-from .ring.arguments import check_layout, check_ring
 from .ring.blocks import raw
+from .ring.call import check_layout, check_ring
 from .transport.base import Ring
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, raise_on_all_ranks
 from .transport.interface import Transport, timed

@@ -10,9 +10,8 @@ from .autograd.custom_function import custom_op
 from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
-from .ring.arguments import check_ring
 from .ring.backward import backward
-from .ring.call import RingCall
+from .ring.call import RingCall, check_ring
 from .ring.loop import WHAT
 from .transport.base import Ring
 from .transport.consensus import raise_on_all_ranks

@@ -29,7 +29,7 @@ from .autograd.checkpointing import ResultRecord
 from .core.validation import check_array, check_int
 from .errors import ArgumentError
 from .layout import Layout
-from .ring.arguments import check_layout, check_ring
+from .ring.call import check_layout, check_ring
 from .transport.base import Ring
 from .transport.consensus import agree, raise_on_all_ranks
 

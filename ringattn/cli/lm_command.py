@@ -70,7 +70,7 @@ def _join_ring(
     An error on one rank is an error on all ranks. Rank 0 prints it.
     """
     from .. import init
-    from ..ring.arguments import check_ring
+    from ..ring.call import check_ring
     from ..transport.consensus import agree, raise_on_all_ranks
 
     with check_ring(init()) as ring:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,33 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile, array_tile, segment_tile
 from ..core.rules import ScoreRules
-from ..kernels.tiles import Piece, WorkUnit
+
+
+class Piece(NamedTuple):
+    """Queries ``q_start:q_stop`` x keys ``k_start:k_stop``, and their class under a mask."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    tile: Tile
+
+
+class WorkUnit(NamedTuple):
+    """Queries ``start:stop`` of key/value heads ``first:last`` of a batch entry, and the pieces that they see."""
+
+    batch: int
+    first: int
+    last: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def cost(self) -> int:
+        return (self.last - self.first) * sum(
+            (piece.q_stop - piece.q_start) * (piece.k_stop - piece.k_start) for piece in self.pieces
+        )
 
 
 @dataclass(frozen=True)

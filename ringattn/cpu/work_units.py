@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import as_float32, view
+from ..core.intervals import cut
 from ..core.masks import Tile
 from ..core.rules import ScoreRules
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, WorkUnit, cut
 from ..native import blas
-from .tile_masks import TileMask
+from .tile_masks import Piece, TileMask, WorkUnit
 
 ROWS = 512  # query rows in a unit, all heads of a group together
 SCORES = ROWS * 1024  # scores in a tile: 2 MB

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..errors import RingAttentionError
 from ..launcher.rank_wrapper import launched_rank
-from ..ring.arguments import check_ring
+from ..ring.call import check_ring
 from ..transport import init
 from ..transport.environment import launched_by
 from .compute_speed import measure

@@ -16,11 +16,11 @@ import numpy as np
 
 from ..autograd.custom_function import InFlight
 from ..core.gradients import Gradients, Rows
+from ..core.intervals import cut
 from ..core.masks import Tile, segment_tile
 from ..core.rules import ScoreRules
 from .interface import KernelInputs
 from .products import mark_nonfinite_rows, zero_nonfinite
-from .tiles import cut
 
 SCORES = 1 << 24  # in a block, all heads and batch entries together: 64 MB
 KEYS = 1024  # in a block

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..layout import Layout
-from ..ring.arguments import check_ring
+from ..ring.call import check_ring
 from ..transport.base import Ring
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput

@@ -17,7 +17,7 @@ from ..core.intervals import Spans, length, locate, tokens_at
 from ..core.online_softmax import State, merge_states
 from ..transport.interface import Direction, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens
-from .buffers import Slots
+from .relay import Slots
 from .schedule import Schedule
 
 TAGS = 4096  # the first tag of results; the tag of a block is its hop

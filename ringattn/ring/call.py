@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,11 +14,12 @@ from ..core.intervals import positions
 from ..core.online_softmax import State
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
+from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
+from ..transport.base import Ring
 from ..transport.consensus import Fields
 from ..transport.interface import Transfer, Transport, timed
-from .arguments import check_layout
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
@@ -174,3 +176,23 @@ class RingCall:
         if not all(transfer.done for transfer in waiting):
             with timed(self.ring, "wait", hop):
                 self.ring.wait(*waiting)
+
+
+def check_ring(ring: Any) -> Transport:
+    """Check for a ring, and return it with the methods of the library. Without one no check can be collective."""
+    if not isinstance(ring, Transport):
+        raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
+    return ring
+
+
+def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:
+    """Check for a layout of the ring's size that gives this rank as many tokens as its arrays have."""
+    if not isinstance(layout, Layout):
+        raise ArgumentTypeError(f"{name}: {type(layout).__name__}, expected a Layout")
+    if layout.size != ring.size:
+        raise ArgumentError(f"{name}: for {layout.size} ranks, expected {ring.size}, the size of the ring")
+    expected = layout.local_length(ring.rank)
+    for array, n in tokens.items():
+        if n != expected:
+            raise ArgumentError(f"{array}: {n} tokens, expected {expected}, what {name} gives to rank {ring.rank}")
+    return layout

@@ -10,8 +10,8 @@ from ..autograd.custom_function import custom_op
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
 from ..transport.consensus import agree, raise_on_all_ranks
-from .arguments import check_layout, check_ring
 from .blocks import Block
+from .call import check_layout, check_ring
 from .relay import collect
 from .schedule import Hop, Schedule
 

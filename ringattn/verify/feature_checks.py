@@ -18,7 +18,7 @@ from .. import backends
 from ..attention import attention
 from ..decode_attention import decode_attention
 from ..layout import Layout
-from ..ring.arguments import check_ring
+from ..ring.call import check_ring
 from ..ring.schedule import STRATEGIES
 from ..ring_attention import ring_attention
 from ..transport import init
