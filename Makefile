@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: $(VENV)/test
-	$(TESTS) -m "not slow and not emulator"
+	$(TESTS) -m "not slow and not emulator and not cuda"
 
 test-fast: $(VENV)/test # what needs this process alone
 	$(TESTS) -m "not slow and not emulator and not cuda and not ranks and not hosts and not model"

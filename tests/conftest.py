@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 
 import metal_executor
 import mlx.core as mx
@@ -68,15 +69,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    lacking = {marker: need() for marker, need in NEEDS.items()}
-    for item in items:
-        markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
-        if markers:  # one after the other, since they measure times
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        for reason in filter(None, (lacking[marker] for marker in markers)):
-            item.add_marker(pytest.mark.skip(reason=reason))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group the tests that need more than this process, or skip them where that is missing."""
+    markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
+    if markers:  # one after the other, since they measure times
+        item.add_marker(pytest.mark.xdist_group("ranks"))
+    for reason in filter(None, map(lacking, markers)):
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@cache
+def lacking(marker: str) -> str | None:
+    """The reason to skip the tests with `marker`, if there is one."""
+    return NEEDS[marker]()
 
 
 @pytest.fixture(autouse=True, scope="session")

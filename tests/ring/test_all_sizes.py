@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from spawn import spawn, spawn_mlx
+from spawn import ROOT, spawn, spawn_mlx
 
 pytestmark = pytest.mark.ranks
 
 
-# Two and three ranks cover every kind of failure of messages and models. More ranks add none.
-FEW_RANKS = ("test_lm.py", "test_training.py", "test_wrong_input.py")
+# What depends on the number of ranks. Two and three ranks cover every way in which the other tests can fail.
+EVERY_SIZE = ("test_both_ways", "test_comm", "test_gradient", "test_in_graph", "test_links", "test_ring")
+REST = sorted(path.stem for path in (ROOT / "tests/spmd").glob("test_*.py") if path.stem not in EVERY_SIZE)
 
 
 def run_everywhere(size: int, *arguments: str) -> None:
@@ -19,14 +20,12 @@ def run_everywhere(size: int, *arguments: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_spmd(size: int) -> None:
-    few = [] if size in (2, 3) else [f"--ignore=tests/spmd/{name}" for name in FEW_RANKS]
-    run_everywhere(size, "tests/spmd", *few)
+    run_everywhere(size, *map("tests/spmd/{}.py".format, EVERY_SIZE))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4, 5))])
 def test_spmd_the_rest(size: int) -> None:
-    run_everywhere(size, *(f"tests/spmd/{name}" for name in FEW_RANKS))
+    run_everywhere(size, *map("tests/spmd/{}.py".format, REST))
 
 
 @pytest.mark.parametrize(
