@@ -1,0 +1,147 @@
+"""The forward kernels: a problem turned into calls."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.masks import Band, Tile
+from ..core.online_softmax import State
+from ..kernels.interface import KernelInputs, OutputSpec
+from ..metal.forward import band_inputs, ending_outputs, ending_switches
+from ..metal.tiling import reach
+from . import source
+from .launch import KernelCall
+from .tiling import Tiling
+
+COMBINE_THREADS = 128
+
+
+def forward_call(
+    problem: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, ending: OutputSpec | None
+) -> KernelCall:
+    """The call of `forward.cu`.
+
+    Args:
+        problem: A `whole` problem with at least one query and one key.
+        tiling: Its tiling.
+        group: Query heads that are rows of one tile: 1, or all that share a key/value head.
+        splits: In how many runs each tile's keys are cut; more than one needs ``ending=None``.
+        state: What earlier keys left, or ``None``.
+        ending: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
+    """
+    q, k, v, rules = problem.q, problem.k, problem.v, problem.rules
+    batch, heads, _ = problem.rows
+    tiles = reach(rules.band, problem.q_pos, problem.k_pos, tiling.BQ, group, tiling.BK)
+    inputs = {
+        "queries": q,
+        "keys": k,
+        "values": v,
+        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
+        "reach": mx.array(tiles),
+    }
+    band = _needed(problem)
+    if band is not None:
+        inputs |= band_inputs(band, problem.q_pos, problem.k_pos)
+    if rules.segments is not None:
+        inputs |= _segments(*rules.segments, tiling, group, len(tiles))
+    if rules.mask is not None:
+        inputs["mask"] = rules.mask
+        if rules.columns is not None:
+            inputs["mask_columns"] = mx.array(rules.columns.astype(np.int32))
+    if state is not None:
+        inputs |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
+    if ending is not None and ending.sinks is not None:
+        inputs["sinks"] = ending.sinks
+    matrix = q.dtype.size == 2
+    defines: dict[str, int | str] = {
+        "T": source.TYPES[q.dtype],
+        "OUT": source.TYPES[mx.float32 if ending is None else ending.dtype],
+        "MATRIX": int(matrix),
+        "BFLOAT": int(q.dtype == mx.bfloat16),
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "BD": tiling.BD,
+        "BV": tiling.BV,
+        "BK": tiling.BK,
+        "WARPS": tiling.warps,
+        "FRAGMENTS": tiling.fragments,
+        "G": group,
+        "SOFTCAP": int(rules.softcap is not None),
+        "BAND": int(band is not None),
+        "SEGMENTS": int(rules.segments is not None),
+        "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
+        "COLUMNS": int("mask_columns" in inputs),
+        "STATE_IN": int(state is not None),
+        **ending_switches(ending),
+    }
+    parts = ("tiles", "softmax", "segments", *(["matrix"] if matrix else []), "scalar")
+    rows = problem.rows if splits == 1 else (splits, *problem.rows)
+    return _call(
+        "forward",
+        parts,
+        defines,
+        inputs,
+        blocks=(len(tiles) * splits, heads // group, batch),
+        threads=tiling.threads,
+        shared_memory=tiling.shared_memory,
+        **ending_outputs(ending, rows, v.shape[3]),
+    )
+
+
+def combine_call(states: State, ending: OutputSpec | None) -> KernelCall:
+    """The call of `combine.cu` for the states of several runs, whose arrays have a first axis `runs`."""
+    _, batch, heads, q_len, value_dim = states.acc.shape
+    inputs = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
+    if ending is not None and ending.sinks is not None:
+        inputs["sinks"] = ending.sinks
+    outputs = ending_outputs(ending, (batch, heads, q_len), value_dim)
+    defines: dict[str, int | str] = {
+        "OUT": source.TYPES[outputs["output_dtypes"][0]],
+        "DV": value_dim,
+        **ending_switches(ending),
+    }
+    blocks = -(-batch * heads * q_len * value_dim // COMBINE_THREADS), 1, 1
+    return _call("combine", ("softmax",), defines, inputs, blocks=blocks, threads=COMBINE_THREADS, **outputs)
+
+
+def _call(kernel: str, parts: tuple[str, ...], defines: dict, inputs: dict[str, mx.array], **others) -> KernelCall:
+    # MLX declares the inputs by their dtypes, so these belong to the text as well
+    dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in inputs.items())
+    header = source.header(parts, (*defines.items(), *dtypes))
+    return KernelCall(
+        name=source.name(kernel, header),
+        input_names=list(inputs),
+        source=source.text(f"{kernel}.cu"),
+        header=header,
+        inputs=list(inputs.values()),
+        **others,
+    )
+
+
+def _needed(problem: KernelInputs) -> Band | None:
+    """The band, or ``None`` where it lets every query see every key."""
+    ends = [int(x[i]) for x in (problem.q_pos, problem.k_pos) for i in (0, -1)]
+    return None if problem.rules.band.tile(*ends) is Tile.FULL else problem.rules.band
+
+
+def _segments(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:
+    """Ids, and the smallest and the largest of each tile ``[B, tiles, 2]``."""
+    if group == 1:
+        q_bounds = _bounds(q_ids, tiling.BQ)
+    else:  # a few queries, whose heads share tiles
+        whole = _bounds(q_ids, q_ids.shape[1])
+        q_bounds = mx.contiguous(mx.broadcast_to(whole, (whole.shape[0], q_tiles, 2)))
+    return {
+        "query_ids": mx.contiguous(q_ids),
+        "key_ids": mx.contiguous(k_ids),
+        "query_bounds": q_bounds,
+        "key_bounds": _bounds(k_ids, tiling.BK),
+    }
+
+
+def _bounds(ids: mx.array, tile: int) -> mx.array:
+    tiles = -(-ids.shape[1] // tile)
+    ids = mx.pad(ids, [(0, 0), (0, tiles * tile - ids.shape[1])], constant_values=-1)
+    ids = ids.reshape(ids.shape[0], tiles, tile)
+    return mx.stack([ids.min(axis=-1), ids.max(axis=-1)], -1)

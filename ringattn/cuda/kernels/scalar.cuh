@@ -1,0 +1,77 @@
+// Products without matrix units, for float32, whose bits those would drop, and for tiles of values with NaN or infinity.
+// A lane holds the same numbers as in matrix.cuh.
+
+#if !RA_MATRIX
+// s += q k^T, of this warp's rows of `q`.
+RA_FUNC void multiply_keys(float (&s)[RA_FRAGMENTS][BK / 8][4], const RA_T* q, const RA_T* k) {
+  const int lane = threadIdx.x % 32;
+  q += lane / 4 * LDK;
+  k += lane % 4 * 2 * LDK;
+#pragma unroll 4
+  for (int d = 0; d < BD; d += 4) {
+    float4 x[ROWS];
+    RA_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      x[r] = *reinterpret_cast<const float4*>(q + 8 * r * LDK + d);
+    }
+    RA_UNROLL
+    for (int j = 0; j < BK / 8; j++) {
+      RA_UNROLL
+      for (int c = 0; c < 2; c++) {
+        const float4 y = *reinterpret_cast<const float4*>(k + (8 * j + c) * LDK + d);
+        RA_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          float& sum = s[r / 2][j][r % 2 * 2 + c];
+          sum = fmaf(x[r].x, y.x, fmaf(x[r].y, y.y, fmaf(x[r].z, y.z, fmaf(x[r].w, y.w, sum))));
+        }
+      }
+    }
+  }
+}
+#endif
+
+// acc += p v, key by key; if `CHECKED` only where a bit of `seen` says that the row sees the key.
+template <bool CHECKED>
+RA_FUNC void multiply_each_value(float (&acc)[RA_FRAGMENTS][BV / 8][4], const float (&p)[RA_FRAGMENTS][BK / 8][4],
+                                 const unsigned (&seen)[RA_FRAGMENTS], const RA_T* v) {
+  const int lane = threadIdx.x % 32, first = lane & ~3;
+  v += lane % 4 * 2;
+#if RA_MATRIX
+#pragma unroll 1
+#else
+#pragma unroll
+#endif
+  for (int j = 0; j < BK / 8; j++) {
+#pragma unroll 1
+    for (int from = 0; from < 4; from++) {
+      RA_UNROLL
+      for (int c = 0; c < 2; c++) {
+        float weight[ROWS];
+        bool sees[ROWS];
+        RA_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          weight[r] = __shfl_sync(ALL_LANES, p[r / 2][j][r % 2 * 2 + c], first + from);
+          sees[r] = !CHECKED || __shfl_sync(ALL_LANES, seen[r / 2] >> (4 * j + r % 2 * 2 + c) & 1, first + from);
+        }
+        RA_UNROLL
+        for (int i = 0; i < BV / 4; i++) { // two neighbours of each 8 dims
+          const float value = float(v[(8 * j + 2 * from + c) * LDV + i / 2 * 8 + i % 2]);
+          RA_UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            float& sum = acc[r / 2][i / 2][r % 2 * 2 + i % 2];
+            sum = sees[r] ? fmaf(weight[r], value, sum) : sum;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Whether this thread finds NaN or infinity in its part of a tile of values.
+RA_FUNC bool finds_odd(const RA_T* v) {
+  bool odd = false;
+  for (int i = threadIdx.x; i < BK * BV; i += THREADS) {
+    odd |= !(fabsf(float(v[i / BV * LDV + i % BV])) < RA_INFINITY);
+  }
+  return odd;
+}
