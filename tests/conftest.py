@@ -41,9 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _choose_device(config: pytest.Config) -> None:
-    """Compute on the CPU, or on the GPU that runs the Metal kernels; there no other code may take the place of one."""
+    """Compute on the CPU, or on the GPU whose kernels are tested; there no other code may take the place of one.
+
+    ``RINGATTN_TEST_CUDA=1`` chooses an NVIDIA GPU.
+    """
     try:
-        gpu = metal_executor.on_gpu()
+        gpu = metal_executor.on_gpu() or os.environ.get("RINGATTN_TEST_CUDA") == "1"
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     if gpu:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..cuda import self_test as cuda_self_test
 from ..errors import KernelWarning
 from ..metal import self_test
 
@@ -41,8 +42,9 @@ class Findings:
 def attempt(check: Check) -> tuple[float, str]:
     """The fraction that `check` finds, and nothing; or infinity and what went wrong, in one line.
 
-    A Metal kernel that something else took the place of went wrong, though the answer is right.
+    A kernel of a GPU that something else took the place of went wrong, though the answer is right.
     """
+    cuda_self_test.forget()
     self_test.forget()  # lest a kernel that another check needed as well is replaced unheard
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)

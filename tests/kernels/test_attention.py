@@ -12,15 +12,18 @@ import pytest
 
 import ringattn as ra
 from ringattn.cpu import softmax, work_units
+from ringattn.cuda import dispatch as cuda_plan
+from ringattn.cuda import launch as cuda_launch
 from ringattn.kernels import reference
 from ringattn.metal import dispatch as metal_plan
 from ringattn.verify.oracle import FLOATS, Case, check, random_case, to64
 
-BACKENDS = ("host", "metal", "reference")
+BACKENDS = ("host", "metal", "reference", *(["cuda"] if cuda_launch.gpu() else []))
 LENGTHS = (0, 1, 7, 113, 300)
 SIZES = {  # what cuts the work, and the largest that a test makes of it
     "host": (work_units, {"ROWS": 16, "SCORES": 64, "SMALL": 1 << 10, "EDGE": 16}),
     "metal": (metal_plan, {"FEW_ROWS": 100, "LEAST_KEYS": 64}),
+    "cuda": (cuda_plan, {"FEW_ROWS": 100, "LEAST_KEYS": 64}),
     "reference": (reference, {"QUERIES": 16, "KEYS": 32}),
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -500,7 +503,7 @@ def function_of(name: str, backend: str):
 REFUSED = ("jvp", "vmap", "compile", "second derivative", "compiled grad")
 
 
-@pytest.mark.parametrize("backend", ["host", "metal"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("name", OF)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_of_fused_kernels(transform, name, backend):

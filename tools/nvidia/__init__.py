@@ -1,6 +1,6 @@
-"""Runs the Metal kernels of ringattn on an NVIDIA GPU, translated to CUDA by rule: `python -m tools.nvidia.check`.
+"""Checks of the CUDA kernels, and of the Metal kernels translated to CUDA by rule: `python -m tools.nvidia.check`.
 
-What it can tell: whether they are right at sizes that no emulator of a GPU reaches, whether they race, and whether they
+What the translation can tell: whether they are right at sizes that no emulator of a GPU reaches, whether they race, and whether they
 leave their memory. What it cannot: whether Apple's compiler takes them, how an Apple GPU rounds, and how fast they are.
 """
 

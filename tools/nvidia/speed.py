@@ -1,0 +1,156 @@
+"""Time the CUDA kernels beside MLX's own attention and PyTorch's FLASH backend, in one process, answers checked first.
+
+Run ``python -m tools.nvidia.speed``. PyTorch's column is empty where it is not installed.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX is imported: float32 products in float32
+
+import importlib.util
+from collections.abc import Callable
+
+import click
+import mlx.core as mx
+
+import ringattn as ra
+from ringattn.bench.kernel import Shape, measure, random_arrays, sampled_error
+from ringattn.bench.timing import medians
+
+REPEATS = 5
+SAMPLE = 0.03  # seconds of what is timed at once
+DECODE_KEYS = (16_384, 131_072)
+FORWARD = [
+    Shape(dtype, dim, (16, 4), tokens, tokens, causal, lse=True)
+    for dtype in (mx.bfloat16, mx.float16)
+    for dim in (128, 64)
+    for causal in (False, True)
+    for tokens in ((4096, 16_384, 65_536) if dtype == mx.bfloat16 else (16_384,))
+]
+OTHERS = [
+    Shape(mx.bfloat16, 256, (16, 4), 16_384, 16_384, True, lse=True),
+    Shape(mx.bfloat16, 80, (16, 4), 16_384, 16_384, True, lse=True),
+    Shape(mx.float32, 128, (16, 4), 8192, 8192, True, lse=True),
+    Shape(mx.float32, 64, (16, 4), 8192, 8192, False, lse=True),
+]
+
+
+def words(shape: Shape) -> str:
+    """A shape in words."""
+    name = str(shape.dtype).removeprefix("mlx.core.")
+    mask = "causal" if shape.causal else "full"
+    return f"{name}, head_dim {shape.head_dim}, {shape.queries} x {shape.keys}, {mask}"
+
+
+def torch_flash(shape: Shape) -> Callable[[], float] | None:
+    """A function that returns the seconds of one call of PyTorch's FLASH backend, where it takes such a problem."""
+    if importlib.util.find_spec("torch") is None or shape.dtype == mx.float32:
+        return None
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype = torch.bfloat16 if shape.dtype == mx.bfloat16 else torch.float16
+    (heads, kv_heads), dim = shape.heads, shape.head_dim
+    q = torch.randn(1, heads, shape.queries, dim, dtype=dtype, device="cuda")
+    k, v = (torch.randn(1, kv_heads, shape.keys, dim, dtype=dtype, device="cuda") for _ in "kv")
+
+    def call() -> None:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=True)
+
+    def seconds() -> float:
+        return _median_of(call, torch.cuda.synchronize)
+
+    return seconds
+
+
+def _median_of(call: Callable[[], object], wait: Callable[[], object]) -> float:
+    """The median seconds of a call; several are timed together."""
+
+    def burst(count: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(count):
+                call()
+            wait()
+
+        return run
+
+    burst(2)()
+    once = medians({"": burst(3)}, 1)[""] / 3
+    count = max(1, min(200, int(SAMPLE / once)))
+    return medians({"": burst(count)}, REPEATS)[""] / count
+
+
+def forward(shape: Shape) -> bool:
+    """One line: milliseconds and TFLOP/s of all three, and ours as a fraction of theirs."""
+    found = measure(shape, "cuda", REPEATS)
+    flash = torch_flash(shape)
+    theirs = flash() if flash else float("nan")
+    rates = [shape.flops / seconds / 1e12 for seconds in (found.ours, found.mlx, theirs)]
+    click.echo(
+        f"{words(shape):<46}{1e3 * found.ours:>9.3f} ms {rates[0]:>7.0f}{rates[1]:>7.0f}{rates[2]:>7.0f} TFLOP/s"
+        f"{rates[0] / rates[1]:>7.2f}{rates[0] / rates[2]:>7.2f}{found.error:>8.2f}"
+    )
+    return found.error <= 1
+
+
+def decode(keys: int, bandwidth: float) -> bool:
+    """One line: one query against a long cache; the bytes of K and V a second, as a fraction of a copy's."""
+    shape = Shape(mx.bfloat16, 128, (32, 8), 1, keys, False, lse=True)
+    q, k, v = random_arrays(shape)
+    error = sampled_error(shape, q, k, v, *ra.attention(q, k, v, backend="cuda", return_lse=True))
+
+    def per_call(call: Callable[[], object], count: int = 50) -> float:
+        def run() -> None:
+            mx.eval([call() for _ in range(count)])
+
+        run()
+        return medians({"": run}, REPEATS)[""] / count
+
+    ours = per_call(lambda: ra.attention(q, k, v, backend="cuda", return_lse=True))
+    theirs = per_call(lambda: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.head_dim**-0.5))
+    rates = [(k.nbytes + v.nbytes) / seconds for seconds in (ours, theirs)]
+    click.echo(
+        f"decode, {words(shape):<38}{1e3 * ours:>9.3f} ms {rates[0] / 1e12:>7.2f}{rates[1] / 1e12:>7.2f}       TB/s   "
+        f"{rates[0] / rates[1]:>7.2f}  {rates[0] / bandwidth:.2f} of a copy's {bandwidth / 1e12:.2f} TB/s{error:>8.2f}"
+    )
+    return error <= 1
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 2 GiB."""
+    x = mx.zeros((1 << 29,), mx.float32)
+    mx.eval(x)
+    seconds = _median_of(lambda: mx.eval(x + 1), lambda: None)
+    return 2 * x.nbytes / seconds
+
+
+def window(size: int, tokens: int = 65_536) -> None:
+    """One line: what a window leaves of the time of a causal mask, beside what it leaves of the pairs."""
+    q, k, v = random_arrays(Shape(mx.bfloat16, 128, (16, 4), tokens, tokens, True))
+    causal, narrow = (
+        _median_of(lambda o=options: mx.eval(ra.attention(q, k, v, backend="cuda", **o)), lambda: None)
+        for options in ({"mask": "causal"}, {"window": size})
+    )
+    pairs = (tokens * size - size * (size - 1) / 2) / (tokens * (tokens + 1) / 2)
+    click.echo(
+        f"window {size} of {tokens} tokens: {1e3 * narrow:.3f} ms, {narrow / causal:.3f} of causal ({pairs:.3f} of its pairs)"
+    )
+
+
+def main() -> None:
+    mx.set_default_device(mx.gpu)
+    click.echo(
+        f"16/4 heads, out and lse{'':<28}{'ours':>19}{'mlx':>7}{'flash':>7}{'':>8}{'/ mlx':>7}{'/ flash':>7}{'error':>8}"
+    )
+    right = all([forward(shape) for shape in FORWARD + OTHERS])
+    bandwidth = copy_bandwidth()
+    right &= all([decode(keys, bandwidth) for keys in DECODE_KEYS])
+    window(1024)
+    raise SystemExit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main()
