@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -26,7 +26,7 @@ def attend(problem: KernelInputs, state: State | None, ending: OutputSpec | None
     Raises:
         UnusableError: If the variant does not work here.
     """
-    problem = problem.whole()
+    problem = _with_scale_of_at_least_0(problem.whole())
     plan = Plan.of(problem)
     splits = plan.splits(problem)
     if launch.default():
@@ -39,6 +39,12 @@ def attend(problem: KernelInputs, state: State | None, ending: OutputSpec | None
     if state is not None:
         state = State(*map(mx.contiguous, state))
     return plan.launch(problem, state, ending, splits)
+
+
+def _with_scale_of_at_least_0(problem: KernelInputs) -> KernelInputs:
+    """Return an equal problem whose largest scores are those of the largest products of queries and keys."""
+    rules = problem.rules
+    return problem if rules.scale >= 0 else replace(problem, q=-problem.q, rules=replace(rules, scale=-rules.scale))
 
 
 @dataclass(frozen=True)

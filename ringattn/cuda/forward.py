@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import numpy as np
 
@@ -15,6 +17,8 @@ from .launch import KernelCall
 from .tiling import Tiling
 
 COMBINE_THREADS = 128
+KEPT = 256  # small arrays, the layers of a model share theirs,
+LARGEST_KEPT = 1 << 14  # bytes of one
 
 
 def forward_call(
@@ -37,8 +41,8 @@ def forward_call(
         "queries": q,
         "keys": k,
         "values": v,
-        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
-        "reach": mx.array(tiles),
+        "numbers": _on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
+        "reach": _on_gpu(tiles),
     }
     band = _needed(problem)
     if band is not None:
@@ -117,6 +121,16 @@ def _call(kernel: str, parts: tuple[str, ...], defines: dict, inputs: dict[str, 
         inputs=list(inputs.values()),
         **others,
     )
+
+
+def _on_gpu(x: np.ndarray) -> mx.array:
+    """`x` as an array of MLX; a small one is kept, because the first use of new memory by the GPU is slow."""
+    return mx.array(x) if x.nbytes > LARGEST_KEPT else _kept(x.tobytes(), x.dtype.str, x.shape)
+
+
+@lru_cache(KEPT)
+def _kept(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    return mx.array(np.frombuffer(data, dtype).reshape(shape))
 
 
 def _needed(problem: KernelInputs) -> Band | None:

@@ -1,8 +1,8 @@
 """Check the CUDA kernels on an NVIDIA GPU: ``python -m tools.nvidia.check``.
 
-Needs MLX with its CUDA back-end. With ``--kernels metal`` the Metal kernels are checked in their place: the source that a
-Mac compiles, with Metal's words spelled in CUDA (``words.cuh``). Matrices of a simdgroup are then multiplied by shuffles,
-so that times say nothing about a Mac.
+Needs MLX with its CUDA back-end. With ``--kernels metal`` the Metal kernels are checked in their place: the source that
+a Mac compiles, with Metal's words spelled in CUDA (``words.cuh``). Matrices of a simdgroup are then multiplied by
+shuffles, so that times say nothing about a Mac.
 """
 
 from __future__ import annotations

@@ -109,21 +109,26 @@ def decode(keys: int, bandwidth: float) -> bool:
         run()
         return medians({"": run}, REPEATS)[""] / count
 
-    ours = per_call(lambda: ra.attention(q, k, v, backend="cuda", return_lse=True))
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        return ra.attention(q, k, v, backend="cuda", return_lse=True)
+
+    compiled = mx.compile(attend)  # without the time that Python takes for a call
+    ours, whole = per_call(lambda: compiled(q, k, v)), per_call(lambda: attend(q, k, v))
     theirs = per_call(lambda: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.head_dim**-0.5))
     rates = [(k.nbytes + v.nbytes) / seconds for seconds in (ours, theirs)]
     click.echo(
-        f"decode, {words(shape):<38}{1e3 * ours:>9.3f} ms {rates[0] / 1e12:>7.2f}{rates[1] / 1e12:>7.2f}       TB/s   "
-        f"{rates[0] / rates[1]:>7.2f}  {rates[0] / bandwidth:.2f} of a copy's {bandwidth / 1e12:.2f} TB/s{error:>8.2f}"
+        f"decode, {words(shape):<38}{1e3 * ours:>9.3f} ms (a call {1e3 * whole:.3f}) "
+        f"{rates[0] / 1e12:.2f} and {rates[1] / 1e12:.2f} TB/s: "
+        f"{rates[0] / rates[1]:.2f} of mlx, {rates[0] / bandwidth:.2f} of a copy's {bandwidth / 1e12:.2f}{error:>8.2f}"
     )
     return error <= 1
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 2 GiB."""
+    """Bytes a second, read and written, of a pass over 2 GiB."""
     x = mx.zeros((1 << 29,), mx.float32)
     mx.eval(x)
-    seconds = _median_of(lambda: mx.eval(x + 1), lambda: None)
+    seconds = _median_of(lambda: mx.eval([x + 1 for _ in range(4)]), lambda: None) / 4
     return 2 * x.nbytes / seconds
 
 
@@ -135,21 +140,19 @@ def window(size: int, tokens: int = 65_536) -> None:
         for options in ({"mask": "causal"}, {"window": size})
     )
     pairs = (tokens * size - size * (size - 1) / 2) / (tokens * (tokens + 1) / 2)
-    click.echo(
-        f"window {size} of {tokens} tokens: {1e3 * narrow:.3f} ms, {narrow / causal:.3f} of causal ({pairs:.3f} of its pairs)"
-    )
+    parts = f"{narrow / causal:.3f} of causal's time, {pairs:.3f} of its pairs"
+    click.echo(f"window {size} of {tokens} tokens: {1e3 * narrow:.3f} ms, {parts}")
 
 
 def main() -> None:
     mx.set_default_device(mx.gpu)
-    click.echo(
-        f"16/4 heads, out and lse{'':<28}{'ours':>19}{'mlx':>7}{'flash':>7}{'':>8}{'/ mlx':>7}{'/ flash':>7}{'error':>8}"
-    )
-    right = all([forward(shape) for shape in FORWARD + OTHERS])
+    columns = f"{'ours':>20}{'mlx':>7}{'flash':>7}{'':>8}{'/ mlx':>7}{'/ flash':>7}{'error':>8}"
+    click.echo(f"{'16/4 heads, out and lse':<46}{columns}")
+    right = [forward(shape) for shape in FORWARD + OTHERS]
     bandwidth = copy_bandwidth()
-    right &= all([decode(keys, bandwidth) for keys in DECODE_KEYS])
+    right += [decode(keys, bandwidth) for keys in DECODE_KEYS]
     window(1024)
-    raise SystemExit(0 if right else 1)
+    raise SystemExit(0 if all(right) else 1)
 
 
 if __name__ == "__main__":

@@ -108,14 +108,17 @@
       load<BK, BD, LDK>(k_tile, k + at * keys_strides[2], keys_strides[2], keys_strides[3], RA_D, k_len - next * BK, k_parts);
     }
 
-    // Scores, and in a partial tile the rules
-    RA_UNROLL
-    for (int e = 0; e < RA_FRAGMENTS * BK / 2; e++) {
-      float& x = s[e / (BK / 2)][e / 4 % (BK / 8)][e % 4];
-      x *= scale;
+    // Scores, and in a partial tile the rules. In a full one the scale, which is not below 0, waits for the softmax
+    const float factor = full && !RA_SOFTCAP ? scale : 1.0f;
+    if (!full || RA_SOFTCAP) {
+      RA_UNROLL
+      for (int e = 0; e < RA_FRAGMENTS * BK / 2; e++) {
+        float& x = s[e / (BK / 2)][e / 4 % (BK / 8)][e % 4];
+        x *= scale;
 #if RA_SOFTCAP
-      x = numbers[1] * tanhf(x / numbers[1]);
+        x = numbers[1] * tanhf(x / numbers[1]);
 #endif
+      }
     }
     unsigned seen[RA_FRAGMENTS] = {};
     bool spoiled = false;
@@ -171,19 +174,19 @@
     // Online softmax: P, and what it does to the state
     RA_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      float top = m[r];
+      float top = s[r / 2][0][r % 2 * 2];
       RA_UNROLL
-      for (int e = 0; e < BK / 4; e++) {
+      for (int e = 1; e < BK / 4; e++) {
         top = fmaxf(top, s[r / 2][e / 2][r % 2 * 2 + e % 2]);
       }
-      top = quad_max(top);
+      top = fmaxf(m[r], quad_max(top) * factor);
       const float kept = weight(m[r], top);
       m[r] = top;
       l[r] *= kept;
       RA_UNROLL
       for (int e = 0; e < BK / 4; e++) {
         float& x = s[r / 2][e / 2][r % 2 * 2 + e % 2];
-        x = weight(x, top);
+        x = weight(x, top, factor);
         l[r] += x;
       }
       RA_UNROLL
@@ -193,7 +196,12 @@
     }
 
     if (spoiled) {
-      multiply_each_value<true>(acc, s, seen, v_tile);
+      float weights[RA_FRAGMENTS][BK / 8][4]; // a copy: that loop would move the scores themselves out of registers
+      RA_UNROLL
+      for (int e = 0; e < RA_FRAGMENTS * BK / 2; e++) {
+        weights[e / (BK / 2)][e / 4 % (BK / 8)][e % 4] = s[e / (BK / 2)][e / 4 % (BK / 8)][e % 4];
+      }
+      multiply_each_value<true>(acc, weights, seen, v_tile);
     } else {
 #if RA_MATRIX
       multiply_values(acc, s, v_tile);

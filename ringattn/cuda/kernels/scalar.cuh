@@ -30,38 +30,50 @@ RA_FUNC void multiply_keys(float (&s)[RA_FRAGMENTS][BK / 8][4], const RA_T* q, c
 }
 #endif
 
-// acc += p v, key by key; if `CHECKED` only where a bit of `seen` says that the row sees the key.
+// acc += p v, key by key; if `CHECKED` only where a bit of `seen` says that the row sees the key. The keys of a tile are
+// added up before they are added to `acc`: one long chain of float32 sums would be less exact.
 template <bool CHECKED>
 RA_FUNC void multiply_each_value(float (&acc)[RA_FRAGMENTS][BV / 8][4], const float (&p)[RA_FRAGMENTS][BK / 8][4],
                                  const unsigned (&seen)[RA_FRAGMENTS], const RA_T* v) {
+  constexpr int DIMS = 8; // of a lane at a time
   const int lane = threadIdx.x % 32, first = lane & ~3;
   v += lane % 4 * 2;
+  RA_UNROLL
+  for (int start = 0; start < BV / 4; start += DIMS) {
+    float sums[ROWS][DIMS] = {};
 #if RA_MATRIX
 #pragma unroll 1
 #else
 #pragma unroll
 #endif
-  for (int j = 0; j < BK / 8; j++) {
+    for (int j = 0; j < BK / 8; j++) {
 #pragma unroll 1
-    for (int from = 0; from < 4; from++) {
-      RA_UNROLL
-      for (int c = 0; c < 2; c++) {
-        float weight[ROWS];
-        bool sees[ROWS];
+      for (int from = 0; from < 4; from++) {
         RA_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          weight[r] = __shfl_sync(ALL_LANES, p[r / 2][j][r % 2 * 2 + c], first + from);
-          sees[r] = !CHECKED || __shfl_sync(ALL_LANES, seen[r / 2] >> (4 * j + r % 2 * 2 + c) & 1, first + from);
-        }
-        RA_UNROLL
-        for (int i = 0; i < BV / 4; i++) { // two neighbours of each 8 dims
-          const float value = float(v[(8 * j + 2 * from + c) * LDV + i / 2 * 8 + i % 2]);
+        for (int c = 0; c < 2; c++) {
+          float weight[ROWS];
+          bool sees[ROWS];
           RA_UNROLL
           for (int r = 0; r < ROWS; r++) {
-            float& sum = acc[r / 2][i / 2][r % 2 * 2 + i % 2];
-            sum = sees[r] ? fmaf(weight[r], value, sum) : sum;
+            weight[r] = __shfl_sync(ALL_LANES, p[r / 2][j][r % 2 * 2 + c], first + from);
+            sees[r] = !CHECKED || __shfl_sync(ALL_LANES, seen[r / 2] >> (4 * j + r % 2 * 2 + c) & 1, first + from);
+          }
+          RA_UNROLL
+          for (int n = 0; n < DIMS && start + n < BV / 4; n++) { // two neighbours of each 8 dims
+            const float value = float(v[(8 * j + 2 * from + c) * LDV + (start + n) / 2 * 8 + n % 2]);
+            RA_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+              sums[r][n] = sees[r] ? fmaf(weight[r], value, sums[r][n]) : sums[r][n];
+            }
           }
         }
+      }
+    }
+    RA_UNROLL
+    for (int n = 0; n < DIMS && start + n < BV / 4; n++) {
+      RA_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        acc[r / 2][(start + n) / 2][r % 2 * 2 + n % 2] += sums[r][n];
       }
     }
   }
