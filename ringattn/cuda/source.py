@@ -27,6 +27,7 @@ def header(parts: tuple[str, ...], defines: Defines) -> str:
 
 
 @cache
+@cache
 def name(kernel: str, before: str) -> str:
     """The name of a kernel with this header.
 
