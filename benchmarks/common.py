@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Functions that several benchmarks use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 
 from ringattn.bench.timing import medians
+from ringattn.reporting.tables import format_table
 
 __all__ = ["chunk_of", "medians", "run_ranks", "sampled_error", "show", "write_result"]
 
@@ -20,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarray:
-    """Tokens ``start:stop`` of a made-up sequence `name`, float32 ``[heads, tokens, dim]``, the same on any rank."""
-    step, pieces = 1024, []
+    """Tokens ``start:stop`` of a random sequence `name`, float32 ``[heads, tokens, dim]``, the same on any rank."""
+    step = 1024
+    pieces = []
     for first in range(start - start % step, stop, step):
         random = np.random.default_rng([sum(map(ord, name)), first])
         piece = random.standard_normal((heads, step, dim), np.float32)
@@ -32,14 +35,16 @@ def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarr
 def sampled_error(
     out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, group: int = 1, rows: int = 4
 ) -> float:
-    """The largest error of some rows of `out` ``[heads, tokens here, dim]`` against float64, keys taken in chunks.
+    """Largest error of some rows of `out` ``[heads, local tokens, dim]`` against float64, with keys in chunks.
 
     `group` heads share their keys.
     """
-    heads, picked = out.shape[0], np.linspace(0, len(positions) - 1, rows).astype(int)
+    heads = out.shape[0]
+    picked = np.linspace(0, len(positions) - 1, rows).astype(int)
     at = positions[picked]
     q = np.stack([chunk_of("q", p, p + 1, heads, dim)[:, 0] for p in at], 1).astype(np.float64)
-    total, acc = np.zeros((heads, rows, 1)), np.zeros((heads, rows, dim))
+    total = np.zeros((heads, rows, 1))
+    acc = np.zeros((heads, rows, dim))
     for start in range(0, tokens, 1024):
         stop = min(start + 1024, tokens)
         chunks = (chunk_of(name, start, stop, heads // group, dim) for name in "kv")
@@ -61,15 +66,19 @@ def run_ranks(
     hosts: Sequence[str] = (),
     base: Mapping[str, str] = os.environ,
 ) -> list | None:
-    """Run ``python -m module FILE *arguments`` on ranks; what each wrote as JSON to ``FILE.rank``.
+    """Run ``python -m module FILE *arguments`` on ranks. Return the JSON that each rank wrote to ``FILE.rank``.
 
     Args:
-        expect_failure: Whether they may fail.
-        hosts: Where they run, one on each, on this machine's disk; none: on this machine.
-        base: The environment.
+        module: Module to run.
+        ranks: Number of ranks.
+        threads: Threads of each rank.
+        arguments: Further arguments of the module.
+        expect_failure: Whether the ranks may fail.
+        hosts: Hosts of the ranks, one rank on each, with this machine's disk; empty: this machine.
+        base: Environment of the ranks.
 
     Returns:
-        ``None`` if they failed and that was expected.
+        Results of the ranks; ``None`` if they failed and `expect_failure` is set.
     """
     with tempfile.TemporaryDirectory() as folder:
         worker = [sys.executable, "-m", module, str(Path(folder) / "result"), *map(str, arguments)]
@@ -88,14 +97,11 @@ def run_ranks(
 
 
 def write_result(rank: int, result: object) -> None:
-    """What a worker started by `run_ranks` found."""
+    """Write the result of a worker that `run_ranks` started."""
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table."""
-    table = [list(map(str, row)) for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
-    for row in table:
-        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)), flush=True)
+    print(indent(format_table(head, [list(map(str, row)) for row in rows], align=">"), "  "), flush=True)

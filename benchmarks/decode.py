@@ -1,4 +1,4 @@
-"""decode_attention on 4 local ranks against one MPI_Allgather of the same bytes."""
+"""Time of decode_attention on 4 local ranks against one MPI_Allgather of the same bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ringattn.verify.oracle import Case, check
 
 from .common import medians, run_ranks, show, write_result
 
-RANKS, CACHE = 4, 512
+RANKS = 4
+CACHE = 512  # tokens per rank
 
 
 def main() -> None:
-    """Compare for two sizes of model."""
+    """Compare both for two sizes of model."""
     rows = []
     for heads, kv_heads, dim in ((9, 3, 64), (32, 8, 128)):
         found = run_ranks("benchmarks.decode", RANKS, 1, heads, kv_heads, dim)
@@ -31,7 +32,7 @@ def main() -> None:
 
 
 def worker() -> None:
-    """One rank's medians."""
+    """Measure the medians of one rank."""
     from mpi4py import MPI
 
     heads, kv_heads, dim = map(int, sys.argv[2:])

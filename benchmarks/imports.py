@@ -1,4 +1,4 @@
-"""What ``import ringattn`` costs beyond importing mlx and numpy."""
+"""Time of ``import ringattn`` beyond the import of mlx and numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .common import show
 
 
 def main() -> None:
-    """Time it in fresh processes."""
+    """Time the import in new processes."""
     code = "import time, mlx.core, numpy; t = time.perf_counter(); import ringattn, sys; print(time.perf_counter() - t)"
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(9)

@@ -1,4 +1,4 @@
-"""The CPU kernel against PyTorch's CPU scaled_dot_product_attention, same number of threads, float32."""
+"""Time of the CPU kernel against PyTorch's scaled_dot_product_attention, with the same number of threads, float32."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from .common import medians, show
 
 
 def main() -> None:
-    """Time the grid, the forward pass alone and with its gradient."""
+    """Time the forward pass alone and with its gradient, for all shapes."""
     import torch
 
     torch.set_num_threads(threads())
     mx.set_default_device(mx.cpu)
     for title, calls in (("CPU kernel", _forward), ("CPU kernel and its gradient", _both)):
-        rows, ratios = [], []
+        rows = []
+        ratios = []
         for dim, tokens, causal, kv_heads in product((64, 128), (2048, 4096), (False, True), (2, 8)):
             seconds = _one(torch, calls, dim, tokens, causal, kv_heads)
-            ours, best = seconds.pop("ringattn"), min(seconds.values())
+            ours = seconds.pop("ringattn")
+            best = min(seconds.values())
             ratios.append(best / ours)
             times = [f"{ours * 1e3:.0f}", f"{best * 1e3:.0f}", f"{ratios[-1]:.2f}"]
             rows.append([dim, tokens, "yes" if causal else "no", f"8/{kv_heads}", *times])
@@ -48,8 +50,9 @@ def _one(torch, calls: Callable, dim: int, tokens: int, causal: bool, kv_heads: 
     if kv_heads != 8:
         grouped = partial(torch_attends, is_causal=causal, enable_gqa=True)
         timed["grouped"] = calls(torch, grouped, *map(torch.from_numpy, (q, k, v)))
-    result, expected = np.array(timed["ringattn"]()), timed["grouped" if kv_heads != 8 else "expanded"]().numpy()
-    assert np.abs(result - expected).max() < 1e-5 * max(1, np.abs(expected).max()), "another answer"
+    result = np.array(timed["ringattn"]())
+    expected = timed["grouped" if kv_heads != 8 else "expanded"]().numpy()
+    assert np.abs(result - expected).max() < 1e-5 * max(1, np.abs(expected).max()), "ringattn and torch differ"
     return medians(timed, repeats=9 if calls is _forward else 5, pause=0.1)
 
 
@@ -64,7 +67,7 @@ def _forward(library, attend: Callable, q, k, v) -> Callable:
 
 
 def _both(library, attend: Callable, q, k, v) -> Callable:
-    """The gradient by k, of a loss whose gradient by `out` is q's values, forward pass included."""
+    """Gradient by k of a loss whose gradient by `out` is q, with the forward pass."""
     if library is mx:
         loss = mx.grad(lambda q, k, v: (attend(q, k, v) * mx.stop_gradient(q)).sum(), argnums=(0, 1, 2))
 

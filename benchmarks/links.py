@@ -1,9 +1,9 @@
-"""Links of a given rate between the hosts of a virtual cluster: whether transfers hide behind compute, or fill them.
+"""Links of a given rate between the hosts of a virtual cluster: whether transfers hide behind compute, or fill links.
 
-A host has one core as long as there are enough, or one that computes and one beside it. The rate is set so that a hop's
-transfer takes a given part of its compute, which is the time of the same work with all keys at hand in one kernel call,
-on all hosts at once. What a ring takes beyond that is waiting for blocks, the time that moving them takes from the core
-that computes, and a kernel call a hop.
+A host has one core, or one core for compute and one for messages. The rate is such that a hop's transfer takes a given
+part of the hop's compute time. Compute time is the time of the same work in one kernel call with all keys, on all hosts
+at once. The additional time of a ring has three parts: waits for blocks, work for messages on the core that computes,
+and one kernel call per hop.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ from .ring import without_ring
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
 TOKENS = {2: 6144, 4: 8192}
-NETWORKS = (  # hosts; whether neighbours have cables of their own, or all are on one switch; which ways blocks travel
+NETWORKS = (  # hosts; whether neighbours have cables of their own instead of a switch; directions of the blocks
     (2, False, "one"),
     (4, False, "one"),
     (4, False, "both"),
     (4, True, "one"),
     (4, True, "both"),
 )
-CORES = (1, 2)  # of a host, of which one computes: a Mac's GPU does, and its CPU has time for messages
-HIDDEN, BOUND = 0.7, 2.0  # of a hop's compute: a transfer that can hide, and one that cannot
+CORES = (1, 2)  # of a host. One core computes, like a Mac's GPU; the other one is free for messages
+HIDDEN = 0.7  # of a hop's compute: a transfer that can hide
+BOUND = 2.0  # of a hop's compute: a transfer that cannot hide
 
 
 def main() -> None:
-    """Both questions, for both masks, on every network."""
+    """Measure both kinds of transfer, for both masks, on every network."""
     if why := unavailable():
         print(f"\nlinks: skipped: {why}")
         return
-    hidden, bound = [], []
+    hidden = []
+    bound = []
     for cores, (hosts, cables, ways), mask in product(CORES, NETWORKS, ("full", "causal")):
         if cores > 1 and cores * hosts > available_cores():
             continue
@@ -51,10 +53,10 @@ def main() -> None:
             compute = median(free["alone"]) / hosts  # of a hop
             hop = TOKENS[hosts] // hosts * KV_HEADS * DIM * 2 * 4
             for part, rows in ((HIDDEN, hidden), (BOUND, bound)):
-                rate = 8 * hop / (part * compute)  # of a link, each way: a whole block at one of them takes that long
+                rate = 8 * hop / (part * compute)  # of a link, each way, that carries a whole block in that time
                 cluster.set_rate(f"{rate / 1e3:.0f}kbit")
                 found = _run(cluster, hosts, mask, ways)
-                pairs = list(zip(found["call"], found["alone"]))  # one after the other, in the same spell
+                pairs = list(zip(found["call"], found["alone"]))  # measured one right after the other
                 transfers = median(call - alone / hosts for call, alone in pairs)  # all but the last hop's compute
                 links = 2 if cables and ways == "both" else 1
                 share = median(alone / call for call, alone in pairs)
@@ -83,14 +85,14 @@ def main() -> None:
 
 
 def _run(cluster: Cluster, hosts: int, mask: str, ways: str) -> dict:
-    """What `worker` found: times until the last rank is done, and the most that any rank waited and sent."""
+    """Results of `worker`: times until the last rank is done, and the largest wait and bytes of all ranks."""
     found = run_ranks("benchmarks.links", hosts, 1, mask, ways, hosts=cluster.addresses, base=cluster.environment)
     assert found is not None
     return {**found[0], **{name: max(one[name] for one in found) for name in ("waited", "bytes")}}
 
 
 def worker() -> None:
-    """One host's share: the seconds of several calls, and of the same work without a ring in turn with them."""
+    """Measure on one host the seconds of several calls, in turn with the same work without a ring."""
     causal = sys.argv[2] == "causal"
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
@@ -108,17 +110,21 @@ def worker() -> None:
             mx.eval(out)
             return out
 
-        group, positions = HEADS // KV_HEADS, layout.positions(ring.rank)
+        group = HEADS // KV_HEADS
+        positions = layout.positions(ring.rank)
         error = sampled_error(np.array(call()[0]), positions, tokens, DIM, causal=causal, group=group)
         assert error < 1e-5, error
         alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
-        before, ring.trace = ring.bytes_sent, []
+        before = ring.bytes_sent
+        ring.trace = []
         call()
-        sent, trace, ring.trace = ring.bytes_sent - before, ring.trace, None
+        trace = ring.trace
+        ring.trace = None
+        sent = ring.bytes_sent - before
         waited = sum(event.stop - event.start for event in trace if event.kind == "wait")
 
         def whole(work: Callable[[], object]) -> Callable[[], None]:
-            """Until the last rank is done: nobody waits for it in the next one's time."""
+            """Include the wait for the last rank, so that the next call does not include it."""
             return lambda: (work(), ring.barrier())[1]
 
         timed = turns({"call": whole(call), "alone": whole(alone)}, repeats=9)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M over a ring: the tokens of plain mlx-lm, its prefill and decoding times, its memory and traffic."""
+"""SmolLM2-135M over a ring: tokens compared with plain mlx-lm, times of prefill and decoding, memory and traffic."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from statistics import median
 
 import ringattn as ra  # before MLX, for its BLAS
 from ringattn import lm
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import held_bytes
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_map  # isort: skip
 
 from .common import run_ranks, show, write_result
 
-LENGTHS, NEW = (1, 2, 61, 500, 1999, 6000), 16
-PREFILL, HELD, STEPS = 2048, 1024, 12
+LENGTHS = (1, 2, 61, 500, 1999, 6000)  # tokens of a prompt
+NEW = 16  # tokens of an answer
+PREFILL = 2048  # tokens
+HELD = 1024  # tokens per rank before decoding
+STEPS = 12
 
 
 def main() -> None:
-    """All four."""
+    """Measure and print all four."""
     alone = run_ranks("benchmarks.lm", 1, 2, "plain")[0]
     rows = []
     for ranks in (1, 2, 3, 4):
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def worker() -> None:
-    """One rank's share."""
+    """Measure on one rank."""
     from pydoc_data.topics import topics
 
     from mlx_lm.generate import generate_step
@@ -69,9 +72,10 @@ def worker() -> None:
         if sys.argv[2] == "tokens":
             result = {"tokens": [], "cache": [], "bytes": []}
             for length in LENGTHS:
-                cache, before = make_prompt_cache(model), ring.bytes_sent
+                cache = make_prompt_cache(model)
+                before = ring.bytes_sent
                 found = lm.stream_generate(
-                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, chunk=512
+                    model, tokenizer, text[:length], max_tokens=NEW, prompt_cache=cache, prefill_step_size=512
                 )
                 result["tokens"].append([response.token for response in found])
                 result["cache"].append(held_bytes(cache))
@@ -84,7 +88,7 @@ def worker() -> None:
 
 
 def _prefill(ring: ra.Ring, model, ids: mx.array) -> float:
-    """Seconds for a whole prompt in one round, the second time."""
+    """Seconds of the second prefill of a whole prompt in one round."""
     for _ in range(2):
         cache = model.make_cache()
         ring.barrier()
@@ -98,7 +102,8 @@ def _prefill(ring: ra.Ring, model, ids: mx.array) -> float:
 
 def _decode(ring: ra.Ring, model, text: mx.array) -> float:
     """Median seconds of a step with one new token."""
-    cache, times = model.make_cache(), []
+    cache = model.make_cache()
+    times = []
     model(text[None, : HELD * ring.size], cache=cache)
     for i in range(STEPS):
         start = time.perf_counter()

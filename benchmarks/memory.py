@@ -1,4 +1,4 @@
-"""Memory of a rank: how far it grows in a call against what it may, and a problem that fits no single process."""
+"""Memory of a rank: its growth in a call against the allowed growth, and a problem that fits no single process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from launch.virtual import Cluster, unavailable
 from .common import chunk_of, run_ranks, sampled_error, show, write_result
 from .peak import PeakMemory
 
-RANKS, TOKENS, HEADS, DIM = 4, 16384, 16, 128
-LONG, HOSTS, LIMIT = 32768, 8, 500 << 20  # tokens; hosts and the bytes of memory of each
+RANKS = 4
+TOKENS, HEADS, DIM = 16384, 16, 128
+LONG = 32768  # tokens
+HOSTS = 8
+LIMIT = 500 << 20  # bytes of memory of a host
 
 
 def main() -> None:
-    """Both figures."""
-    block, rows = TOKENS // RANKS * HEADS * DIM * 4, []
-    out, state = block + block // DIM, block + 2 * block // DIM
+    """Measure and print both."""
+    block = TOKENS // RANKS * HEADS * DIM * 4
+    out = block + block // DIM
+    state = block + 2 * block // DIM
+    rows = []
     for what, holds, allowed in (
         ("forward", "out, lse, state, two blocks", out + state + 2 * 2 * block),
         ("and gradient", "out, lse, dq, dk, dv, two blocks with gradients", out + 3 * block + 2 * 4 * block),
@@ -33,11 +38,12 @@ def main() -> None:
 
 
 def _on_small_hosts() -> None:
-    """Keys and values that no host's memory would hold, on the virtual cluster."""
+    """Run a problem on the virtual cluster whose keys and values fit in no host's memory."""
     if why := unavailable():
         print(f"  not tried: {why}")
         return
-    rows, held = [], 2 * LONG * HEADS * DIM * 4
+    rows = []
+    held = 2 * LONG * HEADS * DIM * 4
     for hosts in (1, HOSTS):
         with Cluster(hosts, memory=f"{LIMIT >> 20}M") as cluster:
             options = {"hosts": cluster.addresses, "base": cluster.environment, "expect_failure": hosts == 1}
@@ -49,7 +55,7 @@ def _on_small_hosts() -> None:
 
 
 def worker() -> None:
-    """One rank: only its own tokens are ever made."""
+    """Measure on one rank, which draws only its own tokens."""
     tokens = int(sys.argv[2])
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
@@ -57,7 +63,8 @@ def worker() -> None:
         tensors = [mx.zeros((1, HEADS, layout.local_length(ring.rank), DIM)) for _ in "qkv"]
         mx.eval(tensors)
         for name, x in zip("qkv", tensors):
-            view, before = np.array(x, copy=False), 0
+            view = np.array(x, copy=False)
+            before = 0
             for start, stop in layout.spans[ring.rank]:
                 for first in range(start, stop, 1024):
                     last = min(first + 1024, stop)
@@ -81,7 +88,7 @@ def worker() -> None:
 
 
 def _warm_up(ring: ra.Ring) -> None:
-    """Threads, libraries and connections: what the first call costs whatever its size."""
+    """Start threads, libraries and connections, which take memory in the first call of any size."""
     layout = ra.Layout.zigzag(1024, ring.size)
     x = mx.random.normal((1, 1, layout.local_length(ring.rank), DIM))
     mx.eval(mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout, mask="causal").sum())(x))

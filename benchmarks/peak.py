@@ -10,11 +10,11 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """How far this process's peak resident memory grows after this object was made."""
+    """Growth of this process's peak resident memory since the creation of this object."""
 
     def __init__(self) -> None:
         if _STATUS.exists():
-            # Forget earlier peaks, such as that of loading the model; where that is not allowed, start from them.
+            # Reset earlier peaks, such as that of loading the model; if that is not allowed, start from them.
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
         self._before = _peak()
@@ -26,7 +26,7 @@ class PeakMemory:
 
 def _peak() -> int:
     """Peak resident memory in bytes."""
-    if _STATUS.exists():  # getrusage would give the parent's peak where that is larger: Linux hands it on
+    if _STATUS.exists():  # getrusage may give the parent's peak, which a child inherits on Linux
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     import resource

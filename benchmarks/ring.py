@@ -1,4 +1,4 @@
-"""Two ranks with one thread each: against one process with two threads, and against the same work without a ring."""
+"""Time of two ranks with one thread each, against one process with two threads, and the same work without a ring."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import ringattn as ra
 
 from .common import chunk_of, medians, run_ranks, sampled_error, show, write_result
 
-TOKENS, HEADS, ROUNDS = 8192, 8, 3
+TOKENS, HEADS = 8192, 8
+ROUNDS = 3
 
 
 def main() -> None:
-    """Take turns between the two, and compare the medians."""
+    """Measure both in turn, and compare the medians."""
     rows = []
     for what, dim, mask in product(("forward", "and gradient"), (64, 128), ("full", "causal")):
         seconds: dict[tuple[int, str], list[float]] = {}
@@ -34,8 +35,10 @@ def main() -> None:
 
 
 def worker() -> None:
-    """One process's share: the median seconds of a call."""
-    dim, causal, gradient = int(sys.argv[2]), sys.argv[3] == "causal", sys.argv[4] != "forward"
+    """Measure the median seconds of a call in one process."""
+    dim = int(sys.argv[2])
+    causal = sys.argv[3] == "causal"
+    gradient = sys.argv[4] != "forward"
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
         layout = ra.Layout.zigzag(TOKENS, ring.size)
@@ -51,7 +54,7 @@ def worker() -> None:
             ring.barrier()
             return attend(q, k, v)
 
-        def pull_back() -> list[mx.array]:  # the gradient of the loss by `out` is q itself
+        def backward() -> list[mx.array]:  # the gradient of the loss by `out` is q itself
             ring.barrier()
             found = mx.vjp(attend, [q, k, v], [q])[1]
             mx.eval(found)
@@ -61,15 +64,15 @@ def worker() -> None:
         error = sampled_error(np.array(call()[0]), positions, TOKENS, dim, causal=causal)
         assert error < 1e-5, error
         if gradient:
-            error = _gradient_error(ring, q, pull_back(), positions, dim, causal)
+            error = _gradient_error(ring, q, backward(), positions, dim, causal)
             assert error < 1e-4, error
-        timed = pull_back if gradient else call
+        timed = backward if gradient else call
         whole = without_ring(ring, layout, q, k, v, causal, gradient)
         write_result(ring.rank, medians({"call": timed, "alone": whole}, repeats=5 if gradient else 9))
 
 
 def without_ring(ring: ra.Ring, layout: ra.Layout, q: mx.array, k: mx.array, v: mx.array, causal: bool, gradient: bool):
-    """What makes the same scores with all keys at hand: both ranks at once, each for its own queries."""
+    """Call that computes the same scores with all keys in memory, on all ranks at once, each for its own queries."""
     places = mx.array(layout.positions(ring.rank)), mx.arange(layout.length)
     arrays = [q, *(layout.gather(x, ring) for x in (k, v))]
     mx.eval(arrays)
@@ -85,9 +88,13 @@ def without_ring(ring: ra.Ring, layout: ra.Layout, q: mx.array, k: mx.array, v: 
 
 
 def _gradient_error(ring: ra.Ring, q: mx.array, found: list[mx.array], positions: np.ndarray, dim: int, causal: bool):
-    """Of some rows of dq, against float64; and of the sum of all dv, which is that of all dout, the weights being 1."""
+    """Largest error of some rows of dq against float64, and of the sum of all dv.
+
+    The latter is the sum of all dout, since the weights of a query add up to 1.
+    """
     picked = np.linspace(0, len(positions) - 1, 4).astype(int)
-    at, rows = positions[picked], np.array(q[0])[:, picked].astype(np.float64)
+    at = positions[picked]
+    rows = np.array(q[0])[:, picked].astype(np.float64)
     total, out, by_key, both = (np.zeros((HEADS, 4, n)) for n in (1, dim, dim, dim))
     for start in range(0, TOKENS, 1024):
         k, v = (chunk_of(name, start, start + 1024, HEADS, dim).astype(np.float64) for name in "kv")
@@ -95,7 +102,8 @@ def _gradient_error(ring: ra.Ring, q: mx.array, found: list[mx.array], positions
         if causal:
             weights *= np.arange(start, start + 1024) <= at[:, None]
         total += weights.sum(-1, keepdims=True)
-        out, by_key = out + weights @ v, by_key + weights @ k
+        out += weights @ v
+        by_key += weights @ k
         both += (weights * (rows @ v.swapaxes(1, 2))) @ k
     delta = (rows * out / total).sum(-1, keepdims=True)
     exact = dim**-0.5 * (both - delta * by_key) / total

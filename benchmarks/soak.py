@@ -1,7 +1,7 @@
-"""Mixed calls for a long time on 4 ranks, every answer checked: is memory flat? ``python -m benchmarks.soak 30``
+"""Growth of memory over mixed calls on 4 ranks, with every answer checked: ``python -m benchmarks.soak MINUTES``.
 
-The number is minutes. Calls are of every kind and of random sizes; a rank's memory is what it holds after a quarter of
-the time against what it holds in the end.
+Calls are of every kind and of random sizes. A rank's growth is its memory at the end less its memory after a quarter of
+the time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import ringattn as ra
 
 from .common import run_ranks, show, write_result
 
-RANKS, EVERY = 4, 10.0  # s between two looks at the memory
+RANKS = 4
+INTERVAL = 10.0  # s between two measurements of the memory
 
 
 def main(minutes: float) -> None:
-    """Run it, and print what every rank held at which time."""
+    """Run the calls, and print the memory of every rank over time."""
     found = run_ranks("benchmarks.soak", RANKS, 1, minutes)
     assert found is not None
     marks = [0.25, 0.5, 0.75, 1.0]
@@ -34,8 +35,10 @@ def main(minutes: float) -> None:
 
 
 def worker() -> None:
-    """One rank's share: the number of calls, and its resident memory in MB from time to time."""
-    minutes, calls, memory = float(sys.argv[2]), 0, list[float]()
+    """Run the calls on one rank. Write their number, and the resident memory in MB at intervals."""
+    minutes = float(sys.argv[2])
+    calls = 0
+    memory: list[float] = []
     mx.set_default_device(mx.cpu)
     random = np.random.default_rng(0)  # the same on every rank
     with ra.init() as ring:
@@ -46,13 +49,13 @@ def worker() -> None:
                 break
             KINDS[int(random.integers(len(KINDS)))](ring, random)
             calls += 1
-            if time.monotonic() - begin > EVERY * (len(memory) + 1):
+            if time.monotonic() - begin > INTERVAL * (len(memory) + 1):
                 memory.append(_resident())
         write_result(ring.rank, [calls, [*memory, _resident()]])
 
 
 def _resident() -> float:
-    """MB that this process holds now."""
+    """Resident memory of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 

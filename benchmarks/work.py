@@ -1,4 +1,4 @@
-"""The work of the Metal forward kernel, counted on the host runtime next to MLX's own kernel on the same arrays."""
+"""Work of the Metal forward kernel and of MLX's own kernel on the same arrays, counted on the host runtime."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ringattn.core.rules import Rules
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal import set_executor
 from ringattn.metal.backend import MetalKernel
+from ringattn.reporting.tables import format_row
 from ringattn.verify.oracle import Case, check
 from tools.hostmetal import Counters, Runtime
 from tools.hostmetal.mlx_kernel import steel_attention
@@ -21,7 +22,7 @@ BOUNDS = {"matmuls": 1.0, "exp2": 1.0, "barriers": 1.0, "device bytes": 1.02}
 
 
 def work(counters: Counters) -> dict[str, int]:
-    """What is compared."""
+    """Counts to compare."""
     moved = sum(counters.device_read.values()) + sum(counters.device_written.values())
     return {
         "matmuls": counters.matmuls,
@@ -32,7 +33,7 @@ def work(counters: Counters) -> dict[str, int]:
 
 
 def compare(lengths: tuple[int, int], dim: int, dtype: mx.Dtype, causal: bool) -> dict[str, float]:
-    """Ours as a fraction of MLX's; both answers are checked first."""
+    """Work of ringattn's kernel as a fraction of that of MLX's. Both answers are checked first."""
     q_len, k_len = lengths
     r = np.random.default_rng(dim)
     q, k, v = (
@@ -58,9 +59,9 @@ def compare(lengths: tuple[int, int], dim: int, dtype: mx.Dtype, causal: bool) -
 
 
 def main() -> None:
-    """Print the table; the last line has the largest of each column."""
-    print("the Metal forward kernel's work as a fraction of MLX's own, one head, lse off")
-    print(f"{'':<42}" + "".join(f"{name:>14}" for name in BOUNDS))
+    """Print the table. The last line has the largest value of each column."""
+    print("work of the Metal forward kernel as a fraction of that of MLX's own, one head, lse off")
+    _print_row("", list(BOUNDS))
     rows = []
     for name, lengths in LENGTHS.items():
         for dim in (64, 128, 256):
@@ -69,8 +70,12 @@ def main() -> None:
                     rows.append(compare(lengths, dim, dtype, causal))
                     short = str(dtype).removeprefix("mlx.core.")
                     label = f"{name}, head_dim {dim}, {short}, {'causal' if causal else 'full'}"
-                    print(f"{label:<42}" + "".join(f"{x:>14.3f}" for x in rows[-1].values()), flush=True)
-    print(f"{'largest (aim)':<42}" + "".join(f"{max(r[c] for r in rows):>7.3f} ({b:.2f})" for c, b in BOUNDS.items()))
+                    _print_row(label, [f"{x:.3f}" for x in rows[-1].values()])
+    _print_row("largest (aim)", [f"{max(r[c] for r in rows):.3f} ({b:.2f})" for c, b in BOUNDS.items()])
+
+
+def _print_row(label: str, cells: list[str]) -> None:
+    print(format_row([label, *cells], [40, *(12 for _ in cells)], "<>"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention over a sequence that four processes share: ``ringattn launch -n 4 -- examples/quickstart.py``."""
+"""Attention over a sequence on four processes: ``ringattn launch -n 4 -- examples/quickstart.py``."""
 
 import mlx.core as mx
 
@@ -10,8 +10,8 @@ with ra.init() as ring:
     layout = ra.Layout.zigzag(TOKENS, ring.size)  # equal causal work on every rank
     tokens = layout.local_length(ring.rank)
 
-    # This rank's part of the sequence. In a model these come from its own tokens, with rope at
-    # layout.positions(ring.rank); no rank ever holds the others' part.
+    # This rank's part of the sequence. In a model, q, k and v come from its own tokens, with rope at
+    # layout.positions(ring.rank). No rank holds the parts of the others.
     mx.random.seed(ring.rank)
     q = mx.random.normal((1, HEADS, tokens, HEAD_DIM))
     k = mx.random.normal((1, KV_HEADS, tokens, HEAD_DIM))
@@ -19,11 +19,11 @@ with ra.init() as ring:
 
     out = ra.ring_attention(q, k, v, ring=ring, layout=layout, mask="causal")
 
-    # One new token, known to all ranks, against the sharded cache.
+    # Attend from one new token, which all ranks have, to the sharded cache.
     new = ring.broadcast(mx.random.normal((1, HEADS, 1, HEAD_DIM)), root=0)
     step = ra.decode_attention(new, k, v, ring=ring, kv_layout=layout)
 
-    # To compare with one process, gather everything, which only a small example can. Every rank takes part in that.
+    # Gather everything to compare with one process. Only a small example can do so. Every rank must call gather.
     q, k, v, gathered = (layout.gather(x, ring) for x in (q, k, v, out))
     if ring.rank == 0:
         pairs = (gathered, ra.attention(q, k, v, mask="causal")), (step, ra.attention(new, k, v))

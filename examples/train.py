@@ -3,8 +3,8 @@
     ringattn launch -n 4 -- examples/train.py --out run      # on four processes
     python examples/train.py --out alone                     # the same in one
 
-Documents are packed into sequences of bytes (`segments` keeps them apart) and dealt out zigzag. The loss of every step
-is that of one process, to rounding. A run that was ended goes on from its last checkpoint when it is started again.
+Documents are packed into sequences of bytes. `segments` keeps them apart, and the layout is zigzag. The loss of every
+step is that of one process, up to rounding. A run that is started again continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,19 +46,22 @@ class Attention(nn.Module):
 
 
 def rotated(x: mx.array, positions: mx.array) -> mx.array:
-    """Rotary embedding (Su et al., arXiv 2104.09864) at any positions; those of `mx.fast.rope` are in a row."""
+    """Rotary embedding (Su et al., arXiv 2104.09864) at any positions. `mx.fast.rope` needs consecutive ones."""
     half = x.shape[-1] // 2
     angles = positions[:, None] * mx.exp(-mx.log(10000.0) * mx.arange(half) / half)
-    cos, sin, a, b = mx.cos(angles), mx.sin(angles), x[..., :half], x[..., half:]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    a, b = x[..., :half], x[..., half:]
     return mx.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Layer(nn.Module):
     def __init__(self, dims: int, heads: int) -> None:
         super().__init__()
-        self.attention, self.before = Attention(dims, heads), nn.RMSNorm(dims)
+        self.attention = Attention(dims, heads)
+        self.before = nn.RMSNorm(dims)
         self.between = nn.RMSNorm(dims)
-        self.up, self.down = nn.Linear(dims, 4 * dims, bias=False), nn.Linear(4 * dims, dims, bias=False)
+        self.up = nn.Linear(dims, 4 * dims, bias=False)
+        self.down = nn.Linear(4 * dims, dims, bias=False)
 
     def __call__(self, x: mx.array, batch: Batch, ring: ra.Ring, layout: ra.Layout) -> mx.array:
         x = x + self.attention(self.before(x), batch, ring, layout)
@@ -70,7 +73,8 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(BYTES, dims)
         self.layers = [Layer(dims, heads) for _ in range(layers)]
-        self.last, self.head = nn.RMSNorm(dims), nn.Linear(dims, BYTES, bias=False)
+        self.last = nn.RMSNorm(dims)
+        self.head = nn.Linear(dims, BYTES, bias=False)
         self.recompute = recompute
 
     def __call__(self, batch: Batch, ring: ra.Ring, layout: ra.Layout) -> mx.array:
@@ -82,21 +86,24 @@ class Model(nn.Module):
 
 
 def packed(step: int, batch: int, length: int) -> tuple[mx.array, mx.array]:
-    """The sequences of a step ``[batch, length]``, from whole documents in random order, and the documents' ids."""
-    random, names = np.random.default_rng(step), sorted(topics)
-    tokens, ids = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
+    """Sequences of a step ``[batch, length]`` from documents in random order, and the documents' ids."""
+    random = np.random.default_rng(step)
+    names = sorted(topics)
+    tokens = np.zeros((batch, length), np.int32)
+    ids = np.zeros((batch, length), np.int32)
     for row in range(batch):
-        at, document = 0, 0
+        at = document = 0
         while at < length:
             text = topics[names[random.integers(len(names))]].encode()[: length - at]
             tokens[row, at : at + len(text)] = np.frombuffer(text, np.uint8)
             ids[row, at : at + len(text)] = document
-            at, document = at + len(text), document + 1
+            at += len(text)
+            document += 1
     return mx.array(tokens), mx.array(ids)
 
 
 class RefusedError(Exception):
-    """Something that the user has to change; rank 0 prints it."""
+    """Problem that the user has to solve; rank 0 prints it."""
 
 
 def refuse(ring: ra.Ring, problem: str | None) -> None:
@@ -106,10 +113,14 @@ def refuse(ring: ra.Ring, problem: str | None) -> None:
 
 
 class Run:
-    """A training run and its folder: ``checkpoint.safetensors``, ``losses.csv``, and ``losses.png`` with `plot`."""
+    """Training run with its folder: ``checkpoint.safetensors``, ``losses.csv``, and ``losses.png`` with `plot`."""
 
     def __init__(self, ring: ra.Ring, model: Model, optimizer: AdamW, folder: Path, plot: bool) -> None:
-        self.ring, self.model, self.optimizer, self.folder, self.plot = ring, model, optimizer, folder, plot
+        self.ring = ring
+        self.model = model
+        self.optimizer = optimizer
+        self.folder = folder
+        self.plot = plot
         self.losses: list[float] = []
         optimizer.init(model.trainable_parameters())
         self._load()
@@ -119,7 +130,7 @@ class Run:
         return self.folder / "checkpoint.safetensors"
 
     def _load(self) -> None:
-        """Take up the last checkpoint, if there is one: rank 0 reads it, the others get it from there."""
+        """Load the last checkpoint, if there is one. Rank 0 reads it and broadcasts it."""
         stored = {}
         if self.ring.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +148,7 @@ class Run:
         return dict(tree_flatten({"model": self.model.parameters(), "optimizer": self.optimizer.state}))
 
     def save(self) -> None:
-        """Write everything that is needed to go on; the file before stays until this one is whole."""
+        """Write a checkpoint. The old file stays until the new one is complete."""
         if self.ring.rank == 0:
             part = self._file.with_suffix(".part.safetensors")
             mx.save_safetensors(str(part), {"losses": mx.array(self.losses), **self._state()})
@@ -160,7 +171,7 @@ class Run:
         plt.close(figure)
 
     def step(self, layout: ra.Layout, rows: int) -> float:
-        """One step; the loss, which is the same on every rank."""
+        """Train one step. Return the loss, which is the same on every rank."""
         tokens, ids = packed(len(self.losses), rows, layout.length)
         batch = shard_batch(tokens, layout, self.ring, segments=ids)
 
@@ -176,19 +187,20 @@ class Run:
 
 
 class Progress:
-    """What rank 0 tells: ``losses.csv``, and a bar on a terminal or some lines elsewhere."""
+    """Output of rank 0: ``losses.csv``, and a bar on a terminal or some lines elsewhere."""
 
     def __init__(self, folder: Path, losses: list[float], steps: int) -> None:
         self._file = (folder / "losses.csv").open("w", newline="")
         csv.writer(self._file).writerows(enumerate(losses, 1))
-        self._steps, self._every = steps, max(1, steps // 10)
+        self._steps = steps
+        self._every = max(1, steps // 10)
         self._bar = click.progressbar(length=steps, label="training", item_show_func=lambda x: x and f"loss {x:.4f}")
         if losses:
             click.echo(f"going on after step {len(losses)}, loss {losses[-1]:.4f}")
             self._bar.update(len(losses))
 
     def step(self, number: int, loss: float) -> None:
-        """A step is done."""
+        """Record a step."""
         csv.writer(self._file).writerow((number, loss))
         self._file.flush()
         if sys.stdout.isatty():
@@ -226,7 +238,7 @@ def main(**options) -> None:
 
 
 def train(ring: ra.Ring, given: SimpleNamespace) -> None:
-    """Go on from the last checkpoint to the last step."""
+    """Train from the last checkpoint to the last step."""
     missing = given.plot and importlib.util.find_spec("matplotlib") is None
     refuse(ring, "--plot: matplotlib is not installed: pip install 'ringattn[plot]'" if missing else None)
     mx.random.seed(0)

@@ -69,39 +69,39 @@ def attention(
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Scaled dot-product attention that can also return the log-sum-exp of every row.
 
-    A query attends to the keys that every constraint allows: mask, window and segments combine by AND. No score matrix
-    is ever held. A row that sees no key gives ``out = 0`` and ``lse = -inf``, and has no gradient. Differentiable
-    (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse.
+    A query attends to the keys that mask, window and segments all allow. The score matrix is never in memory. A row
+    that sees no key gives ``out = 0`` and ``lse = -inf``, and has no gradient. The call is differentiable (mx.grad,
+    mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse.
 
     Args:
         q: Queries ``[batch, heads, q tokens, head_dim]`` in float16, bfloat16 or float32.
         k: Keys ``[batch, kv heads, k tokens, head_dim]`` in q's dtype; heads is a multiple of kv heads.
         v: Values ``[batch, kv heads, k tokens, value head_dim]`` in q's dtype.
-        scale: What scores are multiplied with. Default ``head_dim ** -0.5``.
+        scale: The factor of the scores. Default ``head_dim ** -0.5``.
         mask: ``"causal"``, or a boolean (True = attend) or additive array that broadcasts to
             ``[batch, heads, q tokens, k tokens]``.
         offset: The position of query 0 minus that of key 0, any sign. Default ``k tokens - q tokens``, which
             aligns the last query with the last key, as MLX does. Give it where `k` is only a part of the keys, as
-            in the example of `merge`: by default the last query then stands at the last key of that part.
+            in the example of `merge`. The default aligns the last query with the last key of that part.
         positions: ``(q_pos, k_pos)``, ascending int32, for tokens that are not contiguous; instead of `offset`.
         window: An int ``w``: each query sees itself and the ``w - 1`` positions before it, causal by that alone (as in
-            mlx-lm). A pair ``(left, right)``: so many positions on each side.
+            mlx-lm). A pair ``(left, right)``: the numbers of positions on each side.
         softcap: ``c``: scores become ``c * tanh(score / c)`` before any mask (Gemma 2, arXiv 2408.00118).
         sinks: ``[heads]``: one more logit per query head in the softmax's denominator, and in the lse (gpt-oss).
         segments: Integer ids ``(q_ids [batch, q tokens], k_ids [batch, k tokens])``: tokens attend only within
-            equal ids, and a negative id is padding, which sees nothing, is not seen, and may hold any bits.
+            equal ids, and a negative id is padding. Padding sees nothing, is not seen, and may hold any bits.
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
         backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU),
-            ``"reference"`` (plain mx operations), or ``None`` for the best on the default device.
+            ``"reference"`` (plain mx operations), or ``None`` for the best one on the default device.
 
     Returns:
         `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`
         float32, natural log, ``[batch, heads, q tokens]``. Partials over disjoint keys merge with `merge`.
 
     Raises:
-        ArgumentError: An argument is wrong; the message names it, its value and what was expected.
-        TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached a fused kernel.
+        ArgumentError: If an argument is wrong. The message names it, its value and the expectation.
+        TransformError: If mx.compile, mx.vmap, mx.jvp or a second derivative is applied to a fused kernel.
     """
     check_qkv(q, k, v)
     options = Options.checked(
@@ -128,8 +128,10 @@ def attention(
         return out, lse
 
     def gradient(*arrays: mx.array) -> list[mx.array]:
-        (q, k, v, *given), (dout, dlse, out, lse) = arrays[:-4], arrays[-4:]
-        bound, rows = options.bind(given), kernel.rows(out, lse, dout, dlse)
+        q, k, v, *given = arrays[:-4]
+        dout, dlse, out, lse = arrays[-4:]
+        bound = options.bind(given)
+        rows = kernel.rows(out, lse, dout, dlse)
         inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
         sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
         return bound.gradients(sums, rows, q.dtype)

@@ -24,9 +24,9 @@ _GPUS = {"metal": ("an Apple GPU", launch.available), "cuda": ("an NVIDIA GPU", 
 
 
 def select(name: str | None) -> Kernel:
-    """Return the kernel called `name`; ``None`` takes the best for the default device.
+    """Return the kernel called `name`. ``None`` chooses the best one for the default device.
 
-    That is the fused kernel on a CPU, an Apple GPU and an NVIDIA GPU, and plain mx operations on another GPU.
+    The best one is the fused kernel on a CPU, an Apple GPU and an NVIDIA GPU, and plain mx operations on another GPU.
     """
     if name is None:
         name = _best()
@@ -40,7 +40,7 @@ def select(name: str | None) -> Kernel:
 
 
 def available() -> list[str]:
-    """The names of the kernels that run on this machine."""
+    """List the names of the kernels that run on this machine."""
     return [name for name in NAMES if name not in _GPUS or _GPUS[name][1]()]
 
 

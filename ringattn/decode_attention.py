@@ -1,4 +1,4 @@
-"""Attention of one or a few new tokens, the same on every rank, to a cache that is spread over the ranks."""
+"""Attention of a few new tokens, equal on every rank, to a cache that is spread over the ranks."""
 
 from __future__ import annotations
 
@@ -84,33 +84,33 @@ def decode_attention(
     out_dtype: mx.Dtype | None = None,
     backend: str | None = None,
 ) -> mx.array | tuple[mx.array, mx.array]:
-    """Attention of a few new tokens, which every rank has, to a cache of which each rank holds a part. Collective.
+    """Attention of a few new tokens, equal on every rank, to a cache of which each rank holds a part. Collective.
 
-    Each rank attends to its own keys, then all states are exchanged in one message round, and every rank merges them to
-    the same bits. What is not said here is as in `attention`.
+    Each rank attends to its own keys. Then one exchange gives every rank all states, and every rank merges them to the
+    same bits. Options without a description here are those of `attention`.
 
     Args:
-        q: The new queries ``[batch, heads, q tokens, head_dim]``, the same on every rank.
-        k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`; may be empty.
+        q: The new queries ``[batch, heads, q tokens, head_dim]``, equal on every rank.
+        k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`. May be empty.
         v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
-        ring: The ring, of `init`.
-        kv_layout: Which positions each rank's keys have; may be uneven.
+        ring: The ring, from `init`.
+        kv_layout: The positions of each rank's keys. May be uneven.
         start: The position of query 0. Default ``kv_layout.stop - q tokens``: the new tokens' own keys are already in
             the cache.
         mask: ``"causal"`` (by positions), ``None``, or an array whose columns are the keys of all ranks, in global
             order.
         scale, window, softcap, sinks, out_dtype, backend: As in `attention`.
-        segments: Ids of the queries ``[batch, q tokens]``, the same on every rank, and of this rank's keys.
+        segments: The ids of the queries ``[batch, q tokens]``, equal on every rank, and of this rank's keys.
         return_lse: Also return the log-sum-exp.
 
     Returns:
-        `out` ``[batch, heads, q tokens, value head_dim]``, the same on every rank, or ``(out, lse)``.
+        `out` ``[batch, heads, q tokens, value head_dim]``, equal on every rank, or ``(out, lse)``.
 
     Raises:
-        ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank;
-            the ring still works.
-        RingError: A rank died, stalled or left, or another thread is using the ring.
-        TransformError: mx.grad, mx.compile, mx.vmap or mx.jvp reached it: not supported.
+        ArgumentError: If an argument is wrong on any rank, or differs between ranks. Raised on every rank; the ring
+            still works.
+        RingError: If a rank died, stalled or left, or another thread is using the ring.
+        TransformError: If mx.grad, mx.compile, mx.vmap or mx.jvp is applied. They are not supported.
     """
     check_ring(ring)
     with ring.call(WHAT):
@@ -132,13 +132,13 @@ def decode_attention(
             check_flag("return_lse", return_lse)
             first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
             check_int("start + q tokens", first + q.shape[2])
-            step = _Step(ring, kv_layout, first, options, backends.select(backend))
-        out, lse = opaque(WHAT, step.run, (q, k, v, *options.arrays))
+            call = _DecodeCall(ring, kv_layout, first, options, backends.select(backend))
+        out, lse = opaque(WHAT, call.run, (q, k, v, *options.arrays))
     return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
-class _Step:
+class _DecodeCall:
     """One checked call on this rank."""
 
     ring: Ring
@@ -148,7 +148,7 @@ class _Step:
     kernel: Kernel
 
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-        """Attend to this rank's keys, exchange, merge. The agreement rides at the head of the one exchange."""
+        """Attend to this rank's keys, exchange states, merge. The agreement is the head of the exchanged message."""
         options = self.options.bind(arrays)
         fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
         lazy = fits and self.kernel.lazy
@@ -158,15 +158,15 @@ class _Step:
             payload = [] if lazy else [raw(x) for x in state]
         if lazy:
             rows = agree_in_graph(self.ring, WHAT, fields, mx.concatenate([x.reshape(-1) for x in state]))
-            return finish(merge_states(*(_read(row, state) for row in rows)), options.sinks, options.out_dtype)
-        # The others might be in MLX's graph, where a round has one size.
+            return finish(merge_states(*(_unpack_state(row, state) for row in rows)), options.sinks, options.out_dtype)
+        # Other ranks may exchange in MLX's graph, where all messages have one size.
         apart = self.ring.in_graph_bytes > 0 and not fits
         replies = agree(self.ring, WHAT, fields, payload=payload, apart=apart)
         sinks = None if options.sinks is None else view(options.sinks.astype(mx.float32))
         with np.errstate(all="ignore"):
-            # Small and on the host already: NumPy is done before MLX would have begun.
+            # The states are small and on the host: NumPy is faster than an MLX dispatch.
             rows_of_all = (np.frombuffer(reply, np.float32) for reply in replies)
-            out, lse = normalise(merge_states(*(_read(row, state) for row in rows_of_all)), sinks)
+            out, lse = normalise(merge_states(*(_unpack_state(row, state) for row in rows_of_all)), sinks)
         return mx.array(out).astype(options.out_dtype), mx.array(lse)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
@@ -176,7 +176,7 @@ class _Step:
         with timed(self.ring, "compute", 0):
             state: State = self.kernel.forward(KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns)))
             if lazy:
-                # This raises where they are traced: then nothing would be checked.
+                # Raise here under a transformation. Without this, no rank would check the exchange.
                 start_evaluation(q, k, v, *options.arrays)
             else:
                 mx.eval(*state)
@@ -187,9 +187,10 @@ class _Step:
         return (*shapes, ("kv_layout", self.kv_layout.summary), ("start", str(self.start)), *options.fields)
 
 
-def _read(row: Any, like: State) -> State:
-    """A rank's state out of its numbers; by the head's agreement it has the shapes of this rank's."""
-    arrays, at = [], 0
+def _unpack_state(row: Any, like: State) -> State:
+    """Unpack a rank's state from flat numbers. The ranks have agreed on the shapes, which are those of `like`."""
+    arrays = []
+    at = 0
     for x in like:
         arrays.append(row[at : at + x.size].reshape(x.shape))
         at += x.size

@@ -1,4 +1,4 @@
-"""Optional packages: asked for by name before the work that needs them begins."""
+"""Checks for optional packages, before the work that needs them begins."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def require(module: str, install: str) -> None:
 
     Args:
         module: The package's import name, such as ``"matplotlib"``.
-        install: What pip has to install for it, such as ``"ringattn[plot]"``.
+        install: The requirement that pip must install, such as ``"ringattn[plot]"``.
 
     Raises:
-        MissingExtraError: The package is not installed; the message says how to install it.
+        MissingExtraError: If the package is not installed. The message says how to install it.
     """
     if importlib.util.find_spec(module) is None:
         raise MissingExtraError(f"{module} is not installed: pip install '{install}'")

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence each rank holds."""
+"""Layouts: the tokens of a sequence that each rank holds."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from .core.intervals import Span, Spans, length, positions, tokens_at, union
+from .core.intervals import Span, Spans, in_proportion, length, positions, tokens_at, union
 from .core.validation import check_int, told
 from .errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from .transport.base import Ring
 
-SHOWN = 8  # ranks, and spans of a rank, in a layout's repr
+SHOWN = 8  # ranks, and spans for each rank, in a layout's repr
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which positions of a sequence each rank holds, as ascending spans ``(start, stop)`` in local order.
+    """Positions of a sequence that each rank holds, as ascending spans ``(start, stop)`` in local order.
 
-    A layout covers every position from `start` to `stop` exactly once. It is immutable and hashable, and two layouts
-    that place the same tokens alike are equal: empty spans are dropped, adjacent ones joined.
+    A layout covers every position from `start` to `stop` exactly once. It is immutable and hashable. Two layouts that
+    give the same tokens to the same ranks are equal: empty spans are dropped, adjacent ones joined.
 
         contiguous   0 0 0 0 1 1 1 1      zigzag   0 0 1 1 1 1 0 0      cyclic   0 0 1 1 0 0 1 1
 
     Args:
-        spans: For each rank, its spans. A rank may hold none.
-        start: The first position; needed only where no rank holds a token (default 0).
+        spans: The spans of each rank. A rank may have none.
+        start: The first position. Needed only where no rank holds a token (default 0).
 
     Raises:
         ArgumentError: If spans descend, overlap, leave a gap, or do not begin at `start`.
@@ -65,12 +65,12 @@ class Layout:
 
     @classmethod
     def contiguous(cls, n: int, size: int, *, start: int = 0) -> Layout:
-        """`n` tokens over `size` ranks, one span each, as equal as can be (the first ranks hold the longer ones)."""
+        """Divide `n` tokens over `size` ranks, one span each, as equal as possible; the first ranks get longer ones."""
         return cls(tuple((span,) for span in _cut(n, (1.0,) * _checked_size(size), start)), start)
 
     @classmethod
     def zigzag(cls, n: int, size: int, *, start: int = 0) -> Layout:
-        """`n` tokens in ``2 * size`` chunks; rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``.
+        """Divide `n` tokens into ``2 * size`` chunks. Rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``.
 
         Every rank then has the same causal work at every hop. Use it for whole causal sequences.
         """
@@ -78,17 +78,19 @@ class Layout:
 
     @classmethod
     def cyclic(cls, n: int, size: int, chunk: int, *, start: int = 0) -> Layout:
-        """`n` tokens in chunks of `chunk`, dealt to the ranks round and round, as chunked prefill leaves them."""
-        n, start, size = check_int("n", n, 0), check_int("start", start), _checked_size(size)
+        """Divide `n` tokens into chunks of `chunk`, assigned to the ranks in turn, as in chunked prefill."""
+        n = check_int("n", n, 0)
+        start = check_int("start", start)
+        size = _checked_size(size)
         chunk = check_int("chunk", chunk, 1)
         cuts = [(a, min(a + chunk, start + n)) for a in range(start, start + n, chunk)]
         return cls(tuple(tuple(cuts[rank::size]) for rank in range(size)), start)
 
     @classmethod
     def weighted(cls, n: int, weights: Sequence[float], *, start: int = 0) -> Layout:
-        """`n` tokens in mirrored pairs of spans, like zigzag, with lengths in proportion to `weights`, one a rank.
+        """Divide `n` tokens into mirrored pairs of spans, like zigzag, with lengths in proportion to `weights`.
 
-        A pair of spans of length l at a and at N - a - l has causal work l(a + l/2) + l(N - a - l/2) = lN, so tokens,
+        A pair of spans of length l at a and at N - a - l has causal work l(a + l/2) + l(N - a - l/2) = lN. So tokens,
         memory, linear layers and causal attention all scale with the weight. Use it where machines are unequal.
         """
         shares = _checked_weights(weights)
@@ -96,11 +98,11 @@ class Layout:
         return cls(tuple((chunks[rank], chunks[-1 - rank]) for rank in range(len(shares))), start)
 
     def __repr__(self) -> str:
-        """Spans and start. Long lists are cut off: a cache dealt out in chunks has thousands of spans."""
+        """Show spans and start. Long lists are cut off: a cache in chunks has thousands of spans."""
         return f"Layout(spans={_short(self.spans)}, start={self.start})"
 
     def __hash__(self) -> int:
-        return self._hash  # kept: a cache dealt out in chunks has thousands of spans, and plans are looked up per call
+        return self._hash  # cached: a cache in chunks has thousands of spans, and each call looks up its schedule
 
     @cached_property
     def _hash(self) -> int:
@@ -123,21 +125,21 @@ class Layout:
 
     @cached_property
     def summary(self) -> str:
-        """Start, stop and a short hash of the spans: equal on every machine for equal layouts, and only for them."""
+        """Start, stop and a short hash of the spans. Only equal layouts have equal summaries, on any machine."""
         spans = hashlib.blake2b(repr(self.spans).encode(), digest_size=8).hexdigest()
         return f"{self.start}..{self.stop} on {self.size} ranks ({spans})"
 
     def local_length(self, rank: int) -> int:
-        """How many tokens `rank` holds."""
+        """Count the tokens of `rank`."""
         return length(self.spans[_checked_rank(rank, self.size)])
 
     def positions(self, rank: int) -> np.ndarray:
-        """The positions of the tokens of `rank`, in local order: ascending int32 ``[local_length]``."""
+        """Return the positions of the tokens of `rank`, in local order: ascending int32 ``[local_length]``."""
         spans = self.spans[_checked_rank(rank, self.size)]
         return positions(spans)
 
     def extend(self, other: Layout) -> Layout:
-        """This layout followed by `other`, which starts where this one stops and has as many ranks."""
+        """Append `other`, which starts at the stop of this layout and has as many ranks."""
         if not isinstance(other, Layout):
             raise ArgumentTypeError(f"other: {told(other)}, expected a Layout")
         if other.size != self.size:
@@ -147,14 +149,14 @@ class Layout:
         return Layout(tuple(mine + theirs for mine, theirs in zip(self.spans, other.spans)), self.start)
 
     def shard(self, x: Array, rank: int, axis: int = 2) -> Array:
-        """The tokens of `rank` out of the whole `x`, whose `axis` counts the layout's tokens. mx or NumPy, as given."""
+        """Cut the tokens of `rank` out of the whole mx or NumPy array `x`, whose token axis is `axis`."""
         axis = _checked_axis("x", x, axis, self.length)
         spans = self.spans[_checked_rank(rank, self.size)] or ((self.start, self.start),)
         pieces: list[Any] = [x[tokens_at(axis, start - self.start, stop - self.start)] for start, stop in spans]
         return _concatenate(pieces, axis)
 
     def unshard(self, parts: Sequence[Array], axis: int = 2) -> Array:
-        """The whole sequence from all ranks' `parts`, in rank order: the inverse of `shard`."""
+        """Join all ranks' `parts`, given in rank order, to the whole sequence. The inverse of `shard`."""
         parts = list(_sequence("parts", parts))
         if len(parts) != self.size:
             raise ArgumentError(f"parts: {len(parts)} arrays, expected {self.size}, one a rank")
@@ -169,7 +171,7 @@ class Layout:
         return _concatenate([piece for _, piece in pieces] or parts[:1], axis)
 
     def gather(self, x: mx.array, ring: Ring, axis: int = 2) -> mx.array:
-        """The whole sequence on every rank, from each one's part `x`. Collective; costs the memory of the whole."""
+        """Give every rank the whole sequence, from each rank's part `x`. Collective. Needs memory for the whole."""
         from .ring.gather import gather
 
         return gather(self, x, ring, axis)
@@ -188,7 +190,7 @@ def _sequence(name: str, value: object) -> Iterable:
 
 
 def _checked_spans(rank: int, given: object) -> Spans:
-    """The spans of one rank as plain ints: empty ones dropped, adjacent ones joined."""
+    """Return the spans of one rank as plain ints. Empty spans are dropped, adjacent ones joined."""
     name = f"spans[{rank}]"
     spans: list[Span] = []
     for span in _sequence(name, given):
@@ -225,7 +227,7 @@ def _checked_weights(weights: object) -> list[float]:
             raise ArgumentError(f"weights: {weight}, expected a finite number of at least 0")
     if not any(values):
         raise ArgumentError(f"weights: {told(values)}, expected at least one above 0")
-    exponent = math.frexp(max(values))[1]  # only their proportions count, and sums of large ones would overflow
+    exponent = math.frexp(max(values))[1]  # scale them, so that sums of large weights do not overflow
     return [math.ldexp(value, -exponent) for value in values]
 
 
@@ -241,15 +243,7 @@ def _checked_axis(name: str, x: object, axis: object, tokens: int) -> int:
 
 
 def _cut(n: int, shares: Sequence[float], start: int) -> list[Span]:
-    """`n` positions from `start` on, cut into spans in proportion to `shares` (largest remainder, first ones first)."""
-    n, start = check_int("n", n, 0), check_int("start", start)
-    exact = [n * share / sum(shares) for share in shares]
-    counts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: n - sum(counts)]:
-        counts[i] += 1
-    ends = [start + int(end) for end in np.cumsum(counts)]
-    return list(zip([start, *ends], ends))
+    return in_proportion(check_int("n", n, 0), shares, check_int("start", start))
 
 
 def _concatenate(pieces: list, axis: int):

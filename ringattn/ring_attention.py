@@ -81,41 +81,41 @@ def ring_attention(
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Exact attention of this rank's queries to the keys of all ranks. Collective: every rank calls it.
 
-    Key and value blocks (or queries and their states) travel around the ring while each rank computes on what it
-    holds; memory per rank is its own tensors and two travelling blocks. The result is that of `attention` on the whole
-    sequence, and the same bits on every run. What is not said here is as in `attention`.
+    Key and value blocks (or queries and their states) travel around the ring while each rank computes on the block that
+    it holds. A rank needs memory for its own tensors and two travelling blocks. The result is that of `attention` on
+    the whole sequence, with the same bits on every run. Options without a description here are those of `attention`.
 
-    Differentiable (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the lse. The
-    gradient is collective too and that of the sum of all ranks' losses: that by k and v arrives at the rank that has
-    them, that by sinks is this rank's queries' part. A rank whose loss does not use the result leaves the others
-    waiting; `ringattn.training.mean_loss` keeps the link.
+    The call is differentiable (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the
+    lse. The gradient is collective too. It is that of the sum of all ranks' losses: each rank gets the gradients of its
+    own q, k and v, and its queries' part of the gradient of sinks. If the loss of a rank does not use the result, the
+    other ranks wait for it; `ringattn.training.mean_loss` avoids this.
 
     Args:
         q: This rank's queries ``[batch, heads, local tokens, head_dim]``, in the order of ``layout.positions(rank)``.
         k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`.
         v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
-        ring: The ring, of `init`.
-        layout: Which positions each rank's queries have. The same on every rank, as all that follows but arrays.
-        kv_layout: Which positions each rank's keys have. Default: `layout`. It differs where new queries meet a
+        ring: The ring, from `init`.
+        layout: The positions of each rank's queries. Equal on every rank, like all other options that are not arrays.
+        kv_layout: The positions of each rank's keys. Default: `layout`. It differs where new queries attend to a
             longer cached prefix; `layout` then starts at the prefix's length.
-        scale, window, softcap, sinks, out_dtype, backend: As in `attention`; windows look at positions.
+        scale, window, softcap, sinks, out_dtype, backend: As in `attention`. Windows count positions.
         mask: ``"causal"`` (by positions), or an array whose rows are this rank's queries and whose columns are the
             keys of all ranks in global order.
-        segments: The ids of this rank's tokens ``[batch, local tokens]``, or a pair of them for queries and keys.
-        strategy: ``"pass_kv"`` moves keys and values; ``"pass_q"`` moves queries and brings their states home, which
-            is less for few new queries against a long cache; ``"gather"`` brings all keys that this rank's queries
-            see to it and computes once: its memory grows with the whole sequence. ``None`` takes whichever of the
-            first two moves fewer bytes.
+        segments: The ids of this rank's tokens ``[batch, local tokens]``, or a pair of arrays for queries and keys.
+        strategy: ``"pass_kv"`` moves keys and values; ``"pass_q"`` moves queries and returns their states, which
+            is less for few new queries and a long cache; ``"gather"`` collects all keys that this rank's queries see
+            and computes once, so that its memory grows with the whole sequence. ``None`` chooses the one of the first
+            two that moves fewer bytes.
         return_lse: Also return the log-sum-exp.
 
     Returns:
         `out` ``[batch, heads, local tokens, value head_dim]`` for this rank's queries, or ``(out, lse)``.
 
     Raises:
-        ArgumentError: An argument is wrong on this or another rank, or differs between ranks. Raised on every rank,
-            before any data moves; the ring still works.
-        RingError: A rank died, stalled or left, or another thread is using the ring.
-        TransformError: mx.compile, mx.vmap, mx.jvp or a second derivative reached it: not supported.
+        ArgumentError: If an argument is wrong on any rank, or differs between ranks. Raised on every rank, before any
+            data moves; the ring still works.
+        RingError: If a rank died, stalled or left, or another thread is using the ring.
+        TransformError: If mx.compile, mx.vmap, mx.jvp or a second derivative is applied. They are not supported.
     """
     check_ring(ring)
     with ring.call(WHAT):

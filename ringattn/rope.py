@@ -1,4 +1,4 @@
-"""Rotary positions of tokens that are not contiguous, such as those of a rank."""
+"""Rotary positional encoding of tokens that are not contiguous, such as those of a rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rope(
 ) -> mx.array:
     """Rotary positional encoding (`mx.fast.rope`) of tokens at any positions.
 
-    `mx.fast.rope` takes one offset and rotates contiguous tokens; a rank of a ring holds tokens of several spans::
+    `mx.fast.rope` takes one offset and contiguous tokens. A rank of a ring holds tokens of several spans::
 
         q = ringattn.rope(q, q.shape[-1], positions=layout.positions(ring.rank))
 
@@ -32,18 +32,18 @@ def rope(
 
     Args:
         x: Queries or keys ``[batch, ..., tokens, head_dim]`` in float16, bfloat16 or float32.
-        dims: How many of the head_dim dimensions are rotated, from the first on; the others stay.
+        dims: The number of dimensions that are rotated, from the first one on. The others are unchanged.
         positions: The position of each token, ascending int32 ``[tokens]``.
-        traditional: Rotate consecutive dimensions (True), or the first half of `dims` with the second.
+        traditional: Rotate consecutive dimensions (True), or the first half of `dims` with the second half (False).
         base: The base of the angular frequencies. Default 10000, without `freqs`.
-        scale: What positions are multiplied with.
+        scale: The factor of the positions.
         freqs: The reciprocals of the angular frequencies ``[dims / 2]``, instead of `base`.
 
     Returns:
         The rotated array, in x's shape and dtype.
 
     Raises:
-        ArgumentError: `x`, `positions`, or `base` together with `freqs` is wrong.
+        ArgumentError: If `x` or `positions` is wrong, or both `base` and `freqs` are given.
     """
     check_array("x", x)
     if x.dtype not in FLOATS:
@@ -58,7 +58,7 @@ def rope(
         base = BASE
     if x.size == 0:
         return x
-    by_token = mx.moveaxis(x, -2, 0)  # each token is an example of its own, with an offset of its own
+    by_token = mx.moveaxis(x, -2, 0)  # each token becomes a batch entry with its own offset
     rotated = mx.fast.rope(
         by_token.reshape(tokens, prod(x.shape[:-2]), 1, dim),
         dims,

@@ -1,4 +1,4 @@
-"""What a training loop over a ring needs beside `ring_attention`.
+"""Helpers for a training loop over a ring.
 
     layout = ra.Layout.zigzag(tokens.shape[1], ring.size)
     batch = shard_batch(tokens, layout, ring, segments=documents)
@@ -10,8 +10,8 @@
     value, gradients = nn.value_and_grad(model, loss)(model)
     optimizer.update(model, sum_gradients(gradients, ring))
 
-Every rank has the same weights and its own tokens. The gradient of a rank is that of its own share of the mean loss, so
-that the sum over the ranks is the gradient of the mean over all tokens, whichever ranks they are on.
+Every rank has the same weights and its own tokens. The gradient of a rank is that of its share of the mean loss. The
+sum over the ranks is the gradient of the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .autograd.checkpointing import Tape
+from .autograd.checkpointing import ResultRecord
 from .core.validation import check_array, check_int
 from .errors import ArgumentError
 from .layout import Layout
@@ -39,13 +39,13 @@ BUCKET_BYTES = 32 << 20
 
 
 class Batch(NamedTuple):
-    """This rank's part of a batch of sequences, in the order of ``layout.positions(rank)``.
+    """Part of a batch of sequences on this rank, in the order of ``layout.positions(rank)``.
 
     Attributes:
         tokens: Integers ``[batch, local tokens]``.
-        targets: The token that follows each in the whole sequence, likewise.
+        targets: The next token in the whole sequence for each token, in the same shape.
         positions: The positions of the tokens in the sequence, int32 ``[local tokens]``.
-        weights: float32 ``[batch, local tokens]``: 0 where there is nothing to predict (the end of a document or of the
+        weights: float32 ``[batch, local tokens]``: 0 for tokens without a target (the end of a document or of the
             sequence, and padding), else 1.
         segments: Document ids ``[batch, local tokens]`` for `ring_attention`, or ``None``.
     """
@@ -58,14 +58,14 @@ class Batch(NamedTuple):
 
 
 def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.array | None = None) -> Batch:
-    """This rank's part of a batch that every rank has whole. Not collective.
+    """Cut this rank's part out of a batch that every rank has whole. Not collective.
 
     Args:
         tokens: Integers ``[batch, layout.length]``.
-        layout: Which positions each rank has.
+        layout: The positions of each rank.
         ring: The ring.
-        segments: Integer ids of packed documents ``[batch, layout.length]``, each document's tokens in a row; negative
-            for padding. A document's last token has nothing to predict.
+        segments: Integer ids of packed documents ``[batch, layout.length]``. The tokens of a document are contiguous.
+            A negative id is padding. The last token of a document has no target.
 
     Raises:
         ArgumentError: If shapes or dtypes do not fit.
@@ -82,14 +82,14 @@ def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.ar
     ids = np.zeros(tokens.shape, np.int64) if segments is None else np.array(segments)
     weights = np.zeros(tokens.shape, np.float32)
     weights[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, :-1] >= 0)
-    targets = mx.concatenate([tokens[:, 1:], tokens[:, :1]], 1)  # the last has none, and weight 0
+    targets = mx.concatenate([tokens[:, 1:], tokens[:, :1]], 1)  # the last token has no target, and weight 0
     mine = [layout.shard(x, ring.rank, axis=1) for x in (tokens, targets, mx.array(weights))]
     own = None if segments is None else layout.shard(segments, ring.rank, axis=1)
     return Batch(mine[0], mine[1], mx.array(layout.positions(ring.rank)), mine[2], own)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    """What is in a tree, by name."""
+    """List the leaves of a tree by name."""
     named = tree_flatten(tree)
     assert isinstance(named, list)
     return named
@@ -102,18 +102,18 @@ def _check_like(name: str, x: Any, other: str, like: mx.array) -> None:
 
 
 def mean_loss(losses: mx.array, ring: Ring, *, weights: mx.array | None = None) -> mx.array:
-    """The weighted mean over all ranks' tokens, the same on every rank; its gradient is that of this rank's share.
+    """Compute the weighted mean over all ranks' tokens, equal on every rank. Collective.
 
-    `losses` stay in the graph even where no token of this rank counts, so that a rank with nothing to predict still
-    takes part in the gradient of `ring_attention`, for which the others would otherwise wait. Collective.
+    Its gradient is that of this rank's share. `losses` stay in the graph even where all weights of this rank are 0. So
+    a rank without targets still takes part in the collective gradient of `ring_attention`, and no rank waits for it.
 
     Args:
-        losses: One for each of this rank's tokens, in any shape, computed from the model's output.
+        losses: The loss of each token of this rank, in any shape, computed from the model's output.
         ring: The ring.
-        weights: Of the same shape, not negative. Default: all 1.
+        weights: The weight of each token, in the same shape, not negative. Default: all 1.
 
     Returns:
-        A float32 scalar: sum of losses times weights over the sum of weights; 0 if that is 0.
+        A float32 scalar: the sum of losses times weights, divided by the sum of weights; 0 if that sum is 0.
 
     Raises:
         ArgumentError: If shapes differ. Raised on every rank.
@@ -132,15 +132,15 @@ def mean_loss(losses: mx.array, ring: Ring, *, weights: mx.array | None = None) 
 
 
 def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTES) -> Any:
-    """The sum of all ranks' parameter gradients, the same bits on every rank. Collective.
+    """Sum all ranks' parameter gradients, to the same bits on every rank. Collective.
 
-    With the loss of `mean_loss`, which gives every rank its share, the sum is the gradient of the mean over all tokens.
+    With `mean_loss`, which gives every rank its share, the sum is the gradient of the mean over all tokens.
 
     Args:
         gradients: A tree of arrays, of the same structure and shapes on every rank.
         ring: The ring.
-        bucket_bytes: Arrays of one dtype go together in buckets of up to so many bytes: many small ones take as few
-            messages as a large one, and no copy is made of all of them at once.
+        bucket_bytes: The largest size of a bucket. Arrays of one dtype are sent together in buckets: many small arrays
+            take as few messages as a large one, and never are all arrays copied at once.
 
     Returns:
         A tree of the same structure.
@@ -168,13 +168,14 @@ def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTE
 
 
 def _buckets(named: list[tuple[str, mx.array]], most: int) -> Iterator[list[tuple[str, mx.array]]]:
-    """Runs of arrays of one dtype of at most so many bytes, or of one array; the same on ranks with equal trees."""
+    """Yield runs of arrays of one dtype with at most `most` bytes, or of one array. Equal trees give equal runs."""
     bucket: list[tuple[str, mx.array]] = []
     size = 0
     for name, x in named:
         if bucket and (x.dtype != bucket[0][1].dtype or size + x.nbytes > most):
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append((name, x))
         size += x.nbytes
     if bucket:
@@ -182,14 +183,15 @@ def _buckets(named: list[tuple[str, mx.array]], most: int) -> Iterator[list[tupl
 
 
 def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
-    """Run `module`, or `fn` of it, without keeping what is inside for the gradient: it is made again when needed.
+    """Run `module`, or `fn`, without keeping intermediate results: the gradient recomputes them.
 
-    As ``mlx.nn.utils.checkpoint``, but the results of `ring_attention` and `attention` inside are kept (`out` and the
-    lse), so that the ring's forward pass is not run twice.
+    Like ``mlx.nn.utils.checkpoint``, but it keeps the results (`out` and lse) of `ring_attention` and `attention`, so
+    that the ring's forward pass does not run twice.
 
     Args:
-        module: Whose trainable parameters the gradient is by.
-        fn: What to run, by default the module: it must be a function of its arguments and the module's parameters.
+        module: The module. The gradient is with respect to its trainable parameters.
+        fn: The function to run, by default the module. It must depend on its arguments and the module's parameters
+            alone.
 
     Returns:
         A function of the same arguments, arrays and trees of them.
@@ -198,9 +200,11 @@ def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
 
     def checkpointed(*arguments: Any) -> Any:
         given = _leaves({"parameters": module.trainable_parameters(), "arguments": list(arguments)})
-        names, arrays = [name for name, _ in given], [x for _, x in given]
+        names = [name for name, _ in given]
+        arrays = [x for _, x in given]
         at = [i for i, x in enumerate(arrays) if isinstance(x, mx.array)]
-        tape, shape = Tape(), _Shape()
+        record = ResultRecord()
+        result_tree = _ResultTree()
 
         def flat(*some: mx.array) -> list[mx.array]:
             whole = list(arrays)
@@ -208,37 +212,37 @@ def checkpoint(module: nn.Module, fn: Callable | None = None) -> Callable:
                 whole[i] = x
             tree = tree_unflatten(list(zip(names, whole)))
             module.update(tree.get("parameters", {}))
-            return shape.flatten(run(*tree.get("arguments", [])))
+            return result_tree.flatten(run(*tree.get("arguments", [])))
 
         def compute(*some: mx.array) -> list[mx.array]:
-            with tape.recording():
+            with record.recording():
                 return flat(*some)
 
-        def pull_back(primals, cotangents, outputs) -> list[mx.array]:
-            with tape.replaying():
+        def backward(primals, cotangents, outputs) -> list[mx.array]:
+            with record.replaying():
                 return mx.vjp(flat, list(primals), list(cotangents))[1]
 
         function: Any = mx.custom_function(compute)
-        function.vjp(pull_back)
+        function.vjp(backward)
         parameters = module.trainable_parameters()
         try:
-            return shape.restore(function(*(arrays[i] for i in at)))
+            return result_tree.restore(function(*(arrays[i] for i in at)))
         finally:
-            module.update(parameters)  # not those of the transformation
+            module.update(parameters)  # instead of those of the transformation
 
     return checkpointed
 
 
-class _Shape:
-    """The structure of a function's result, which is known once it has run."""
+class _ResultTree:
+    """Structure of a function's result, known after its first run."""
 
     def flatten(self, result: Any) -> list[mx.array]:
-        """Its arrays."""
+        """Store the structure of `result` and return its arrays."""
         named = _leaves({"result": result})
         self._names = [name for name, _ in named]
         return [x for _, x in named]
 
     def restore(self, arrays: Any) -> Any:
-        """The result that has these arrays."""
+        """Rebuild a result from its arrays."""
         arrays = [arrays] if isinstance(arrays, mx.array) else arrays
         return tree_unflatten(list(zip(self._names, arrays)))["result"]

@@ -1,15 +1,11 @@
-"""What all tests share."""
-
-import os
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes of tests share the cores; before NumPy reads it
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RINGATTN_THREADS"):
-        os.environ.setdefault(name, "1")
+"""Fixtures and options of all tests."""
 
 import importlib.util
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import metal_executor
 import mlx.core as mx
@@ -18,8 +14,9 @@ import stored
 from spawn import MPIEXEC
 
 from launch.virtual import unavailable
+from ringattn.native import blas
 
-# What a test with a marker needs, and why it may not be there. Where CI says it is, a missing part is a failure.
+# The requirements of each marker, and the reason to skip. Where CI promises one, its absence is a failure.
 NEEDS: dict[str, Callable[[], str | None]] = {
     "ranks": lambda: None if MPIEXEC else "there is no mpiexec",
     "hosts": lambda: unavailable() or NEEDS["ranks"](),
@@ -40,8 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     stored.install()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_blas_thread(worker_id: str) -> Iterator[None]:
+    """Keep NumPy to one thread where several processes of tests share the cores."""
+    with nullcontext() if worker_id == "master" else blas.single_threaded():
+        yield
+
+
 def _choose_device(config: pytest.Config) -> None:
-    """Compute on the CPU, or on the GPU whose kernels are tested; there no other code may take the place of one.
+    """Compute on the CPU, or on the GPU that runs the kernels. On the GPU a fallback is an error.
 
     ``RINGATTN_TEST_CUDA=1`` chooses an NVIDIA GPU.
     """
@@ -60,7 +64,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this GPU cannot run."""
+    """Skip tests that this GPU cannot run."""
     needs_host_runtime = any(item.get_closest_marker(marker) for marker in ("host_runtime", "emulator"))
     reason = metal_executor.reason_to_skip(item.nodeid, needs_host_runtime) if metal_executor.on_gpu() else None
     if reason:
@@ -72,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = {marker: need() for marker, need in NEEDS.items()}
     for item in items:
         markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
-        if markers:  # one after the other, since they time things
+        if markers:  # one after the other, since they measure times
             item.add_marker(pytest.mark.xdist_group("ranks"))
         for reason in filter(None, (lacking[marker] for marker in markers)):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -80,5 +84,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def metal_on_this_machine():
-    """The host runtime ends a test at its first report."""
+    """Fail a test at the first report of the host runtime."""
     metal_executor.restore_executor()

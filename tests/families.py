@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +24,9 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 WINDOWS = ["sliding_attention", "full_attention"] * 2
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, what differs
+TURNS = "{% for m in messages %}{{ m['content'] }} w57 {% endfor %}"
+CHAT_TEMPLATE = TURNS + "{% if add_generation_prompt %}w58 {% endif %}"
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     "qwen2": ("qwen2", {}),
@@ -94,25 +98,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, wh
 def words() -> Any:
     """A tokenizer of the models' vocabulary, one word a token."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    return TokenizerWrapper(_words())
+
+
+def _words() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(BASE["vocab_size"])}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
-    """A model of the family, float32, the same for the same seed; sinks and norms are not what they begin as.
+    """Build a model of the family in float32, the same for the same seed. Sinks and norms are random too.
 
-    `more` changes its configuration further.
+    `more` are further changes of its configuration.
     """
     module, changes = FAMILIES[name]
     return build_other(module, {**changes, **more}, seed)
 
 
 def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Module:
-    """A model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
+    """Build a model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
     found = import_module(f"mlx_lm.models.{module}")
     kind = found.ModelArgs
     mx.random.seed(seed)
@@ -121,3 +130,22 @@ def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Modul
     model.load_weights(weights)
     mx.eval(model.parameters())
     return model
+
+
+def save_llama(folder: Path, **more: Any) -> Path:
+    """Write the model "llama" into `folder` for `mlx_lm.load`, with the tokenizer of `words` and a chat template.
+
+    `more` are further entries of its configuration.
+    """
+    tokenizer = _words()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", **more}))
+    save_weights(build("llama"), folder)
+    return folder
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write a model's weights into `folder`."""
+    weights: Any = tree_flatten(model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(weights), {"format": "mlx"})

@@ -23,7 +23,7 @@ near = st.sampled_from(
 
 def bodies(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     """Bodies of a request: usually with what is needed, and with odd values of known and unknown fields."""
-    from ringattn.lm.server.requests import HARMLESS, RULES
+    from ringattn.lm.server.api.requests import HARMLESS, RULES
 
     names = st.sampled_from(sorted([*RULES[kind], *HARMLESS])) | st.text(max_size=9)
     needed = st.just({"messages": MESSAGES} if kind == "chat" else {"prompt": "x"})

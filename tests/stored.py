@@ -1,8 +1,8 @@
-"""Results in float64 that many tests need, computed once for all of them and for all ranks.
+"""Cache of float64 results, computed once for all tests and all ranks.
 
-The same problem comes up again with each backend, number of ranks and way of sending. Its exact answer takes longer
-than what is tested, so that the first process to need it leaves it in a folder of this run, under a name made of all
-that it depends on; the others read it there.
+The same problem occurs with each backend, number of ranks and transport. Its exact result takes longer than the tested
+code. The first process that needs a result stores it in a folder of this run, under a hash of its inputs. The others
+read it there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import numpy as np
 
 from ringattn.verify import oracle
 
-FOLDER = "RINGATTN_TEST_RESULTS"  # the environment variable that names it
-KEPT = 32  # results that a process keeps in memory
-PATIENCE = 60.0  # s in which another process may finish a result that it has begun
+FOLDER = "RINGATTN_TEST_RESULTS"  # the environment variable with the folder
+KEPT = 32  # results in the memory of a process
+PATIENCE = 60.0  # s to wait for another process that computes the result
 
 _memory: OrderedDict[str, Any] = OrderedDict()
 
 
 def install() -> None:
-    """Have the oracle look its results up. Without the environment variable it computes them."""
+    """Make the oracle use stored results. Without the environment variable it computes them."""
     for kind in (oracle.Case, oracle.GradientCase):
         for name in ("exact", "plain", "sizes"):
             if hasattr(kind, name) and FOLDER in os.environ:
@@ -53,7 +53,7 @@ def _stored(name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _parts(x: Any) -> Iterator[bytes]:
-    """All that `x` is made of, as bytes."""
+    """Yield the contents of `x` as bytes."""
     if isinstance(x, mx.array):
         x = mx.contiguous(x)
         mx.eval(x)
@@ -75,7 +75,7 @@ def _parts(x: Any) -> Iterator[bytes]:
 
 
 def _from_folder(path: Path, compute: Callable[[], Any]) -> Any:
-    """The result at `path`; made and put there by whoever comes first."""
+    """Read the result at `path`. The first process computes and stores it."""
     try:
         os.close(os.open(path.with_suffix(".begun"), os.O_CREAT | os.O_EXCL))
     except FileExistsError:

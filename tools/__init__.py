@@ -1,1 +1,1 @@
-"""Tools for working on the package; they are not installed with it."""
+"""Tools for developing the package. They are not installed with it."""

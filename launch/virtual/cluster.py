@@ -1,4 +1,4 @@
-"""Making hosts, running commands beside them, and removing every trace of them."""
+"""Virtual hosts: create them, run commands beside them, and remove them completely."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-STATE = Path("/run/ringattn-virtual")  # a folder for each cluster: who made it, the ssh stand-in
-# What TCP does about a full link, as on a Mac, whatever this machine does. BBR leaves a tenth of a link unused on which
-# blocks go one way and the confirmations of others the other.
+STATE = Path("/run/ringattn-virtual")  # a folder for each cluster with its owner's pid and the replacement of ssh
+# TCP congestion control of a Mac, whatever this machine uses. BBR would leave a tenth of a link unused on which blocks
+# go one way and acknowledgements the other.
 CONGESTION = ("congctl", "cubic")
-BURST = "256kb"  # of the links' token buckets: more than the largest segment that the kernel hands over at once
-RANKS = {  # for MPICH: these hosts share a kernel, but no memory, and have one interface for their names
+BURST = "256kb"  # of the links' token buckets: more than the largest segment that the kernel passes on at once
+MPICH_VARIABLES = {  # these hosts share a kernel, but no memory, and have one interface for their names
     "MPIR_CVAR_NOLOCAL": "1",
     "FI_TCP_IFACE": "eth0",
 }
@@ -27,7 +27,7 @@ _count = itertools.count(1)
 
 
 def unavailable() -> str | None:
-    """Why there can be no virtual cluster here, in one line with the remedy; ``None`` where there can."""
+    """Reason why this machine can have no virtual cluster, in one line with the remedy; ``None`` if it can."""
     if os.uname().sysname != "Linux":
         return "a virtual cluster needs Linux: run it in a virtual machine"
     if os.geteuid() != 0:
@@ -40,21 +40,22 @@ def unavailable() -> str | None:
 
 
 class Cluster:
-    """`hosts` hosts on one bridge; a context manager, and everything is gone when it is left.
+    """Context manager for hosts on one bridge. Its exit removes everything.
 
     Args:
-        hosts: How many, 1 to 200.
-        rate: Of each host's link, each way by itself, in tc's units (``"1gbit"``); ``None``: not limited.
-        memory: Of each host (``"2G"``, ``"512M"``); ``None``: not limited.
-        cores: Give each host so many cores, in turn; ``None``: all of them to all.
-        ring: Also join each host to the next by a cable of its own, the last to the first, as Macs on Thunderbolt are:
-            neighbours reach each other over these alone, and `rate` is theirs. At least 3 hosts.
+        hosts: Number of hosts, 1 to 200.
+        rate: Rate of each host's link, separately each way, in units of tc (``"1gbit"``); ``None``: no limit.
+        memory: Memory of each host (``"2G"``, ``"512M"``); ``None``: no limit.
+        cores: Number of cores of each host, assigned in turn; ``None``: all hosts share all cores.
+        ring: Whether to join each host to the next by a cable of its own, and the last to the first, like Macs on
+            Thunderbolt. Neighbours then reach each other over these cables alone, and `rate` is theirs. Needs 3 hosts.
 
     Attributes:
-        names: The hosts' names, which a process there sees as its own.
-        addresses: Their addresses, which is what `ssh` takes.
-        bridge: The interface over which this machine reaches them.
-        environment: For commands that start ranks: PATH with the ssh stand-in, RINGATTN_HOSTS, MPI's settings.
+        names: Host names, which processes there see as their own.
+        addresses: Addresses of the hosts, for `ssh`.
+        bridge: Interface over which this machine reaches the hosts.
+        environment: Environment for commands that start ranks: PATH with the replacement of ssh, RINGATTN_HOSTS, and
+            settings of MPI.
     """
 
     def __init__(
@@ -70,16 +71,19 @@ class Cluster:
         self._bytes = None if memory is None else _parse_bytes(memory)
         if cores is not None and not 1 <= cores <= os.cpu_count():
             raise ValueError(f"cores: {cores}, expected 1 to {os.cpu_count()}")
-        self._rate, self._cores, self._ring = rate, cores, ring
+        self._rate = rate
+        self._cores = cores
+        self._ring = ring
         self._name = f"ra{os.getpid()}x{next(_count)}"
-        self.bridge, self._folder = self._name, STATE / self._name
+        self.bridge = self._name
+        self._folder = STATE / self._name
         self.names = [f"mac{i}" for i in range(hosts)]
         subnet = _free_subnet()
         self.head = f"{subnet}.254"
         self.addresses = [f"{subnet}.{i + 1}" for i in range(hosts)]
         self.environment = {
             **os.environ,
-            **RANKS,
+            **MPICH_VARIABLES,
             "PATH": f"{self._folder}:{os.environ['PATH']}",
             "RINGATTN_HOSTS": ",".join(self.addresses),
             "RINGATTN_BRIDGE": self.bridge,
@@ -100,27 +104,27 @@ class Cluster:
         _remove(self._name)
 
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
-        """`subprocess.run` on this machine, from which the hosts can be reached."""
+        """Run a command by `subprocess.run` on this machine, from which the hosts can be reached."""
         return subprocess.run(list(command), env=self.environment, **options)
 
     def processes(self) -> list[int]:
-        """The processes on all hosts."""
+        """Pids of the processes on all hosts."""
         return [pid for i in range(len(self.names)) for pid in _processes(self._host(i))]
 
     def unplug(self, host: int) -> None:
-        """Take a host's cable to the bridge out."""
+        """Disconnect a host from the bridge."""
         _do("ip", "link", "set", self._cable(host), "down")
 
     def plug(self, host: int) -> None:
-        """Put it in again."""
+        """Connect a host to the bridge again."""
         _do("ip", "link", "set", self._cable(host), "up")
 
     def sent(self, host: int) -> int:
-        """Bytes that a host has sent over its cable to the bridge so far."""
+        """Bytes that a host has sent over its cable to the bridge."""
         return int(Path(f"/sys/class/net/{self._cable(host)}/statistics/rx_bytes").read_text())
 
     def set_rate(self, rate: str | None) -> None:
-        """Change the rate of all links; ``None``: not limited."""
+        """Change the rate of all links; ``None``: no limit."""
         for i in range(len(self.names)):
             inside = ("-n", self._host(i))
             ends: list[tuple[str, tuple[str, ...]]] = [(self._cable(i), ()), ("eth0", inside)]
@@ -154,14 +158,16 @@ class Cluster:
         script.chmod(0o755)
 
     def _make_host(self, i: int) -> None:
-        host, cable = self._host(i), self._cable(i)
+        host = self._host(i)
+        cable = self._cable(i)
         _do("ip", "netns", "add", host)
         _do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host)
         _do("ip", "link", "set", cable, "master", self.bridge, "up")
         _do("ip", "-n", host, "addr", "add", f"{self.addresses[i]}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _do("ip", "-n", host, "link", "set", device, "up")
-        subnet, source = f"{self.addresses[i].rpartition('.')[0]}.0/24", ("src", self.addresses[i])
+        subnet = f"{self.addresses[i].rpartition('.')[0]}.0/24"
+        source = ("src", self.addresses[i])
         _do("ip", "-n", host, "route", "change", subnet, "dev", "eth0", *source, *CONGESTION)
         known = Path("/etc/netns", host)  # ip netns exec puts it over /etc
         known.mkdir(parents=True)
@@ -173,7 +179,7 @@ class Cluster:
             (group / limit).write_text(str(self._bytes))
 
     def _join(self, host: int, other: int) -> None:
-        """A cable between two hosts, over which they reach each other's address."""
+        """Create a cable between two hosts, over which they reach each other's address."""
         spaces = self._host(host), self._host(other)
         _do("ip", "-n", spaces[0], "link", "add", "right", "type", "veth", "peer", "name", "left", "netns", spaces[1])
         ends = ((host, "right", other), (other, "left", host))
@@ -185,7 +191,10 @@ class Cluster:
             _do("ip", "-n", self._host(at), "route", "add", neighbour, "dev", device, *source, *CONGESTION)
 
     def _ssh(self) -> str:
-        """The part of ssh that launchers use: a remote shell gets the command as one text, in a clean environment."""
+        """Script with the part of ssh that launchers use.
+
+        A remote shell gets the command as one string, in a clean environment.
+        """
         cases = "\n".join(self._case(i) for i in range(len(self.names)))
         return f"""#!/bin/sh
 while [ $# -gt 0 ]; do
@@ -224,12 +233,12 @@ exec env -i HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin
             "cores": ",".join(map(str, own)),
             "group": group,
         }
-        told = "; ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
-        return f"    {self.names[i]}|{self.addresses[i]}) {told} ;;"
+        assignments = "; ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+        return f"    {self.names[i]}|{self.addresses[i]}) {assignments} ;;"
 
 
 def clean() -> None:
-    """Remove the clusters whose makers live no more."""
+    """Remove the clusters whose owners have ended."""
     for folder in STATE.glob("ra*x*") if STATE.is_dir() else ():
         pid, _, started = (
             (folder / "owner").read_text().partition(" ") if (folder / "owner").exists() else ("0", "", "")
@@ -239,7 +248,7 @@ def clean() -> None:
 
 
 def _remove(name: str) -> None:
-    """End what runs on the cluster's hosts and take it down, however much of it there is."""
+    """End all processes on the cluster's hosts and remove the cluster, even if it is incomplete."""
     ours = re.compile(rf"{name}h\d+")
     hosts = [path.name for path in Path("/run/netns").glob(f"{name}h*") if ours.fullmatch(path.name)]
     end = time.monotonic() + 5
@@ -251,14 +260,14 @@ def _remove(name: str) -> None:
         group = _memory_group(host)[0]
         if group.is_dir():
             group.rmdir()
-    # A host's end of a cable goes when its last process is gone for good, which the kernel does in its own time.
+    # The kernel removes a host's end of a cable only some time after the end of the host's last process.
     for link in [*(path.name for path in Path("/sys/class/net").glob(f"{name}v*")), name]:
         subprocess.run(["ip", "link", "del", link], capture_output=True)
     shutil.rmtree(STATE / name, ignore_errors=True)
 
 
 def _kill(host: str) -> bool:
-    """Kill what runs on a host; whether there was anything."""
+    """Kill all processes on a host. Return whether there were any."""
     found = list(_processes(host))
     for pid in found:
         try:
@@ -274,20 +283,20 @@ def _processes(host: str) -> Iterator[int]:
 
 
 def _memory_group(host: str) -> tuple[Path, str]:
-    """A host's cgroup, and the name of the file with its limit: version 1 or 2."""
+    """Cgroup of a host, and the name of the file with its limit, for cgroups of version 1 or 2."""
     first = Path("/sys/fs/cgroup/memory")
     return (first / host, "memory.limit_in_bytes") if first.is_dir() else (first.parent / host, "memory.max")
 
 
 def _free_subnet() -> str:
-    """The first three numbers of a network that this machine does not use."""
+    """First three numbers of a network that this machine does not use."""
     used = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True).stdout
     numbers = (f"10.{200 + i // 250}.{i % 250}" for i in range(os.getpid() % 1000, 12000))
     return next(number for number in numbers if f" {number}." not in used)
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, or an empty text where none has this number."""
+    """Start time of a process; empty if there is none with this pid."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,4 +1,4 @@
-"""Things that go wrong on a cluster, done to a virtual one; what came of it.
+"""Faults of a cluster, injected into a virtual one, and their outcomes.
 
 sudo python -m launch.virtual.faults            # each once: the table of docs/faults.md
 sudo python -m launch.virtual.faults 100        # a hundred at random, at random moments
@@ -14,18 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cluster import Cluster
 from .victim import WRONG
 
-HOSTS, TIMEOUT = 3, 5
+HOSTS = 3
+TIMEOUT = 5  # s without a heartbeat
 ALLOWED = TIMEOUT + 5  # s until everything has ended
 VICTIM = Path(__file__).with_name("victim.py")
 ROOT = VICTIM.parents[2]
 
-# What is done to rank 1 of 3, and what the ranks' own words or the launcher's must say of it.
+# Faults of rank 1 of 3, and the message that a rank or the launcher must print.
 FAULTS = {
     "killed": r"rank 1 \(mac1\) was killed by SIGKILL",
     "stopped": r"rank 1 \(mac1\) gave no sign of life for 5 s; it was last heard of (in|after) (ring_att|all_red)",
@@ -37,22 +39,22 @@ FAULTS = {
     "other arguments": r"ring_attention: scale differs between ranks: 0.25 on ranks 0 and 2, 0.5 on rank 1",
     "another version": r"ringattn differs between ranks: \S+ on ranks 0 and 2, 0.0.1 on rank 1",
 }
-CODES = {"killed": 137, "no memory left": 137, "ends with a code": 5}  # the launcher's; of others, any but 0
+CODES = {"killed": 137, "no memory left": 137, "ends with a code": 5}  # of the launcher; of other faults any but 0
 _SENT = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a fault.
+    """Outcome of a fault.
 
     Attributes:
-        fault: Which.
-        code: The launcher's exit code; ``None``: it did not end in time.
-        seconds: From the fault until the launcher ended.
-        cause: The words that name the cause, as they were printed; empty if none did.
+        fault: Name of the fault.
+        code: Exit code of the launcher; ``None`` if it did not end in time.
+        seconds: Seconds from the fault until the launcher ended.
+        cause: Printed message that names the cause; empty if there was none.
         wrong: Whether a rank had a wrong answer.
-        left: How many processes were left on the hosts.
-        output: All that was printed.
+        left: Number of processes that were left on the hosts.
+        output: Whole output.
     """
 
     fault: str
@@ -65,13 +67,13 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether it ended in time and with the right code, named the cause, and left nothing."""
+        """Whether the launcher ended in time with the right code, named the cause, and left no process."""
         failed = bool(self.code) and self.code == CODES.get(self.fault, self.code)
         return failed and bool(self.cause) and self.seconds < ALLOWED and not self.wrong and not self.left
 
 
 def inflict(cluster: Cluster, fault: str, delay: float = 0.0) -> Outcome:
-    """Start ranks on all hosts, do `fault` to rank 1 once all are at work and `delay` seconds have passed."""
+    """Start ranks on all hosts, and cause `fault` in rank 1 `delay` seconds after all ranks compute."""
     with tempfile.TemporaryDirectory(prefix="ringattn-faults-") as name:
         folder = Path(name)
         launcher = [sys.executable, "-m", "ringattn.cli", "launch", "--hosts", ",".join(cluster.addresses)]
@@ -97,7 +99,7 @@ def inflict(cluster: Cluster, fault: str, delay: float = 0.0) -> Outcome:
 
 
 def _strike(cluster: Cluster, process: subprocess.Popen, folder: Path, fault: str, delay: float) -> float:
-    """Do it; when."""
+    """Cause the fault when all ranks are ready. Return the time."""
     end = time.monotonic() + 60
     ready = 0 if fault == "another version" else HOSTS
     while len(list(folder.glob("*.ready"))) < ready and process.poll() is None and time.monotonic() < end:
@@ -121,19 +123,20 @@ def _wait(process: subprocess.Popen, end: float) -> int | None:
 
 
 def _repair(cluster: Cluster) -> None:
-    """What the next one needs."""
+    """Prepare the cluster for the next fault."""
     for pid in cluster.processes():
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.kill(pid, signal.SIGKILL)
     cluster.plug(1)
 
 
 def make_cluster() -> Cluster:
-    """The cluster that faults are tried on."""
+    """Create the cluster for the faults."""
     return Cluster(HOSTS, rate="1gbit", memory="900M")
 
 
 def main() -> int:
-    """Try each fault once and print a table, or as many at random as the command line says."""
+    """Try each fault once and print a table, or try as many random faults as the command line says."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else None
     chosen = list(FAULTS) if count is None else random.choices(list(FAULTS), k=count)
     with make_cluster() as cluster:
@@ -141,19 +144,19 @@ def main() -> int:
         for number, fault in enumerate(chosen, 1):
             outcomes.append(inflict(cluster, fault, 0.0 if count is None else random.uniform(0, 1.5)))
             if count is not None:
-                one = outcomes[-1]
-                told = "" if one.good else f": NOT AS IT SHOULD BE: {one}"
-                print(f"{number}: {fault}, {one.seconds:.1f} s{told}", flush=True)
-    good = sum(one.good for one in outcomes)
+                outcome = outcomes[-1]
+                failure = "" if outcome.good else f": FAILED: {outcome}"
+                print(f"{number}: {fault}, {outcome.seconds:.1f} s{failure}", flush=True)
+    good = sum(outcome.good for outcome in outcomes)
     if count is None:
         print(table(outcomes))
-    print(f"{good} of {len(outcomes)} as they should be", file=sys.stderr)
+    print(f"{good} of {len(outcomes)} ended as expected", file=sys.stderr)
     return int(good < len(outcomes))
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown."""
-    rows = [f"| {one.fault} | {one.code} | {one.seconds:.1f} s | `{one.cause}` |" for one in outcomes]
+    """Table in Markdown."""
+    rows = [f"| {row.fault} | {row.code} | {row.seconds:.1f} s | `{row.cause}` |" for row in outcomes]
     return "\n".join(["| rank 1 of 3 | exit code | ended after | what is said |", "|---|---|---|---|", *rows])
 
 

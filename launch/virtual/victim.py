@@ -1,7 +1,7 @@
-"""What ranks run while something is done to one of them: attention round the ring, over and over, each time checked.
+"""Program of ranks for fault injection: ring attention in a loop, with every answer checked.
 
-``python victim.py FOLDER FAULT RANK``: every rank notes its pid in FOLDER; rank RANK does FAULT to itself if that is
-something a rank can do. A wrong answer ends the rank with code 99, and says so.
+``python victim.py FOLDER FAULT RANK``: every rank writes its pid into FOLDER. Rank RANK causes FAULT in itself if a
+rank can do so. After a wrong answer a rank prints a message and ends with code 99.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ SECONDS = 30  # without a fault
 
 
 def main() -> None:
-    folder, fault, victim = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder = Path(sys.argv[1])
+    fault = sys.argv[2]
+    victim = int(sys.argv[3])
     if fault == "another version" and int(launched_rank()) == victim:
         ra.__version__ = "0.0.1"
     with ra.init() as ring:
         (folder / f"{ring.rank}.pid").write_text(str(os.getpid()))
-        mine, begin, calls = ring.rank == victim, time.monotonic(), 0
+        begin = time.monotonic()
+        calls = 0
         while time.monotonic() - begin < SECONDS:
-            due = mine and (folder / "now").exists()
+            due = ring.rank == victim and (folder / "now").exists()
             attend(ring, calls, tokens=int(ring.all_reduce(mx.array([0])).item()) + 97, odd=due and fault)
             calls += 1
             if calls == 3:
@@ -37,7 +40,7 @@ def main() -> None:
 
 
 def attend(ring: ra.Ring, seed: int, tokens: int, odd: str | bool) -> None:
-    """One call, causal, on random numbers that every rank knows."""
+    """Call causal ring attention on random numbers that every rank draws alike, with the fault `odd` if it is due."""
     random = np.random.default_rng(seed)
     layout = ra.Layout.zigzag(tokens, ring.size)
     q, k, v = (mx.array(random.standard_normal((1, 2, tokens, 32), np.float32)) for _ in range(3))

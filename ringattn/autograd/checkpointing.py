@@ -1,4 +1,4 @@
-"""Results that recomputation need not make again: attention's `out` and lse are kept, everything else is dropped."""
+"""Results of attention kept for recomputation. A checkpoint keeps `out` and lse, and recomputes everything else."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from ..errors import RingAttentionError
 Arrays = Sequence[mx.array]
 
 
-class Tape:
-    """The results of the attention calls of one function, in order: written when it is first run, then read."""
+class ResultRecord:
+    """Results of the attention calls of one function, in order. The first run records them, later runs read them."""
 
     def __init__(self) -> None:
         self._results: list[Arrays] = []
-        self._next: int | None = None  # None: recording
+        self._next: int | None = None  # None while recording
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the results of the calls inside."""
-        self._results, self._next = [], None
+        """Record the results of the calls inside."""
+        self._results = []
+        self._next = None
         with self._current():
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Give the calls inside the results that were kept, and run none of them."""
+        """Return the recorded results from the calls inside, without running them."""
         self._next = 0
         with self._current():
             yield
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        before = _tape.set(self)
+        before = _record.set(self)
         try:
             yield
         finally:
-            _tape.reset(before)
+            _record.reset(before)
 
-    def pass_through(self, compute: Callable[..., Arrays], arrays: Arrays) -> Arrays:
-        """The results of one call: computed and kept, or those that were kept."""
+    def results_of(self, compute: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+        """Return the results of one call: compute and record them, or read the record."""
         if self._next is None:
             self._results.append(compute(*arrays))
             return self._results[-1]
@@ -53,14 +54,14 @@ class Tape:
         return self._results[self._next - 1]
 
 
-_tape: ContextVar[Tape | None] = ContextVar("ringattn_tape", default=None)
+_record: ContextVar[ResultRecord | None] = ContextVar("ringattn_record", default=None)
 
 
 def kept(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """`compute`, or while a `Tape` is recording or replaying what that makes of it."""
+    """Wrap `compute` so that an active `ResultRecord` records or replays its results."""
 
-    def through(*arrays: mx.array) -> Arrays:
-        tape = _tape.get()
-        return compute(*arrays) if tape is None else tape.pass_through(compute, arrays)
+    def recorded(*arrays: mx.array) -> Arrays:
+        record = _record.get()
+        return compute(*arrays) if record is None else record.results_of(compute, arrays)
 
-    return through
+    return recorded

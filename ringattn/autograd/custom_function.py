@@ -1,4 +1,4 @@
-"""Computations that happen outside MLX's graph, and what MLX's transformations get to hear about them."""
+"""Computations outside MLX's graph, and their behaviour under MLX's transformations."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ Arrays = Sequence[mx.array]
 def opaque(
     what: str, compute: Callable[..., Arrays], arrays: Arrays, gradient: Callable[..., Arrays] | None = None
 ) -> Arrays:
-    """Run `compute` on `arrays`, which it may evaluate; a transformation that is not provided for raises.
+    """Run `compute` on `arrays`, which it may evaluate. An unsupported transformation raises.
 
-    Without this a gradient through values that left the graph would silently be zero. Every array that `compute` uses
-    must be in `arrays`: one it closed over would go unnoticed.
+    Without this wrapper a gradient through values that left the graph would silently be zero. `arrays` must contain
+    every array that `compute` uses: MLX does not see an array in a closure.
 
     Args:
         what: The name of the computation, for messages.
-        compute: Takes `arrays`, returns a sequence of arrays.
-        arrays: At least two of them.
-        gradient: Takes the arrays, the gradients of the loss by the results, and the results, one after the other, and
-            returns the gradients by the arrays; ``None`` where there is none. It has no gradient itself.
+        compute: A function of `arrays` that returns a sequence of arrays.
+        arrays: The inputs.
+        gradient: A function of the arrays, the gradients of the loss with respect to the results, and the results, in
+            this order. It returns the gradients with respect to the arrays. ``None`` where there is no gradient. It is
+            not differentiable itself.
 
     Raises:
-        TransformError: When mx.compile, mx.vmap, mx.jvp or a gradient that is not there reaches it.
+        TransformError: Under mx.compile, mx.vmap, mx.jvp, or a gradient that is not provided.
     """
     compute = _marked(compute)
     function: Any = mx.custom_function(compute if gradient is None else kept(compute))
@@ -59,17 +60,18 @@ def opaque(
 
 
 def start_evaluation(*arrays: mx.array) -> None:
-    """Evaluate `arrays` without waiting where MLX can; raise now, not later, if a transformation traces them."""
+    """Start to evaluate `arrays`, without waiting where MLX can. Raise now if a transformation traces them."""
     try:
         mx.async_eval(*arrays)
     except ValueError:
-        mx.eval(*arrays)  # under mx.grad this is allowed and that is not; under mx.compile and mx.vmap this raises too
+        mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
 
 
 def settled(arrays: Arrays) -> Arrays:
-    """`arrays`, whose evaluation has begun; inside a transformation evaluated copies that hold on to nothing.
+    """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
 
-    There MLX keeps all that an array was computed from as long as the array lives, evaluated or not.
+    Inside a transformation MLX keeps the inputs of an array as long as the array lives, evaluated or not. Copies free
+    them.
     """
     try:
         mx.async_eval(*arrays)
@@ -88,7 +90,7 @@ _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)
 
 
 def outside() -> bool:
-    """Whether this is inside an `opaque` computation, of which MLX need not keep anything for a gradient."""
+    """Return whether an `opaque` computation is running. MLX then keeps nothing for a gradient."""
     return _outside.get()
 
 
@@ -104,13 +106,13 @@ def _marked(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
 
 
 class InFlight:
-    """Two dispatches at a time: the next is started when the last but one has ended."""
+    """At most two dispatches at a time: the next one starts when the last but one has ended."""
 
     def __init__(self) -> None:
         self._last: Arrays = []
 
     def add(self, outputs: Arrays) -> Arrays:
-        """`outputs`, `settled`, once those before have been evaluated."""
+        """Start `outputs`, wait for the outputs before them, and return `settled` outputs."""
         outputs = settled(outputs)
         mx.eval(*self._last)
         self._last = outputs

@@ -1,1 +1,1 @@
-"""Timings that a user can make on their own machine: ``ringattn bench``."""
+"""Timings of ``ringattn bench`` on the user's machine."""

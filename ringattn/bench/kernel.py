@@ -1,4 +1,4 @@
-"""The fused kernel against MLX's own attention on the same arrays."""
+"""Timing of the fused kernel against MLX's own attention on the same arrays."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..attention import attention
 from ..verify.oracle import Case, ratios
 from .timing import medians
 
-SAMPLED = 8  # rows that are checked against float64
-SAMPLE = 0.02  # seconds at least of what is timed at once,
-MOST_CALLS = 50  # unless that are too many calls
-PAUSE = 0.02  # seconds before each sample
+CHECKED_ROWS = 8  # are compared with float64
+SAMPLE = 0.02  # s of a sample at least
+MOST_CALLS = 50  # in a sample
+PAUSE = 0.02  # s before each sample
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One problem.
+class AttentionShape:
+    """Problem to time.
 
     Attributes:
-        dtype: Of q, k and v.
-        head_dim: Of all three.
-        heads: Query heads and key/value heads.
-        queries: Query tokens; they are the last of the keys' tokens.
-        keys: Key tokens.
+        dtype: Dtype of q, k and v.
+        head_dim: Head dimension of q, k and v.
+        heads: Numbers of query heads and of key/value heads.
+        queries: Number of query tokens, which are the last of the key tokens.
+        keys: Number of key tokens.
         causal: Whether the mask is causal.
-        lse: Whether the log-sum-exp is asked for too.
+        lse: Whether the call also returns the log-sum-exp.
     """
 
     dtype: mx.Dtype
@@ -44,20 +44,20 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two matrix products, of visible pairs alone."""
+        """Floating-point operations of the two matrix products, for visible pairs only."""
         hidden = self.queries * (self.queries - 1) / 2 if self.causal else 0
         return 4.0 * self.heads[0] * self.head_dim * (self.queries * self.keys - hidden)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured.
+    """Result of a measurement.
 
     Attributes:
-        ours: Median seconds of `ringattn.attention`; NaN where its answer is wrong.
-        mlx: Median seconds of ``mx.fast.scaled_dot_product_attention``; likewise.
-        error: The largest error of sampled rows of ours against float64, or half the largest distance between ours and
-            MLX's in any row if that is more, as a fraction of what is allowed (see `ringattn verify`).
+        ours: Median seconds of `ringattn.attention`; NaN if its answer is wrong.
+        mlx: Median seconds of ``mx.fast.scaled_dot_product_attention``; NaN if the answer of ringattn is wrong.
+        error: Largest error of some rows against float64, or half the largest difference from MLX in any row if that is
+            more, as a fraction of the allowed error (see `ringattn verify`).
     """
 
     ours: float
@@ -65,13 +65,13 @@ class Timing:
     error: float
 
 
-def measure(shape: Shape, backend: str | None, repeats: int) -> Timing:
-    """Check what `ringattn.attention` computes, then time it; a wrong answer is not timed.
+def measure(shape: AttentionShape, backend: str | None, repeats: int) -> Timing:
+    """Check the answer of `ringattn.attention`, then time the call. A wrong answer is not timed.
 
     Args:
-        shape: The problem.
-        backend: As of `ringattn.attention`.
-        repeats: The median is of so many samples; a sample is several calls at once where one is too short.
+        shape: Problem to time.
+        backend: Argument of `ringattn.attention`.
+        repeats: Number of samples. A sample has several calls if one call is too short.
     """
     q, k, v = random_arrays(shape)
     mask = "causal" if shape.causal else None
@@ -93,12 +93,12 @@ def measure(shape: Shape, backend: str | None, repeats: int) -> Timing:
 
 
 def _burst(call: Callable[[], Any], count: int) -> Callable[[], None]:
-    """`count` independent calls, evaluated together: waiting for the GPU costs more than a small call."""
+    """Join `count` independent calls into one evaluation, since waiting for the GPU takes longer than a small call."""
     return lambda: mx.eval([call() for _ in range(count)])
 
 
-def random_arrays(shape: Shape) -> tuple[mx.array, mx.array, mx.array]:
-    """q, k and v of a problem, the same numbers every time."""
+def random_arrays(shape: AttentionShape) -> tuple[mx.array, mx.array, mx.array]:
+    """Draw q, k and v of a problem, the same numbers in every call."""
     keys = [mx.random.key(seed) for seed in range(3)]
     sizes = [(shape.heads[0], shape.queries), (shape.heads[1], shape.keys), (shape.heads[1], shape.keys)]
     q, k, v = (
@@ -109,8 +109,10 @@ def random_arrays(shape: Shape) -> tuple[mx.array, mx.array, mx.array]:
     return q, k, v
 
 
-def sampled_error(shape: Shape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, lse: mx.array | None) -> float:
-    """The largest error of some rows of `out`, and of `lse` where it is given, as a fraction of what is allowed."""
+def sampled_error(
+    shape: AttentionShape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, lse: mx.array | None
+) -> float:
+    """Largest error of some rows of `out`, and of `lse` if given, as a fraction of the allowed error."""
     worst = 0.0
     for heads, at, case in _samples(shape, q, k, v):
         exact = mx.array(case.exact()[1].astype(np.float32)) if lse is None else lse[:, heads][:, :, at]
@@ -118,19 +120,22 @@ def sampled_error(shape: Shape, q: mx.array, k: mx.array, v: mx.array, out: mx.a
     return worst
 
 
-def _distance(shape: Shape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, other: mx.array) -> float:
-    """The largest distance of any number of `out` from `other`, as a fraction of what each of the two is allowed."""
+def _distance(shape: AttentionShape, q: mx.array, k: mx.array, v: mx.array, out: mx.array, other: mx.array) -> float:
+    """Largest difference between `out` and `other`, as a fraction of the sum of their allowed errors."""
     allowed = max(case.budget()[0] for _, _, case in _samples(shape, q, k, v))
     distance = float(np.array(mx.abs(out.astype(mx.float32) - other.astype(mx.float32)).max()))
     return math.inf if math.isnan(distance) else distance / (2 * allowed)
 
 
-def _samples(shape: Shape, q: mx.array, k: mx.array, v: mx.array) -> Iterator[tuple[slice, mx.array, Case]]:
-    """Some rows of the heads of the first and the last key/value head: heads, rows, and the problem that they are."""
+def _samples(shape: AttentionShape, q: mx.array, k: mx.array, v: mx.array) -> Iterator[tuple[slice, mx.array, Case]]:
+    """Yield some rows of the first and of the last key/value head: query heads, rows, and the problem of these."""
     group = shape.heads[0] // shape.heads[1]
-    rows = np.unique(np.linspace(0, shape.queries - 1, SAMPLED).astype(int))
-    at, mask = mx.array(rows), "causal" if shape.causal else None
-    q_pos, k_pos = rows + shape.keys - shape.queries, np.arange(shape.keys)
+    rows = np.unique(np.linspace(0, shape.queries - 1, CHECKED_ROWS).astype(int))
+    at = mx.array(rows)
+    options = {"mask": "causal" if shape.causal else None}
+    q_pos = rows + shape.keys - shape.queries
+    k_pos = np.arange(shape.keys)
     for head in sorted({0, shape.heads[1] - 1}):
-        heads, of_k = slice(head * group, (head + 1) * group), slice(head, head + 1)
-        yield heads, at, Case(q[:, heads][:, :, at], k[:, of_k], v[:, of_k], q_pos, k_pos, {"mask": mask})
+        q_heads = slice(head * group, (head + 1) * group)
+        kv_head = slice(head, head + 1)
+        yield q_heads, at, Case(q[:, q_heads][:, :, at], k[:, kv_head], v[:, kv_head], q_pos, k_pos, options)

@@ -1,4 +1,4 @@
-"""How things are timed: by turns, and the median counts."""
+"""Timing of calls in turn, with the median as the result."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from statistics import median
 
 
 def turns(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, list[float]]:
-    """The seconds of each call; the calls take turns, so that a slow spell of the machine hits all alike.
+    """Time each call `repeats` times, in seconds.
 
-    `pause` seconds go by before each: a library's threads may spin for some time after its call, and take a core from
-    whoever comes next.
+    The calls take turns, so that other work on the machine affects all of them alike. `pause` seconds pass before each
+    call: the threads of a library may spin for some time after its call, and keep a core from the next one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
@@ -24,5 +24,5 @@ def turns(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float 
 
 
 def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, float]:
-    """The median seconds of each call; see `turns`."""
+    """Median seconds of each call; see `turns`."""
     return {name: median(times) for name, times in turns(calls, repeats, pause).items()}

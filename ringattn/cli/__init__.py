@@ -1,4 +1,4 @@
-"""The command ``ringattn``. A command's module is imported when the command is used."""
+"""Command line ``ringattn``. The module of a command is imported when the command is used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import click
 
 from ..errors import RingAttentionError
 
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 and the number of SIGINT
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of SIGINT
 
-# What `ringattn --help` says of each command, so that the list of commands imports none of them.
+# Lines of `ringattn --help`, here so that the list of commands imports none of them.
 COMMANDS = {
     "bench": "Time parts of ringattn on this machine.",
     "chat": "Talk to a language model whose context is spread over ranks.",
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group that imports its commands late, and ends them in one line: a wrong option, an error, Ctrl-C."""
+    """Group that imports its commands late, and prints one line for a wrong option, an error or Ctrl-C."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -66,13 +66,13 @@ def _in_one_line() -> Iterator[None]:
     except RingAttentionError as error:
         raise _brief(str(error), getattr(error, "exit_code", 1)) from None
     except KeyboardInterrupt:
-        if os.environ.get("RINGATTN_LAUNCH") != "1":  # else the launcher says it, once for all ranks
+        if os.environ.get("RINGATTN_LAUNCH") != "1":  # else the launcher prints it, once for all ranks
             click.echo("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", err=True)  # after a terminal's ^C
         raise SystemExit(INTERRUPTED) from None
 
 
 def leave(code: int) -> NoReturn:
-    """End a command with the exit code of the ranks or of the work that it ran."""
+    """End a command with the exit code of its ranks or of its work."""
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     raise SystemExit(code)
@@ -87,7 +87,7 @@ def _brief(message: str, exit_code: int) -> click.ClickException:
 def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib import metadata  # here: it takes as long as all else that this module imports
+    from importlib import metadata  # late: this import takes as long as all others of this module together
 
     try:
         version = metadata.version("ringattn")

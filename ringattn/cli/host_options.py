@@ -1,4 +1,4 @@
-"""The options that say where ranks run, for all commands that start them, and the same for each."""
+"""Options for the hosts and processes of ranks, the same for all commands that start ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOSTS = (
         "--interface",
         metavar="NAME",
         callback=_interface,
-        help="The network interface that leads from each host to the others, such as bridge0.",
+        help="The network interface of each host towards the others, such as bridge0.",
     ),
     click.option(
         "--mpiexec", metavar="PATH", help="The mpiexec to use.  [default: the one beside this Python, then PATH]"
@@ -47,7 +47,7 @@ PROCESSES = (
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="S",
-        help="Seconds without a sign of life after which a rank counts as dead.",
+        help="Seconds without a heartbeat after which a rank counts as dead.",
     ),
     click.option(
         "--threads",
@@ -59,7 +59,7 @@ PROCESSES = (
 
 
 def ranks_option(what: str, least: int = 1, most: int | None = None, default: int | None = None) -> Callable:
-    """``-n`` and ``--ranks``: how many ranks a command starts, from `least` to `most`."""
+    """Option ``-n`` or ``--ranks``: number of ranks that a command starts, from `least` to `most`."""
     return click.option(
         "-n",
         "--ranks",
@@ -72,7 +72,7 @@ def ranks_option(what: str, least: int = 1, most: int | None = None, default: in
 
 
 def with_options(*options: Callable) -> Callable[[Callable], Callable]:
-    """A decorator that gives a command these options, in this order."""
+    """Decorator that gives a command these options, in this order."""
 
     def decorate(command: Callable) -> Callable:
         for option in reversed(options):
@@ -82,8 +82,8 @@ def with_options(*options: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def chosen(hosts: str | None, hostfile: Path | None, interface: str | None) -> Cluster | None:
-    """The hosts that the user named; ``None`` for this machine alone."""
+def chosen_cluster(hosts: str | None, hostfile: Path | None, interface: str | None) -> Cluster | None:
+    """Hosts that the user named; ``None`` for this machine alone."""
     if hosts is not None and hostfile is not None:
         raise LaunchError("--hosts and --hostfile: both given, expected one of them", 2)
     if hosts is None and hostfile is None and interface is not None:
@@ -92,7 +92,7 @@ def chosen(hosts: str | None, hostfile: Path | None, interface: str | None) -> C
 
 
 def count_ranks(ranks: int | None, cluster: Cluster | None) -> int:
-    """How many ranks to start: by default one for each slot."""
+    """Number of ranks to start: by default one for each slot."""
     if cluster is None:
         if ranks is None:
             raise click.UsageError("Missing option '-n', or --hosts or --hostfile.")

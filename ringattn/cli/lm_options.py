@@ -1,4 +1,4 @@
-"""The options of the commands that run a language model, by mlx-lm's names where it has them."""
+"""Options of the commands that run a language model. Options that mlx-lm has too have its names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .host_options import HOSTS, PROCESSES, ranks_option
 
 
 class Number(click.FloatRange):
-    """A finite number in a range, which NaN is not."""
+    """Finite number in a range; NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -23,18 +23,18 @@ class Number(click.FloatRange):
 
 
 class JsonObject(click.ParamType):
-    """A JSON object, as a dict."""
+    """JSON object, converted to a dict."""
 
     name = "json"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            found = value if isinstance(value, dict) else json.loads(value)
+            parsed = value if isinstance(value, dict) else json.loads(value)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+            parsed = None
+        if not isinstance(parsed, dict):
             self.fail(f"{value!r}, expected a JSON object such as '{{\"enable_thinking\": false}}'.", param, ctx)
-        return found
+        return parsed
 
 
 OPTIONS = (
@@ -53,7 +53,7 @@ OPTIONS = (
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16"]),
-        help="Turn all weights into it, quantised ones too; float32 is by far the fastest on a CPU.",
+        help="Convert all weights to this dtype, quantised ones too; float32 is by far the fastest on a CPU.",
     ),
     click.option(
         "-m",
@@ -61,7 +61,7 @@ OPTIONS = (
         default=256,
         show_default=True,
         type=click.IntRange(min=1),
-        help="Tokens of an answer at most.",
+        help="Largest number of tokens of an answer.",
     ),
     click.option("--temp", default=0.0, show_default=True, type=Number(min=0), help="Sampling temperature; 0: none."),
     click.option("--top-p", default=1.0, show_default=True, type=Number(0, 1), help="Sampling top-p."),
@@ -75,28 +75,26 @@ OPTIONS = (
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
         "[default: 512 on a CPU, 8192 on a GPU]",
     ),
-    click.option("--weights", metavar="W,W,...", help="How fast the ranks are: their shares of prefill and cache."),
+    click.option("--weights", metavar="W,W,...", help="Speeds of the ranks: their shares of prefill and cache."),
 )
 
-TALK = (
-    click.option(
-        "--system-prompt", metavar="TEXT", help="What the model is told before the first turn of a conversation."
-    ),
+CONVERSATION = (
+    click.option("--system-prompt", metavar="TEXT", help="Instructions for the model before the first turn."),
     click.option(
         "--chat-template-config",
         type=JsonObject(),
         metavar="JSON",
-        help="More for the model's chat template, such as '{\"enable_thinking\": false}'.",
+        help="Further arguments of the model's chat template, such as '{\"enable_thinking\": false}'.",
     ),
     click.option(
         "--extra-eos-token", multiple=True, metavar="TOKEN", help="Another token that ends an answer; repeatable."
     ),
     click.option(
-        "--prompt-cache-file", type=click.Path(dir_okay=False, path_type=Path), help="Go on from this prompt cache."
+        "--prompt-cache-file", type=click.Path(dir_okay=False, path_type=Path), help="Continue from this prompt cache."
     ),
     click.option(
         "--save-prompt-cache",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Save the cache of all that was said here, a file for each rank beside it.",
+        help="Save the cache of the whole conversation here, with a file for each rank beside it.",
     ),
 )

@@ -1,4 +1,4 @@
-"""A bar about the reading of a prompt: how much is read, tokens per second, and the time that is left."""
+"""Progress bar of prefill: tokens that are read, tokens per second, and the remaining time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import click
 WIDTH = 24  # characters of the bar
 
 
-def shown() -> bool:
-    """Whether somebody sees standard error: it is a terminal, or that of the launcher which passes it on is."""
+def is_visible() -> bool:
+    """Whether standard error ends at a terminal, that of this process or of its launcher."""
     return sys.stderr.isatty() or os.environ.get("RINGATTN_TERMINAL") == "1"
 
 
 def line(done: int, total: int, seconds: float) -> str:
-    """The bar when `done` of `total` tokens are read after `seconds`."""
+    """Text of the bar when `done` of `total` tokens are read after `seconds`."""
     full = WIDTH * done // max(total, 1)
     rate = done / max(seconds, 1e-9)
     left = f"  {_clock((total - done) / rate)} left" if 0 < done < total else ""
@@ -31,17 +31,19 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def bar() -> Callable[[int, int], None] | None:
-    """mlx-lm's `prompt_progress_callback` that draws it; ``None`` where nobody sees it."""
-    if not shown():
+def make_callback() -> Callable[[int, int], None] | None:
+    """Make a `prompt_progress_callback` of mlx-lm that draws the bar; ``None`` if it would not be visible."""
+    if not is_visible():
         return None
-    start, widest, ended = time.monotonic(), 0, False
+    start = time.monotonic()
+    widest = 0
+    ended = False
 
     def draw(done: int, total: int) -> None:
         nonlocal widest, ended
         if ended:
             return
-        ended = done >= total - 1  # the last token gives the first word of the answer, which must find an empty line
+        ended = done >= total - 1  # the last token gives the first word of the answer, which needs a new line
         text = line(total if ended else done, total, time.monotonic() - start)
         widest = max(widest, len(text))
         click.echo(f"\r{text.ljust(widest)}", nl=ended, err=True)

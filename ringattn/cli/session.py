@@ -1,145 +1,26 @@
-"""What the commands that run a language model share: the ring, the model, and saying an answer."""
+"""Conversation with a language model on a ring: prompts, answers, and the prompt cache."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError, KernelWarning, MissingExtraError
-from ..extras import require
+from ..errors import ArgumentError
 from ..transport.base import Ring
-from ..transport.environment import launched_by
-from . import leave
-from .progress_bar import bar, shown
-from .starting import Place, prepare
-
-Work = Callable[["Session"], int | None]
-Read = Callable[[dict[str, Any]], Any]
-STARTED = "RINGATTN_STARTED"  # set for ranks that one of these commands has started itself
-
-LONGEST_ERROR = 600  # characters of another library's message
+from .progress_bar import make_callback
 
 if TYPE_CHECKING:
     from ..lm.conversation import Conversation
 
 
-def run(work: Work, what: str, options: dict[str, Any], read: Read | None = None, patient: bool = False) -> None:
-    """Do `work` on a ring: on ranks that are started, on those of a launcher, or in this process alone.
-
-    Before the model is loaded, `read` gets the options on rank 0; what it gives is the session's `text`. With
-    `patient`, the ranks that are started decide themselves what Ctrl-C means. `work` gives the exit code, where that is
-    not 0.
-    """
-    place = Place.taken_from(options)
-    if launched_by() == "solo" and place.elsewhere:
-        leave(_on_ranks(place, patient))
-    leave(_on_a_ring(work, what, place, options, read))
-
-
-def _on_ranks(place: Place, patient: bool) -> int:
-    """This command again, on ranks that find themselves under a launcher."""
-    require("mlx_lm", "ringattn[lm]")  # before processes start
-    own = replace(place, variables=(*place.variables, f"{STARTED}=1"))
-    if place.hosts is None and place.hostfile is None:
-        own = replace(own, ranks=place.ranks or 1)
-    ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
-    return ranks.run(patient=patient, explained=True)
-
-
-def _on_a_ring(work: Work, what: str, place: Place, options: dict[str, Any], read: Read | None) -> int:
-    """Join the ring and do the work; the exit code. What is wrong on one rank is an error on all, told by rank 0."""
-    from .. import init
-    from ..transport.consensus import agree, heard
-
-    with init() as ring:
-        try:
-            with heard(ring, what):
-                _check_place(place, ring)
-                _check_save(options.get("save_prompt_cache"))
-                text = read(options) if read and ring.rank == 0 else None
-            agree(ring, what, tuple((name, str(value)) for name, value in options.items()))
-            if ring.rank == 0 and shown():
-                click.echo(f"Loading {options['model']} ...", err=True)
-            with _warnings_in_one_line(ring.rank == 0):
-                with heard(ring, what):
-                    model, tokenizer = _loaded(options)
-                agree(ring, what)
-                return work(Session(ring, model, tokenizer, options, text)) or 0
-        except (ArgumentError, MissingExtraError) as error:
-            if ring.rank == 0:
-                click.echo(f"Error: {error}", err=True)
-            return 1
-
-
-def _check_place(place: Place, ring: Ring) -> None:
-    """Refuse options of a place where a launcher has chosen it."""
-    if place.given and STARTED not in os.environ and launched_by() != "solo":
-        raise ArgumentError(f"{', '.join(place.given)}: given under a launcher, which has started {ring.size} ranks")
-
-
-@contextmanager
-def _warnings_in_one_line(speaks: bool) -> Iterator[None]:
-    """Print warnings, once for all ranks and without a line of their source."""
-    with warnings.catch_warnings():
-        if not speaks:
-            warnings.simplefilter("ignore", KernelWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
-        yield
-
-
-def _check_save(path: Path | None) -> None:
-    """Fail before generating if the cache cannot be saved."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
-
-
-def _loaded(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer."""
-    import mlx.core as mx
-
-    from .. import lm
-
-    try:
-        model, tokenizer = lm.load(options["model"], getattr(mx, options["dtype"]) if options["dtype"] else None)
-    except MissingExtraError:
-        raise
-    except ArgumentError as error:
-        raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
-    except Exception as error:  # whatever mlx-lm, MLX and the tokenizer say to files that are torn or something else
-        source = "" if Path(options["model"]).exists() else "no such folder, and Hugging Face: "
-        raise ArgumentError(f"--model: {options['model']}: {source}{_one_line(error)}") from None
-    vocabulary = tokenizer.get_vocab()
-    if options["top_k"] >= len(vocabulary):
-        raise ArgumentError(f"--top-k: {options['top_k']}, expected less than {len(vocabulary)}, the model's tokens")
-    for token in options.get("extra_eos_token", ()):
-        if token not in vocabulary and not (token.isdecimal() and int(token) in vocabulary.values()):
-            raise ArgumentError(f"--extra-eos-token: {token!r}, expected a token of the model, or its number")
-        tokenizer.add_eos_token(token)
-    return model, tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    """The whole message of an error in one line, with its type where the message alone would not say enough."""
-    message = " ".join(str(error).split())
-    plain = message and isinstance(error, OSError | RuntimeError | ValueError)
-    return (message if plain else f"{type(error).__name__}: {message}")[:LONGEST_ERROR]
-
-
 class Session:
-    """A model on a ring, and the cache of what was said.
+    """Model on a ring, with the cache of the conversation.
 
     Attributes:
-        options: The command's.
-        text: What the command has read on rank 0.
+        options: Options of the command.
+        text: Prompt that the command has read; ``None`` on ranks other than 0.
     """
 
     def __init__(self, ring: Ring, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
@@ -147,38 +28,44 @@ class Session:
 
         from .. import lm
 
-        self.ring, self.model, self.tokenizer, self.options, self.text = ring, model, tokenizer, options, text
-        weights, file = options["weights"], options.get("prompt_cache_file")
+        self.ring = ring
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.text = text
+        weights = options["weights"]
+        file = options.get("prompt_cache_file")
         lm.shard(model, ring, weights=None if weights is None else _numbers(weights))
         if options["seed"] is not None:
             mx.random.seed(options["seed"])
         if file is None:
-            self.forget()
+            self.reset()
             return
         self.cache, metadata = lm.load_cache(file, model)
-        self.talk = self._conversation(metadata, self.cache[0].tokens.reshape(-1).tolist())
+        self.conversation = self._new_conversation(metadata, self.cache[0].tokens.reshape(-1).tolist())
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank reads and writes for all."""
+    def is_first(self) -> bool:
+        """Whether this rank reads the input and prints the output."""
         return self.ring.rank == 0
 
-    def forget(self) -> None:
-        """Begin again."""
+    def reset(self) -> None:
+        """Begin a new conversation."""
         self.cache = self.model.make_cache()
-        self.talk = self._conversation()
+        self.conversation = self._new_conversation()
 
-    def _conversation(self, *held: Any) -> Conversation:
+    def _new_conversation(self, *held: Any) -> Conversation:
         from ..lm.conversation import Conversation
 
-        system, config = (self.options.get(name) for name in ("system_prompt", "chat_template_config"))  # not of serve
+        # `ringattn serve` has no such options.
+        system, config = (self.options.get(name) for name in ("system_prompt", "chat_template_config"))
         return Conversation(self.tokenizer, system, config, *held)
 
     def tokens(self, text: str, plain: bool = False) -> list[int]:
-        """What is to be read for a user's turn, in the model's chat template unless it is to be `plain`. Collective.
+        """Tokens to read for a user's turn, in the model's chat template unless `plain`. Collective.
 
-        The cache is trimmed to what it has in common with all that was said so far, and the rest is read again: a
-        template may put an earlier turn otherwise once another one follows. Other ranks than 0 are given nothing.
+        The cache is trimmed to the tokens that it shares with the new prompt; the other tokens are read again. A
+        template may change an earlier turn when another one follows. The result is empty on ranks other than 0.
         """
         from ..lm.conversation import reusable
         from ..transport.collectives import broadcast_bytes
@@ -187,8 +74,9 @@ class Session:
         ids: list[int] = []
         known: bytes | None = None
         with heard(self.ring, "broadcast"):
-            if self.speaks:
-                ids = self._plain(text) if plain or not self.tokenizer.has_chat_template else self.talk.ask(text)
+            if self.is_first:
+                use_template = self.tokenizer.has_chat_template and not plain
+                ids = self.conversation.ask(text) if use_template else self._plain_tokens(text)
                 known = str(reusable(self.cache, ids)).encode()
         kept = int(broadcast_bytes(self.ring, known))
         if kept == 0:
@@ -197,55 +85,65 @@ class Session:
             layer.trim(layer.size() - kept)
         return ids[kept:]
 
-    def _plain(self, text: str) -> list[int]:
-        """What the cache holds, and the text as it is after it."""
+    def _plain_tokens(self, text: str) -> list[int]:
+        """Tokens of the cache, then those of the text without a template."""
         for name in ("system_prompt", "chat_template_config"):
             if self.options[name] is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ArgumentError(f"{flag}: {self.options[name]!r}, expected none: no chat template is used")
-        return self.talk.ask_plainly(text, self.cache[0].tokens.reshape(-1).tolist())
+        return self.conversation.ask_plainly(text, self.cache[0].tokens.reshape(-1).tolist())
 
     def answer(self, ids: Sequence[int], stopped: Callable[[], bool] | None = None) -> Any:
-        """Generate, and print what comes on rank 0; mlx-lm's last response, ``None`` if there was none.
+        """Generate an answer, and print it on rank 0 as it comes.
 
-        `stopped` is `ringattn.lm.stream_generate`'s. A prompt that is not read to its end leaves nothing, unless
-        windows have dropped tokens for it.
+        A prompt that is stopped before its end leaves no tokens in the cache, except where windows have dropped tokens
+        for it.
+
+        Args:
+            ids: Tokens of the prompt.
+            stopped: As for `ringattn.lm.stream_generate`.
+
+        Returns:
+            Last response of mlx-lm; ``None`` without a response.
         """
         from mlx_lm.sample_utils import make_sampler
 
         from .. import lm
 
-        options, response, before, said = self.options, None, self.cache[0].size(), ""
+        options = self.options
+        before = self.cache[0].size()
+        response = None
+        answer = ""
         for response in lm.stream_generate(
             self.model,
             self.tokenizer,
             ids,
             max_tokens=options["max_tokens"],
             sampler=make_sampler(options["temp"], options["top_p"], options["min_p"], top_k=options["top_k"]),
-            chunk=options["prefill_step_size"],
+            prefill_step_size=options["prefill_step_size"],
             prompt_cache=self.cache,
-            prompt_progress_callback=bar() if self.speaks else None,
+            prompt_progress_callback=make_callback() if self.is_first else None,
             stopped=stopped,
         ):
-            said += response.text
-            if self.speaks:
+            answer += response.text
+            if self.is_first:
                 click.echo(response.text, nl=False)
-        if self.speaks:
+        if self.is_first:
             click.echo()
-            self.talk.end_turn(None if response is None else said)
-        if response is None and all(c.is_trimmable() for c in self.cache):
-            for c in self.cache:
-                c.trim(c.size() - before)
+            self.conversation.end_turn(None if response is None else answer)
+        if response is None and all(layer.is_trimmable() for layer in self.cache):
+            for layer in self.cache:
+                layer.trim(layer.size() - before)
         return response
 
     def save(self) -> None:
-        """Write the cache where that is asked for."""
+        """Save the cache if the user asked for it."""
         from .. import lm
 
         path = self.options["save_prompt_cache"]
         if path is None:
             return
-        metadata = {"model": self.options["model"], **self.talk.metadata}
+        metadata = {"model": self.options["model"], **self.conversation.metadata}
         try:
             lm.save_cache(path, self.cache, metadata, model=self.model)
         except OSError as error:  # on other ranks it is an ArgumentError

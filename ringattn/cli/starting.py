@@ -1,4 +1,4 @@
-"""Starting the ranks of a command, here or on hosts: from their options to what `launcher` runs."""
+"""Start of the ranks of a command on this machine or on hosts: from the options to the launcher's command line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..launcher.hostfile import Cluster, check_variable
 from ..launcher.mpiexec import Mpiexec, build_command, build_environment, check_command, find_mpiexec, mismatch
 from ..launcher.preflight import check_hosts, home_address
 from ..launcher.supervisor import run
-from .host_options import chosen, count_ranks
+from .host_options import chosen_cluster, count_ranks
 
 PASSED_ON = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
-FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # what is known only once the launcher runs
+FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # known only when the launcher runs
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where ranks run, and how: the values of `ranks_option`, `HOSTS` and `PROCESSES` in `host_options`."""
+class Placement:
+    """Values of `ranks_option`, `HOSTS` and `PROCESSES` in `host_options`: hosts and settings of the ranks."""
 
     ranks: int | None = None
     hosts: str | None = None
@@ -35,25 +35,25 @@ class Place:
     threads: int | None = None
 
     @classmethod
-    def taken_from(cls, options: dict[str, Any]) -> Place:
-        """Remove the options of a place from a command's `options` and return them."""
+    def pop_from(cls, options: dict[str, Any]) -> Placement:
+        """Remove the placement from a command's `options` and return it."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     @property
     def given(self) -> list[str]:
-        """The options that the user gave, as written on the command line."""
+        """Options that the user gave, as written on the command line."""
         names = {"ranks": "-n", "variables": "--env"}
         return [names.get(f.name, f"--{f.name}") for f in fields(self) if getattr(self, f.name) not in (None, ())]
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether the user asks for more than this process."""
+    def starts_ranks(self) -> bool:
+        """Whether the options ask for more than this process."""
         return (self.ranks or 1) > 1 or any(name != "-n" for name in self.given)
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Ranks that can be started."""
+class RankLaunch:
+    """Command line of ranks that are ready to start."""
 
     line: list[str]
     environment: dict[str, str]
@@ -61,65 +61,67 @@ class Launch:
     addresses: list[str]
 
     def run(self, **options: bool) -> int:
-        """Start the ranks and wait for them; the exit code. `options` are those of `launcher.supervisor.run`."""
+        """Start the ranks and wait for them. Return the exit code. `options` are those of `launcher.supervisor.run`."""
         return run(self.line, ranks=self.count, environment=self.environment, hosts=self.addresses, **options)
 
 
-def prepare(place: Place, command: Sequence[str], *, prefix: bool | None = None, dry_run: bool = False) -> Launch:
-    """Check all that can be checked before ranks of `command` start. What may be wrong is a warning on standard error.
+def prepare(
+    placement: Placement, command: Sequence[str], *, prefix: bool | None = None, dry_run: bool = False
+) -> RankLaunch:
+    """Check everything that can be checked before ranks of `command` start. Print warnings on standard error.
 
     Args:
-        place: Where they are to run.
-        command: The program and its arguments.
-        prefix: Whether each line of output begins with its rank. Default: where there are hosts.
-        dry_run: Whether to leave out what asks the hosts.
+        placement: Hosts and settings of the ranks.
+        command: Program and its arguments.
+        prefix: Whether each line of output begins with its rank. Default: only with hosts.
+        dry_run: Whether to omit the checks that contact the hosts.
 
     Raises:
         LaunchError: The ranks cannot be started there.
     """
-    cluster = chosen(place.hosts, place.hostfile, place.interface)
-    count = count_ranks(place.ranks, cluster)
-    given = _variables([*(cluster.variables if cluster else ()), *place.variables])
-    environment = _environment(place, cluster is not None, prefix, given)
-    mpiexec = find_mpiexec(place.mpiexec)
+    cluster = chosen_cluster(placement.hosts, placement.hostfile, placement.interface)
+    count = count_ranks(placement.ranks, cluster)
+    given = _variables([*(cluster.variables if cluster else ()), *placement.variables])
+    environment = _environment(placement, cluster is not None, prefix, given)
+    mpiexec = find_mpiexec(placement.mpiexec)
     if not dry_run:
         check_command(command)
     if cluster is not None and not dry_run:
-        check_hosts(cluster.hosts, mpiexec, place.interface)
+        check_hosts(cluster.hosts, mpiexec, placement.interface)
     line = build_command(
         mpiexec,
         count,
         command,
         hosts=cluster.hosts if cluster else (),
         home=home_address(cluster.hosts) if cluster else "",
-        interface=place.interface,
+        interface=placement.interface,
         variables=[*given, *_passed_on(environment), *(() if dry_run else FOR_WRAPPERS)],
     )
-    for warning in _warnings(place, cluster, mpiexec):
+    for warning in _warnings(placement, cluster, mpiexec):
         click.echo(f"Warning: {warning}", err=True)
-    return Launch(line, environment, count, [host.address for host in cluster.hosts] if cluster else [])
+    return RankLaunch(line, environment, count, [host.address for host in cluster.hosts] if cluster else [])
 
 
-def _environment(place: Place, remote: bool, prefix: bool | None, given: Mapping[str, str]) -> dict[str, str]:
+def _environment(placement: Placement, remote: bool, prefix: bool | None, given: Mapping[str, str]) -> dict[str, str]:
     return build_environment(
-        threads=place.threads,
-        timeout=place.timeout,
-        interface=place.interface,
+        threads=placement.threads,
+        timeout=placement.timeout,
+        interface=placement.interface,
         remote=remote,
         prefix=remote if prefix is None else prefix,
         base={**os.environ, **given},
     )
 
 
-def _warnings(place: Place, cluster: Cluster | None, mpiexec: Mpiexec) -> list[str]:
+def _warnings(placement: Placement, cluster: Cluster | None, mpiexec: Mpiexec) -> list[str]:
     other = None
     if cluster is not None and cluster.backend not in (None, "mpi", "any"):
-        other = f"{place.hostfile}: backend {cluster.backend!r} is for mlx.launch; here ranks talk over MPI"
+        other = f"{placement.hostfile}: backend {cluster.backend!r} is for mlx.launch; here ranks talk over MPI"
     return [warning for warning in (other, mismatch(mpiexec)) if warning]
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
-    """The values of ``NAME=VALUE``, and of ``NAME`` as it is here."""
+    """Variables given as ``NAME=VALUE``, or as ``NAME`` with the value in this process."""
     for one in given:
         if "=" not in one and one not in os.environ:
             raise LaunchError(f"--env: {one!r} is not set here, expected the name of a variable, or NAME=VALUE", 2)
@@ -129,5 +131,5 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 
 def _passed_on(environment: Mapping[str, str]) -> list[str]:
-    """The variables that every rank gets, also where MPI does not pass all of them on."""
+    """Names of the variables that every rank gets, even if its MPI does not pass on all variables."""
     return [name for name in environment if name.startswith(PASSED_ON)]

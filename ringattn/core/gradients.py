@@ -1,14 +1,14 @@
-"""The gradient of attention, from what its forward pass leaves.
+"""The gradient of attention, from the results of its forward pass.
 
 With scores s_ij of the visible pairs, p_ij = exp(s_ij - lse_i), out_i = sum_j p_ij v_j and the incoming gradients
-dout and dlse (FlashAttention-2, arXiv 2307.08691; the term of lse by d lse_i / d s_ij = p_ij):
+dout and dlse (FlashAttention-2, arXiv 2307.08691; the term of dlse follows from d lse_i / d s_ij = p_ij):
 
     delta_i = dout_i . out_i - dlse_i          ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = sum_j ds_ij ds/dqk k_j     dk_j = sum_i ds_ij ds/dqk q_i     dv_j = sum_i p_ij dout_i     dmask_ij = ds_ij
 
-where ds/dqk = scale, times 1 - (s / c)^2 under a softcap c. A sink is a score whose value is zero: its gradient is
--sum_i exp(sink - lse_i) delta_i. All sums are over disjoint keys or queries, so that those of several blocks add up.
-A row that sees no key (lse = -inf) has no gradient: it is kept as lse = inf, which makes all its p_ij zero.
+where ds/dqk = scale, times 1 - (s / c)^2 under a softcap c. A sink is a score with a zero value vector: its gradient is
+-sum_i exp(sink - lse_i) delta_i. All sums run over keys or queries, so the sums of disjoint blocks add up. A row that
+sees no key (lse = -inf) has no gradient: it gets lse = inf, which makes all its p_ij zero.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .rules import Rules
 
 
 class Rows(NamedTuple):
-    """What the gradient needs of each query row.
+    """Values of each query row that the gradient needs.
 
     Attributes:
-        dout: ``[B, Hq, Lq, Dv]``, the gradient of the loss by `out`, in any of the float dtypes.
+        dout: ``[B, Hq, Lq, Dv]``, the gradient of the loss with respect to `out`, in any float dtype.
         lse: ``[B, Hq, Lq]``, float32; inf for rows that see no key.
         delta: ``[B, Hq, Lq]``, float32.
     """
@@ -35,21 +35,21 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-        """From the results of the forward pass and the gradients of the loss by them."""
+        """Compute the rows from the forward results and the gradients of the loss with respect to them."""
         delta = (dout.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1) - dlse
         empty = lse == -mx.inf
         return cls(dout, mx.where(empty, mx.inf, lse), mx.where(empty, 0.0, delta))
 
-    def by_sinks(self, sinks: mx.array) -> mx.array:
-        """The gradient by `sinks` ``[Hq]``, of these rows alone."""
+    def sinks_gradient(self, sinks: mx.array) -> mx.array:
+        """Compute the gradient with respect to `sinks` ``[Hq]``, from these rows alone."""
         weights = mx.exp(sinks.astype(mx.float32)[None, :, None] - self.lse)
         return -(weights * self.delta).sum(axis=(0, 2))
 
 
 class Gradients(NamedTuple):
-    """Running sums in float32: `q`, `k`, `v` and `mask` have the shapes of what they are the gradients of.
+    """Running sums of the gradients with respect to q, k, v and an additive mask, float32, in their shapes.
 
-    `mask` is ``None`` unless there is an additive one.
+    `mask` is ``None`` where there is no additive mask.
     """
 
     q: Any
@@ -59,6 +59,6 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, q: mx.array, k: mx.array, v: mx.array, rules: Rules) -> Gradients:
-        """Nothing yet."""
+        """Zeros in the shapes of the inputs."""
         additive = None if rules.mask is None or rules.mask.dtype == mx.bool_ else mx.zeros(rules.mask.shape)
         return cls(mx.zeros(q.shape), mx.zeros(k.shape), mx.zeros(v.shape), additive)

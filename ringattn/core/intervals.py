@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ Spans = tuple[Span, ...]
 
 
 def union(spans: Iterable[Span]) -> Spans:
-    """The integers in any of `spans`, which may overlap and come in any order; adjacent spans become one."""
+    """Merge `spans`, which may overlap and be in any order. Adjacent spans become one."""
     merged: list[Span] = []
     for start, stop in sorted(span for span in spans if span[0] < span[1]):
         if merged and start <= merged[-1][1]:
@@ -22,10 +22,13 @@ def union(spans: Iterable[Span]) -> Spans:
 
 
 def intersection(a: Spans, b: Spans) -> Spans:
-    """The integers in both `a` and `b`."""
-    found, i, j = [], 0, 0
+    """Intersect `a` and `b`."""
+    found = []
+    i = 0
+    j = 0
     while i < len(a) and j < len(b):
-        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        start = max(a[i][0], b[j][0])
+        stop = min(a[i][1], b[j][1])
         if start < stop:
             found.append((start, stop))
         i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
@@ -33,12 +36,12 @@ def intersection(a: Spans, b: Spans) -> Spans:
 
 
 def length(spans: Spans) -> int:
-    """How many integers `spans` holds."""
+    """Count the integers in `spans`."""
     return sum(stop - start for start, stop in spans)
 
 
 def halves(spans: Spans) -> tuple[Spans, Spans]:
-    """Half of each of `spans`, and the other half; the odd integers go to either in turn."""
+    """Split each of `spans` into two halves. Odd integers go to the first and the second half in turn."""
     first: list[Span] = []
     second: list[Span] = []
     extra = 1
@@ -50,9 +53,21 @@ def halves(spans: Spans) -> tuple[Spans, Spans]:
     return union(first), union(second)
 
 
+def in_proportion(n: int, shares: Sequence[float], start: int) -> list[Span]:
+    """Cut `n` integers from `start` on into spans in proportion to `shares` (largest remainder, first spans first)."""
+    exact = [n * share / sum(shares) for share in shares]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: n - sum(counts)]:
+        counts[i] += 1
+    ends = [start + int(end) for end in np.cumsum(counts)]
+    return list(zip([start, *ends], ends))
+
+
 def locate(part: Spans, whole: Spans) -> Spans:
-    """Where the integers of `part` stand when those of `whole` are written in order: spans of indices."""
-    found, before = [], 0
+    """Return the indices of the integers of `part` in the ascending list of those of `whole`, as spans."""
+    found = []
+    before = 0
     for start, stop in whole:
         found += [(a - start + before, b - start + before) for a, b in intersection(part, ((start, stop),))]
         before += stop - start
@@ -60,12 +75,12 @@ def locate(part: Spans, whole: Spans) -> Spans:
 
 
 def tokens_at(axis: int, start: int, stop: int) -> tuple[slice, ...]:
-    """The index of tokens ``start:stop`` of an array whose `axis` counts tokens."""
+    """Return the index of tokens ``start:stop`` of an array whose token axis is `axis`."""
     return (slice(None),) * axis + (slice(start, stop),)
 
 
 def positions(spans: Spans) -> np.ndarray:
-    """All integers of `spans`, in order: int32 ``[length(spans)]``."""
+    """List all integers of `spans` in order: int32 ``[length(spans)]``."""
     if len(spans) <= 1:
         return np.arange(*(spans[0] if spans else (0,)), dtype=np.int32)
     starts, stops = np.array(spans, np.int64).T

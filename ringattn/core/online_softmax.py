@@ -9,10 +9,10 @@ arXiv 1805.02867; Dao et al., arXiv 2205.14135):
 
     m = max(m_A, m_B)    l = l_A exp(m_A - m) + l_B exp(m_B - m)    acc likewise
 
-The result is out = acc / l and lse = m + log l, a partial. Partials merge too, as states with m = lse, l = 1 and
-acc = out, but near lse = 100 a float32 has lost seven bits, so hops carry states and only users see partials. m need
-not be the maximum: any reference that neither overflows nor underflows gives the same result. No key at all is the
-state (0, -inf, 0) and the partial (0, -inf), and merging it changes nothing.
+The result is the partial out = acc / l, lse = m + log l. Partials merge too, as states with m = lse, l = 1 and
+acc = out. Near lse = 100 a float32 lse has lost seven bits, so hops carry states and only users see partials. m need
+not be the maximum: any reference that neither overflows nor underflows gives the same result. An empty set of keys has
+the state (0, -inf, 0) and the partial (0, -inf). Merging it changes nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import numpy as np
 from ..errors import ArgumentError, ArgumentTypeError
 
 Partial = tuple[mx.array, mx.array]
-SMALL = 1 << 16  # numbers in a state that is made by NumPy
+SMALL = 1 << 16  # NumPy makes empty states of up to this many numbers
 
 
 class State(NamedTuple):
-    """What hops carry, float32: `acc` ``[B, H, L, Dv]``, `m` and `l` ``[B, H, L]``; of MLX, or all three of NumPy."""
+    """State of query rows, float32: `acc` ``[B, H, L, Dv]``, `m` and `l` ``[B, H, L]``, all of MLX or all of NumPy."""
 
     acc: Any
     m: Any
@@ -38,16 +38,18 @@ class State(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, heads: int, tokens: int, dim: int) -> State:
-        """The state over no keys, of MLX arrays."""
+        """Make the state over no keys, of MLX arrays."""
         rows = (batch, heads, tokens)
-        if batch * heads * tokens * dim <= SMALL:  # here and now: an evaluation costs a switch of threads
-            arrays = np.zeros((*rows, dim), np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
-            return cls(*map(mx.array, arrays))
+        if batch * heads * tokens * dim <= SMALL:  # an evaluation by MLX would cost a thread switch
+            acc = np.zeros((*rows, dim), np.float32)
+            m = np.full(rows, -np.inf, np.float32)
+            l = np.zeros(rows, np.float32)
+            return cls(mx.array(acc), mx.array(m), mx.array(l))
         return cls(mx.zeros((*rows, dim)), mx.full(rows, -mx.inf), mx.zeros(rows))
 
 
 def merge_states(*states: State) -> State:
-    """The state over the keys of all `states`, no two of which share one. Arrays of MLX, or all of NumPy."""
+    """Merge states over disjoint keys. All arrays are of MLX, or all of NumPy."""
     xp = _library(states[0])
     m = reduce(xp.maximum, (state.m for state in states))
     weights = [_weight(xp, state.m, m) for state in states]
@@ -56,19 +58,22 @@ def merge_states(*states: State) -> State:
 
 
 def normalise(state: State, sinks: Any = None) -> tuple[Any, Any]:
-    """`out` and `lse` of a state, both float32. `sinks` ``[H]``, float32, enters the denominator here, once."""
-    xp, (acc, m, l) = _library(state), state
+    """Compute `out` and `lse` of a state, both float32. Float32 `sinks` ``[H]`` enter the denominator here, once."""
+    xp = _library(state)
+    acc, m, l = state
     if sinks is not None:
         total = xp.maximum(m, sinks[:, None])
         weight = _weight(xp, m, total)
-        acc, l, m = acc * weight[..., None], l * weight + _weight(xp, sinks[:, None], total), total
+        acc = acc * weight[..., None]
+        l = l * weight + _weight(xp, sinks[:, None], total)
+        m = total
     seen = l != 0
     l = xp.where(seen, l, 1)
     return acc / l[..., None], xp.where(seen, m + xp.log(l), -xp.inf)
 
 
 def finish(state: State, sinks: mx.array | None, dtype: mx.Dtype) -> Partial:
-    """`out` in `dtype` and the float32 lse of a state of MLX arrays."""
+    """Compute `out` in `dtype` and the float32 lse of a state of MLX arrays."""
     out, lse = normalise(state, None if sinks is None else sinks.astype(mx.float32))
     return out.astype(dtype), lse
 
@@ -76,10 +81,10 @@ def finish(state: State, sinks: mx.array | None, dtype: mx.Dtype) -> Partial:
 def merge(*partials: Partial) -> Partial:
     """Merge partial attention results over disjoint sets of keys.
 
-    With ``mask="causal"`` or a window each call of `attention` has to know where its keys stand, by `offset` or
-    `positions`: by default it takes its last key for that of the last query, and the result is wrong without an error.
-    `offset` is the position of the first query less that of the part's first key. Four queries at the end of ten
-    tokens, their keys in two parts:
+    With ``mask="causal"`` or a window, give each call of `attention` the positions of its keys by `offset` or
+    `positions`. By default `attention` aligns its last key with the last query: the result is then wrong, without an
+    error. `offset` is the position of the first query minus that of the part's first key. This example has four queries
+    at the end of ten tokens, and their keys in two parts:
 
     >>> import mlx.core as mx, ringattn as ra
     >>> k = v = mx.random.normal((1, 2, 10, 8))
@@ -97,10 +102,10 @@ def merge(*partials: Partial) -> Partial:
     Args:
         *partials: Pairs ``(out, lse)``: `out` ``[batch, heads, q tokens, value head_dim]`` in float16, bfloat16 or
             float32, the same in all, and its float32 natural log-sum-exp `lse` ``[batch, heads, q tokens]``.
-            ``(0, -inf)`` stands for no key seen and changes nothing.
+            ``(0, -inf)`` means that no key was seen, and changes nothing.
 
     Returns:
-        The partial ``(out, lse)`` over all the keys, `out` in the partials' dtype. Computed in float32.
+        The partial ``(out, lse)`` over all the keys, computed in float32. `out` has the partials' dtype.
 
     Raises:
         ArgumentError: If there is no partial, or shapes or dtypes disagree.
@@ -118,7 +123,7 @@ def _library(state: State) -> Any:
 
 
 def _weight(xp: Any, m: Any, total: Any) -> Any:
-    """``exp(m - total)`` where ``m <= total``, and 0 for ``m = -inf`` even when `total` is -inf as well."""
+    """Compute ``exp(m - total)`` for ``m <= total``. The result is 0 for ``m = -inf``, even where `total` is -inf."""
     nothing = m == -xp.inf
     return xp.where(nothing, 0, xp.exp(m - xp.where(nothing, 0, total)))
 

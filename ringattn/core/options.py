@@ -1,4 +1,4 @@
-"""The options that `attention`, `ring_attention` and `decode_attention` share, checked and with their defaults."""
+"""Checked options, with their defaults, of `attention`, `ring_attention` and `decode_attention`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rules import Rules
 
 
 class SharedOptions(TypedDict, total=False):
-    """The keyword arguments of all three calls, for the type checker's overloads of `return_lse`."""
+    """Keyword arguments of all three calls, for the type checker's overloads of `return_lse`."""
 
     scale: float | None
     mask: str | mx.array | None
@@ -29,7 +29,7 @@ class SharedOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options of one call. Arrays that are not there are ``None``."""
+    """Checked options of one call. Arrays that are not given are ``None``."""
 
     scale: float
     causal: bool
@@ -56,10 +56,10 @@ class Options:
         out_dtype: Any,
         one_segments: bool = False,
     ) -> Options:
-        """Check everything; `columns` is how many keys an array mask spans.
+        """Check all options. `columns` is the number of keys that an array mask spans.
 
         Raises:
-            ArgumentError: With the first argument that is wrong.
+            ArgumentError: If an argument is wrong; the message names the first one.
         """
         batch, heads, q_len, dim = q.shape
         causal, array = validation.check_mask(mask, (batch, heads, q_len, columns))
@@ -76,16 +76,16 @@ class Options:
 
     @property
     def band(self) -> Band:
-        """The positions that each query sees, by a causal mask and a window."""
+        """The band of the causal mask and the window."""
         return Band.of(self.causal, self.window)
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The arrays that are there, in the order that `bind` takes."""
+        """The arrays that are not None, in the order of `bind`."""
         return [x for x in (self.mask, self.sinks, *(self.segments or ())) if x is not None]
 
     def bind(self, arrays: Sequence[mx.array]) -> Options:
-        """These options with `arrays` in place of their own: what a transformed function is given."""
+        """Replace the arrays by `arrays`, which a transformed function receives."""
         if not arrays:
             return self
         given: Iterator[mx.array] = iter(arrays)
@@ -95,23 +95,26 @@ class Options:
         return replace(self, mask=mask, sinks=sinks, segments=segments)
 
     def gradients(self, sums: Gradients, rows: Rows, dtype: mx.Dtype) -> list[mx.array]:
-        """The gradients by q, k, v, in their `dtype`, and by `arrays`, in theirs; zeros where there is none."""
+        """Convert sums to gradients with respect to q, k, v in `dtype` and to `arrays` in their dtypes.
+
+        An array without a gradient gets zeros.
+        """
         mask = sums.mask
-        if mask is not None and self.mask is not None and mask.shape != self.mask.shape:  # one row for all queries
+        if mask is not None and self.mask is not None and mask.shape != self.mask.shape:  # one mask row for all queries
             mask = mask.sum(axis=2, keepdims=True)
-        found = {"mask": mask, "sinks": None if self.sinks is None else rows.by_sinks(self.sinks)}
+        found = {"mask": mask, "sinks": None if self.sinks is None else rows.sinks_gradient(self.sinks)}
         given = {"mask": self.mask, "sinks": self.sinks}
-        by_options = [mx.zeros_like(x) if found[name] is None else found[name].astype(x.dtype)
+        option_gradients = [mx.zeros_like(x) if found[name] is None else found[name].astype(x.dtype)
                       for name, x in given.items() if x is not None]  # fmt: skip
-        return [*(x.astype(dtype) for x in sums[:3]), *by_options, *map(mx.zeros_like, self.segments or ())]
+        return [*(x.astype(dtype) for x in sums[:3]), *option_gradients, *map(mx.zeros_like, self.segments or ())]
 
     def rules(self, columns: np.ndarray | None = None) -> Rules:
-        """What a kernel needs of them."""
+        """Make the rules of a kernel call."""
         return Rules(self.scale, self.band, self.softcap, self.mask, columns, self.segments)
 
     @property
     def _mask_text(self) -> str:
-        """The mask as the user gave it. A rank's rows of an array are its own; the other axes are the same for all."""
+        """Description of the mask that is equal on all ranks. Each rank has its own rows of an array mask."""
         if self.mask is None:
             return repr("causal" if self.causal else None)
         batch, heads, _, columns = self.mask.shape
@@ -119,9 +122,9 @@ class Options:
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
-        """What all ranks must agree on, as (argument, value) pairs.
+        """Values that all ranks must agree on, as (argument, value) pairs.
 
-        An array mask and segments are each rank's own; sinks are the same for all.
+        Each rank has its own array mask and segments. Sinks are equal on all ranks.
         """
         sinks = "None" if self.sinks is None else str(self.sinks.tolist())
         return (

@@ -1,4 +1,4 @@
-"""What decides which keys count and how scores are made."""
+"""Rules of a kernel call: which keys a query sees, and how scores are computed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .masks import Band
 
 @dataclass(frozen=True)
 class Rules:
-    """Which keys count and how their scores are made, for one kernel call.
+    """Rules of one kernel call: which keys a query sees, and how scores are computed.
 
     Attributes:
-        scale: What q . k is multiplied with.
-        band: The positions each query sees.
+        scale: The factor of q . k.
+        band: The positions that each query sees.
         softcap: ``c`` of ``c * tanh(score / c)``, or ``None``.
         mask: Boolean or additive array ``[B or 1, Hq or 1, Lq or 1, columns or 1]``, or ``None``.
-        columns: For each key its column in `mask`, int ``[Lk]``; ``None`` where key j is column j.
-        segments: The ids ``[B, Lq]`` and ``[B, Lk]`` of queries and keys, or ``None``.
+        columns: The column of each key in `mask`, int ``[Lk]``; ``None`` where key j is column j.
+        segments: The ids of queries ``[B, Lq]`` and of keys ``[B, Lk]``, or ``None``.
     """
 
     scale: float

@@ -1,4 +1,4 @@
-"""Checks of arguments, each error one line: argument, value, expectation; and the defaults they stand for."""
+"""Checks of arguments, and their defaults. Each error is one line: argument, value, expectation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import ArgumentError, ArgumentTypeError
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
-Positions = mx.array | np.ndarray | Sequence[int]  # ascending, that fit int32
+Positions = mx.array | np.ndarray | Sequence[int]  # ascending, within int32
 _FAR = 2**32  # further apart than any two int32 positions
 
 
 def check_qkv(q: Any, k: Any, v: Any) -> None:
-    """q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]`` and v ``[B, Hkv, Lk, Dv]`` of one float dtype."""
+    """Check q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]`` and v ``[B, Hkv, Lk, Dv]`` of one float dtype."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_array(name, x)
         if x.dtype not in FLOATS:
@@ -41,20 +41,20 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
 
 
 def check_array(name: str, x: Any) -> None:
-    """An mx.array."""
+    """Check that `x` is an mx.array."""
     if not isinstance(x, mx.array):
         raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected an mx.array")
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
-    """The scale as a float; the default is ``head_dim ** -0.5``."""
+    """Return the scale as a float. The default is ``head_dim ** -0.5``."""
     if scale is None:
         return head_dim**-0.5
     return _number("scale", scale)
 
 
 def check_softcap(softcap: Any) -> float | None:
-    """A positive number or ``None``."""
+    """Check for a positive number or ``None``."""
     if softcap is None:
         return None
     softcap = _number("softcap", softcap)
@@ -64,7 +64,7 @@ def check_softcap(softcap: Any) -> float | None:
 
 
 def check_window(window: Any) -> int | tuple[int, int] | None:
-    """``None``, an int of at least 1, or a pair of ints of at least 0."""
+    """Check for ``None``, an int of at least 1, or a pair of ints of at least 0."""
     if window is None:
         return None
     if _is_int(window):
@@ -79,7 +79,7 @@ def check_window(window: Any) -> int | tuple[int, int] | None:
 
 
 def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> tuple[bool, mx.array | None]:
-    """Whether the mask is causal, and an array mask with 4 axes that broadcasts to `shape` ``[B, Hq, Lq, Lk]``."""
+    """Return whether the mask is causal, and an array mask of 4 axes that broadcasts to `shape` ``[B, Hq, Lq, Lk]``."""
     if mask is None:
         return False, None
     if isinstance(mask, str):
@@ -97,7 +97,7 @@ def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> tuple[bool, mx.ar
 
 
 def check_sinks(sinks: Any, heads: int) -> mx.array | None:
-    """``None`` or a float array ``[heads]``."""
+    """Check for ``None`` or a float array ``[heads]``."""
     if sinks is None:
         return None
     check_array("sinks", sinks)
@@ -109,7 +109,7 @@ def check_sinks(sinks: Any, heads: int) -> mx.array | None:
 
 
 def check_segments(segments: Any, batch: int, q_len: int, k_len: int, *, single: bool) -> tuple | None:
-    """The pair of ids ``[B, Lq]`` and ``[B, Lk]``, int32. One array for both is taken where `single`."""
+    """Return the ids of queries ``[B, Lq]`` and of keys ``[B, Lk]``, int32. `single` allows one array for both."""
     if segments is None:
         return None
     if single and isinstance(segments, mx.array):
@@ -130,13 +130,13 @@ def _check_ids(name: str, ids: Any, shape: tuple[int, int]) -> mx.array:
         raise ArgumentError(f"{name}: shape {tuple(ids.shape)}, expected {shape}")
     if ids.dtype in (mx.int64, mx.uint64, mx.uint32) and ids.size:
         low, high = ids.min().item(), ids.max().item()
-        if low < -(2**31) or high >= 2**31:  # cut to 32 bits, two documents could become one
+        if low < -(2**31) or high >= 2**31:  # in 32 bits two documents could get one id
             raise ArgumentError(f"{name}: ids from {low} to {high}, expected ids that fit int32")
     return ids.astype(mx.int32)
 
 
 def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of queries and keys, from `offset` or `positions`; the default aligns the last query and key."""
+    """Return the positions of queries and keys. The default aligns the last query with the last key."""
     if positions is None:
         offset = k_len - q_len if offset is None else check_int("offset", offset)
         if offset + q_len > 2**31:
@@ -153,7 +153,7 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
 
 
 def check_token_positions(name: str, x: Any, tokens: int) -> np.ndarray:
-    """Ascending positions ``[tokens]`` as int32."""
+    """Return ascending positions ``[tokens]`` as int32."""
     if not isinstance(x, (mx.array, np.ndarray, Sequence)) or isinstance(x, str):
         raise ArgumentTypeError(f"{name}: {type(x).__name__}, expected int32 positions")
     if isinstance(x, mx.array) and not mx.issubdtype(x.dtype, mx.integer):
@@ -176,7 +176,7 @@ def check_token_positions(name: str, x: Any, tokens: int) -> np.ndarray:
 
 
 def check_out_dtype(out_dtype: Any, default: mx.Dtype) -> mx.Dtype:
-    """One of the three float dtypes; the default is q's."""
+    """Check for one of the three float dtypes. The default is q's."""
     if out_dtype is None:
         return default
     if out_dtype not in FLOATS:
@@ -185,20 +185,20 @@ def check_out_dtype(out_dtype: Any, default: mx.Dtype) -> mx.Dtype:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """``None`` or one of `choices`."""
+    """Check for ``None`` or one of `choices`."""
     if value is not None and (not isinstance(value, str) or value not in choices):
         raise ArgumentError(f"{name}: {told(value)}, expected one of {', '.join(map(repr, choices))}, or None")
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Check for True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentTypeError(f"{name}: {told(value)}, expected True or False")
     return bool(value)
 
 
 def check_int(name: str, value: Any, least: int = -(2**31)) -> int:
-    """An int of at least `least` that fits 32 bits."""
+    """Check for an int of at least `least` that fits 32 bits."""
     if not _is_int(value):
         raise ArgumentTypeError(f"{name}: {told(value)}, expected an integer")
     if value < least:
@@ -209,7 +209,7 @@ def check_int(name: str, value: Any, least: int = -(2**31)) -> int:
 
 
 def told(value: Any) -> str:
-    """`value` for an error message: one line, and not the contents of an array."""
+    """Format `value` for an error message: one line, without the contents of an array."""
     if isinstance(value, (mx.array, np.ndarray)):
         return f"array of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

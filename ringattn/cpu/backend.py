@@ -11,7 +11,7 @@ from . import backward, forward
 
 
 class HostKernel(Kernel):
-    """NumPy and its BLAS on the memory of the mx arrays."""
+    """Kernel of NumPy and its BLAS, on the memory of the mx arrays."""
 
     name = "host"
     lazy = False

@@ -1,7 +1,7 @@
-"""The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, a few megabytes of scratch, no copies.
+"""The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, with a few megabytes of scratch.
 
-The query heads that share a key/value head are stacked as rows of one matrix product. A unit of work goes over its keys
-tile by tile (Dao et al., arXiv 2205.14135), with no mask arithmetic in the tiles that its band shows to be full.
+The query heads that share a key/value head are stacked as rows of one matrix product. A unit of work processes its keys
+tile by tile (Dao et al., arXiv 2205.14135). Tiles that are full by position need no mask arithmetic.
 """
 
 from __future__ import annotations
@@ -16,72 +16,76 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, Unit
+from ..kernels.tiles import Piece, WorkUnit
 from . import softmax
-from .work_units import Work, buffer, cap, spread, views_of
+from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
 
 def attend(inputs: KernelInputs, state: State | None) -> State:
-    """Attend and return the state; see `Kernel.forward`."""
+    """Attend and return the state. See `Kernel.forward`."""
     batch, heads, q_len = inputs.rows
     if state is None:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
     mx.eval(*state)
-    work = _Forward(*views_of(inputs), *map(view, state))
-    spread(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
+    work = _Forward(*numpy_views(inputs), *map(view, state))
+    run_on_threads(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
     return state
 
 
 @dataclass(frozen=True)
-class _Forward(Work):
-    """One kernel call, and the state that it updates."""
+class _Forward(WorkUnits):
+    """One forward call, and the state that it updates."""
 
     acc: np.ndarray
     m: np.ndarray
     l: np.ndarray
 
-    def run(self, unit: Unit) -> None:
-        """Take the state of the unit's rows through all its pieces."""
+    def run(self, unit: WorkUnit) -> None:
+        """Update the state of the unit's rows with all its pieces.
+
+        If the result is not finite, compute it again without products of hidden pairs.
+        """
         rows = self.rows(unit)
         queries = self.scaled(self.q[rows], unit.last - unit.first)
         shape = queries.shape[:2]
         acc = buffer("acc", (*shape, self.v.shape[-1]))
-        for careful in (False, True):
+        for exclude_hidden in (False, True):
             acc[:] = self.acc[rows].reshape(acc.shape)
             m, l = (x[rows].flatten().reshape(shape) for x in (self.m, self.l))
             for piece in unit.pieces:
-                if not self.hidden.empty(unit, piece):
-                    self._step(unit, piece, queries, acc, m, l, careful)
+                if not self.tile_mask.empty(unit, piece):
+                    self._step(unit, piece, queries, acc, m, l, exclude_hidden)
             if np.isfinite(acc).all():
                 break
         for x, new in ((self.acc, acc), (self.m, m), (self.l, l)):
             x[rows] = new.reshape(x[rows].shape)
 
-    def _step(self, unit: Unit, piece: Piece, queries, acc, m, l, careful: bool) -> None:
-        """Fold the keys of one piece into the state of the rows that see them, in place."""
-        rows, at = self.rows_of(unit, piece), self.keys(unit, piece)
+    def _step(self, unit: WorkUnit, piece: Piece, queries, acc, m, l, exclude_hidden: bool) -> None:
+        """Merge the keys of one piece into the state of the rows that see them, in place."""
+        rows = self.rows_of(unit, piece)
+        at = self.keys(unit, piece)
         queries, acc, m, l = (x[:, rows] for x in (queries, acc, m, l))
         k, v = as_float32(self.k[at], partial(buffer, "k")), as_float32(self.v[at], partial(buffer, "v"))
         p = buffer("scores", (*queries.shape[:2], k.shape[1]))
         np.matmul(queries, k.swapaxes(1, 2), out=p)
         if self.rules.softcap is not None:
             cap(p, self.rules.softcap)
-        hidden = self.hidden.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
+        hidden = self.tile_mask.apply(unit, piece, p) if piece.tile is Tile.PARTIAL else None
         acc *= softmax.step(p, m, l)[..., None]
-        if careful and hidden is not None:
-            acc += _values_seen(p, v, piece.q_stop - piece.q_start, *hidden)
+        if exclude_hidden and hidden is not None:
+            acc += _visible_product(p, v, piece.q_stop - piece.q_start, *hidden)
         else:
             acc += np.matmul(p, v, out=buffer("out", acc.shape))
 
 
-def _values_seen(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
-    """``p @ v`` where values that are not finite do not reach rows that do not see them, as ``0 * NaN`` would."""
+def _visible_product(p: np.ndarray, v: np.ndarray, queries: int, hidden: np.ndarray, rows: slice) -> np.ndarray:
+    """Compute ``p @ v`` so that NaN and infinity do not reach rows that do not see them, as ``0 * NaN`` would."""
     visible = np.ones((p.shape[0] * p.shape[1] // queries, queries, p.shape[2]), bool)
     visible[:, rows] = ~hidden
     visible = visible.reshape(p.shape)
-    broken = ~np.isfinite(v).all(axis=-1)
-    out = p @ np.where(broken[..., None], np.float32(0), v)
-    for j in np.flatnonzero(broken.any(axis=0)):
-        seen = visible[..., j] & broken[:, j, None]
+    nonfinite = ~np.isfinite(v).all(axis=-1)
+    out = p @ np.where(nonfinite[..., None], np.float32(0), v)
+    for j in np.flatnonzero(nonfinite.any(axis=0)):
+        seen = visible[..., j] & nonfinite[:, j, None]
         out += np.where(seen[..., None], p[..., j, None] * v[:, None, j], np.float32(0))
     return out

@@ -1,6 +1,6 @@
-/* What softmax.py does to a tile of scores; it says what that is, and has it in NumPy.
+/* The compiled functions of softmax.py, which documents them and has them in NumPy too.
  *
- * Plain loops that compilers turn into vector code; on x86 Linux three versions of it, chosen when loaded.
+ * Compilers turn these plain loops into vector code. On x86 Linux there are three versions, chosen at load time.
  */
 #include <math.h>
 #include <stdint.h>
@@ -12,9 +12,9 @@
 #define VERSIONS
 #endif
 
-/* exp(x) for x <= 0: 2^n e^r with |r| <= ln2 / 2, and Cephes' polynomial for e^r; 0 from where it would be subnormal. */
+/* exp(x) for x <= 0: 2^n e^r with |r| <= ln2 / 2, and Cephes' polynomial for e^r; 0 where it would be subnormal. */
 static inline float exp_negative(float x) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it puts the nearest integer into the low bits */
     float bounded = x < -87.0f ? -87.0f : x;
     float shifted = bounded * 1.44269504088896341f + round;
     float n = shifted - round;
@@ -43,7 +43,7 @@ void ringattn_softmax_step(float *restrict p, int64_t rows, int64_t keys, float 
         float top = m[i], sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < keys; j++) top = row[j] > top ? row[j] : top;
-        const float base = top == -INFINITY ? 0.0f : top; /* a row that has seen nothing yet */
+        const float base = top == -INFINITY ? 0.0f : top; /* a row without a visible key so far */
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < keys; j++) {
             row[j] = exp_negative(row[j] - base);

@@ -1,4 +1,4 @@
-"""The parts of a mask that are data (segments, arrays), for the host kernel: the tiles that they leave."""
+"""Masks of the CPU kernel, tile by tile: the band, segments and array masks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile, array_tile, segment_tile
 from ..core.rules import Rules
-from ..kernels.tiles import Piece, Unit
+from ..kernels.tiles import Piece, WorkUnit
 
 
 @dataclass(frozen=True)
-class Hidden:
+class TileMask:
     """The mask of one kernel call on NumPy views.
 
     Attributes:
-        out_of_band: Given a, b, c, d, what the band hides of a run of the queries ``a:b`` x keys ``c:d``, bool, and
-            that run, outside of which it hides nothing.
+        hidden_by_band: A function of a, b, c, d. It returns a run of the queries ``a:b`` and a boolean array of the
+            pairs of this run x the keys ``c:d`` that the band hides. The band hides nothing from other queries.
         mask: Boolean or additive ``[B, Hq, Lq, columns]``, broadcast without a copy, or ``None``.
-        columns: Each key's column, or ``None`` for the same order.
-        group: The query heads of a key/value head.
+        columns: The column of each key, or ``None`` for the same order.
+        group: The number of query heads for each key/value head.
         q_ids, k_ids: Segment ids ``[B, Lq]`` and ``[B, Lk]``, or ``None``.
     """
 
-    out_of_band: Callable[[int, int, int, int], tuple[np.ndarray, slice]]
+    hidden_by_band: Callable[[int, int, int, int], tuple[np.ndarray, slice]]
     mask: np.ndarray | None
     columns: np.ndarray | None
     group: int
@@ -36,22 +36,22 @@ class Hidden:
     k_ids: np.ndarray | None
 
     @classmethod
-    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> Hidden:
-        """Evaluate the arrays of `rules` and look at them."""
+    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
+        """Evaluate the arrays of `rules` and make views of them."""
         q_ids, k_ids = rules.segments or (None, None)
         arrays = [x for x in (rules.mask, q_ids, k_ids) if x is not None]
         mx.eval(*arrays)
         views = [None if x is None else view(x) for x in (rules.mask, q_ids, k_ids)]
 
-        @lru_cache(maxsize=16)  # heads come one after the other to the same piece
-        def out_of_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
-            edge = rules.band.edge(q_pos[a:b], int(k_pos[c]), int(k_pos[d - 1]))
+        @lru_cache(maxsize=16)  # successive heads need the same piece
+        def hidden_by_band(a: int, b: int, c: int, d: int) -> tuple[np.ndarray, slice]:
+            edge = rules.band.partial_rows(q_pos[a:b], int(k_pos[c]), int(k_pos[d - 1]))
             return ~rules.band.visible(q_pos[a:b][edge], k_pos[c:d]), edge
 
-        return cls(out_of_band, views[0], rules.columns, group, views[1], views[2])
+        return cls(hidden_by_band, views[0], rules.columns, group, views[1], views[2])
 
     def refine(self, batch: int, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Those of `pieces` that segments leave, with what all masks leave of them."""
+        """Yield the `pieces` that segments do not hide, with their class under all masks."""
         for piece in pieces:
             tile = piece.tile if self.mask is None else piece.tile & Tile.PARTIAL
             if self.q_ids is not None and self.k_ids is not None:
@@ -60,20 +60,20 @@ class Hidden:
             if tile is not Tile.EMPTY:
                 yield piece._replace(tile=tile)
 
-    def empty(self, unit: Unit, piece: Piece) -> bool:
-        """Whether an array mask leaves nothing of `piece` for the heads of `unit`."""
+    def empty(self, unit: WorkUnit, piece: Piece) -> bool:
+        """Return whether an array mask hides all of `piece` from the heads of `unit`."""
         return self.mask is not None and array_tile(self._array(unit, piece)) is Tile.EMPTY
 
-    def apply(self, unit: Unit, piece: Piece, scores: np.ndarray) -> tuple[np.ndarray, slice]:
-        """Add an additive mask and set what is hidden to -inf, in `scores` ``[group * queries, keys]``.
+    def apply(self, unit: WorkUnit, piece: Piece, scores: np.ndarray) -> tuple[np.ndarray, slice]:
+        """Add an additive mask to `scores` ``[group * queries, keys]`` and set hidden scores to -inf, in place.
 
         Returns:
-            What is hidden, bool ``[heads or 1, rows, keys]``, and the run of queries that these rows are; of the
-            others nothing is.
+            The hidden pairs, bool ``[heads or 1, rows, keys]``, and the run of queries that are these rows. Nothing
+            is hidden from the other queries.
         """
         rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
         shaped = scores.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
-        band, edge = self.out_of_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
+        band, edge = self.hidden_by_band(piece.q_start, piece.q_stop, piece.k_start, piece.k_stop)
         if self.q_ids is None and self.mask is None:
             np.copyto(shaped[:, edge], np.float32(-np.inf), where=band)
             return band[None], edge
@@ -92,8 +92,8 @@ class Hidden:
         np.copyto(shaped, np.float32(-np.inf), where=hidden)
         return hidden, slice(0, shaped.shape[1])
 
-    def _array(self, unit: Unit, piece: Piece) -> np.ndarray:
-        """The tile of the array mask ``[heads or 1, queries or 1, keys or 1]``, bool or float32."""
+    def _array(self, unit: WorkUnit, piece: Piece) -> np.ndarray:
+        """Cut the tile ``[heads or 1, queries or 1, keys or 1]`` out of the array mask, bool or float32."""
         assert self.mask is not None
         batches, heads, rows, columns = self.mask.shape
         tile = self.mask[unit.batch if batches > 1 else 0]
@@ -105,7 +105,7 @@ class Hidden:
         return tile if tile.dtype == bool else as_float32(tile)
 
 
-def clear(x: np.ndarray, piece: Piece, hidden: np.ndarray, rows: slice) -> None:
-    """Set `x` ``[group * queries, keys]`` to zero where `Hidden.apply` says that `piece` is hidden, in place."""
+def zero_hidden(x: np.ndarray, piece: Piece, hidden: np.ndarray, rows: slice) -> None:
+    """Set the hidden pairs of `x` ``[group * queries, keys]`` to zero, in place. `TileMask.apply` returns the pairs."""
     shaped = x.reshape(-1, piece.q_stop - piece.q_start, piece.k_stop - piece.k_start)
     np.copyto(shaped[:, rows], np.float32(0), where=hidden)

@@ -1,7 +1,7 @@
-"""How the kernels for CPUs cut their work into units, and how threads share it.
+"""Units of work of the CPU kernels, and the threads that run them.
 
-A unit is some query rows of one key/value head (of several, where they are small). Threads take units as they come
-free, and what a unit computes depends on nothing else, so the bits do not depend on the number of threads.
+A unit is some query rows of one key/value head, or of several small ones. A free thread takes the next unit. Units are
+independent, so the bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.rules import Rules
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, Unit, cut
+from ..kernels.tiles import Piece, WorkUnit, cut
 from ..native import blas
-from .tile_masks import Hidden
+from .tile_masks import TileMask
 
-ROWS = 512  # query rows of a unit, all the heads of its group together
-SCORES = ROWS * 1024  # scores of a tile: 2 MB
-SMALL = 1 << 18  # scores up to which the heads of a batch entry go together: a few tokens, a short cache
-EDGE = 256  # keys of a piece along the edge of a band
+ROWS = 512  # query rows in a unit, all heads of a group together
+SCORES = ROWS * 1024  # scores in a tile: 2 MB
+SMALL = 1 << 18  # heads with fewer scores in all share a unit: a few tokens, a short cache
+EDGE = 256  # keys in a piece along the edge of a band
 
 T = TypeVar("T")
 
 
-def spread(run: Callable[[T], None], tasks: Iterable[T]) -> None:
-    """Run all tasks, on as many threads as there are; each thread takes the next when it is done with one."""
+def run_on_threads(run: Callable[[T], None], tasks: Iterable[T]) -> None:
+    """Run all tasks on all threads. Each thread takes the next task when it has finished one."""
     queue = deque(tasks)
 
     def work() -> None:
@@ -52,7 +52,7 @@ def spread(run: Callable[[T], None], tasks: Iterable[T]) -> None:
         try:
             work()
         finally:
-            queue.clear()  # nothing is left in it, unless this thread was interrupted
+            queue.clear()  # empty already, unless this thread was interrupted
             for other in others:
                 other.result()
 
@@ -66,18 +66,18 @@ _scratch = threading.local()
 
 
 def buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 buffer of this thread, kept from call to call."""
+    """Return a float32 buffer of this thread. Its memory is reused from call to call."""
     size = prod(shape)
-    have = getattr(_scratch, name, None)
-    if have is None or have.size < size:
-        have = np.empty(size, np.float32)
-        setattr(_scratch, name, have)
-    return have[:size].reshape(shape)
+    memory = getattr(_scratch, name, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, np.float32)
+        setattr(_scratch, name, memory)
+    return memory[:size].reshape(shape)
 
 
 @dataclass(frozen=True)
-class Work:
-    """The inputs of one kernel call, as NumPy views."""
+class WorkUnits:
+    """Inputs of one kernel call as NumPy views, cut into units of work."""
 
     q: np.ndarray
     k: np.ndarray
@@ -85,18 +85,20 @@ class Work:
     q_pos: np.ndarray
     k_pos: np.ndarray
     rules: Rules
-    hidden: Hidden
+    tile_mask: TileMask
 
-    tiles: ClassVar[int] = 1  # of scores, held at a time
+    tiles: ClassVar[int] = 1  # tiles of scores in memory at a time
 
     @property
     def group(self) -> int:
-        """Query heads for each key/value head."""
+        """Number of query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
-    def units(self) -> Iterator[Unit]:
-        """The units that see any key."""
-        q_pos, k_pos, kv_heads = self.q_pos, self.k_pos, self.k.shape[1]
+    def units(self) -> Iterator[WorkUnit]:
+        """Yield the units that see any key."""
+        q_pos = self.q_pos
+        k_pos = self.k_pos
+        kv_heads = self.k.shape[1]
         step = max(1, ROWS // self.group)
         rows = self.group * max(1, min(step, len(q_pos)))
         heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
@@ -105,12 +107,15 @@ class Work:
             reach = self.rules.band.runs(int(q_pos[start]), int(q_pos[stop - 1]), k_pos)
             pieces = [piece for run in reach for piece in self._cut_keys(start, stop, run, keys)]
             for batch in range(self.q.shape[0]):
-                seen = tuple(self.hidden.refine(batch, pieces))
+                seen = tuple(self.tile_mask.refine(batch, pieces))
                 for first in range(0, kv_heads if seen else 0, heads):
-                    yield Unit(batch, first, min(first + heads, kv_heads), start, stop, seen)
+                    yield WorkUnit(batch, first, min(first + heads, kv_heads), start, stop, seen)
 
     def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
-        """Pieces of at most `keys` keys; along a band's edge narrower ones, of only the rows that see any of them."""
+        """Yield pieces of at most `keys` keys.
+
+        Pieces along the edge of a band are narrower, and have only the rows that see any of their keys.
+        """
         first, last, tile = run
         trim = tile is Tile.PARTIAL and self.group == 1
         q_pos, k_pos = self.q_pos[start:stop], self.k_pos
@@ -118,38 +123,40 @@ class Work:
         for a in range(first, last, step):
             b = min(a + step, last)
             top, bottom = self.rules.band.rows(q_pos, int(k_pos[a]), int(k_pos[b - 1])) if trim else (0, stop - start)
-            if top < bottom:  # there may be keys between two queries that neither sees
+            if top < bottom:  # no query may see keys that lie between two queries
                 yield Piece(start + top, start + bottom, a, b, tile)
 
     def scaled(self, q: np.ndarray, heads: int) -> np.ndarray:
-        """The query rows of all heads of each group, float32, times the scale: ``[kv heads, group * queries, D]``."""
+        """Scale the queries and stack the heads of each group: float32 ``[kv heads, group * queries, D]``."""
         out = buffer("queries", q.shape)
         np.multiply(as_float32(q, lambda shape: out), np.float32(self.rules.scale), out=out)
         return out.reshape(heads, -1, q.shape[-1])
 
-    def rows(self, unit: Unit) -> tuple:
-        """Where the rows of `unit` are in an array ``[B, Hq, Lq, ...]``."""
+    def rows(self, unit: WorkUnit) -> tuple:
+        """Return the index of the rows of `unit` in an array ``[B, Hq, Lq, ...]``."""
         return (unit.batch, slice(unit.first * self.group, unit.last * self.group), slice(unit.start, unit.stop))
 
-    def keys(self, unit: Unit, piece: Piece) -> tuple:
-        """Where the keys of `piece` are in an array ``[B, Hkv, Lk, ...]``."""
+    def keys(self, unit: WorkUnit, piece: Piece) -> tuple:
+        """Return the index of the keys of `piece` in an array ``[B, Hkv, Lk, ...]``."""
         return (unit.batch, slice(unit.first, unit.last), slice(piece.k_start, piece.k_stop))
 
-    def rows_of(self, unit: Unit, piece: Piece) -> slice:
-        """Which of the stacked rows of `unit` are those of `piece`: all, where several heads are stacked."""
+    def rows_of(self, unit: WorkUnit, piece: Piece) -> slice:
+        """Return the rows of `piece` among the stacked rows of `unit`: all, where several heads are stacked."""
         return slice(piece.q_start - unit.start, piece.q_stop - unit.start) if self.group == 1 else slice(None)
 
 
-def views_of(inputs: KernelInputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, Hidden]:
-    """Evaluate the arrays of `inputs` and return the first fields of a `Work`."""
+def numpy_views(
+    inputs: KernelInputs,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, TileMask]:
+    """Evaluate the arrays of `inputs` and return the fields of `WorkUnits`."""
     q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
     mx.eval(q, k, v)
-    hidden = Hidden.of(rules, inputs.group, inputs.q_pos, inputs.k_pos)
-    return view(q), view(k), view(v), inputs.q_pos, inputs.k_pos, rules, hidden
+    tile_mask = TileMask.of(rules, inputs.group, inputs.q_pos, inputs.k_pos)
+    return view(q), view(k), view(v), inputs.q_pos, inputs.k_pos, rules, tile_mask
 
 
 def cap(scores: np.ndarray, softcap: float) -> None:
-    """``softcap * tanh(scores / softcap)``, in place."""
+    """Replace `scores` by ``softcap * tanh(scores / softcap)``, in place."""
     np.divide(scores, np.float32(softcap), out=scores)
     np.tanh(scores, out=scores)
     np.multiply(scores, np.float32(softcap), out=scores)

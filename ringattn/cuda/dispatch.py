@@ -18,58 +18,58 @@ LEAST_KEYS = 512  # of a run, where keys are split to fill the GPU
 Arrays = list[mx.array]
 
 
-def attend(problem: KernelInputs, state: State | None, ending: OutputSpec | None) -> Arrays:
-    """Attend, from `state` or from nothing, to ``[acc, m, l]`` or, given an `ending`, to ``[out]`` or ``[out, lse]``.
+def attend(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
+    """Attend, from `state` or from nothing, to ``[acc, m, l]`` or, given an `output`, to ``[out]`` or ``[out, lse]``.
 
     Results stay lazy. Each kernel variant is tried on a few tokens before the NVIDIA GPU first runs it.
 
     Raises:
         UnusableError: If the variant does not work here.
     """
-    problem = _with_scale_of_at_least_0(problem.whole())
-    plan = Plan.of(problem)
-    splits = plan.splits(problem)
+    inputs = _with_scale_of_at_least_0(inputs.whole())
+    plan = Plan.of(inputs)
+    splits = plan.splits(inputs)
     if launch.default():
-        words = [f"tiles of {plan.tiling.BQ} x {plan.tiling.BK}", "keys split" if splits > 1 else "keys in one run"]
+        details = [f"tiles of {plan.tiling.BQ} x {plan.tiling.BK}", "keys split" if splits > 1 else "keys in one run"]
 
-        def few(problem: KernelInputs, state: State | None, ending: OutputSpec | None) -> Arrays:
-            return plan.launch(problem.whole(), state, ending, min(splits, 2))
+        def few(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
+            return plan.launch(inputs.whole(), state, output, min(splits, 2))
 
-        self_test.ensure(few, problem, state, ending, *words)
+        self_test.ensure(few, inputs, state, output, *details)
     if state is not None:
         state = State(*map(mx.contiguous, state))
-    return plan.launch(problem, state, ending, splits)
+    return plan.launch(inputs, state, output, splits)
 
 
-def _with_scale_of_at_least_0(problem: KernelInputs) -> KernelInputs:
-    """Return an equal problem whose largest scores are those of the largest products of queries and keys."""
-    rules = problem.rules
-    return problem if rules.scale >= 0 else replace(problem, q=-problem.q, rules=replace(rules, scale=-rules.scale))
+def _with_scale_of_at_least_0(inputs: KernelInputs) -> KernelInputs:
+    """Return equal inputs whose largest scores are those of the largest products of queries and keys."""
+    rules = inputs.rules
+    return inputs if rules.scale >= 0 else replace(inputs, q=-inputs.q, rules=replace(rules, scale=-rules.scale))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem is laid out on a GPU: `group` query heads are rows of one tile."""
+    """Layout of a inputs on a GPU: `group` query heads are rows of one tile."""
 
     group: int
     tiling: Tiling
 
     @classmethod
-    def of(cls, problem: KernelInputs) -> Plan:
-        """The plan for a problem."""
-        q_len = problem.rows[2]
-        group = problem.group if problem.group * q_len <= FEW_ROWS else 1
-        return cls(group, Tiling.of(problem.q.dtype, problem.q.shape[3], problem.v.shape[3], q_len * group))
+    def of(cls, inputs: KernelInputs) -> Plan:
+        """Make the plan for some inputs."""
+        q_len = inputs.rows[2]
+        group = inputs.group if inputs.group * q_len <= FEW_ROWS else 1
+        return cls(group, Tiling.of(inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], q_len * group))
 
-    def splits(self, problem: KernelInputs) -> int:
+    def splits(self, inputs: KernelInputs) -> int:
         """How many runs of its keys are attended to side by side: more than one where there are too few rows."""
-        batch, heads, q_len = problem.rows
+        batch, heads, q_len = inputs.rows
         blocks = -(-q_len * self.group // self.tiling.BQ) * batch * heads // self.group
-        return max(1, min(self.tiling.blocks // blocks, problem.k.shape[2] // LEAST_KEYS))
+        return max(1, min(self.tiling.blocks // blocks, inputs.k.shape[2] // LEAST_KEYS))
 
-    def launch(self, problem: KernelInputs, state: State | None, ending: OutputSpec | None, splits: int) -> Arrays:
+    def launch(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None, splits: int) -> Arrays:
         """One kernel, or two where keys are split."""
         if splits == 1:
-            return launch.run(forward_call(problem, self.tiling, self.group, 1, state, ending))
-        states = launch.run(forward_call(problem, self.tiling, self.group, splits, state, None))
-        return launch.run(combine_call(State(*states), ending))
+            return launch.run(forward_call(inputs, self.tiling, self.group, 1, state, output))
+        states = launch.run(forward_call(inputs, self.tiling, self.group, splits, state, None))
+        return launch.run(combine_call(State(*states), output))

@@ -10,8 +10,8 @@ import numpy as np
 from ..core.masks import Band, Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs, OutputSpec
-from ..metal.forward import band_inputs, ending_outputs, ending_switches
-from ..metal.tiling import reach
+from ..metal.forward import band_buffers, output_arguments, output_switches
+from ..metal.tiling import key_tile_ranges
 from . import source
 from .launch import KernelCall
 from .tiling import Tiling
@@ -22,45 +22,45 @@ LARGEST_KEPT = 1 << 14  # bytes of one
 
 
 def forward_call(
-    problem: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, ending: OutputSpec | None
+    inputs: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, output: OutputSpec | None
 ) -> KernelCall:
     """The call of `forward.cu`.
 
     Args:
-        problem: A `whole` problem with at least one query and one key.
+        inputs: `whole` inputs with at least one query and one key.
         tiling: Its tiling.
         group: Query heads that are rows of one tile: 1, or all that share a key/value head.
-        splits: In how many runs each tile's keys are cut; more than one needs ``ending=None``.
+        splits: In how many runs each tile's keys are cut; more than one needs ``output=None``.
         state: What earlier keys left, or ``None``.
-        ending: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
+        output: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
     """
-    q, k, v, rules = problem.q, problem.k, problem.v, problem.rules
-    batch, heads, _ = problem.rows
-    tiles = reach(rules.band, problem.q_pos, problem.k_pos, tiling.BQ, group, tiling.BK)
-    inputs = {
+    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    batch, heads, _ = inputs.rows
+    tiles = key_tile_ranges(rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, group, tiling.BK)
+    buffers = {
         "queries": q,
         "keys": k,
         "values": v,
         "numbers": _on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
         "reach": _on_gpu(tiles),
     }
-    band = _needed(problem)
+    band = _needed(inputs)
     if band is not None:
-        inputs |= band_inputs(band, problem.q_pos, problem.k_pos)
+        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
     if rules.segments is not None:
-        inputs |= _segments(*rules.segments, tiling, group, len(tiles))
+        buffers |= _segments(*rules.segments, tiling, group, len(tiles))
     if rules.mask is not None:
-        inputs["mask"] = rules.mask
+        buffers["mask"] = rules.mask
         if rules.columns is not None:
-            inputs["mask_columns"] = mx.array(rules.columns.astype(np.int32))
+            buffers["mask_columns"] = mx.array(rules.columns.astype(np.int32))
     if state is not None:
-        inputs |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
-    if ending is not None and ending.sinks is not None:
-        inputs["sinks"] = ending.sinks
+        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
     matrix = q.dtype.size == 2
     defines: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
-        "OUT": source.TYPES[mx.float32 if ending is None else ending.dtype],
+        "OUT": source.TYPES[mx.float32 if output is None else output.dtype],
         "MATRIX": int(matrix),
         "BFLOAT": int(q.dtype == mx.bfloat16),
         "D": q.shape[3],
@@ -75,50 +75,50 @@ def forward_call(
         "BAND": int(band is not None),
         "SEGMENTS": int(rules.segments is not None),
         "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
-        "COLUMNS": int("mask_columns" in inputs),
+        "COLUMNS": int("mask_columns" in buffers),
         "STATE_IN": int(state is not None),
-        **ending_switches(ending),
+        **output_switches(output),
     }
     parts = ("tiles", "softmax", "segments", *(["matrix"] if matrix else []), "scalar")
-    rows = problem.rows if splits == 1 else (splits, *problem.rows)
+    rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
     return _call(
         "forward",
         parts,
         defines,
-        inputs,
+        buffers,
         blocks=(len(tiles) * splits, heads // group, batch),
         threads=tiling.threads,
         shared_memory=tiling.shared_memory,
-        **ending_outputs(ending, rows, v.shape[3]),
+        **output_arguments(output, rows, v.shape[3]),
     )
 
 
-def combine_call(states: State, ending: OutputSpec | None) -> KernelCall:
+def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
     """The call of `combine.cu` for the states of several runs, whose arrays have a first axis `runs`."""
     _, batch, heads, q_len, value_dim = states.acc.shape
-    inputs = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
-    if ending is not None and ending.sinks is not None:
-        inputs["sinks"] = ending.sinks
-    outputs = ending_outputs(ending, (batch, heads, q_len), value_dim)
+    buffers = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    outputs = output_arguments(output, (batch, heads, q_len), value_dim)
     defines: dict[str, int | str] = {
         "OUT": source.TYPES[outputs["output_dtypes"][0]],
         "DV": value_dim,
-        **ending_switches(ending),
+        **output_switches(output),
     }
     blocks = -(-batch * heads * q_len * value_dim // COMBINE_THREADS), 1, 1
-    return _call("combine", ("softmax",), defines, inputs, blocks=blocks, threads=COMBINE_THREADS, **outputs)
+    return _call("combine", ("softmax",), defines, buffers, blocks=blocks, threads=COMBINE_THREADS, **outputs)
 
 
-def _call(kernel: str, parts: tuple[str, ...], defines: dict, inputs: dict[str, mx.array], **others) -> KernelCall:
-    # MLX declares the inputs by their dtypes, so these belong to the text as well
-    dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in inputs.items())
+def _call(kernel: str, parts: tuple[str, ...], defines: dict, buffers: dict[str, mx.array], **others) -> KernelCall:
+    # MLX declares the buffers by their dtypes, so these belong to the text as well
+    dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in buffers.items())
     header = source.header(parts, (*defines.items(), *dtypes))
     return KernelCall(
         name=source.name(kernel, header),
-        input_names=list(inputs),
+        input_names=list(buffers),
         source=source.text(f"{kernel}.cu"),
         header=header,
-        inputs=list(inputs.values()),
+        inputs=list(buffers.values()),
         **others,
     )
 
@@ -133,10 +133,10 @@ def _kept(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(np.frombuffer(data, dtype).reshape(shape))
 
 
-def _needed(problem: KernelInputs) -> Band | None:
+def _needed(inputs: KernelInputs) -> Band | None:
     """The band, or ``None`` where it lets every query see every key."""
-    ends = [int(x[i]) for x in (problem.q_pos, problem.k_pos) for i in (0, -1)]
-    return None if problem.rules.band.tile(*ends) is Tile.FULL else problem.rules.band
+    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
+    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
 
 
 def _segments(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:

@@ -7,29 +7,29 @@ import warnings
 from ..core.online_softmax import State
 from ..errors import KernelWarning
 from ..kernels.interface import KernelInputs, OutputSpec
-from ..metal.self_test import Attend, UnusableError, _complaint, _few_tokens, variant
+from ..metal.self_test import Attend, UnusableError, _trial_error, _trial_inputs, variant
 
 __all__ = ["UnusableError", "ensure", "forget"]
 
 _verdicts: dict[str, bool] = {}
 
 
-def ensure(attend: Attend, problem: KernelInputs, state: State | None, ending: OutputSpec | None, *words: str) -> None:
-    """Try `attend` on a few tokens that need the same kernels as `problem`, unless that was done before.
+def ensure(attend: Attend, inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str) -> None:
+    """Try `attend` on a few tokens that need the same kernels as `inputs`, unless that was done before.
 
     Args:
-        attend: Attends from a state, or from nothing, to an ending or to a state.
-        problem: What the kernels are needed for.
+        attend: Attends from a state, or from nothing, to an output or to a state.
+        inputs: What the kernels are needed for.
         state: Its state.
-        ending: Its ending.
-        *words: What else distinguishes the kernels.
+        output: Its output.
+        *details: What else distinguishes the kernels.
 
     Raises:
         UnusableError: If they failed, or gave another answer than plain MLX operations; the first time with a warning.
     """
-    name = ", ".join([variant(problem, state, ending), *words])
+    name = ", ".join([variant(inputs, state, output), *details])
     if name not in _verdicts:
-        complaint = _complaint(attend, _few_tokens(problem), state is not None, ending)
+        complaint = _trial_error(attend, _trial_inputs(inputs), state is not None, output)
         _verdicts[name] = not complaint
         if complaint:
             warnings.warn(

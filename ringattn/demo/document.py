@@ -1,4 +1,4 @@
-"""A real document that every Python has with it, and a question about it."""
+"""Document that every Python installation contains, and a question about it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def read_document() -> str:
 
 
 def prompt(tokenizer: Any, document: str) -> list[int]:
-    """The tokens of the document and the question behind it, as a user's turn."""
+    """Tokens of a user's turn with the document and then the question."""
     messages = [{"role": "user", "content": f"{document}\n\n{QUESTION}"}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))

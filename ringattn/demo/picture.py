@@ -1,4 +1,4 @@
-"""A picture of the ring at work: what every rank did while one layer's attention went round, late in the prompt."""
+"""Timeline of the ring: computation, transfers and waits of every rank during a few layers, late in the prompt."""
 
 from __future__ import annotations
 
@@ -6,50 +6,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..transport.base import Event
-from .runs import Run
+from .processes import TaskResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 _COLORS = {"compute": "#0072B2", "send": "#E69F00", "wait": "#D9D9D9"}
 _LABELS = {
     "compute": "attention to what this hop brought",
     "send": "block on its way to the next rank (long: no room there yet)",
     "wait": "waiting for a block",
 }
-LAYERS = 2  # that are shown
+LAYERS = 2  # in the picture
 
 
-def draw(run: Run, path: Path) -> None:
-    """Draw two layers of one round of prefill: a row for each rank, milliseconds to the right."""
+def draw(ring: TaskResult, path: Path) -> None:
+    """Draw some layers of one round of prefill: a row for each rank, milliseconds to the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.6 + 0.7 * run.job.ranks), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.7 * ring.task.ranks), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    zero, end = window(run)
-    for one in run.figures:
-        _draw_rank(axes, one.rank, within(one.events, zero, end), zero, end)
-    _label(axes, run, 1e3 * (end - zero))
+    zero, end = window(ring)
+    for rank in ring.ranks:
+        _draw_rank(axes, rank.rank, within(rank.events, zero, end), zero, end)
+    _label(axes, ring, 1e3 * (end - zero))
     figure.savefig(path)
 
 
-def window(run: Run) -> tuple[float, float]:
-    """When the layers that are shown begin and end: in the middle of the model, on the rank that is there first."""
-    starts = [sorted(e.start for e in one.events if (e.kind, e.hop) == ("compute", 0)) for one in run.figures]
+def window(ring: TaskResult) -> tuple[float, float]:
+    """Start and stop of the layers in the picture: the middle of the model, on the rank that reaches it first."""
+    starts = [sorted(e.start for e in rank.events if (e.kind, e.hop) == ("compute", 0)) for rank in ring.ranks]
     first = max(0, min(map(len, starts)) // 2 - LAYERS)
-    lasts = [one[first + LAYERS] if first + LAYERS < len(one) else _stop(run) for one in starts]
-    return min(one[first] for one in starts), min(lasts)
+    last = first + LAYERS
+    stops = [layers[last] if last < len(layers) else _stop(ring) for layers in starts]
+    return min(layers[first] for layers in starts), min(stops)
 
 
-def _stop(run: Run) -> float:
-    return max(event.stop for one in run.figures for event in one.events)
+def _stop(ring: TaskResult) -> float:
+    return max(event.stop for rank in ring.ranks for event in rank.events)
 
 
 def within(events: list[Event], start: float, stop: float) -> list[Event]:
-    """The parts of `events` between two times, in the order of their beginnings."""
+    """Parts of `events` between two times, ordered by their start."""
     cut = [event._replace(start=max(event.start, start), stop=min(event.stop, stop)) for event in events]
     return sorted((event for event in cut if event.start < event.stop), key=lambda event: event.start)
 
@@ -71,7 +72,7 @@ def _draw_rank(axes: Axes, rank: int, events: list[Event], zero: float, end: flo
 
 
 def _lanes(events: list[Event]) -> list[int]:
-    """A lane for each of `events`, in order of their start, so that those which overlap in time do not in space."""
+    """Lane of each event, so that events which overlap in time have different lanes. `events` are ordered by start."""
     busy_until: list[float] = []
     chosen = []
     for event in events:
@@ -83,16 +84,18 @@ def _lanes(events: list[Event]) -> list[int]:
 
 
 def _bar(axes: Axes, event: Event, middle: float, height: float, zero: float) -> None:
-    left, width = 1e3 * (event.start - zero), 1e3 * (event.stop - event.start)
+    left = 1e3 * (event.start - zero)
+    width = 1e3 * (event.stop - event.start)
     axes.barh(middle, width, height, left, color=_COLORS[event.kind], edgecolor="white", linewidth=0.8)
 
 
-def _label(axes: Axes, run: Run, milliseconds: float) -> None:
+def _label(axes: Axes, ring: TaskResult, milliseconds: float) -> None:
     from matplotlib.patches import Patch
 
-    tokens, ranks = run.figures[0].prompt, run.job.ranks
+    tokens = ring.ranks[0].prompt
+    ranks = ring.task.ranks
     axes.set_title(
-        f"SmolLM2-135M reads {tokens:,} tokens on {ranks} ranks: {LAYERS} layers of one round",
+        f"{ring.task.model_title} reads {tokens:,} tokens on {ranks} ranks: {LAYERS} layers of one round",
         loc="left",
         pad=24,
     )

@@ -1,4 +1,4 @@
-"""What ``ringattn demo`` prints, and whether its check passed."""
+"""Report of ``ringattn demo``: the answer, the comparison with a single process, and the figures."""
 
 from __future__ import annotations
 
@@ -7,75 +7,80 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from ..reporting.tables import format_table
 from .document import QUESTION
-from .runs import Run
+from .processes import TaskResult
 
-_HELD = ("", "tokens held", "keys and values", "of one process's", "bytes sent")
-_RATES = ("", "reads", "writes")
-_ALONE = "1 process, plain mlx-lm"
+_MEMORY_HEADER = ("", "tokens held", "keys and values", "of one process's", "bytes sent")
+_RATES_HEADER = ("", "reads", "writes")
+_SINGLE = "1 process, plain mlx-lm"
 
 
-def report(ring: Run, alone: Run) -> str:
-    """The demo's result for people: the answer, the check, what each rank held, the rates, and where it ran."""
-    first = ring.figures[0]
+def report(ring: TaskResult, single: TaskResult) -> str:
+    """Text with the answer, the check, the memory of each rank, the rates, and the machine."""
+    first = ring.ranks[0]
     return "\n".join(
         [
             "",
-            f"SmolLM2-135M, float32, reads {first.prompt:,} tokens on {ring.job.ranks} ranks and answers.",
+            f"{ring.task.model_title}, float32, reads {first.prompt:,} tokens on {ring.task.ranks} ranks and answers.",
             "",
             f"Question:  {QUESTION}",
             f"Answer:    {first.text.strip()}",
-            f"Check {'passed' if passed(ring, alone) else 'FAILED'}: {verdict(ring, alone)}",
+            f"Check {'passed' if passed(ring, single) else 'FAILED'}: {verdict(ring, single)}",
             "",
-            *_aligned([_HELD, *held(ring, alone)]),
+            format_table(_MEMORY_HEADER, memory_rows(ring, single), align="<>", rule=True),
             "",
-            *_aligned([_RATES, *rates(ring, alone)]),
+            format_table(_RATES_HEADER, rate_rows(ring, single), align="<>", rule=True),
             "",
-            machine(ring),
+            machine_note(ring),
         ]
     )
 
 
-def passed(ring: Run, alone: Run) -> bool:
-    """Whether every rank came to the tokens of the single process."""
-    return bool(alone.figures[0].tokens) and all(one.tokens == alone.figures[0].tokens for one in ring.figures)
+def passed(ring: TaskResult, single: TaskResult) -> bool:
+    """Whether every rank has the tokens of the single process."""
+    return bool(single.ranks[0].tokens) and all(rank.tokens == single.ranks[0].tokens for rank in ring.ranks)
 
 
-def verdict(ring: Run, alone: Run) -> str:
-    """The comparison in words."""
-    expected = alone.figures[0].tokens
-    for one in ring.figures:
-        if one.tokens != expected:
-            pairs = zip([*one.tokens, None], [*expected, None])
-            at = next(i for i, (found, wanted) in enumerate(pairs) if found != wanted)
-            return f"token {at} of rank {one.rank} is not that of {_ALONE}."
-    return f"its {len(expected)} tokens are those of {_ALONE}."
+def verdict(ring: TaskResult, single: TaskResult) -> str:
+    """Sentence about the comparison."""
+    expected = single.ranks[0].tokens
+    for rank in ring.ranks:
+        if rank.tokens != expected:
+            pairs = zip([*rank.tokens, None], [*expected, None])
+            index = next(i for i, (token, wanted) in enumerate(pairs) if token != wanted)
+            return f"token {index} of rank {rank.rank} is not that of {_SINGLE}."
+    return f"its {len(expected)} tokens are those of {_SINGLE}."
 
 
-def held(ring: Run, alone: Run) -> list[tuple[str, ...]]:
-    """What each rank, and the single process, holds in the end."""
-    whole = alone.figures[0]
+def memory_rows(ring: TaskResult, single: TaskResult) -> list[tuple[str, ...]]:
+    """Rows with the memory of each rank and of the single process in the end."""
+    whole = single.ranks[0]
     rows = [
-        (f"rank {one.rank}", f"{one.held:,}", _bytes(one.cache), f"{one.cache / whole.cache:.2f}", _bytes(one.sent))
-        for one in ring.figures
+        (
+            f"rank {rank.rank}",
+            f"{rank.held:,}",
+            _megabytes(rank.cache),
+            f"{rank.cache / whole.cache:.2f}",
+            _megabytes(rank.sent),
+        )
+        for rank in ring.ranks
     ]
-    return [*rows, (_ALONE, f"{whole.held:,}", _bytes(whole.cache), "1.00", "")]
+    return [*rows, (_SINGLE, f"{whole.held:,}", _megabytes(whole.cache), "1.00", "")]
 
 
-def rates(ring: Run, alone: Run) -> list[tuple[str, ...]]:
-    """Tokens per second."""
-    runs = ((f"{ring.job.ranks} ranks", ring), (_ALONE, alone))
-    return [
-        (name, f"{run.figures[0].reading:.0f} tokens/s", f"{run.figures[0].writing:.1f} tokens/s") for name, run in runs
-    ]
+def rate_rows(ring: TaskResult, single: TaskResult) -> list[tuple[str, ...]]:
+    """Rows with tokens per second."""
+    named = ((f"{ring.task.ranks} ranks", ring.ranks[0]), (_SINGLE, single.ranks[0]))
+    return [(name, f"{first.prompt_tps:.0f} tokens/s", f"{first.generation_tps:.1f} tokens/s") for name, first in named]
 
 
-def machine(run: Run) -> str:
-    """One line that says what this ran on, and what it therefore does not show."""
+def machine_note(ring: TaskResult) -> str:
+    """Sentences about the machine, and about what a run on it does not show."""
     cores = os.cpu_count()
     return (
         f"Run on {platform.system()} {platform.machine()}, {_processor()}, {cores} cores, mlx {version('mlx')}, "
-        f"mlx-lm {version('mlx-lm')}. The {run.job.ranks} ranks share one host's cores, and attend by another kernel "
+        f"mlx-lm {version('mlx-lm')}. The {ring.task.ranks} ranks share one host's cores, and attend by another kernel "
         "than mlx-lm: this shows that the answer is right and what each rank holds, not a speed-up by the ring."
     )
 
@@ -89,11 +94,5 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def _bytes(count: int) -> str:
+def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]

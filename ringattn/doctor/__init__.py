@@ -1,6 +1,6 @@
-"""What ``ringattn doctor`` finds out: about each host, about each link, and what of it will not work.
+"""Examination of a cluster for ``ringattn doctor``: each host, each link, and what will not work.
 
-`worker` runs on every rank and says what `facts`, `speeds`, `ways` and `links` find there; `run` starts the ranks and
-reads what they say; `report` turns that into findings, and `table` into text. `breakeven`, `report` and `table` are
-pure.
+`worker` runs on every rank. It collects `host_info`, measures `compute_speed` and `link_speed`, tests `connectivity`,
+and writes `records`. `runner` starts the ranks and parses their records. `diagnosis` turns these into findings, and
+`output` into text or JSON. `breakeven`, `diagnosis` and `output` are pure.
 """

@@ -1,6 +1,6 @@
-"""How fast one rank computes, each measurement in a fraction of a second.
+"""Compute speed of one rank. Each measurement takes a fraction of a second.
 
-All ranks measure at the same time, so ranks that share a host see what each gets of it.
+All ranks measure at the same time. Ranks that share a host therefore measure their share of it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import attention
-from ..bench.kernel import Shape, random_arrays
+from ..bench.kernel import AttentionShape, random_arrays
 
-ENOUGH = 0.05  # seconds of one call, after which no larger problem is tried
+ENOUGH = 0.05  # seconds of one call after which no larger size is measured
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
-TIMES = 4  # each size is done, of which the best counts: the first touches memory, another may be disturbed
+REPEATS = 4  # of each size. The best counts: the first call also maps memory, and other work may disturb any
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
-Work = Callable[[int], tuple[Callable[[], object], float]]  # size -> what to do, and its floating-point operations
+Workload = Callable[[int], tuple[Callable[[], object], float]]  # size -> call, and its floating-point operations
 
 
 @dataclass(frozen=True)
-class Speeds:
+class ComputeSpeeds:
     """Floating-point operations per second of one rank.
 
     Attributes:
-        mlx: Of MLX's float32 matrix product on its default device.
-        numpy: Of NumPy's.
-        float16: Of MLX's on a GPU; ``None`` without one.
-        bfloat16: Likewise.
-        attention: Of `ringattn.attention` without a mask.
-        spread: How many times as long as the best of equal measurements their median took, at most of all kinds: about
-            1 where nothing else runs.
+        mlx: Speed of MLX's float32 matrix product on its default device.
+        numpy: Speed of NumPy's float32 matrix product.
+        float16: Speed of MLX's float16 matrix product on a GPU; ``None`` without a GPU.
+        bfloat16: Speed of MLX's bfloat16 matrix product on a GPU; ``None`` without a GPU.
+        attention: Speed of `ringattn.attention` without a mask.
+        spread: Largest ratio, over all kinds, of the median to the best time of equal measurements: about 1 where
+            nothing else runs.
     """
 
     mlx: float
@@ -48,25 +48,25 @@ class Speeds:
 
 
 class Speed(NamedTuple):
-    """One kind of measurement: floating-point operations per second, and their spread as in `Speeds`."""
+    """Result of one kind of measurement: operations per second, and the spread as in `ComputeSpeeds`."""
 
     flops: float
     spread: float
 
 
-def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> Speeds:
-    """Time matrix products, and attention on arrays of such a model."""
+def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> ComputeSpeeds:
+    """Time matrix products, and attention with the dtype, heads and head_dim of a model."""
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    works: dict[str, tuple[Work, tuple[int, ...]]] = {
+    workloads: dict[str, tuple[Workload, tuple[int, ...]]] = {
         "mlx": (lambda n: _mlx(n, mx.float32), SIZES),
         "numpy": (_numpy, SIZES),
-        "attention": (lambda n: _attention(Shape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
+        "attention": (lambda n: _attention(AttentionShape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
     }
     if gpu:
-        works["float16"] = (lambda n: _mlx(n, mx.float16), SIZES)
-        works["bfloat16"] = (lambda n: _mlx(n, mx.bfloat16), SIZES)
-    found = {name: fastest(*work) for name, work in works.items()}
-    return Speeds(
+        workloads["float16"] = (lambda n: _mlx(n, mx.float16), SIZES)
+        workloads["bfloat16"] = (lambda n: _mlx(n, mx.bfloat16), SIZES)
+    found = {name: fastest(*workload) for name, workload in workloads.items()}
+    return ComputeSpeeds(
         mlx=found["mlx"].flops,
         numpy=found["numpy"].flops,
         float16=found["float16"].flops if gpu else None,
@@ -76,14 +76,14 @@ def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> Speeds:
     )
 
 
-def fastest(work: Work, sizes: tuple[int, ...]) -> Speed:
-    """The most operations per second over ever larger sizes, until one takes long enough."""
+def fastest(workload: Workload, sizes: tuple[int, ...]) -> Speed:
+    """Highest speed over growing sizes. Stop after the first size that takes long enough."""
     best = Speed(0.0, 1.0)
     for size in sizes:
-        call, flops = work(size)
-        seconds = [_time(call) for _ in range(TIMES)]
+        call, flops = workload(size)
+        seconds = [_time(call) for _ in range(REPEATS)]
         shortest = min(seconds)
-        best = max(best, Speed(flops / shortest, median(seconds[1:]) / shortest))  # not the first, see `TIMES`
+        best = max(best, Speed(flops / shortest, median(seconds[1:]) / shortest))  # without the first, see `REPEATS`
         if shortest > ENOUGH:
             break
     return best
@@ -106,6 +106,6 @@ def _numpy(n: int) -> tuple[Callable[[], object], float]:
     return lambda: a @ a, 2.0 * n**3
 
 
-def _attention(shape: Shape) -> tuple[Callable[[], object], float]:
+def _attention(shape: AttentionShape) -> tuple[Callable[[], object], float]:
     q, k, v = random_arrays(shape)
     return lambda: mx.eval(attention(q, k, v)), shape.flops

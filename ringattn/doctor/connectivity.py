@@ -23,8 +23,8 @@ MESSAGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Dead:
-    """A way on which no connection comes about.
+class FailedConnection:
+    """Failed TCP connection between two ranks.
 
     Attributes:
         caller: The rank that tried.
@@ -127,7 +127,7 @@ class AnsweringListener:
             caller[1].close()
 
 
-def find_dead(endpoint: str, rank: int, hosts: Sequence[str]) -> list[Dead]:
+def find_failed_connections(endpoint: str, rank: int, hosts: Sequence[str]) -> list[FailedConnection]:
     """The ways between ranks on different hosts that are dead, the same list on all ranks. Collective.
 
     Args:
@@ -142,7 +142,7 @@ def find_dead(endpoint: str, rank: int, hosts: Sequence[str]) -> list[Dead]:
         with ThreadPoolExecutor(max(1, len(others))) as pool:
             tried = pool.map(lambda peer: _try(places[peer], client.key, rank, peer), others)
             mine = [(rank, peer, why) for peer, why in zip(others, tried) if why]
-        return [Dead(*one) for dead in client.gather(mine) for one in dead]
+        return [FailedConnection(*one) for dead in client.gather(mine) for one in dead]
 
 
 def _try(addresses: Sequence[Address], key: bytes, rank: int, peer: int) -> str | None:

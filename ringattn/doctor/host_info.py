@@ -1,4 +1,4 @@
-"""What one host is: its system, its versions, its kernels. Nothing here starts MPI."""
+"""Description of a host: its system, versions and kernel. Nothing here starts MPI."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One host, as one of its ranks sees it. JSON can hold all of it.
+class HostInfo:
+    """Description of a host by one of its ranks. All values are JSON values.
 
     Attributes:
-        host: Its name.
-        system: Such as ``"macOS 26.2"`` or ``"Debian GNU/Linux 12 (bookworm), Linux 6.1.0"``.
-        chip: Such as ``"Apple M3 Ultra"``.
-        memory: Bytes.
-        cores: CPU cores that this process may use.
-        threads: Those that a rank's kernel uses.
-        python: The interpreter's path.
-        python_version: Its version.
-        ringattn, mlx, mpi4py, numpy: Versions, or that a package is not installed.
-        code: A short hash of ringattn's sources: checkouts differ where versions do not.
+        host: Host name.
+        system: Operating system, such as ``"macOS 26.2"`` or ``"Debian GNU/Linux 12 (bookworm), Linux 6.1.0"``.
+        chip: Processor, such as ``"Apple M3 Ultra"``.
+        memory: Memory in bytes.
+        cores: Number of CPU cores that this process may use.
+        threads: Number of threads of a rank's kernel.
+        python: Path of the Python interpreter.
+        python_version: Version of the Python interpreter.
+        ringattn, mlx, mpi4py, numpy: Versions, or ``"not installed"``.
+        code: Short hash of ringattn's sources, since checkouts of one version may differ.
         metal: Whether MLX has Metal here.
-        gpu: The GPU's name, where MLX computes on one.
-        float32: How MLX multiplies float32: ``"full"`` or ``"TF32"``. See `ringattn.native.tf32`.
-        kernel: The backend that `ringattn.attention` takes.
-        load: Processes that ran or waited for a core during the last minute, on average, for each core of the host.
-        blas_advice: What to do about MLX's matrix products, should they be slow; ``None`` where NumPy's BLAS does them,
-            as it should, and elsewhere than on Linux. See `ringattn.native.sgemm`.
+        gpu: Name of the GPU; ``None`` where MLX computes on the CPU.
+        float32: Precision of MLX's float32 products: ``"full"`` or ``"TF32"``. See `ringattn.native.tf32`.
+        kernel: Backend that `ringattn.attention` takes by default.
+        load: Load average of the last minute for each core of the host.
+        blas_advice: Advice for slow matrix products of MLX; ``None`` where NumPy's BLAS does them already, and on
+            systems other than Linux. See `ringattn.native.sgemm`.
     """
 
     host: str
@@ -62,13 +62,13 @@ class Facts:
     blas_advice: str | None
 
 
-def collect() -> Facts:
-    """The facts about this host."""
+def collect() -> HostInfo:
+    """Describe this host."""
     import mlx.core as mx
 
     from ..backends import select
 
-    return Facts(
+    return HostInfo(
         host=platform.node(),
         system=_system(),
         chip=_chip(),
@@ -108,9 +108,9 @@ def _blas_advice() -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the sources in `folder`: names and contents of all Python and Metal files.
+    """Hash of the names and contents of all Python and Metal files in `folder`.
 
-    Not of the C files, which a checkout has and what is installed from it has not.
+    C files do not count: a checkout has them, an installed package has not.
     """
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal")):

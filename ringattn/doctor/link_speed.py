@@ -1,4 +1,4 @@
-"""How fast the links of a ring are, measured through the ring itself, one link after the other. Collective."""
+"""Speed of the links of a ring, measured through the ring itself, one link after the other. Collective."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from statistics import median
 from ..errors import RingError
 from ..transport.base import Ring
 
-ROUNDS = 101  # of a few bytes, for the latency,
-LATENCY_FOR = 0.5  # unless they take longer than so many seconds in all
-LEAST, MOST = 1 << 18, 1 << 25  # bytes of one message
+ROUNDS = 101  # of a few bytes, for the latency
+LATENCY_LIMIT = 0.5  # s after which no further round starts
+LEAST = 1 << 18  # bytes of a message
+MOST = 1 << 25  # bytes of a message
 GROWTH = 4
-LONG_ENOUGH = 0.025  # seconds; from this on a message is large enough to tell the size that is timed
-TARGET = 0.1  # seconds of that
+LONG_ENOUGH = 0.025  # s of a message whose bandwidth determines the size of the measured messages
+TARGET = 0.1  # s of a measured message
 REPEATS = 3
 
-FIRST, SECOND, BOTH = (0,), (1,), (0, 1)  # which ranks of a pair send
+# Ranks of a pair that send.
+FIRST = (0,)
+SECOND = (1,)
+BOTH = (0, 1)
 
 
 @dataclass(frozen=True)
-class Link:
-    """The link between a rank and its right neighbour.
+class LinkSpeed:
+    """Speed of the link between a rank and its right neighbour.
 
     Attributes:
-        ranks: The two.
-        latency: Seconds of one small message through the ring; the median.
-        to_right: Bytes per second, the left one sending.
-        to_left: Bytes per second, the right one sending.
-        both: Bytes per second in each direction, both sending at once.
+        ranks: The two ranks.
+        latency: Median seconds of one small message through the ring.
+        to_right: Bytes per second while the left rank sends.
+        to_left: Bytes per second while the right rank sends.
+        both: Bytes per second in each direction while both ranks send.
     """
 
     ranks: tuple[int, int]
@@ -42,55 +46,58 @@ class Link:
 
     @property
     def slowest(self) -> float:
-        """The least of the three bandwidths."""
+        """Smallest of the three bandwidths."""
         return min(self.to_right, self.to_left, self.both)
 
 
 def pairs(size: int) -> list[tuple[int, int]]:
-    """The ranks at the ends of each link, in the ring's order; two ranks share one link."""
+    """Ranks at the ends of each link, in the ring's order. A ring of two ranks has one link."""
     return [(rank, (rank + 1) % size) for rank in range(size if size > 2 else size - 1)]
 
 
-def measure_link(ring: Ring, ranks: tuple[int, int]) -> Link | None:
-    """Measure one link while all others rest. Collective over `ring`.
+def measure_link(ring: Ring, ranks: tuple[int, int]) -> LinkSpeed | None:
+    """Measure one link while all others are idle. Collective over `ring`.
 
     Returns:
-        What both ends measured; ``None`` on the other ranks.
+        The speed of the link on its two ranks; ``None`` on the other ranks.
     """
     pair = ring.split(0 if ring.rank in ranks else None)
     if pair is None:
         return None
     name = f"link {ranks[0]}-{ranks[1]}"
-    right, left = (FIRST, SECOND) if ranks[0] < ranks[1] else (SECOND, FIRST)  # a split keeps the ring's order
+    right, left = (FIRST, SECOND) if ranks[0] < ranks[1] else (SECOND, FIRST)  # a split keeps the order of the ring
     try:
         with pair, pair.call(name):
-            return Link(ranks, _latency(pair), *(_bandwidth(pair, senders) for senders in (right, left, BOTH)))
-    except RingError as error:  # it counts the ranks of the pair
+            return LinkSpeed(ranks, _latency(pair), *(_bandwidth(pair, senders) for senders in (right, left, BOTH)))
+    except RingError as error:  # its rank numbers are those of the pair
         raise RingError(f"{name}: {error}", host=error.host) from error
 
 
 def measure_hop(ring: Ring) -> float:
-    """Bytes per second that every rank sends while all others do so too, as in a hop. Collective.
+    """Bytes per second that every rank sends while all send, as in a hop. Collective.
 
-    To the right; half of them each way where `ring_attention` would do so.
+    Ranks send to the right, or half each way where `ring_attention` does.
     """
     with ring.call("hop of all ranks"):
         return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.apart else (1,))
 
 
 def _latency(pair: Ring) -> float:
-    """Both send a few bytes at once and wait for the other's, so a round takes as long as one message."""
+    """Median seconds of a message of a few bytes.
+
+    Both ranks send at once and wait for the other's message. A round therefore takes as long as one message.
+    """
     seconds: list[float] = []
     spent = 0.0
-    while len(seconds) < ROUNDS and spent < LATENCY_FOR:
+    while len(seconds) < ROUNDS and spent < LATENCY_LIMIT:
         start = time.perf_counter()
-        spent = _largest(pair, sum(seconds))  # the round that is timed, and when to stop
+        spent = _largest(pair, sum(seconds))  # the timed round, which also makes both ranks stop together
         seconds.append(time.perf_counter() - start)
     return _largest(pair, median(seconds))
 
 
 def _bandwidth(ring: Ring, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
-    """Bytes per second when these ranks send, from messages that take long enough to be timed."""
+    """Bytes per second while `senders` send messages that take long enough to time."""
     size = LEAST
     seconds = _transfer(ring, senders, size, steps)
     while seconds < LONG_ENOUGH and size < MOST:
@@ -101,18 +108,18 @@ def _bandwidth(ring: Ring, senders: tuple[int, ...], steps: tuple[int, ...] = (1
 
 
 def next_size(size: int, seconds: float) -> int:
-    """The bytes that take about `TARGET` seconds where `size` took `seconds`."""
+    """Number of bytes that take about `TARGET` seconds where `size` bytes take `seconds`."""
     return max(LEAST, min(MOST, int(size * TARGET / max(seconds, 1e-9))))
 
 
 def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
-    """Seconds until the last rank had sent and received all, counted by each from when all were ready.
+    """Seconds from the moment when all ranks are ready until the last rank has sent and received everything.
 
-    An equal part of the bytes goes each of the ways in `steps`.
+    An equal part of the bytes goes in each direction of `steps`.
     """
     sends = steps if ring.rank in senders else ()
     receives = [step for step in steps if (ring.rank - step) % ring.size in senders]
-    # Written, not only allocated: else the first touch of every page would count.
+    # The buffers are written here, so that the time does not include the first access to each page.
     out, into = (
         {step: memoryview(bytearray(b"x") * (size // len(steps))) for step in used} for used in (sends, receives)
     )
@@ -125,5 +132,5 @@ def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int,
 
 
 def _largest(ring: Ring, value: float) -> float:
-    """The largest of all ranks' values: one decision everywhere."""
-    return max(json.loads(bytes(told)) for told in ring.exchange([memoryview(json.dumps(value).encode())]))
+    """Largest of all ranks' values. All ranks decide by it in the same way."""
+    return max(json.loads(bytes(reply)) for reply in ring.exchange([memoryview(json.dumps(value).encode())]))

@@ -1,6 +1,6 @@
-"""What the ranks say to the doctor: lines on standard output, which every launcher brings from every host.
+"""Records that ranks write for the doctor: lines on standard output, which every launcher forwards from every host.
 
-Each line stands alone, so that what was found before a rank failed is not lost.
+Each line stands alone. A rank that fails does not lose the records before.
 """
 
 from __future__ import annotations
@@ -12,58 +12,58 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..transport.mpi.library import Library
-from .compute_speed import Speeds
-from .connectivity import Dead
-from .host_info import Facts
-from .link_speed import Link
+from .compute_speed import ComputeSpeeds
+from .connectivity import FailedConnection
+from .host_info import HostInfo
+from .link_speed import LinkSpeed
 
 MARK = "ringattn-doctor:"
 
 
 @dataclass
-class Rank:
-    """What one rank has said; ``None`` is what it has not come to."""
+class RankReport:
+    """Report of one rank; ``None`` stands for what the rank did not reach."""
 
-    facts: Facts | None = None
-    speeds: Speeds | None = None
+    host: HostInfo | None = None
+    speeds: ComputeSpeeds | None = None
     mpi: Library | None = None
-    problem: str | None = None  # what kept it from going on, in one line
-    doing: str = "starting"  # what it began last
+    problem: str | None = None  # that ended the rank, in one line
+    doing: str = "starting"  # the last step that the rank began
     done: bool = False
 
 
 @dataclass
-class Told:
-    """What all ranks have said."""
+class RankReports:
+    """Parsed reports of all ranks."""
 
-    ranks: dict[int, Rank] = field(default_factory=dict)
-    links: list[Link] = field(default_factory=list)
-    hop: float | None = None  # bytes per second that every rank sends while all do
-    dead: list[Dead] = field(default_factory=list)  # because of which MPI was not started
+    ranks: dict[int, RankReport] = field(default_factory=dict)
+    links: list[LinkSpeed] = field(default_factory=list)
+    hop: float | None = None  # bytes per second that every rank sends while all send
+    failed_connections: list[FailedConnection] = field(default_factory=list)  # these keep MPI from starting
 
 
-def say(rank: int, **fields: Any) -> None:
-    """One line, written at once, so that no other rank's gets into it."""
+def write_record(rank: int, **fields: Any) -> None:
+    """Write a line in one system call, so that no other rank's output can split it."""
     os.write(1, f"{MARK}{json.dumps({'rank': rank, **fields})}\n".encode())
 
 
-def read(output: str) -> Told:
-    """Take in all lines that `say` wrote; what is before the mark, such as a launcher's prefix, does not matter."""
-    told = Told()
+def parse_records(output: str) -> RankReports:
+    """Read the lines of `write_record` and ignore any text before the mark, such as a launcher's prefix."""
+    reports = RankReports()
     for record in _records(output):
-        rank = told.ranks.setdefault(record["rank"], Rank())
+        rank = reports.ranks.setdefault(record["rank"], RankReport())
         if "link" in record:
-            told.links.append(Link(**{**record["link"], "ranks": tuple(record["link"]["ranks"])}))
-        told.dead += [Dead(**way) for way in record.get("dead", ())]
-        told.hop = record.get("hop", told.hop)
-        for name, kind in (("facts", Facts), ("speeds", Speeds), ("mpi", Library)):
+            reports.links.append(LinkSpeed(**{**record["link"], "ranks": tuple(record["link"]["ranks"])}))
+        reports.failed_connections += [FailedConnection(**failed) for failed in record.get("failed_connections", ())]
+        reports.hop = record.get("hop", reports.hop)
+        for name, kind in (("host", HostInfo), ("speeds", ComputeSpeeds), ("mpi", Library)):
             if name in record:
                 setattr(rank, name, kind(**record[name]))
         rank.problem = record.get("problem", rank.problem)
         rank.doing = record.get("doing", rank.doing)
         rank.done = record.get("done", rank.done)
-    told.ranks = dict(sorted(told.ranks.items()))
-    return told
+    reports.ranks = dict(sorted(reports.ranks.items()))
+    return reports
 
 
 def _records(output: str) -> Iterator[dict[str, Any]]:
@@ -73,4 +73,4 @@ def _records(output: str) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(text)
             except ValueError:
-                continue  # cut off when its rank died
+                continue  # incomplete, because the rank died

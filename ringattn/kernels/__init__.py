@@ -1,1 +1,1 @@
-"""The interface that all kernels share, and the ones written in plain MLX operations."""
+"""The interface of all kernels, the reference kernel, and the blockwise gradient."""

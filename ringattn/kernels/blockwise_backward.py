@@ -1,8 +1,8 @@
-"""The gradient by blocks of queries x keys: five matrix products of MLX for each, and elementwise work between them.
+"""The gradient by blocks of queries x keys: five matrix products of MLX for each block, with elementwise work between.
 
-For GPUs, where MLX's products are faster than a fused backward kernel (ml-explore/mlx PR 3241: 0.36-0.76 of their
-speed on an M3 Max). All products are of float32, so that nothing is rounded between them. A block holds no more than
-four arrays of `SCORES` numbers, and two blocks are under way at a time, so that no dispatch is long.
+It is for GPUs, where MLX's products are faster than a fused backward kernel (ml-explore/mlx PR 3241: the kernel has
+0.36-0.76 of their speed on an M3 Max). All products are in float32, so that nothing is rounded between them. A block
+holds at most four arrays of `SCORES` numbers, and two blocks run at a time, so that no dispatch is long.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile, segment_tile
 from ..core.rules import Rules
 from .interface import KernelInputs
-from .products import finite, marked
+from .products import mark_nonfinite_rows, zero_nonfinite
 from .tiles import cut
 
-SCORES = 1 << 24  # of a block, all heads and batch entries together: 64 MB
-KEYS = 1024  # of a block
-LEAST = 64  # queries of a block, however many heads there are
+SCORES = 1 << 24  # in a block, all heads and batch entries together: 64 MB
+KEYS = 1024  # in a block
+MIN_QUERIES = 64  # in a block, for any number of heads
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Block:
-    """What the elementwise work on one block needs.
+    """Inputs of the elementwise work on one block.
 
     Attributes:
         scores: ``q k^T`` ``[B, Hq, queries, keys]``, float32, not yet scaled.
-        by_weights: ``dout v^T``, likewise.
+        dweights: ``dout v^T``, in the same shape.
         rows: The block's part of the rows.
-        q_pos, k_pos: Positions of its tokens.
-        rules: The rules with the block's part of mask (its columns in the order of the keys) and segments.
+        q_pos, k_pos: The positions of the block's tokens.
+        rules: The rules, with the block's part of the mask (columns in the order of the keys) and of the segments.
         partial: Whether any pair may be hidden.
     """
 
     scores: mx.array
-    by_weights: mx.array
+    dweights: mx.array
     rows: Rows
     q_pos: np.ndarray
     k_pos: np.ndarray
@@ -51,15 +51,17 @@ class Block:
     partial: bool
 
     def part(self, most: int) -> Block:
-        """The first rows and keys of the first head."""
-        rules, mask, segments = self.rules, self.rules.mask, self.rules.segments
+        """Cut out the first `most` rows and keys of the first head."""
+        rules = self.rules
+        mask = self.rules.mask
+        segments = self.rules.segments
         if mask is not None:
             mask = mask[:1, :1, :most, :most]
         if segments is not None:
             segments = segments[0][:1, :most], segments[1][:1, :most]
         return Block(
             self.scores[:1, :1, :most, :most],
-            self.by_weights[:1, :1, :most, :most],
+            self.dweights[:1, :1, :most, :most],
             Rows(*(x[:1, :1, :most] for x in self.rows)),
             self.q_pos[:most],
             self.k_pos[:most],
@@ -69,36 +71,43 @@ class Block:
 
 
 class Weights(NamedTuple):
-    """What comes of it: the weights, the gradient by ``q k^T``, and where it is wanted that by the mask's numbers."""
+    """Results of the elementwise work: the weights, and the gradients with respect to ``q k^T`` and the mask."""
 
     weights: mx.array
-    by_products: mx.array
-    by_mask: mx.array | None
+    dproducts: mx.array
+    dmask: mx.array | None
 
 
 Elementwise = Callable[[Block], Weights]
 
 
 def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients, elementwise: Elementwise) -> Gradients:
-    """Add the gradients to `sums`, block by block; see `Kernel.backward`."""
-    problem = _Blocks(inputs, rows, elementwise)
-    queries, keys = list(cut(inputs.q_pos, problem.queries)), list(cut(inputs.k_pos, KEYS))
+    """Add the gradients to `sums`, block by block. See `Kernel.backward`."""
+    blocks = _Blocks(inputs, rows, elementwise)
+    queries, keys = list(cut(inputs.q_pos, blocks.queries)), list(cut(inputs.k_pos, KEYS))
     dq = [sums.q[:, :, slice(*a)] for a in queries]
-    dk, dv, dmask, flight = list[mx.array](), list[mx.array](), sums.mask, InFlight()
+    dk = list[mx.array]()
+    dv = list[mx.array]()
+    dmask = sums.mask
+    in_flight = InFlight()
     for b in keys:
-        by_k, by_v = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
+        block_dk, block_dv = sums.k[:, :, slice(*b)], sums.v[:, :, slice(*b)]
         for i, a in enumerate(queries):
-            tile = problem.tile(a, b)
+            tile = blocks.tile(a, b)
             if tile is Tile.EMPTY:
                 continue
-            added = problem.block(a, b, tile is Tile.PARTIAL)
-            dq[i], by_k, by_v = dq[i] + added.q, by_k + added.k, by_v + added.v
+            added = blocks.block(a, b, tile is Tile.PARTIAL)
+            dq[i] = dq[i] + added.q
+            block_dk = block_dk + added.k
+            block_dv = block_dv + added.v
             if dmask is not None:
-                dmask = problem.add_to_mask(dmask, a, b, added.mask)
-            dq[i], by_k, by_v, *mask = flight.add([dq[i], by_k, by_v, *([] if dmask is None else [dmask])])
+                dmask = blocks.add_to_mask(dmask, a, b, added.mask)
+            dq[i], block_dk, block_dv, *mask = in_flight.add(
+                [dq[i], block_dk, block_dv, *([] if dmask is None else [dmask])]
+            )
             dmask = mask[0] if mask else None
-        dk.append(by_k)
-        dv.append(by_v)
+        dk.append(block_dk)
+        dv.append(block_dv)
     return Gradients(_joined(dq, sums.q), _joined(dk, sums.k), _joined(dv, sums.v), dmask)
 
 
@@ -108,7 +117,7 @@ def _joined(parts: list[mx.array], otherwise: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The inputs of a gradient, and their blocks."""
+    """Inputs of a gradient, and their blocks."""
 
     inputs: KernelInputs
     rows: Rows
@@ -116,13 +125,13 @@ class _Blocks:
 
     @property
     def queries(self) -> int:
-        """Queries of a block."""
+        """Number of queries in a block."""
         batch, heads, q_len, _ = self.inputs.q.shape
         keys = max(1, min(KEYS, self.inputs.k.shape[2]))
-        return max(LEAST, SCORES // max(1, batch * heads * keys))
+        return max(MIN_QUERIES, SCORES // max(1, batch * heads * keys))
 
     def tile(self, a: Span, b: Span) -> Tile:
-        """What the rules leave of queries `a` x keys `b`."""
+        """Classify queries `a` x keys `b` under all rules."""
         (first, stop), (k_first, k_stop) = a, b
         ends = [int(x) for x in (*self.inputs.q_pos[[first, stop - 1]], *self.inputs.k_pos[[k_first, k_stop - 1]])]
         tile = self.inputs.rules.band.tile(*ends)
@@ -135,19 +144,19 @@ class _Blocks:
         return tile
 
     def block(self, a: Span, b: Span, partial: bool) -> Gradients:
-        """What queries `a` x keys `b` add; `mask` comes as ``[B, Hq, queries, keys]``."""
+        """Compute the gradients of queries `a` x keys `b`, with `mask` as ``[B, Hq, queries, keys]``."""
         rows, keys = slice(*a), slice(*b)
         per_query = Rows(*(x[:, :, rows] for x in self.rows))
         if partial:
-            per_query = marked(per_query)
-        q, dout = self._stacked(self.inputs.q[:, :, rows]), self._stacked(per_query.dout)
+            per_query = mark_nonfinite_rows(per_query)
+        q, dout = self._stack_heads(self.inputs.q[:, :, rows]), self._stack_heads(per_query.dout)
         k, v = (x[:, :, keys].astype(mx.float32) for x in (self.inputs.k, self.inputs.v))
         heads = (q.shape[0], self.inputs.q.shape[1], a[1] - a[0])
-        scores, by_weights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
+        scores, dweights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
         found = self.elementwise(
             Block(
                 scores,
-                by_weights,
+                dweights,
                 per_query,
                 self.inputs.q_pos[rows],
                 self.inputs.k_pos[keys],
@@ -155,18 +164,18 @@ class _Blocks:
                 partial,
             )
         )
-        weights, by_products = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.by_products))
+        weights, dproducts = (x.reshape(*q.shape[:3], -1) for x in (found.weights, found.dproducts))
         if partial:
-            q, k = finite(q), finite(k)
+            q, k = zero_nonfinite(q), zero_nonfinite(k)
         return Gradients(
-            (by_products @ k).reshape(*heads, -1),
-            by_products.swapaxes(-1, -2) @ q,
+            (dproducts @ k).reshape(*heads, -1),
+            dproducts.swapaxes(-1, -2) @ q,
             weights.swapaxes(-1, -2) @ dout,
-            found.by_mask,
+            found.dmask,
         )
 
-    def _stacked(self, x: mx.array) -> mx.array:
-        """Rows of all heads of a group as rows of one matrix: float32 ``[B, Hkv, group * queries, D]``."""
+    def _stack_heads(self, x: mx.array) -> mx.array:
+        """Stack the rows of the heads of each group into one matrix: float32 ``[B, Hkv, group * queries, D]``."""
         return x.astype(mx.float32).reshape(x.shape[0], self.inputs.k.shape[1], -1, x.shape[3])
 
     def _rules(self, a: Span, b: Span) -> Rules:
@@ -182,7 +191,7 @@ class _Blocks:
         return slice(*b) if self.inputs.rules.columns is None else mx.array(self.inputs.rules.columns[slice(*b)])
 
     def add_to_mask(self, dmask: mx.array, a: Span, b: Span, added: mx.array | None) -> mx.array:
-        """`dmask` with a block's part added, summed along the axes that the mask is broadcast over."""
+        """Add a block's part to `dmask`, summed along the axes that the mask is broadcast over."""
         assert added is not None
         added = added.sum(axis=[i for i in range(4) if dmask.shape[i] == 1], keepdims=True)
         rows = slice(None) if dmask.shape[2] == 1 else slice(*a)

@@ -1,4 +1,4 @@
-"""The interface of all kernels: what one is given, what it returns, and how to take a part of its inputs."""
+"""The interface of all kernels: their inputs, their results, and parts of their inputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..core.rules import Rules
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The results that are wanted where a kernel does not return its state.
+    """The results of a kernel that does not return its state.
 
     Attributes:
         dtype: The output's dtype.
-        lse: Whether the log-sum-exp is wanted.
+        lse: Whether the log-sum-exp is returned.
         sinks: ``[Hq]``, float32, or ``None``.
     """
 
@@ -39,7 +39,7 @@ class KernelInputs:
         v: ``[B, Hkv, Lk, Dv]``; q, k and v share one dtype.
         q_pos: Ascending int32 positions ``[Lq]``.
         k_pos: Ascending int32 positions ``[Lk]``.
-        rules: Which keys count, and how scores are made.
+        rules: Which keys a query sees, and how scores are computed.
     """
 
     q: mx.array
@@ -51,16 +51,16 @@ class KernelInputs:
 
     @property
     def group(self) -> int:
-        """Query heads for each key/value head."""
+        """Number of query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
     def rows(self) -> tuple[int, int, int]:
-        """The shape ``[B, Hq, Lq]`` of a number for each row."""
+        """Shape ``[B, Hq, Lq]`` of one number for each row."""
         return self.q.shape[0], self.q.shape[1], self.q.shape[2]
 
     def whole(self) -> KernelInputs:
-        """Return the same with a mask that spans every axis, by strides alone, so that it can be cut."""
+        """Broadcast the mask to every axis, by strides alone, so that `part` can cut it."""
         mask, columns = self.rules.mask, self.rules.columns
         if mask is None:
             return self
@@ -71,7 +71,7 @@ class KernelInputs:
         return replace(self, rules=replace(self.rules, mask=mask, columns=columns))
 
     def part(self, queries: slice, keys: slice) -> KernelInputs:
-        """Return the part with these queries and keys of `whole` inputs; views, not copies."""
+        """Cut these queries and keys out of `whole` inputs, as views without copies."""
         mask, columns, segments = self.rules.mask, self.rules.columns, self.rules.segments
         if mask is not None:
             mask = mask[:, :, queries] if columns is not None else mask[:, :, queries, keys]
@@ -88,11 +88,11 @@ class KernelInputs:
 class Kernel(abc.ABC):
     """Attention of a block of queries to a block of keys on one device, and its gradient.
 
-    A backend is one instance. It keeps no state between calls.
+    A kernel keeps no state between calls.
     """
 
     name: ClassVar[str]
-    """What a user calls it: the `backend` argument."""
+    """The name of the kernel in the `backend` argument."""
     differentiable: ClassVar[bool] = False
     """Whether MLX itself can derive the gradient of `finish`."""
     lazy: ClassVar[bool] = True
@@ -102,20 +102,20 @@ class Kernel(abc.ABC):
     def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
         """Attend and return the state ``(acc, m, l)``.
 
-        `state` is what earlier keys left, or ``None``. It is used up: the kernel may write into it.
+        `state` is the state over earlier keys, or ``None``. The kernel may overwrite it.
         """
 
     def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
-        """Attend and return ``(out, lse)``; the lse may be ``None`` only where it is not wanted."""
+        """Attend and return ``(out, lse)``. The lse may be ``None`` only where `output` does not ask for it."""
         return finish(self.forward(inputs), output.sinks, output.dtype)
 
     def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-        """Compute what `backward` needs of each query row, from results and the gradients of the loss by them."""
+        """Compute the rows for `backward`, from the results and the gradients of the loss with respect to them."""
         return Rows.of(out, lse, dout, dlse)
 
     @abc.abstractmethod
     def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
-        """Add the gradients of this block of queries and keys to `sums`, which is used up.
+        """Add the gradients of this block of queries and keys to `sums`, which the kernel may overwrite.
 
         The formulas are in `ringattn.core.gradients`.
         """

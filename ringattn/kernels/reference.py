@@ -1,6 +1,6 @@
-"""Attention in a few plain mx operations: the oracle of the other kernels, and what a GPU runs without one of its own.
+"""Attention in plain mx operations: the oracle of the other kernels, and the fallback on other GPUs.
 
-Queries and keys are taken in chunks: no more than ``[B, Hq, QUERIES, KEYS]`` scores are made at once.
+Queries and keys are processed in chunks: at most ``[B, Hq, QUERIES, KEYS]`` scores are in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ..core.rules import Rules
 from . import blockwise_backward, products
 from .interface import Kernel, KernelInputs
 
-QUERIES, KEYS = 1024, 2048
+QUERIES = 1024
+KEYS = 2048
 
 
 class ReferenceKernel(Kernel):
-    """Plain mx operations. `attention` has MLX derive the gradient; a ring takes it block by block."""
+    """Plain mx operations. In `attention` MLX derives the gradient; in a ring it is computed block by block."""
 
     name = "reference"
     differentiable = True
@@ -39,12 +40,15 @@ class ReferenceKernel(Kernel):
 
 
 def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
-    """The elementwise work of a block of the gradient."""
-    rules, additive = block.rules, block.rules.mask is not None and block.rules.mask.dtype != mx.bool_
-    scores, slope = block.scores * rules.scale, mx.array(rules.scale)
+    """Compute the elementwise work of a block of the gradient."""
+    rules = block.rules
+    additive = rules.mask is not None and rules.mask.dtype != mx.bool_
+    scores = block.scores * rules.scale
+    slope = mx.array(rules.scale)
     if rules.softcap is not None:
         scores = mx.tanh(scores / rules.softcap)
-        scores, slope = scores * rules.softcap, slope * (1 - scores * scores)
+        slope = slope * (1 - scores * scores)
+        scores = scores * rules.softcap
     seen = mx.array(rules.band.visible(block.q_pos, block.k_pos)) if block.partial else None
     if rules.segments is not None:
         q_ids, k_ids = rules.segments[0][:, None, :, None], rules.segments[1][:, None, None, :]
@@ -54,22 +58,24 @@ def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
             scores = scores + rules.mask.astype(mx.float32)
         seen = _both(seen, rules.mask != -mx.inf if additive else rules.mask)
     weights = mx.exp(scores - block.rows.lse[..., None])
-    by_scores = weights * (block.by_weights - block.rows.delta[..., None])
-    by_products = by_scores * slope
+    dscores = weights * (block.dweights - block.rows.delta[..., None])
+    dproducts = dscores * slope
     if seen is not None:
-        weights, by_scores, by_products = (mx.where(seen, x, 0.0) for x in (weights, by_scores, by_products))
-    return blockwise_backward.Weights(weights, by_products, by_scores if additive else None)
+        weights, dscores, dproducts = (mx.where(seen, x, 0.0) for x in (weights, dscores, dproducts))
+    return blockwise_backward.Weights(weights, dproducts, dscores if additive else None)
 
 
 def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
-    """Return the state of the queries `rows`."""
+    """Compute the state of the queries `rows`."""
     k, v, k_pos, mask, segments = inputs.k, inputs.v, inputs.k_pos, inputs.rules.mask, inputs.rules.segments
     rules = replace(
         inputs.rules,
         mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
         segments=None if segments is None else (segments[0][:, rows], segments[1]),
     )
-    q, q_pos, state = inputs.q[:, :, rows], inputs.q_pos[rows], State(*(x[:, :, rows] for x in state))
+    q = inputs.q[:, :, rows]
+    q_pos = inputs.q_pos[rows]
+    state = State(*(x[:, :, rows] for x in state))
     for start in range(0, k.shape[2], KEYS):
         keys = slice(start, min(start + KEYS, k.shape[2]))
         tile = rules.band.tile(int(q_pos[0]), int(q_pos[-1]), int(k_pos[keys][0]), int(k_pos[keys][-1]))
@@ -82,7 +88,7 @@ def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
 
 
 def _settled(state: State) -> State:
-    """Evaluate `state`, lest the scores of all chunks lie in memory at once; inside mx.compile or mx.vmap, do not."""
+    """Evaluate `state`, so that the scores of one chunk are in memory at a time. Skip it in mx.compile and mx.vmap."""
     if outside():
         return State(*settled(state))
     with suppress(ValueError):
@@ -91,21 +97,22 @@ def _settled(state: State) -> State:
 
 
 def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
-    """Scores ``[B, Hkv, group, Lq, keys]``, and which of them count; ``None`` where all do."""
-    (batch, heads, q_len, dim), (_, kv_heads, k_len, _) = q.shape, k.shape
+    """Compute scores ``[B, Hkv, group, Lq, keys]`` and which of them are visible. ``None`` means all."""
+    batch, heads, q_len, dim = q.shape
+    _, kv_heads, k_len, _ = k.shape
     group = heads // kv_heads
     mask = None if rules.mask is None else _columns(rules, keys)
     if mask is not None:
         mask = mask.reshape(mask.shape[0], *_grouped_heads(mask.shape[1], kv_heads), *mask.shape[2:])
     stacked = q.astype(mx.float32).reshape(batch, kv_heads, group * q_len, dim)
-    scores = products.scores(stacked, k.astype(mx.float32)) * rules.scale  # rounded as in the gradient
+    scores = products.scores(stacked, k.astype(mx.float32)) * rules.scale  # same rounding as in the gradient
     scores = scores.reshape(batch, kv_heads, group, q_len, k_len)
     seen = _seen(seen, mask, rules, keys)
     if seen is not None:
         seen = mx.broadcast_to(seen, scores.shape)
     if rules.softcap is not None:
-        if seen is not None:  # the slope of tanh at NaN is NaN, also for a hidden pair
-            scores = products.shown(scores, seen, 0.0)
+        if seen is not None:  # tanh has a NaN slope at NaN, even for a hidden pair
+            scores = products.select_visible(scores, seen, 0.0)
         scores = mx.tanh(scores / rules.softcap) * rules.softcap
     if mask is not None and mask.dtype != mx.bool_:
         scores = scores + mask.astype(mx.float32)
@@ -113,7 +120,7 @@ def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.
 
 
 def _seen(seen: mx.array | None, mask: mx.array | None, rules: Rules, keys: slice) -> mx.array | None:
-    """Which pairs count, of those that are `seen` by their positions; broadcasts to the scores."""
+    """Combine `seen`, which is by position, with segments and an array mask. The result broadcasts to the scores."""
     if rules.segments is not None:
         q_ids, k_ids = rules.segments[0][:, :, None], rules.segments[1][:, None, keys]
         seen = _both(seen, ((q_ids == k_ids) & (q_ids >= 0))[:, None, None])
@@ -138,17 +145,18 @@ def _grouped_heads(mask_heads: int, kv_heads: int) -> tuple[int, int]:
 
 
 def _chunk(scores: mx.array, seen: mx.array | None, v: mx.array) -> State:
-    """The state over one chunk of keys; `seen` is ``None`` where all scores count."""
+    """Compute the state over one chunk of keys. `seen` is ``None`` where all scores are visible."""
     batch, kv_heads, group, q_len, keys = scores.shape
-    v, stacked = v.astype(mx.float32), (batch, kv_heads, group * q_len, keys)
+    v = v.astype(mx.float32)
+    stacked = (batch, kv_heads, group * q_len, keys)
     if seen is not None:
-        scores = products.shown(scores, seen, -mx.inf)
+        scores = products.select_visible(scores, seen, -mx.inf)
     m = mx.stop_gradient(scores.max(axis=-1))
     p = mx.exp(scores - mx.where(m == -mx.inf, 0.0, m)[..., None])
     if seen is None:
         acc = p.reshape(stacked) @ v
     else:
-        p = products.shown(p, seen, 0.0)  # not NaN, where m is
-        acc = products.weighted(p.reshape(stacked), v, seen.astype(mx.float32).reshape(stacked))
+        p = products.select_visible(p, seen, 0.0)  # zero, even where m is NaN
+        acc = products.weighted_values(p.reshape(stacked), v, seen.astype(mx.float32).reshape(stacked))
     rows = (batch, kv_heads * group, q_len)
     return State(acc.reshape(*rows, v.shape[-1]), m.reshape(rows), p.sum(axis=-1).reshape(rows))

@@ -1,4 +1,4 @@
-"""How the work of kernels outside MLX's graph is cut."""
+"""Units of work of the kernels outside MLX's graph, and runs of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.masks import Tile
 
 
 class Piece(NamedTuple):
-    """Queries ``q_start:q_stop`` x keys ``k_start:k_stop``, and what a mask leaves of them."""
+    """Queries ``q_start:q_stop`` x keys ``k_start:k_stop``, and their class under a mask."""
 
     q_start: int
     q_stop: int
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     tile: Tile
 
 
-class Unit(NamedTuple):
+class WorkUnit(NamedTuple):
     """Queries ``start:stop`` of key/value heads ``first:last`` of a batch entry, and the pieces that they see."""
 
     batch: int
@@ -38,9 +38,9 @@ class Unit(NamedTuple):
 
 
 def cut(positions: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
-    """Cut ascending positions into runs of at most `step`, and where they jump by more than that.
+    """Cut ascending positions into runs of at most `step` tokens, and wherever they jump by more than `step`.
 
-    Tokens from both ends of the sequence in one run would make all the tiles between them partial.
+    A run with tokens from both ends of the sequence would make all the tiles between them partial.
     """
     if len(positions) <= 1:
         yield from [(0, 1)] * len(positions)

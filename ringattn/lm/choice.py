@@ -1,4 +1,4 @@
-"""What rank 0 decides for all ranks while a text is generated: each token, and whether there is another one."""
+"""Decisions of rank 0 for all ranks during generation: each token, and whether another one follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ..transport.base import Ring
 from ..transport.consensus import Fields, agree, heard
 
-# What ranks call, one for each kind of turn: a rank that has left a text early is never taken to be still in it.
+# Names of the collective calls, one for each kind of turn, so that a rank that left a text early is noticed.
 BEGIN = "stream_generate"
 ROUND = "a round of stream_generate's prompt"
 NEXT = "the next token of stream_generate"
@@ -18,22 +18,22 @@ NEXT = "the next token of stream_generate"
 Sampler = Callable[[mx.array], mx.array]
 
 
-def agreed(ring: Ring, what: str, fields: Fields = (), told: np.ndarray | None = None) -> np.ndarray:
-    """Agree with the other ranks; the int32 numbers that rank 0 `told`."""
-    payload = [] if told is None else [memoryview(told.tobytes())]
+def agreed(ring: Ring, what: str, fields: Fields = (), own: np.ndarray | None = None) -> np.ndarray:
+    """Agree with the other ranks; return the int32 numbers that rank 0 gave as `own`."""
+    payload = [] if own is None else [memoryview(own.tobytes())]
     with ring.call(what):
         return np.frombuffer(agree(ring, what, fields, payload=payload)[0], np.int32)
 
 
 class StoppedError(Exception):
-    """The text ends in the middle of its prompt."""
+    """Raised where rank 0 ends a text before all of its prompt is read."""
 
 
 class Choice:
-    """What rank 0 decides for all: each token, and whether there is to be another one.
+    """Decisions of rank 0 for all ranks: each token, and whether another one follows.
 
     Attributes:
-        ended: Whether the text has ended before its time.
+        ended: Whether `stopped` has ended the text.
     """
 
     def __init__(
@@ -50,25 +50,25 @@ class Choice:
         self._progress = progress
 
     def token(self, logprobs: mx.array) -> mx.array:
-        """Rank 0's sample ``[1]``, on every rank."""
+        """Sample on rank 0; return the token ``[1]`` on every rank."""
         own: np.ndarray | None = None
         if self._ring.rank == 0:
             with heard(self._ring, NEXT):
                 sample = self._sampler(logprobs).reshape(1).item()
                 own = np.array([sample, self._end()], np.int32)
-        token, ended = agreed(self._ring, NEXT, told=own).tolist()
+        token, ended = agreed(self._ring, NEXT, own=own).tolist()
         self.ended = bool(ended)
         return mx.array([token], mx.int32)
 
     def progress(self, done: int, total: int) -> None:
-        """mlx-lm's call after each round of prefill: the place to end it. The call at the end of all is told too."""
+        """Handle mlx-lm's call after each round of prefill, also the last one. StoppedError ends the text."""
         own: np.ndarray | None = None
         with heard(self._ring, ROUND):
             if self._progress is not None:
                 self._progress(done, total)
             if self._ring.rank == 0:
                 own = np.array([done < total and self._end()], np.int32)
-        if agreed(self._ring, ROUND, told=own)[0]:
+        if agreed(self._ring, ROUND, own=own)[0]:
             raise StoppedError
 
     def _end(self) -> bool:

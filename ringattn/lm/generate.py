@@ -1,4 +1,4 @@
-"""Generating text: mlx-lm's own loop, on every rank, with each token decided by one of them."""
+"""Generating text: mlx-lm's own loop on every rank, with each token sampled by rank 0."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from ..transport.consensus import heard
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
-from .sharded_cache import ShardedKVCache
+from .sharding.sharded_cache import ShardedKVCache
 
-CHUNK = 512  # tokens a rank computes in one round of prefill, on a CPU: one round is a few seconds' work
-CHUNK_GPU = 8192  # and on a GPU: the longer, the less travels for each token
+# Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
+# fewer bytes for each token.
+PREFILL_STEP_SIZE = 512
+PREFILL_STEP_SIZE_GPU = 8192
 
-Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) to logits
+Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) -> logits
 
 
 def stream_generate(
@@ -31,48 +33,48 @@ def stream_generate(
     *,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
-    chunk: int | None = None,
+    prefill_step_size: int | None = None,
     stopped: Callable[[], bool] | None = None,
     logits_processors: Sequence[Processor] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_cache: Sequence[ShardedKVCache] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """As `mlx_lm.stream_generate`, on a model that went through `shard`. Collective.
+    """Generate text as `mlx_lm.stream_generate` does, on a model that went through `shard`. Collective.
 
-    Rank 0's prompt is everybody's, and so is each token that rank 0 samples, so that ranks on different machines never
-    part ways.
+    All ranks use rank 0's prompt and the tokens that rank 0 samples, so ranks on different machines never diverge.
 
     Args:
-        model: Sharded.
+        model: A sharded model.
         tokenizer: Its tokenizer.
-        prompt: Text, or token ids as an MLX or NumPy array ``[tokens]`` or a list; at least one token. What ranks but 0
-            give is not looked at.
+        prompt: Text, or token ids as an MLX or NumPy array ``[tokens]`` or a list; at least one token. Only rank 0's is
+            used.
         max_tokens: Tokens to generate, the same on every rank; -1 for no limit.
-        sampler: Log-probabilities ``[1, vocabulary]`` to a token ``[1]``, as mlx-lm's. Default: the likeliest.
-        chunk: Tokens that a rank computes in one round of prefill: its memory grows with them, and what travels
-            falls. Default: 512 on a CPU, 8192 on a GPU.
-        stopped: Asked on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
-            cache then holds what was read and said so far, and may hold one token more than was given out.
-        logits_processors: mlx-lm's; those of rank 0 are used. They see the tokens of `prompt_cache` too, as if all had
-            come in one prompt.
-        prompt_progress_callback: mlx-lm's; a rank may have its own.
-        prompt_cache: What the model's `make_cache` or `load_cache` gave, to go on from. Default: a new one.
-        **options: mlx-lm has more, which are refused by name.
+        sampler: mlx-lm's: a function of log-probabilities ``[1, vocabulary]`` that returns a token ``[1]``. Default:
+            the likeliest token.
+        prefill_step_size: Tokens that each rank computes in one round of prefill; in mlx-lm, tokens of the whole round.
+            With more tokens a rank needs more memory and sends fewer bytes in all. Default: 512 on a CPU, 8192 on a
+            GPU. The older name `chunk` works too.
+        stopped: Called on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
+            cache then holds the tokens read and generated so far, and may hold one token that was not yielded.
+        logits_processors: mlx-lm's; those of rank 0 are used. They get the tokens of `prompt_cache` too, as if all were
+            one prompt.
+        prompt_progress_callback: mlx-lm's; each rank may have its own.
+        prompt_cache: A cache to continue, from the model's `make_cache` or from `load_cache`. Default: a new one.
+        **options: Other options of mlx-lm, which are refused by name.
 
     Yields:
-        mlx-lm's `GenerationResponse`, on every rank the same but for the `logprobs`, which logits processors change on
-        rank 0 alone.
+        mlx-lm's `GenerationResponse`, the same on every rank, except that logits processors change `logprobs` on rank 0
+        only.
 
     Raises:
-        ArgumentError: The model is not sharded, the prompt has no token or one that the model does not know, there is
-            no such option here, or an option that is to be the same on every rank differs. What goes wrong on one rank
-            (also in `sampler`, `stopped`, a logits processor or `prompt_progress_callback`) is raised on every rank,
-            and the ring still works. A rank that leaves the text early, which the others go on with, gets the error
-            from its next call.
+        ArgumentError: The model is not sharded, the prompt has no token or an unknown one, an option is not supported,
+            or an option differs between ranks. An error on one rank (also in `sampler`, `stopped`, a logits processor
+            or `prompt_progress_callback`) is raised on every rank, and the ring still works afterwards. A rank that
+            leaves the text before the others gets the error from its next call.
 
     Warns:
-        ContextWarning: On rank 0, where the prompt passes the longest context that the model knows.
+        ContextWarning: On rank 0, where the prompt is longer than the model's longest context.
     """
     import mlx_lm
 
@@ -81,14 +83,14 @@ def stream_generate(
     ring = model.ring
     ids: np.ndarray | None = None
     with heard(ring, BEGIN):
-        chunk = _checked_chunk(chunk, options)
+        prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
         held = _checked_tokens(model, prompt_cache)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-    told = (("max_tokens", str(max_tokens)), ("chunk", str(chunk)), ("prompt_cache", f"{held.size} tokens"))
-    agreed(ring, BEGIN, told)
+    sizes = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": f"{held.size} tokens"}
+    agreed(ring, BEGIN, tuple((name, str(size)) for name, size in sizes.items()))
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
     try:
         for response in mlx_lm.stream_generate(
@@ -97,9 +99,9 @@ def stream_generate(
             ring.broadcast(None if ids is None else mx.array(ids)),
             max_tokens=max_tokens,
             sampler=choice.token,
-            logits_processors=[_whole(ring, held, one) for one in logits_processors or () if ring.rank == 0],
+            logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=chunk * ring.size,
+            prefill_step_size=prefill_step_size * ring.size,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:
@@ -109,13 +111,17 @@ def stream_generate(
         return
 
 
-def _checked_chunk(chunk: int | None, options: dict[str, Any]) -> int:
-    for name in options:
-        instead = ", expected chunk: tokens of a rank" if name == "prefill_step_size" else ""
-        raise ArgumentError(f"{name}: not supported over a ring{instead}")
-    if chunk is not None:
-        return check_int("chunk", chunk, 1)
-    return CHUNK if mx.default_device().type == mx.DeviceType.cpu else CHUNK_GPU
+def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:
+    """The tokens of a rank in one round; `options` may have nothing but its older name."""
+    name = "prefill_step_size"
+    if size is None and "chunk" in options:
+        name = "chunk"
+        size = options.pop(name)
+    if options:
+        raise ArgumentError(f"{next(iter(options))}: not supported over a ring")
+    if size is not None:
+        return check_int(name, size, 1)
+    return PREFILL_STEP_SIZE if mx.default_device().type == mx.DeviceType.cpu else PREFILL_STEP_SIZE_GPU
 
 
 def _check_max_tokens(max_tokens: int) -> None:
@@ -136,15 +142,15 @@ def _checked_tokens(model: Sharded, cache: Sequence[ShardedKVCache] | None) -> n
     return cache[0].tokens.reshape(-1)
 
 
-def _whole(ring: Ring, held: np.ndarray, processor: Processor) -> Processor:
-    """`processor`, given the tokens `held` before those of the prompt. What goes wrong in it is heard on all ranks."""
+def _with_history(ring: Ring, held: np.ndarray, processor: Processor) -> Processor:
+    """A `processor` that also gets the tokens `held` before the prompt. Its errors are raised on all ranks."""
     before = mx.array(held)
 
     @heard(ring, NEXT)
-    def whole(tokens: mx.array, logits: mx.array) -> mx.array:
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
         return processor(mx.concatenate([before, tokens]), logits)
 
-    return whole
+    return process
 
 
 def _likeliest(logprobs: mx.array) -> mx.array:

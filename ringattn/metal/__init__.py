@@ -1,4 +1,4 @@
-"""The fused Metal kernels, and who runs them."""
+"""The fused Metal kernels, and the executor that runs them."""
 
 from .launch import KernelCall, set_executor
 

@@ -1,4 +1,4 @@
-"""The fused kernels for Apple GPUs; what they do not do goes to plain mx operations."""
+"""The fused kernels for Apple GPUs. Unsupported inputs go to plain mx operations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..kernels.reference import ReferenceKernel
 from .backward import delta, weights
 from .dispatch import attend
-from .forward import LEAST
+from .forward import MIN_ELEMENTS
 from .self_test import UnusableError
-from .tiling import MOST_DIMS
+from .tiling import MAX_HEAD_DIM
 
 
 class MetalKernel(Kernel):
-    """Fused kernels; larger head dims, and inputs without a token, go to plain mx operations."""
+    """Fused kernels. Larger head dims, and inputs without a token, go to plain mx operations."""
 
     name = "metal"
 
@@ -53,9 +53,9 @@ _reference = ReferenceKernel()
 
 
 def _fused(inputs: KernelInputs) -> bool:
-    """Whether the kernels can do this."""
+    """Return whether the fused kernels support these inputs."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    return max(q.shape[3], v.shape[3]) <= MOST_DIMS and 0 not in (q.size, k.size, v.size)
+    return max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and 0 not in (q.size, k.size, v.size)
 
 
 def _widened(inputs: KernelInputs) -> KernelInputs:
@@ -63,5 +63,5 @@ def _widened(inputs: KernelInputs) -> KernelInputs:
 
 
 def _wide(x: mx.array) -> mx.array:
-    """`x` with head_dim at least `LEAST`: smaller arrays reach a kernel by another type of pointer."""
-    return x if x.shape[3] >= LEAST else mx.pad(x, [(0, 0)] * 3 + [(0, LEAST - x.shape[3])])
+    """Pad head_dim to at least `MIN_ELEMENTS`. MLX passes smaller arrays to a kernel in another address space."""
+    return x if x.shape[3] >= MIN_ELEMENTS else mx.pad(x, [(0, 0)] * 3 + [(0, MIN_ELEMENTS - x.shape[3])])

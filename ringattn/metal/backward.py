@@ -1,4 +1,4 @@
-"""The small kernels of the gradient: what is not a matrix product."""
+"""The two elementwise kernels of the gradient. MLX computes its matrix products."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import mlx.core as mx
 from ..core.gradients import Rows
 from ..kernels import reference
 from ..kernels.blockwise_backward import Block, Weights
-from . import launch, self_test, source
-from .forward import band_inputs
+from . import launch, self_test, shader_source
+from .forward import band_buffers
 from .launch import KernelCall
 
 THREADS = 64
-TRIAL = 40  # rows and keys of a trial
-RUN = 4  # neighbours of a row that a thread takes, as in weights.metal
+TRIAL = 40  # rows and keys of a self-test
+RUN = 4  # adjacent numbers of a row that one thread computes, as in weights.metal
 
 
 def delta_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> KernelCall:
-    """The call of `delta.metal`."""
+    """Build the call of `delta.metal`."""
     rows = lse.size
     return KernelCall(
         name="ringattn_delta",
         input_names=["out", "dout", "lse", "dlse"],
         output_names=["delta"],
-        source=source.body("delta"),
-        header=source.header(()),
+        source=shader_source.body("delta"),
+        header=shader_source.header(()),
         inputs=[*map(mx.contiguous, (out, dout, lse, dlse))],
         template=[("DV", out.shape[3])],
         grid=(32 * rows, 1, 1),
@@ -36,33 +36,34 @@ def delta_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> 
 
 
 def weights_call(block: Block) -> KernelCall:
-    """The call of `weights.metal`."""
-    rules, shape = block.rules, block.scores.shape
+    """Build the call of `weights.metal`."""
+    rules = block.rules
+    shape = block.scores.shape
     band = rules.band if block.partial else None
-    inputs = {
+    buffers = {
         "scores": mx.contiguous(block.scores),
-        "by_weights": mx.contiguous(block.by_weights),
+        "dweights": mx.contiguous(block.dweights),
         "lse": mx.contiguous(block.rows.lse),
         "delta": mx.contiguous(block.rows.delta),
         "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
     }
     if band is not None:
-        inputs |= band_inputs(band, block.q_pos, block.k_pos)
+        buffers |= band_buffers(band, block.q_pos, block.k_pos)
     if rules.segments is not None:
-        inputs |= {"query_ids": mx.contiguous(rules.segments[0]), "key_ids": mx.contiguous(rules.segments[1])}
+        buffers |= {"query_ids": mx.contiguous(rules.segments[0]), "key_ids": mx.contiguous(rules.segments[1])}
     kind = 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2
     if rules.mask is not None:
-        inputs["mask"] = mx.broadcast_to(rules.mask, shape)
+        buffers["mask"] = mx.broadcast_to(rules.mask, shape)
     switches = {"BAND": int(band is not None), "SEGMENTS": int(rules.segments is not None), "MASK": kind}
-    outputs = ["weights", "by_products", *(["by_mask"] if kind == 2 else [])]
+    outputs = ["weights", "dproducts", *(["dmask"] if kind == 2 else [])]
     threads = -(-shape[3] // RUN)  # of a row
     return KernelCall(
         name="_".join(["ringattn_weights", *(f"{name.lower()}{value}" for name, value in switches.items() if value)]),
-        input_names=list(inputs),
+        input_names=list(buffers),
         output_names=outputs,
-        source=source.body("weights"),
-        header=source.header(tuple(switches.items())),
-        inputs=list(inputs.values()),
+        source=shader_source.body("weights"),
+        header=shader_source.header(tuple(switches.items())),
+        inputs=list(buffers.values()),
         template=[("SOFTCAP", rules.softcap is not None)],
         grid=(threads * shape[0] * shape[1] * shape[2], 1, 1),
         threadgroup=(THREADS, 1, 1),
@@ -73,7 +74,7 @@ def weights_call(block: Block) -> KernelCall:
 
 
 def weights(block: Block) -> Weights:
-    """The elementwise work of a block, by the kernel; on a Mac only if that has shown to work there."""
+    """Compute the weights of a block with the kernel, or with plain mx operations if its self-test fails."""
     if launch.default() and not _works(block):
         return reference.elementwise(block)
     found = launch.run(weights_call(block))
@@ -81,25 +82,25 @@ def weights(block: Block) -> Weights:
 
 
 def _works(block: Block) -> bool:
-    """Try the kernel on the first rows and keys of `block`."""
+    """Test the kernel on the first rows and keys of `block`."""
     call = weights_call(block)
     few = block.part(TRIAL)
     return self_test.works(
         f"{call.name.removeprefix('ringattn_')} for the gradient{', softcap' if block.rules.softcap else ''}",
-        lambda: self_test.complaint(
+        lambda: self_test.trial_error(
             lambda: launch.run(weights_call(few)), [x for x in reference.elementwise(few) if x is not None]
         ),
     )
 
 
 def delta(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> mx.array:
-    """delta of each row (see `ringattn.core.gradients`), by the kernel if that works here."""
+    """Compute delta of each row (see `ringattn.core.gradients`), with the kernel if its self-test passes."""
     arrays = (out, lse, dout, dlse)
     if launch.default():
         few = [x[:1, :1, :TRIAL] for x in arrays]
         name = f"delta for the gradient, {out.dtype} and {dout.dtype}, head_dim {out.shape[3]}"
         if not self_test.works(
-            name, lambda: self_test.complaint(lambda: launch.run(delta_call(*few)), [Rows.of(*few).delta])
+            name, lambda: self_test.trial_error(lambda: launch.run(delta_call(*few)), [Rows.of(*few).delta])
         ):
             return Rows.of(*arrays).delta
     return launch.run(delta_call(*arrays))[0]

@@ -1,4 +1,4 @@
-"""What the GPU can do, as far as planning needs it: estimates on the careful side."""
+"""Properties of the GPU that planning needs. The estimates are conservative."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from functools import cache
 
 import mlx.core as mx
 
-SECONDS = 0.15  # of one dispatch: macOS ends a command buffer after about 5
-CORE_FLOPS = 0.2e12  # a second, sustained by the slowest core of an Apple silicon GPU (M1: 2.6e12 at its peak with 8)
-TENSOR_MACOS = (26, 2)  # and a GPU of generation 17, or 18 for a phone's: as MLX asks
-CORES = {"p": 4, "g": 8, "s": 16, "c": 32, "d": 48}  # the least by the architecture's last letter: phone ... Ultra
+SECONDS = 0.15  # for one dispatch: macOS ends a command buffer after about 5 s
+CORE_FLOPS = 0.2e12  # per second, sustained by the slowest core of an Apple GPU (M1: 2.6e12 at its peak with 8 cores)
+TENSOR_MACOS = (26, 2)  # MLX requires this too, and a GPU of generation 17, or 18 for a phone
+CORES = {
+    "p": 4,
+    "g": 8,
+    "s": 16,
+    "c": 32,
+    "d": 48,
+}  # the fewest, by the last letter of the architecture: phone to Ultra
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Device:
 
     Attributes:
         cores: GPU cores.
-        budget: Floating-point operations of one dispatch.
+        budget: Floating-point operations allowed in one dispatch.
     """
 
     cores: int
@@ -29,13 +35,16 @@ class Device:
 
     @property
     def threadgroups(self) -> int:
-        """How many threadgroups fill the GPU."""
+        """Number of threadgroups that fill the GPU."""
         return 8 * self.cores
 
 
 @cache
 def device(architecture: str | None = None) -> Device:
-    """The device of this architecture, such as ``"applegpu_g13s"``; by default of this machine; else a small one."""
+    """Return the device of an architecture such as ``"applegpu_g13s"``, by default that of this machine.
+
+    An unknown architecture gives a small device.
+    """
     name = architecture if architecture is not None else str(mx.device_info().get("architecture", ""))
     cores = CORES.get(name[-1:], CORES["g"]) if name.startswith("applegpu") else CORES["g"]
     return Device(cores, int(cores * CORE_FLOPS * SECONDS))
@@ -43,11 +52,11 @@ def device(architecture: str | None = None) -> Device:
 
 @cache
 def matrix_units(architecture: str | None = None, macos: str | None = None) -> bool:
-    """Whether the GPU has the M5's matrix units, and the system the tensor operations of Metal 4 that reach them.
+    """Return whether the GPU has the M5's matrix units and macOS the tensor operations of Metal 4 that use them.
 
     Args:
-        architecture: Such as ``"applegpu_g17s"``; by default that of this machine.
-        macos: The system's version, such as ``"26.2"``; by default that of this machine.
+        architecture: The GPU, such as ``"applegpu_g17s"``. Default: that of this machine.
+        macos: The version of macOS, such as ``"26.2"``. Default: that of this machine.
     """
     name = architecture if architecture is not None else str(mx.device_info().get("architecture", ""))
     gpu = re.fullmatch(r"applegpu_g(\d+)(\w)", name)

@@ -1,4 +1,4 @@
-"""The forward kernel: a problem, or a part of one, turned into a call."""
+"""The calls of the forward kernel and of the kernel that combines its states."""
 
 from __future__ import annotations
 
@@ -8,67 +8,49 @@ import numpy as np
 from ..core.masks import Band, Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs, OutputSpec
-from . import source
+from . import shader_source
 from .launch import KernelCall
-from .tiling import Tiling, reach
+from .tiling import Tiling, key_tile_ranges
 
-LEAST = 8  # elements of an array that the kernel reads through a pointer: smaller ones are in another address space
+COMBINE_THREADS = 64
+MIN_ELEMENTS = 8  # of an array that a kernel reads through a device pointer; MLX puts smaller ones in constant memory
 
 
 def forward_call(
-    problem: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, ending: OutputSpec | None
+    inputs: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, output: OutputSpec | None
 ):
-    """The call of `forward.metal`.
+    """Build the call of `forward.metal`.
 
     Args:
-        problem: A `whole` problem or a part of one, with at least one query and one key.
-        tiling: Its tiling.
+        inputs: `whole` inputs or a part of them, with at least one query and one key.
+        tiling: The tiling.
         group: Query heads that are rows of one tile: 1, or all that share a key/value head.
-        splits: In how many runs each tile's keys are cut; more than one needs ``ending=None``.
-        state: What earlier keys left, or ``None``.
-        ending: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
+        splits: Number of runs that the keys of each tile are split into. More than one needs ``output=None``.
+        state: The state over earlier keys, or ``None``.
+        output: The results to return. ``None`` returns a state, with a first axis `splits` where that is above 1.
     """
-    q, k, v, rules = problem.q, problem.k, problem.v, problem.rules
-    batch, heads, q_len = problem.rows
-    tiles = reach(rules.band, problem.q_pos, problem.k_pos, tiling.BQ, group, tiling.BK)
-    band = _needed(problem)
-    inputs = {
-        "queries": q,
-        "keys": k,
-        "values": v,
-        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
-        "reach": _long(mx.array(tiles)),
-    }
-    if band is not None:
-        inputs |= band_inputs(band, problem.q_pos, problem.k_pos)
-    if rules.segments is not None:
-        inputs |= _segments(*rules.segments, tiling, group, len(tiles))
-    if rules.mask is not None:
-        inputs["mask"] = rules.mask
-        if rules.columns is not None:
-            inputs["mask_columns"] = _long(mx.array(rules.columns.astype(np.int32)))
-    if state is not None:
-        inputs |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
-    if ending is not None and ending.sinks is not None:
-        inputs["sinks"] = ending.sinks
+    q, v, rules = inputs.q, inputs.v, inputs.rules
+    batch, heads, _ = inputs.rows
+    tiles = key_tile_ranges(rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, group, tiling.BK)
+    buffers = _forward_buffers(inputs, tiles, tiling, group, state, output)
     switches = {
         "TENSOR": int(tiling.tensor),
-        "BAND": int(band is not None),
-        "SEGMENTS": int(rules.segments is not None),
+        "BAND": int("limits" in buffers),
+        "SEGMENTS": int("query_ids" in buffers),
         "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
-        "COLUMNS": int("mask_columns" in inputs),
+        "COLUMNS": int("mask_columns" in buffers),
         "STATE_IN": int(state is not None),
-    } | ending_switches(ending)
-    rows = problem.rows if splits == 1 else (splits, *problem.rows)
+    } | output_switches(output)
+    rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
     return KernelCall(
         name="_".join(["ringattn_forward", *(f"{name.lower()}{value}" for name, value in switches.items() if value)]),
-        input_names=list(inputs),
-        source=source.body("forward"),
-        header=source.header(tuple(switches.items())),
-        inputs=list(inputs.values()),
+        input_names=list(buffers),
+        source=shader_source.body("forward"),
+        header=shader_source.header(tuple(switches.items())),
+        inputs=list(buffers.values()),
         template=[
             ("T", q.dtype),
-            ("Out", mx.float32 if ending is None else ending.dtype),
+            ("Out", mx.float32 if output is None else output.dtype),
             ("D", q.shape[3]),
             ("DV", v.shape[3]),
             ("BK", tiling.BK),
@@ -82,99 +64,129 @@ def forward_call(
         grid=(len(tiles) * splits * tiling.threads, heads // group, batch),
         threadgroup=(tiling.threads, 1, 1),
         compile_options={"math_mode": "safe"},
-        **ending_outputs(ending, rows, v.shape[3]),
+        **output_arguments(output, rows, v.shape[3]),
     )
 
 
-def band_inputs(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, mx.array]:
-    """What a kernel with ``RA_BAND`` needs: the band's bounds and the positions that they are about."""
+def _forward_buffers(
+    inputs: KernelInputs,
+    tiles: np.ndarray,
+    tiling: Tiling,
+    group: int,
+    state: State | None,
+    output: OutputSpec | None,
+) -> dict[str, mx.array]:
+    """Buffers that the forward kernel reads, by name. `tiles` are from `key_tile_ranges`."""
+    rules = inputs.rules
+    band = _needed_band(inputs)
+    buffers = {
+        "queries": inputs.q,
+        "keys": inputs.k,
+        "values": inputs.v,
+        "numbers": mx.array([rules.scale, rules.softcap or 0.0]),
+        "key_tiles": _padded(mx.array(tiles)),
+    }
+    if band is not None:
+        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
+    if rules.segments is not None:
+        buffers |= _segment_buffers(*rules.segments, tiling, group, len(tiles))
+    if rules.mask is not None:
+        buffers["mask"] = rules.mask
+        if rules.columns is not None:
+            buffers["mask_columns"] = _padded(mx.array(rules.columns.astype(np.int32)))
+    if state is not None:
+        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    return buffers
+
+
+def band_buffers(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, mx.array]:
+    """Buffers of a kernel with ``RA_BAND``: the band's bounds, and the positions of queries and keys."""
     return {
         "limits": mx.array(_limits(band)),
-        "query_at": _long(mx.array(q_pos)),
-        "key_at": _long(mx.array(k_pos)),
+        "query_at": _padded(mx.array(q_pos)),
+        "key_at": _padded(mx.array(k_pos)),
     }
 
 
-def ending_switches(ending: OutputSpec | None) -> dict[str, int]:
-    """The switches of a kernel that ends in `ending`, or in a state."""
-    if ending is None:
+def output_switches(output: OutputSpec | None) -> dict[str, int]:
+    """Switches of a kernel that returns `output`, or a state."""
+    if output is None:
         return {"STATE_OUT": 1, "LSE": 0, "SINKS": 0}
-    return {"STATE_OUT": 0, "LSE": int(ending.lse), "SINKS": int(ending.sinks is not None)}
+    return {"STATE_OUT": 0, "LSE": int(output.lse), "SINKS": int(output.sinks is not None)}
 
 
-def ending_outputs(ending: OutputSpec | None, rows: tuple[int, ...], value_dim: int) -> dict:
-    """The outputs of such a kernel, for rows of this shape."""
-    if ending is None:
+def output_arguments(output: OutputSpec | None, rows: tuple[int, ...], value_dim: int) -> dict:
+    """Output arguments of a kernel that returns `output`, or a state, for rows of this shape."""
+    if output is None:
         names, shapes, dtypes = ["acc_out", "m_out", "l_out"], [(*rows, value_dim), rows, rows], [mx.float32] * 3
     else:
-        names, shapes, dtypes = ["out"], [(*rows, value_dim)], [ending.dtype]
-        if ending.lse:
+        names, shapes, dtypes = ["out"], [(*rows, value_dim)], [output.dtype]
+        if output.lse:
             names, shapes, dtypes = [*names, "lse"], [*shapes, rows], [*dtypes, mx.float32]
     return {"output_names": names, "output_shapes": shapes, "output_dtypes": dtypes}
 
 
-def _needed(problem: KernelInputs) -> Band | None:
-    """The band, or ``None`` where it lets every query see every key."""
-    ends = [int(x[i]) for x in (problem.q_pos, problem.k_pos) for i in (0, -1)]
-    return None if problem.rules.band.tile(*ends) is Tile.FULL else problem.rules.band
+def _needed_band(inputs: KernelInputs) -> Band | None:
+    """Return the band, or ``None`` where every query sees every key by it."""
+    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
+    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
 
 
 def _limits(band: Band) -> np.ndarray:
-    """The band's bounds within int32, which as numbers that no bound has say that there is none."""
+    """Return the band's bounds as int32. The smallest and the largest int32 stand for no bound."""
     limits = np.iinfo(np.int32)
     low = limits.min if band.low is None else max(band.low, limits.min + 1)
     high = limits.max if band.high is None else min(band.high, limits.max - 1)
     return np.array([low, high], np.int32)
 
 
-def _long(x: mx.array) -> mx.array:
-    """`x`, or with zeros after it where it is so small that the kernel would need another type of pointer."""
+def _padded(x: mx.array) -> mx.array:
+    """Flatten `x` and pad it with zeros to `MIN_ELEMENTS`, so that the kernel gets a device pointer."""
     x = x.reshape(-1)
-    return x if x.size >= LEAST else mx.pad(x, (0, LEAST - x.size))
+    return x if x.size >= MIN_ELEMENTS else mx.pad(x, (0, MIN_ELEMENTS - x.size))
 
 
-def _segments(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:
-    """Ids, and the smallest and the largest of each tile ``[B, tiles, 2]``."""
+def _segment_buffers(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:
+    """Segment ids, and the smallest and the largest id of each tile ``[B, tiles, 2]``."""
     if group == 1:
         q_bounds = _bounds(q_ids, tiling.BQ)
-    else:  # a few queries, whose heads share tiles
+    else:  # few queries, whose heads share tiles
         whole = _bounds(q_ids, q_ids.shape[1])[:, :1]
-        q_bounds = mx.contiguous(mx.broadcast_to(whole, (whole.shape[0], max(q_tiles, LEAST), 2)))
+        q_bounds = mx.contiguous(mx.broadcast_to(whole, (whole.shape[0], max(q_tiles, MIN_ELEMENTS), 2)))
     return {
-        "query_ids": _long(q_ids),
-        "key_ids": _long(k_ids),
+        "query_ids": _padded(q_ids),
+        "key_ids": _padded(k_ids),
         "query_bounds": q_bounds,
         "key_bounds": _bounds(k_ids, tiling.BK),
     }
 
 
 def _bounds(ids: mx.array, tile: int) -> mx.array:
-    tiles = max(-(-ids.shape[1] // tile), LEAST // 2)
+    tiles = max(-(-ids.shape[1] // tile), MIN_ELEMENTS // 2)
     ids = mx.pad(ids, [(0, 0), (0, tiles * tile - ids.shape[1])], constant_values=-1)
     ids = ids.reshape(ids.shape[0], tiles, tile)
     return mx.stack([ids.min(axis=-1), ids.max(axis=-1)], -1)
 
 
-THREADS = 64
-
-
-def combine_call(states: State, ending: OutputSpec | None) -> KernelCall:
-    """The call of `combine.metal` for the states of several runs, whose arrays have a first axis `runs`."""
+def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
+    """Build the call of `combine.metal` for the states of several runs. Their arrays have a first axis `runs`."""
     _, batch, heads, q_len, value_dim = states.acc.shape
-    inputs = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
-    if ending is not None and ending.sinks is not None:
-        inputs["sinks"] = ending.sinks
-    outputs = ending_outputs(ending, (batch, heads, q_len), value_dim)
-    switches = ending_switches(ending)
+    buffers = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    outputs = output_arguments(output, (batch, heads, q_len), value_dim)
+    switches = output_switches(output)
     return KernelCall(
         name="_".join(["ringattn_combine", *(f"{name.lower()}{value}" for name, value in switches.items() if value)]),
-        input_names=list(inputs),
-        source=source.body("combine"),
-        header=source.header(tuple(switches.items())),
-        inputs=list(inputs.values()),
+        input_names=list(buffers),
+        source=shader_source.body("combine"),
+        header=shader_source.header(tuple(switches.items())),
+        inputs=list(buffers.values()),
         template=[("Out", outputs["output_dtypes"][0]), ("DV", value_dim)],
         grid=(value_dim, batch * heads * q_len, 1),
-        threadgroup=(min(THREADS, value_dim), 1, 1),
+        threadgroup=(min(COMBINE_THREADS, value_dim), 1, 1),
         compile_options={"math_mode": "safe"},
         **outputs,
     )

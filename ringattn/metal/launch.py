@@ -1,4 +1,4 @@
-"""Where kernel calls are run: by MLX on an Apple GPU, or by a function that a test or an emulator has set."""
+"""Launch of kernel calls: by MLX on an Apple GPU, or by an executor that a test or an emulator sets."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .device import matrix_units
 
 @dataclass(frozen=True)
 class KernelCall:
-    """What `mx.fast.metal_kernel` and the call of what it returns take, and nothing else.
+    """Arguments of `mx.fast.metal_kernel` and of the function that it returns, and nothing else.
 
     Attributes:
-        name: The kernel's name; calls with the same source, header and names share it.
+        name: The kernel's name. Calls with the same source, header and names share it.
         input_names: The names of the buffers read, as they are in `source`.
         output_names: The names of the buffers written.
         source: The body of the kernel, in the Metal shading language.
-        header: What stands before the kernel: types, constants and functions.
+        header: Types, constants and functions, placed before the kernel.
         inputs: The arrays for `input_names`.
         template: The template arguments ``(name, value)``: dtypes, ints or bools.
-        grid: How many threads run, in x, y and z.
-        threadgroup: How many of them make one threadgroup.
+        grid: The number of threads in x, y and z.
+        threadgroup: The number of threads of a threadgroup in x, y and z.
         output_shapes: The shapes for `output_names`.
-        output_dtypes: Their dtypes.
-        init_value: What outputs hold before the kernel runs; ``None`` leaves them as they come.
+        output_dtypes: The dtypes for `output_names`.
+        init_value: The initial value of the outputs; ``None`` leaves them uninitialised.
         ensure_row_contiguous: Whether strided inputs are copied first.
         atomic_outputs: Whether outputs are declared atomic.
         compile_options: Options of the Metal compiler, such as ``{"math_mode": "safe"}``.
@@ -56,12 +56,12 @@ Executor = Callable[[KernelCall], list[mx.array]]
 
 
 def run(call: KernelCall) -> list[mx.array]:
-    """The outputs of `call`, from the executor that is set."""
+    """Run `call` with the current executor and return its outputs."""
     return _executor(call)
 
 
 def set_executor(fn: Executor | None, *, tensor_ops: bool = False) -> None:
-    """Have `fn` run every kernel call of the Metal backend.
+    """Run every kernel call of the Metal backend with `fn`.
 
     Args:
         fn: Takes a `KernelCall` and returns its outputs; ``None`` restores the default, which builds each kernel once
@@ -74,21 +74,22 @@ def set_executor(fn: Executor | None, *, tensor_ops: bool = False) -> None:
     global _executor, _tensor_ops
     if fn is not None and not callable(fn):
         raise ArgumentTypeError(f"fn: {type(fn).__name__}, expected a function of a KernelCall, or None")
-    _executor, _tensor_ops = (_apple_gpu, None) if fn is None else (fn, bool(tensor_ops))
+    _executor = _apple_gpu if fn is None else fn
+    _tensor_ops = None if fn is None else bool(tensor_ops)
 
 
 def available() -> bool:
-    """Whether kernel calls can run here: on an Apple GPU, or by an executor that was set."""
+    """Return whether kernel calls can run here: on an Apple GPU, or with an executor that was set."""
     return not default() or mx.metal.is_available()
 
 
 def default() -> bool:
-    """Whether kernel calls go to the Apple GPU."""
+    """Return whether kernel calls run on the Apple GPU."""
     return _executor is _apple_gpu
 
 
 def tensor_ops() -> bool:
-    """Whether kernels may use the M5's matrix units: as `set_executor` was told, or if this GPU has them."""
+    """Return whether kernels may use the M5's matrix units, from `set_executor` or from this GPU."""
     return matrix_units() if _tensor_ops is None else _tensor_ops
 
 

@@ -1,6 +1,6 @@
-"""Whether a kernel variant works on this Mac: each is tried on a few tokens before it is first used.
+"""Self-test of kernel variants: on a Mac, each is tested on a few tokens before its first use.
 
-MLX compiles a kernel when its output is evaluated, which may be long after the call, in the middle of a user's model.
+MLX compiles a kernel when its output is evaluated. That may be long after the call, in the middle of a user's model.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..errors import KernelWarning
 from ..kernels.interface import KernelInputs, OutputSpec
 from ..kernels.reference import ReferenceKernel
 
-MOST_QUERIES, MOST_KEYS = 72, 40  # of the trial: as many rows as any tile has, and a tile of keys that is not whole
-TOLERANCE = 0.05  # of the largest value: a trial finds what is wrong, not what is inexact
+MOST_QUERIES = 72  # of a test: more rows than any tile has
+MOST_KEYS = 40  # of a test: the last tile of keys is not whole
+TOLERANCE = 0.05  # of the largest value: a test finds wrong results, not inexact ones
 
 Arrays = list[mx.array]
 Attend = Callable[[KernelInputs, State | None, OutputSpec | None], Arrays]
@@ -30,9 +31,10 @@ class UnusableError(Exception):
     """A kernel variant does not work here."""
 
 
-def variant(problem: KernelInputs, state: State | None, ending: OutputSpec | None) -> str:
-    """What distinguishes the kernels that such a problem needs, in words."""
-    rules, lengths = problem.rules, (problem.q.shape[3], problem.v.shape[3])
+def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> str:
+    """Describe the kernel variant that a call needs."""
+    rules = inputs.rules
+    lengths = (inputs.q.shape[3], inputs.v.shape[3])
     features = {
         "band": rules.band != Band(),
         "softcap": rules.softcap is not None,
@@ -40,44 +42,47 @@ def variant(problem: KernelInputs, state: State | None, ending: OutputSpec | Non
         "mask": rules.mask is not None,
         "columns": rules.columns is not None,
         "state": state is not None,
-        "lse": ending is not None and ending.lse,
-        "sinks": ending is not None and ending.sinks is not None,
+        "lse": output is not None and output.lse,
+        "sinks": output is not None and output.sinks is not None,
     }
-    ends = "state" if ending is None else _name(ending.dtype)
-    words = [f"{_name(problem.q.dtype)} to {ends}", "head_dim {}/{}".format(*lengths)]
-    return ", ".join(words + [feature for feature, there in features.items() if there])
+    ends = "state" if output is None else _name(output.dtype)
+    details = [f"{_name(inputs.q.dtype)} to {ends}", "head_dim {}/{}".format(*lengths)]
+    return ", ".join(details + [feature for feature, there in features.items() if there])
 
 
-def ensure(attend: Attend, problem: KernelInputs, state: State | None, ending: OutputSpec | None, *words: str) -> None:
-    """Try `attend` on a few tokens that need the same kernels as `problem`, unless that was done before.
+def ensure(attend: Attend, inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str) -> None:
+    """Test `attend` once on a few tokens that need the same kernels as `inputs`.
 
     Args:
-        attend: Attends from a state, or from nothing, to an ending or to a state.
-        problem: What the kernels are needed for.
-        state: Its state.
-        ending: Its ending.
-        *words: What else distinguishes the kernels.
+        attend: Attends to `inputs`, from a state or ``None``, and returns an output or a state.
+        inputs: The inputs of the call that needs the kernels.
+        state: The state of that call.
+        output: The output of that call.
+        *details: Further properties that distinguish the kernels.
 
     Raises:
-        UnusableError: If they failed, or gave another answer than plain MLX operations; the first time with a warning.
+        UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first time,
+            a warning is given too.
     """
-    name = ", ".join([variant(problem, state, ending), *words])
-    if not works(name, lambda: _complaint(attend, _few_tokens(problem), state is not None, ending)):
+    name = ", ".join([variant(inputs, state, output), *details])
+    if not works(name, lambda: _trial_error(attend, _trial_inputs(inputs), state is not None, output)):
         raise UnusableError(name)
 
 
 def works(name: str, trial: Callable[[], str]) -> bool:
-    """Whether the kernel variant `name` works here; the first time by a `trial`, which tells what is wrong or nothing.
+    """Return whether the kernel variant `name` works here. Warn once if it does not.
 
-    If something is, a warning says so, once.
+    Args:
+        name: The variant.
+        trial: Runs the test and returns its error, or an empty string. Called the first time only.
     """
     if name not in _verdicts:
-        complaint = trial()
-        _verdicts[name] = not complaint
-        if complaint:
+        error = trial()
+        _verdicts[name] = not error
+        if error:
             warnings.warn(
-                f"the Metal kernel ({name}) does not work on this system, and a slower way takes its place: "
-                f"{complaint} (please open an issue with this line and what `ringattn verify` prints)",
+                f"the Metal kernel ({name}) does not work on this system, and slower operations replace it: "
+                f"{error} (please open an issue with this line and the output of `ringattn verify`)",
                 KernelWarning,
                 stacklevel=2,
             )
@@ -88,23 +93,23 @@ _reference = ReferenceKernel()
 
 
 def forget() -> None:
-    """Try every variant again."""
+    """Forget all results, so that every variant is tested again."""
     _verdicts.clear()
 
 
-def _complaint(attend: Attend, problem: KernelInputs, with_state: bool, ending: OutputSpec | None) -> str:
-    """What is wrong with the answer of `attend`, or nothing."""
-    before = _reference.forward(problem) if with_state else None
-    expected = _reference.forward(problem, before)
-    sinks = None if ending is None or ending.sinks is None else ending.sinks[: problem.group]
-    few = None if ending is None else replace(ending, sinks=sinks)
-    return complaint(
-        lambda: attend(problem, before, few), expected if few is None else finish(expected, few.sinks, few.dtype)
+def _trial_error(attend: Attend, inputs: KernelInputs, with_state: bool, output: OutputSpec | None) -> str:
+    """Return the error of `attend` on `inputs`, or an empty string."""
+    before = _reference.forward(inputs) if with_state else None
+    expected = _reference.forward(inputs, before)
+    sinks = None if output is None or output.sinks is None else output.sinks[: inputs.group]
+    few = None if output is None else replace(output, sinks=sinks)
+    return trial_error(
+        lambda: attend(inputs, before, few), expected if few is None else finish(expected, few.sinks, few.dtype)
     )
 
 
-def complaint(run: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]) -> str:
-    """What is wrong with the arrays that `run` gives, or nothing."""
+def trial_error(run: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]) -> str:
+    """Return the error of `run`, whose results should be `expected`, or an empty string."""
     try:
         pairs = list(zip(run(), expected))
         mx.eval(pairs)
@@ -122,15 +127,16 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _few_tokens(problem: KernelInputs) -> KernelInputs:
-    """A small problem of random numbers with the features of `problem`."""
+def _trial_inputs(inputs: KernelInputs) -> KernelInputs:
+    """Make small inputs of random numbers with the features of `inputs`."""
     r = np.random.default_rng(0)
-    group, q_len, k_len = problem.group, min(problem.rows[2], MOST_QUERIES), min(problem.k.shape[2], MOST_KEYS)
+    group, q_len, k_len = inputs.group, min(inputs.rows[2], MOST_QUERIES), min(inputs.k.shape[2], MOST_KEYS)
 
     def normal(like: mx.array, heads: int, tokens: int) -> mx.array:
         return mx.array(r.standard_normal((1, heads, tokens, like.shape[3])), mx.float32).astype(like.dtype)
 
-    rules, mask = problem.rules, problem.rules.mask
+    rules = inputs.rules
+    mask = inputs.rules.mask
     if mask is not None:
         mask = mx.array(r.random((1, group, q_len, k_len)) < 0.8).astype(mask.dtype)
     rules = replace(
@@ -139,5 +145,5 @@ def _few_tokens(problem: KernelInputs) -> KernelInputs:
         columns=None if rules.columns is None else np.arange(k_len),
         segments=None if rules.segments is None else (mx.zeros((1, q_len), mx.int32), mx.zeros((1, k_len), mx.int32)),
     )
-    q, k, v = normal(problem.q, group, q_len), normal(problem.k, 1, k_len), normal(problem.v, 1, k_len)
+    q, k, v = normal(inputs.q, group, q_len), normal(inputs.k, 1, k_len), normal(inputs.v, 1, k_len)
     return KernelInputs(q, k, v, np.arange(q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32), rules)

@@ -1,4 +1,4 @@
-"""Native code: the small C libraries that ``pip install`` builds where there is a compiler, and NumPy's BLAS.
+"""Native code: C libraries that ``pip install`` compiles where there is a compiler, and NumPy's BLAS.
 
 Importing these modules does not import MLX.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def load(stem: Path, functions: dict[str, list]) -> ctypes.CDLL | None:
-    """The library at `stem` plus the platform's suffix, with the argument types of its functions.
+    """Load the library at `stem` plus the platform's suffix, and set the argument types of its functions.
 
-    ``None`` where it was not built, or for another machine, or by another version.
+    Return ``None`` where the library is missing, or was compiled for another machine or by another version.
     """
     for suffix in EXTENSION_SUFFIXES:
         path = stem.with_name(stem.name + suffix)
@@ -21,7 +21,8 @@ def load(stem: Path, functions: dict[str, list]) -> ctypes.CDLL | None:
             try:
                 library = ctypes.CDLL(str(path))
                 for function, types in functions.items():
-                    getattr(library, function).argtypes, getattr(library, function).restype = types, None
+                    getattr(library, function).argtypes = types
+                    getattr(library, function).restype = None
             except (OSError, AttributeError):
                 return None
             return library

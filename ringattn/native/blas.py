@@ -1,4 +1,4 @@
-"""How many threads NumPy's OpenBLAS uses: one, while the kernel runs threads of its own."""
+"""Thread count of NumPy's OpenBLAS. It is one while a kernel runs its own threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _before = 1
 
 
 def threads() -> int:
-    """Threads a kernel may use: RINGATTN_THREADS, else OMP_NUM_THREADS, else the cores this process may run on."""
+    """Return the thread count of a kernel: RINGATTN_THREADS, else OMP_NUM_THREADS, else the usable cores."""
     for name in ("RINGATTN_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 0:
@@ -28,7 +28,7 @@ def threads() -> int:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Keep OpenBLAS to the calling thread; the last of several users that overlap puts the old number back."""
+    """Limit OpenBLAS to the calling thread. The last of several overlapping users restores the thread count."""
     global _users, _before
     library = _openblas()
     if library is None:
@@ -51,7 +51,7 @@ def single_threaded() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def library_of_numpy() -> ctypes.CDLL | None:
-    """The OpenBLAS inside NumPy's wheel; ``None`` for another BLAS (Accelerate)."""
+    """Load the OpenBLAS of NumPy's wheel; ``None`` for another BLAS (Accelerate)."""
     package = Path(np.__file__).parent
     paths = [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]
     return ctypes.CDLL(str(paths[0])) if paths else None
@@ -59,7 +59,7 @@ def library_of_numpy() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=1)
 def _openblas() -> tuple | None:
-    """Its thread getter and setter."""
+    """Find the functions of OpenBLAS that get and set its thread count."""
     library = library_of_numpy()
     for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
         name = f"{prefix}openblas_%s_num_threads{suffix}"

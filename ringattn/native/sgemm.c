@@ -1,9 +1,9 @@
-/* MLX's float32 matrix product on Linux, by the BLAS that NumPy carries.
+/* Redirection of MLX's float32 matrix products on Linux to the BLAS in NumPy's wheel.
 
    MLX's CPU wheel for Linux resolves cblas_sgemm to a reference BLAS, some twenty times slower. NumPy's wheel exports
    the same function under another name, with 64-bit sizes. MLX's library calls cblas_sgemm through an entry of its
-   global offset table, which the loader fills in; `ringattn_redirect` puts the function below there. No other library
-   is affected, and it does not matter when MLX was loaded. */
+   global offset table, which the loader fills in. `ringattn_redirect` writes the function below into that entry. Other
+   libraries are not affected. MLX may be loaded at any time before the call. */
 
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -31,7 +31,7 @@ static void redirected_sgemm(int order, int trans_a, int trans_b, int m, int n, 
     sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-/* The address that an entry of the dynamic section stands for. glibc has added the base already, musl has not. */
+/* The address of an entry of the dynamic section. glibc has added the base address already, musl has not. */
 static const void *address(const struct dl_phdr_info *object, ElfW(Addr) value) {
     return (const void *)(value < object->dlpi_addr ? object->dlpi_addr + value : value);
 }
@@ -69,7 +69,7 @@ static void **find_entry(const struct dl_phdr_info *object, const ElfW(Dyn) * dy
     return entry ? entry : find_in(object, table, bytes, symbols, names);
 }
 
-/* Whether a function is of MLX's wheel: whatever the user has put in its place by LD_PRELOAD stays. */
+/* Whether a function belongs to MLX's wheel. A function that the user preloaded (LD_PRELOAD) is not replaced. */
 static int belongs_to_mlx(void *function) {
     Dl_info info;
     return dladdr(function, &info) && info.dli_fname && strstr(info.dli_fname, "/mlx");
@@ -104,7 +104,7 @@ static int visit(struct dl_phdr_info *object, size_t size, void *data) {
 
 #endif
 
-/* Have MLX, which is loaded, call `function`; whether it will. */
+/* Redirect the loaded MLX to `function`. Return 1 on success, else 0. */
 int ringattn_redirect(void *function) {
     int done = 0;
     sgemm = (Sgemm)function;

@@ -1,8 +1,8 @@
-"""Full float32 products in MLX, which rounds their inputs to TF32 by default on an M5 and on NVIDIA GPUs.
+"""Full float32 products in MLX. By default MLX rounds their inputs to TF32 on an M5 and on NVIDIA GPUs.
 
-TF32 keeps 10 of float32's 23 bits: an error of 8e-4 instead of 3e-7. The blockwise gradient and the "reference" backend
-multiply through MLX. MLX reads `VARIABLE` once, at its first float32 product on such a device (`enable_tf32` in
-mlx/utils.h), so setting it after ``import mlx`` is in time unless the program has multiplied before.
+TF32 keeps 10 of the 23 bits of float32: an error of 8e-4 instead of 3e-7. The blockwise gradient and the "reference"
+backend use MLX's products. MLX reads `VARIABLE` once, at its first float32 product on such a device (`enable_tf32` in
+mlx/utils.h). Setting it after ``import mlx`` is in time unless the program has multiplied before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIZE = 128  # rows and columns: enough for MLX's kernels of full tiles
 
 
 def disable() -> bool:
-    """Set `VARIABLE` to 0 unless the user has set it. Return whether that may be too late to count."""
+    """Set `VARIABLE` to 0 unless the user has set it. Return whether that may be too late."""
     if VARIABLE in os.environ:
         return False
     os.environ[VARIABLE] = "0"
@@ -24,7 +24,7 @@ def disable() -> bool:
 
 
 def in_force() -> bool:
-    """Whether products on MLX's default device are TF32, found by one product that needs 12 bits."""
+    """Return whether MLX's default device multiplies in TF32, by one product that needs 12 bits."""
     import mlx.core as mx
 
     x = mx.full((SIZE, SIZE), 1 + 2.0**-12)
@@ -32,7 +32,7 @@ def in_force() -> bool:
 
 
 def check() -> None:
-    """Warn if products are TF32 all the same."""
+    """Warn if MLX multiplies in TF32 despite `disable`."""
     if in_force():
         warnings.warn(
             f"MLX multiplies float32 in TF32, because it had multiplied before ringattn was imported: import ringattn "
@@ -43,7 +43,7 @@ def check() -> None:
 
 
 def describe() -> str:
-    """The precision of MLX's float32 products, for reports."""
+    """Describe the precision of MLX's float32 products, for reports."""
     value = os.environ.get(VARIABLE)
     setting = f"{VARIABLE} not set" if value is None else f"{VARIABLE}={value}"
     return f"{'TF32' if in_force() else 'full float32'} ({setting})"

@@ -1,4 +1,4 @@
-"""This machine in words, for reports."""
+"""Description of this machine for reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def machine() -> str:
 
 
 def device() -> str:
-    """What MLX computes on."""
+    """Device on which MLX computes."""
     import mlx.core as mx
 
     if not mx.metal.is_available():
@@ -25,7 +25,7 @@ def device() -> str:
 
 
 def version(name: str) -> str:
-    """The installed version of a package, or that there is none."""
+    """Installed version of a package, or "not installed"."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,7 @@
-"""Results of tokens that travel, one hop behind them: they arrive, are added to in place, and go on."""
+"""Accumulators of the results of travelling tokens. Results follow their tokens one hop behind.
+
+At each rank a result arrives, this rank's part is added in place, and the sum goes on.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,30 @@ from .blocks import Block, copy_tokens
 from .buffers import Slots
 from .schedule import Schedule
 
-TAGS = 4096  # tags of results; those of blocks are their hop
-ROWS = 1024  # tokens that are merged at once: this bounds the memory that it takes
+TAGS = 4096  # the first tag of results; the tag of a block is its hop
+ROWS = 1024  # tokens merged at a time, to bound the memory
 
 Arrays = Sequence[mx.array]
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """One kind of results (states, or gradients): float32 arrays whose third axis is the tokens.
+    """Operations on one kind of results (states or gradients): float32 arrays whose third axis is the tokens.
 
     Attributes:
-        zeros: Makes the arrays of so many tokens to which zeros was added.
-        merge: Adds the second arrays to the first, in place: NumPy arrays of the same tokens.
+        zeros: A function that makes the neutral arrays of a number of tokens.
+        merge: A function that adds the second arrays to the first, in place: NumPy arrays of the same tokens.
     """
 
     zeros: Callable[[int], Arrays]
     merge: Callable[[Sequence[Any], Sequence[Any]], None]
 
     def block(self, arrays: Arrays, spans: Spans) -> Block:
-        """Make a block of `arrays`, of the tokens at `spans`, that can be sent and added to."""
+        """Make a block of `arrays` with the tokens at `spans`. It can be sent and added to."""
         return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
 
     def expand(self, block: Block | None, spans: Spans) -> Block:
-        """Expand `block` to the tokens at `spans`, which include its own; the others get zeros."""
+        """Expand `block` to the tokens at `spans`, which include its own. The other tokens get zeros."""
         if block is not None and block.spans == spans:
             return block
         whole = self.block(self.zeros(length(spans)), spans)
@@ -71,28 +74,30 @@ def add_sums(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
 
 def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
     """Merge states."""
-    with np.errstate(all="ignore"):  # an infinite score is no matter for a warning
+    with np.errstate(all="ignore"):  # an infinite score needs no warning
         merged = merge_states(State(*into), State(*part))
     for x, y in zip(into, merged):
         x[:] = y
 
 
 class ResultHop:
-    """The results that one hop adds to: they come in, and a message takes them on."""
+    """Results that one hop receives, adds to and sends on."""
 
     def __init__(self, way: Way, slots: Slots, spans: Spans, tag: int, wanted: Spans):
-        """Post the receive of the results at `spans` under `tag`; results at `wanted` go on."""
+        """Post the receive of the results at `spans` under `tag`. The results at `wanted` go on."""
         self._allowed = Gate()
-        self.arrival, self.wanted = slots.recv(way, spans, tag, [self._allowed]), wanted
+        self.arrival = slots.recv(way, spans, tag, [self._allowed])
+        self.wanted = wanted
         self.sent: Transfer | None = None
-        self._added, self._loads = Gate(), list[Callable]()
+        self._added = Gate()
+        self._loads = list[Callable]()
 
     def allow_receive(self) -> None:
-        """Let the receive start: this rank has done the hop before, so that the sender may have as well."""
+        """Allow the receive to start. Call it when this rank has done the hop before: then the sender may have too."""
         self._allowed.open()
 
     def send(self, way: Way, tag: int) -> None:
-        """Post the message; it starts with `send_total`."""
+        """Post the send. It starts with `send_total`."""
         self.sent = way.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
@@ -103,7 +108,10 @@ class ResultHop:
         self._added.open()
 
     def total(self, accumulator: Accumulator, added: Block | None) -> Block:
-        """Sum what has arrived and what this rank `added`, in the memory of one of them where that has all tokens."""
+        """Sum the results that arrived and those that this rank `added`.
+
+        The sum reuses the memory of one of them where it has all tokens.
+        """
         parts = [self.arrival.block] if self.arrival.transfer is not None else []
         parts += [] if added is None else [added]
         parts.sort(key=lambda block: block.spans != self.wanted)
@@ -114,7 +122,7 @@ class ResultHop:
 
 
 def post_results(ring: Ring, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
-    """Post all messages of the results: one for each hop, and in the end the one that comes home."""
+    """Post all messages of the results: one for each hop, and at the end the one that returns home."""
     way = Way(ring, schedule.step)
     slots = Slots(
         accumulator.block(accumulator.zeros(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home]

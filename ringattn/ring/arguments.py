@@ -1,4 +1,4 @@
-"""Checks of the arguments that every call on a ring has."""
+"""Checks of the arguments that all ring calls share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..transport.base import Ring
 
 
 def check_ring(ring: Any) -> None:
-    """A ring, which is what makes the other checks collective."""
+    """Check for a ring. Without one no other check can be collective."""
     if not isinstance(ring, Ring):
         raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
 
 
 def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:
-    """A layout of the ring's size in which this rank holds as many tokens as its arrays."""
+    """Check for a layout of the ring's size that gives this rank as many tokens as its arrays have."""
     if not isinstance(layout, Layout):
         raise ArgumentTypeError(f"{name}: {type(layout).__name__}, expected a Layout")
     if layout.size != ring.size:

@@ -1,4 +1,4 @@
-"""The gradient of attention around a ring: the same schedules, with the gradients one hop behind their blocks."""
+"""The gradient of ring attention: the schedules of the forward pass, with gradients one hop behind their blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRADIENT = f"the gradient of {WHAT}"
 
 
 def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.array) -> list[mx.array]:
-    """The gradients by `call.arrays`, with the other ranks."""
+    """Compute the gradients with respect to `call.arrays`. Collective."""
     ring = call.ring
     with ring.call(GRADIENT):
         with heard(ring, GRADIENT):
@@ -32,7 +32,7 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
 
 
 def _pass_q(call: RingCall, rows: Rows) -> Gradients:
-    """Queries travel with what the gradient needs of them, and their own gradients one hop behind."""
+    """Send queries with their rows around the ring, and the gradients of the queries one hop behind."""
     keys = call.keys()
     k, v = call.gradients_of_keys(length(keys.spans))
 
@@ -49,7 +49,7 @@ def _pass_q(call: RingCall, rows: Rows) -> Gradients:
 
 
 def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
-    """Keys and values travel, and their own gradients one hop behind."""
+    """Send keys and values around the ring, and their gradients one hop behind."""
     queries = call.queries(rows)
     q, *mask = call.gradients_of_queries(length(queries.spans))
 
@@ -58,7 +58,8 @@ def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
         found = call.backward_block(
             h, queries, block, Gradients(q, *call.gradients_of_keys(length(block.spans)), *mask)
         )
-        q, mask = found.q, [x for x in (found.mask,) if x is not None]
+        q = found.q
+        mask = [x for x in (found.mask,) if x is not None]
         return found.k, found.v
 
     results = Accumulator(call.gradients_of_keys, add_sums)

@@ -1,4 +1,4 @@
-"""Blocks on their way: arrays with a token axis, the memory they arrive in, and the bytes of some of their tokens."""
+"""Blocks: arrays with a token axis, and the bytes of some of their tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Block:
     """Arrays that hold the same tokens, those at the positions `spans`, in order.
 
     Attributes:
-        arrays: Of any dtypes.
-        axes: The token axis of each.
+        arrays: The arrays, of any dtypes.
+        axes: The token axis of each array.
         spans: The positions of the tokens.
     """
 
@@ -28,9 +28,9 @@ class Block:
     spans: Spans
 
     def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
-        """What a transfer sends to move the tokens at `spans`, read when it starts and not before.
+        """Return a function that reads the tokens at `spans` for a send. A transfer calls it when it starts.
 
-        All tokens go as they lie in memory, for which the arrays must be packed; a part of them is copied.
+        All tokens together are sent from their memory, without a copy: the arrays must be packed. A part is copied.
         """
         mx.eval(self.arrays)
         if spans == self.spans:
@@ -42,7 +42,7 @@ class Block:
 
     @property
     def packed(self) -> bool:
-        """Whether the arrays lie in memory as they are sent."""
+        """Whether the arrays are contiguous, so that they can be sent without a copy."""
         mx.eval(self.arrays)
         return all(memoryview(x).c_contiguous for x in self.arrays if x.size)  # type: ignore[arg-type]
 
@@ -51,7 +51,7 @@ NOTHING = Block((), (), ())
 
 
 def raw(x: Any) -> memoryview:
-    """The bytes of an evaluated, contiguous array, mx or NumPy, without a copy."""
+    """View the bytes of an evaluated, contiguous array, mx or NumPy, without a copy."""
     return memoryview(x).cast("B") if x.size else memoryview(b"")
 
 
@@ -61,7 +61,7 @@ def _pack(x: np.ndarray, axis: int, at: Spans) -> memoryview:
 
 
 def rows(block: Block, spans: Spans) -> Block:
-    """The tokens of `block` at `spans`."""
+    """Cut the tokens at `spans` out of `block`."""
     if spans == block.spans:
         return block
     at = locate(spans, block.spans)

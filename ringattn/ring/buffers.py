@@ -1,4 +1,4 @@
-"""The memory that blocks arrive in."""
+"""Receive buffers of blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from .blocks import NOTHING, Block, copy_tokens, raw
 
 
 class Slots:
-    """The two buffers that the blocks of one kind arrive in, by turns."""
+    """Two buffers that receive the blocks of one kind in turn."""
 
     def __init__(self, like: Block, spans: Sequence[Spans], keep: Spans = ()):
-        """`like` has the shapes and dtypes; `spans` are those of all blocks to come: the largest sets the size.
+        """Allocate the buffers.
 
-        The tokens of `like` at `keep` will be kept in a slot as well, at first.
+        Args:
+            like: A block with the shapes and dtypes.
+            spans: The spans of all blocks to come. The largest sets the size.
+            keep: The tokens of `like` that a slot holds first, for `Slots.keep`.
         """
         self._like = like
         most = max(map(length, [*spans, keep]), default=0)
@@ -32,14 +35,15 @@ class Slots:
         self._next = 0
 
     def keep(self, spans: Spans) -> Arrival:
-        """A packed copy of the tokens of `like` at `spans`, in the slot that is wanted again last."""
-        at, arrays = len(self._memory) - 1, self._arrays(len(self._memory) - 1, spans)
+        """Copy the tokens of `like` at `spans`, packed, into the slot that is reused last."""
+        at = len(self._memory) - 1
+        arrays = self._arrays(at, spans)
         for x, own, axis in zip(arrays, self._like.arrays, self._like.axes):
             copy_tokens(view(own), self._like.spans, view(x), spans, axis, spans)
         return Arrival(Block(tuple(arrays), self._like.axes, spans), users=self._users[at])
 
     def _arrays(self, at: int, spans: Spans) -> list[mx.array]:
-        """The front of a slot, in the shapes of a block of the tokens at `spans`."""
+        """View the front of a slot in the shapes of a block of the tokens at `spans`."""
         arrays = []
         for i, (memory, axis) in enumerate(zip(self._memory[at], self._like.axes)):
             shape = self._shape(i, length(spans))
@@ -48,13 +52,14 @@ class Slots:
         return arrays
 
     def recv(self, way: Way, spans: Spans, tag: int, after: Sequence[Gate] = ()) -> Arrival:
-        """Receive the tokens at `spans` into the slot whose turn it is, once its last users are done.
+        """Receive the tokens at `spans` into the next slot, once its last users and all of `after` are done.
 
-        And not before all of `after`: a receive that is open long before anything comes keeps the helper polling.
+        `after` delays a receive until its message can come. An open receive keeps the progress thread polling.
         """
         if not spans:
             return Arrival(NOTHING)
-        at, self._next = self._next, (self._next + 1) % len(self._memory)
+        at = self._next
+        self._next = (at + 1) % len(self._memory)
         arrays = self._arrays(at, spans)
         transfer = way.recv([raw(x) for x in arrays], tag=tag, after=[*self._users[at], *after])
         users: list[Transfer | Gate] = [Gate()]
@@ -62,36 +67,40 @@ class Slots:
         return Arrival(Block(tuple(arrays), self._like.axes, spans), transfer, users)
 
     def _shape(self, i: int, tokens: int) -> tuple[int, ...]:
-        return _with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
+        return with_tokens(self._like.arrays[i].shape, self._like.axes[i], tokens)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """`shape` as rows of its last axis, unless that is the tokens' `axis`: one axis alone could pass 2**31 - 1."""
+    """Flatten `shape` to rows of its last axis, or to one column where that is the token `axis`.
+
+    One axis alone could exceed 2**31 - 1.
+    """
     last = shape[-1] if axis != len(shape) - 1 else 1
     return prod(shape) // max(1, last), last
 
 
-def _with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
+def with_tokens(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
+    """Replace the length of the token `axis` in `shape`."""
     return (*shape[:axis], tokens, *shape[axis + 1 :])
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A block that is here or on its way, in a slot that is kept until it is released and all its sends are done."""
+    """A block that has arrived or will arrive. Its slot is reused once it is released and all its sends are done."""
 
     block: Block
     transfer: Transfer | None = None
     users: list[Transfer | Gate] | None = None
 
     def forward(self, way: Way, spans: Spans, tag: int) -> Transfer:
-        """Send the tokens at `spans` on to the next rank as soon as the block is here."""
+        """Send the tokens at `spans` to the next rank as soon as the block has arrived."""
         sent = way.send(self.block.load(spans), tag=tag, after=() if self.transfer is None else (self.transfer,))
         if self.users is not None:
             self.users.append(sent)
         return sent
 
     def release(self) -> None:
-        """Say that this rank has read the block."""
+        """Release the block. This rank does not read it again."""
         for gate in self.users or ():
             if isinstance(gate, Gate):
                 gate.open()

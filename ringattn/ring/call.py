@@ -1,4 +1,4 @@
-"""One rank's side of a `ring_attention` call: its checked arguments, its blocks, and one kernel call on two of them."""
+"""One `ring_attention` call on this rank: checked arguments, blocks, and kernel calls on two blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Size
 
 @dataclass(frozen=True)
 class RingCall:
-    """One checked call on this rank. `arrays` are q, k, v and those of the options."""
+    """One checked call on this rank. `arrays` are q, k, v and the arrays of the options."""
 
     ring: Ring
     layout: Layout
@@ -36,10 +36,10 @@ class RingCall:
 
     @classmethod
     def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> RingCall:
-        """Check this rank's arguments; nothing is evaluated.
+        """Check this rank's arguments, without evaluating an array.
 
         Raises:
-            ArgumentError: With the first argument that is wrong.
+            ArgumentError: If an argument is wrong; the message names the first one.
         """
         check_qkv(q, k, v)
         layout = check_layout("layout", layout, ring, {"q": q.shape[2]})
@@ -51,11 +51,11 @@ class RingCall:
         return cls(ring, layout, kv_layout, checked, strategy, backends.select(backend), (q, k, v, *checked.arrays))
 
     def bind(self, arrays: tuple[mx.array, ...]) -> RingCall:
-        """This call with `arrays` in place of its own: what a transformation gave for them."""
+        """Replace the arrays by `arrays`, which a transformation passes."""
         return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
 
     def fields(self) -> Fields:
-        """What all ranks must agree on."""
+        """List the values that all ranks must agree on."""
         q, k, v = self.arrays[:3]
         named = (
             ("batch", q.shape[0]),
@@ -72,42 +72,50 @@ class RingCall:
         return tuple((name, str(value)) for name, value in named) + self.options.fields
 
     def schedules(self, gradient: bool = False) -> list[Schedule]:
-        """This rank's hops, one way or both ways around."""
-        chosen, where = self.chosen(gradient), (self.layout, self.kv_layout, self.options.band)
+        """Plan this rank's hops, in one direction or in both."""
+        chosen = self.chosen(gradient)
+        where = (self.layout, self.kv_layout, self.options.band)
         routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
         if self.ring.both_ways is None and self.ring.apart:
             routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
         return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
 
     def chosen(self, gradient: bool = False) -> str:
-        """The strategy, where it is open from numbers that all ranks agree on."""
+        """Return the given strategy, or choose one from numbers that all ranks agree on."""
         if self.strategy is not None:
             return self.strategy
         return choose(self.layout, self.kv_layout, self.options.band, *self._sizes(gradient), gradient)
 
     def _sizes(self, gradient: bool) -> tuple[Sizes, Sizes]:
-        """What travels for a key and for a query."""
+        """Compute the bytes that travel for a key and for a query."""
         q, k, v = self.arrays[:3]
-        mask, (batch, heads, _, dim) = self.options.mask, q.shape
-        item, ids = q.dtype.size, 4 * batch * (self.options.segments is not None)
+        mask = self.options.mask
+        batch, heads, _, dim = q.shape
+        item = q.dtype.size
+        ids = 4 * batch * (self.options.segments is not None)
         row = 0 if mask is None else mask.shape[0] * mask.shape[1] * mask.shape[3] * mask.dtype.size
-        key, query = batch * k.shape[1] * (dim + v.shape[3]), batch * heads * dim
-        keys, queries = Sizes(key * item + ids), Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
-        if gradient:  # and with a query go dout, the lse and delta
+        key = batch * k.shape[1] * (dim + v.shape[3])
+        query = batch * heads * dim
+        keys = Sizes(key * item + ids)
+        queries = Sizes(query * item + ids + row, batch * heads * (v.shape[3] + 2) * 4)
+        if gradient:  # dout, lse and delta travel with a query
             rows = batch * heads * (v.shape[3] * self.options.out_dtype.size + 8)
-            by_mask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
-            keys, queries = Sizes(keys.block, key * 4), Sizes(queries.block + rows, query * 4 + by_mask)
+            dmask = 0 if mask is None or mask.dtype == mx.bool_ else row // mask.dtype.size * 4
+            keys, queries = Sizes(keys.block, key * 4), Sizes(queries.block + rows, query * 4 + dmask)
         return keys, queries
 
     def keys(self) -> Block:
-        """This rank's keys and values, with their segment ids."""
+        """Make the block of this rank's keys, values and segment ids."""
         ids = () if self.options.segments is None else self.options.segments[1:]
         return Block((*self.arrays[1:3], *ids), (2, 2, 1)[: 2 + len(ids)], self.kv_layout.spans[self.ring.rank])
 
     def queries(self, of_rows: Rows | None = None) -> Block:
-        """This rank's queries, with their rows of the mask, their segment ids, and what the gradient needs of them."""
-        q, mask, segments = self.arrays[0], self.options.mask, self.options.segments
-        arrays, axes = [q, *(of_rows or ())], [2] * (1 + len(of_rows or ()))
+        """Make the block of this rank's queries, their rows for the gradient, mask rows and segment ids."""
+        q = self.arrays[0]
+        mask = self.options.mask
+        segments = self.options.segments
+        arrays = [q, *(of_rows or ())]
+        axes = [2] * (1 + len(of_rows or ()))
         if mask is not None:
             arrays.append(mx.broadcast_to(mask, (*mask.shape[:2], q.shape[2], mask.shape[3])))
             axes.append(2)
@@ -117,14 +125,14 @@ class RingCall:
         return Block(tuple(arrays), tuple(axes), self.layout.spans[self.ring.rank])
 
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
-        """One kernel call: a block of queries to a block of keys, into `state`."""
+        """Run the kernel on a block of queries and a block of keys, from `state`."""
         with timed(self.ring, "compute", hop):
             state = State(*settled(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             mx.eval(*state)
         return state
 
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
-        """One kernel call: the gradients of a block of queries, with its rows, and one of keys, added to `sums`."""
+        """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""
         rows = Rows(*queries.arrays[1:4])
         with timed(self.ring, "compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
@@ -133,8 +141,9 @@ class RingCall:
         return sums
 
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
-        """Make a kernel's inputs of two blocks."""
-        options, k_pos = self.options, positions(keys.spans)
+        """Make a kernel's inputs from two blocks."""
+        options = self.options
+        k_pos = positions(keys.spans)
         rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
@@ -144,23 +153,23 @@ class RingCall:
         return KernelInputs(queries.arrays[0], k, v, positions(queries.spans), k_pos, rules)
 
     def empty_state(self, tokens: int) -> State:
-        """The state of `tokens` queries that have seen no key."""
+        """Make the state of `tokens` queries over no keys."""
         q, _, v = self.arrays[:3]
         return State.empty(q.shape[0], q.shape[1], tokens, v.shape[3])
 
     def gradients_of_keys(self, tokens: int) -> tuple[mx.array, ...]:
-        """Zeros for `tokens` keys and their values."""
+        """Make zeros for the gradients of `tokens` keys and values."""
         k, v = self.arrays[1:3]
         return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in (k, v))
 
     def gradients_of_queries(self, tokens: int) -> tuple[mx.array, ...]:
-        """Zeros for `tokens` queries, and for their rows of an additive mask."""
+        """Make zeros for the gradients of `tokens` queries, and of their rows of an additive mask."""
         mask = self.options.mask
         arrays = [self.arrays[0], *([] if mask is None or mask.dtype == mx.bool_ else [mask])]
         return tuple(mx.zeros((*x.shape[:2], tokens, x.shape[3])) for x in arrays)
 
     def wait(self, hop: int, *transfers: Transfer | None) -> None:
-        """Wait for those that are there, and note in the ring's trace that it was a wait."""
+        """Wait for the `transfers` that are not None, and record the wait in the ring's trace."""
         waiting = [transfer for transfer in transfers if transfer is not None]
         if not all(transfer.done for transfer in waiting):
             with timed(self.ring, "wait", hop):

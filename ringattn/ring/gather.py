@@ -1,4 +1,4 @@
-"""Every rank's part of an array, on every rank."""
+"""Gather of an array: every rank gets the parts of all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHAT = "gather"
 
 
 def gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
-    """See `Layout.gather`."""
+    """Gather the parts `x` of all ranks. See `Layout.gather`."""
     check_ring(ring)
     with ring.call(WHAT):
         with heard(ring, WHAT):
@@ -38,7 +38,8 @@ def _gather(layout: Layout, x: mx.array, ring: Ring, axis: int) -> mx.array:
     fields = (("layout", layout.summary), ("axis", str(axis)), ("dtype", str(x.dtype)), ("shape of x", str(shape)))
     agree(ring, WHAT, fields)
     with ring.committed():
-        size, spans = ring.size, layout.spans
+        size = ring.size
+        spans = layout.spans
         held = [(ring.rank - h) % size for h in range(size)]
         hops = [Hop(s, spans[s], spans[s], spans[s] if h + 1 < size else ()) for h, s in enumerate(held)]
         schedule = Schedule(tuple(hops), (), spans[ring.rank], 1)

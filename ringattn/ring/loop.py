@@ -1,8 +1,8 @@
-"""Ring attention's loop: where a schedule, a transport and a kernel meet.
+"""The loop of ring attention, which connects a schedule, a transport and a kernel.
 
-Each strategy has the same three steps. Post: `relay` starts all transfers of blocks, each forwarded as it arrives.
-Compute: hop by hop, one kernel call on this rank's block and the one that is here. Merge: a kernel carries the state
-``(acc, m, l)`` of the hops before (pass-KV), or states travel home and are merged on the way (pass-Q).
+Each strategy has three steps. Post: `relay` posts all transfers of blocks, and each block is forwarded on arrival.
+Compute: each hop is one kernel call on this rank's block and the block that has arrived. Merge: the kernel carries the
+state ``(acc, m, l)`` from hop to hop (pass-KV), or states travel home and are merged at each rank (pass-Q).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Arrays = Sequence[mx.array]
 
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
-    """Agree with the other ranks, run the schedule, finish."""
+    """Agree with the other ranks, run the schedule, and compute ``(out, lse)``."""
     with heard(call.ring, WHAT):
-        # Keys and values first and alone: the first send needs them, and must not wait for other arithmetic.
+        # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
         mx.eval(*call.keys().arrays)
         start_evaluation(*call.arrays)
         fields = call.fields()
@@ -44,9 +44,11 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
 
 
 def _pass_kv(call: RingCall) -> State:
-    """Keys and values travel; the state of this rank's queries is carried from hop to hop."""
+    """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
     arrivals, sends = relay(call.ring, call.keys(), call.schedules())
-    queries, state, h = call.queries(), None, 0
+    queries = call.queries()
+    state = None
+    h = 0
     for h, hop, arrival in arrivals:
         call.ring.at(WHAT, h)
         if hop.compute:
@@ -58,7 +60,7 @@ def _pass_kv(call: RingCall) -> State:
 
 
 def _gather(call: RingCall) -> State:
-    """Keys and values travel to all ranks whose queries see them, and each computes once."""
+    """Send keys and values to all ranks whose queries see them. Each rank computes once."""
     schedules = call.schedules()
     whole = collect(call.ring, call.keys(), schedules)
     hops = max(len(schedule.hops) for schedule in schedules)
@@ -67,7 +69,7 @@ def _gather(call: RingCall) -> State:
 
 
 def _pass_q(call: RingCall) -> State:
-    """Queries travel, and their states one hop behind; each rank adds what its own keys contribute."""
+    """Send queries around the ring, and their states one hop behind. Each rank merges the state over its own keys."""
     keys = call.keys()
 
     def add(h: int, block: Block) -> State:
@@ -83,10 +85,10 @@ def round_trip(
     accumulator: Accumulator,
     compute: Callable[[int, Block], Arrays],
 ) -> tuple[mx.array, ...]:
-    """`own` travels, and its results one hop behind; each rank adds what it computes, and they come home."""
+    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home."""
     arrivals, sends = relay(call.ring, own, schedules)
     routes = [post_results(call.ring, schedule, accumulator) for schedule in schedules]
-    at_home: Block | None = None
+    home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
         call.ring.at(WHAT, h)
@@ -97,7 +99,7 @@ def round_trip(
         arrival.release()
         following.allow_receive()
         if h == 0:
-            at_home = at_home or added
+            home_part = home_part or added
         elif hop.state:
             call.wait(h, here.arrival.transfer)
             here.send_total(here.total(accumulator, added))
@@ -105,10 +107,10 @@ def round_trip(
     totals: list[Block] = []
     for results in routes:
         call.wait(h + 1, results[-1].arrival.transfer)
-        totals.append(results[-1].total(accumulator, None if totals else at_home))
+        totals.append(results[-1].total(accumulator, None if totals else home_part))
     for part in totals[1:]:
         accumulator.add(totals[0], part)
-    call.wait(h + 1, *sends, *(one.sent for results in routes for one in results))
+    call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
     return totals[0].arrays
 
 

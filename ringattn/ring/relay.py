@@ -1,4 +1,4 @@
-"""Blocks passed on around the ring."""
+"""Relay of blocks around the ring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.arrays import view
 from ..core.intervals import length, union
 from ..transport.base import Ring, Transfer, Way
 from .blocks import Block, copy_tokens
-from .buffers import Arrival, Slots, _with_tokens
+from .buffers import Arrival, Slots, with_tokens
 from .schedule import Hop, Schedule
 
 T = TypeVar("T")
@@ -21,17 +21,17 @@ T = TypeVar("T")
 def relay(
     ring: Ring, own: Block, schedules: Sequence[Schedule]
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
-    """Post all transfers of blocks; one is forwarded as it arrives, whatever this rank is doing.
+    """Post all transfers of blocks. Each block is forwarded on arrival, even while this rank computes.
 
     Returns:
-        The hops of all schedules in the order in which ranks have to do them, each with its number and its block, to be
-        released after use; and the sends, to be waited for in the end.
+        The hops of all schedules in the order in which ranks must do them, each with its number and its block. The
+        caller releases each block after use. And the sends, which the caller waits for at the end.
     """
-    posted = [_relay(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
+    posted = [_post_route(Way(ring, schedule.step), own, schedule.hops) for schedule in schedules]
     return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
 
 
-def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+def _post_route(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     first = hops[0].send
     copied = first if first and not (first == own.spans and own.packed) else ()
     slots = Slots(own, [hop.held for hop in hops[1:]], keep=copied)
@@ -48,16 +48,16 @@ def _relay(way: Way, own: Block, hops: Sequence[Hop]) -> tuple[list[tuple[int, H
 def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
     """Return hop 0 of each route, then hop 1 of each, and so on.
 
-    On every rank, so that none waits: a hop needs of other ranks only what they do in the hop before.
+    All ranks use this order, so that none blocks: a hop needs only the previous hops of other ranks.
     """
     return [x for turn in zip_longest(*routes) for x in turn if x is not None]
 
 
 def collect(ring: Ring, own: Block, schedules: Sequence[Schedule]) -> Block:
-    """All the tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
+    """Collect all tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
     arrivals, sends = relay(ring, own, schedules)
     spans = union(span for _, hop, _ in arrivals for span in hop.compute)
-    shapes = [_with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
+    shapes = [with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
     arrays = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, own.arrays)]
     mx.eval(arrays, own.arrays)
     for _, hop, arrival in arrivals:

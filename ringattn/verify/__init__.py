@@ -1,1 +1,1 @@
-"""Every feature on this machine's kernels and ranks, held against float64: what ``ringattn verify`` runs."""
+"""Checks of ``ringattn verify``: every feature on this machine's kernels and ranks, against float64."""

@@ -1,4 +1,4 @@
-"""One problem for every feature of `attention`, each awkward in its lengths."""
+"""A problem for every feature of `attention`, with lengths that no tile size divides."""
 
 from __future__ import annotations
 

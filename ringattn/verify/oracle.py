@@ -1,4 +1,4 @@
-"""What every result is held against: attention in float64, and how far a plain same-dtype formula strays from it."""
+"""Reference for every result: attention in float64, and the error of a plain formula in the inputs' dtype."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MANTISSA = {mx.float32: 23, mx.float16: 10, mx.bfloat16: 7}
 
 
 def to64(x: mx.array) -> np.ndarray:
-    """The numbers of `x` as a float64 NumPy array."""
+    """Values of `x` as a float64 NumPy array."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 @dataclass
 class Case:
-    """One attention problem, whole: arrays of the sequence and where its tokens stand."""
+    """Attention problem of a whole sequence: arrays, and the positions of their tokens."""
 
     q: mx.array
     k: mx.array
@@ -31,9 +31,10 @@ class Case:
 
     @property
     def visible(self) -> np.ndarray:
-        """Brute force, pair by pair: bool ``[B, Hq, Lq, Lk]``, written from the documentation alone."""
+        """Visible pairs, bool ``[B, Hq, Lq, Lk]``, by brute force. Written from the documentation alone."""
         shape = (*self.q.shape[:3], self.k.shape[2])
-        i, j = self.q_pos[:, None].astype(int), self.k_pos[None, :].astype(int)
+        i = self.q_pos[:, None].astype(int)
+        j = self.k_pos[None, :].astype(int)
         seen = np.ones(shape, bool)
         mask, window, segments = (self.options.get(name) for name in ("mask", "window", "segments"))
         if isinstance(mask, str):
@@ -55,7 +56,7 @@ class Case:
         return _softmax(self, to64(self.q), to64(self.k), to64(self.v), np.float64)
 
     def budget(self) -> tuple[float, float]:
-        """How far `out` and `lse` may be off: twice the plain formula in this dtype, and a few ulps of the largest."""
+        """Allowed errors of `out` and `lse`: twice those of the plain formula, and a few ulps of the largest value."""
         dtype = self.q.dtype
         out, lse = self.exact()
         plain = [np.array(x.astype(mx.float32)) for x in plain_formula(self)]
@@ -70,7 +71,7 @@ class Case:
 
 @dataclass
 class GradientCase:
-    """A problem, and the gradients of some loss by its results."""
+    """Attention problem with the gradients of a loss by its results."""
 
     case: Case
     dout: mx.array  # in q's dtype
@@ -78,7 +79,7 @@ class GradientCase:
 
     @classmethod
     def random(cls, case: Case, seed: int = 0) -> GradientCase:
-        """Random gradients; rows that see no key have none by lse, which is -inf there."""
+        """Draw random gradients. Those by an lse of -inf (rows that see no key) count as 0."""
         r = np.random.default_rng(seed)
         shape = (*case.q.shape[:3], case.v.shape[3])
         dout = mx.array(r.standard_normal(shape).astype(np.float32)).astype(case.q.dtype)
@@ -86,27 +87,29 @@ class GradientCase:
 
     @property
     def differentiable(self) -> dict[str, mx.array]:
-        """What has a gradient: q, k, v, and where they are there sinks and an additive mask."""
+        """Arrays that have a gradient: q, k, v, and sinks and an additive mask if they are given."""
         options = {name: self.case.options.get(name) for name in ("sinks", "mask")}
         arrays = {"q": self.case.q, "k": self.case.k, "v": self.case.v, **options}
         return {name: x for name, x in arrays.items() if isinstance(x, mx.array) and x.dtype != mx.bool_}
 
     def exact(self) -> dict[str, np.ndarray]:
-        """The closed form in float64 (see `ringattn.core.gradients`), with the whole matrix of weights."""
+        """Gradients by the closed form in float64 (see `ringattn.core.gradients`), with the whole weight matrix."""
         return self._sums(lambda x: x)
 
     def sizes(self) -> dict[str, float]:
-        """The sums without cancellation: each product counts with its absolute value, also inside delta and ds."""
+        """Largest sums without cancellation: of absolute values of all products, also inside delta and ds."""
         return {name: float(x.max(initial=0.0)) for name, x in self._sums(np.abs).items()}
 
     def _sums(self, term: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-        """The closed form, `term` applied to everything that is added up."""
-        case, options = self.case, self.case.options
+        """Closed form, with `term` applied to every summand."""
+        case = self.case
+        options = case.options
         q, k, v = to64(case.q), to64(case.k), to64(case.v)
-        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        heads = q.shape[1]
+        group = heads // k.shape[1]
         k, v = (np.repeat(x, group, 1) for x in (k, v))
         _, lse = case.exact()
-        scale, cap, mask = options.get("scale"), options.get("softcap"), options.get("mask")
+        scale, cap, mask = (options.get(name) for name in ("scale", "softcap", "mask"))
         s = (q @ k.swapaxes(-1, -2)) * (scale := q.shape[-1] ** -0.5 if scale is None else scale)
         slope = np.full(s.shape, scale)
         if cap is not None:
@@ -116,7 +119,8 @@ class GradientCase:
             s = s + to64(mask)
         seen = case.visible
         p = np.where(seen, np.exp(np.where(seen, s, 0) - np.where(lse == -np.inf, 0, lse)[..., None]), 0)
-        dout, dlse = term(to64(self.dout)), np.where(lse == -np.inf, 0, to64(self.dlse))
+        dout = term(to64(self.dout))
+        dlse = np.where(lse == -np.inf, 0, to64(self.dlse))
         delta = (dout * (p @ term(v))).sum(-1) + term(-dlse)
         ds = p * (dout @ term(v).swapaxes(-1, -2) + term(-delta)[..., None])
         by_qk = term(ds * slope)
@@ -133,8 +137,16 @@ class GradientCase:
             sums["mask"] = _summed_to(term(ds), options["mask"].shape)
         return sums
 
+    def _score_terms(self) -> float:
+        """Largest sum of the absolute products that make a visible score, scaled."""
+        q = np.abs(to64(self.case.q))
+        k = np.abs(np.repeat(to64(self.case.k), q.shape[1] // self.case.k.shape[1], 1))
+        scale = self.case.options.get("scale")
+        terms = (q @ k.swapaxes(-1, -2)) * abs(q.shape[-1] ** -0.5 if scale is None else scale)
+        return float(terms[self.case.visible].max(initial=0.0))
+
     def plain(self) -> dict[str, np.ndarray]:
-        """What MLX derives from the textbook formula in the dtype of the inputs."""
+        """Gradients that MLX derives from the textbook formula in the dtype of the inputs."""
         named = self.differentiable
         seen = np.asarray(self.case.visible.any(-1) | (self.case.options.get("sinks") is not None))
 
@@ -149,38 +161,46 @@ class GradientCase:
         return {name: np.array(x.astype(mx.float32)) for name, x in zip(named, gradients)}
 
     def ratios(self, gradients: dict[str, Any]) -> dict[str, float]:
-        """The errors as fractions of what is allowed.
+        """Errors of the gradients as fractions of the allowed errors.
 
-        Allowed are twice the error of the plain formula, four ulps of the largest value, and a floor for what float32
-        cannot keep. Let u = 2^-24, half an ulp of 1. The saved lse is rounded by up to u |lse|, which changes each
-        weight exp(score - lse) by that fraction. The exponential, the saved `out`, the products and their sums add a
-        few u more; 4 u are allowed. These errors belong to the terms, and stay when the terms cancel: delta, which is
-        dout . out - dlse, may be near zero while its error is u times the sum of |dout| |out|. So the floor is
-        (4 u + u max |lse|) times `sizes`. For sinks, whose gradient sums a saved `out` over all rows, it is at least
-        two ulps of the dtype of `out` times `sizes`.
+        The allowed error is the sum of twice the error of the plain formula, four ulps of the largest value, and a
+        floor for the rounding of float32. Let u = 2^-24, half an ulp of 1. The saved lse is rounded by up to u |lse|,
+        which changes each weight exp(score - lse) by that fraction. So does the score itself, a sum of products q_d
+        k_d: the gradient computes it anew, in another order of summation than the forward pass where the matrix product
+        has another shape, and each partial sum is rounded by up to u times the sum of |q_d k_d|. The exponential, the
+        saved `out`, the products and their sums add a few u more; 4 u are allowed. These are errors of the terms, which
+        remain when the terms cancel: delta, which is dout . out - dlse, may be near zero while its error is u times the
+        sum of |dout| |out|. The floor is therefore (4 u + u max |lse| + u max sum |q_d k_d| scale) times `sizes`. For
+        sinks, whose gradient sums a saved `out` over all rows, it is at least two ulps of the dtype of `out` times
+        `sizes`.
         """
-        exact, plain, sizes, found = self.exact(), self.plain(), self.sizes(), {}
+        exact = self.exact()
+        plain = self.plain()
+        sizes = self.sizes()
+        fractions = {}
         lse = self.case.exact()[1]
-        known = 2 * 2.0**-23 + 2.0**-24 * float(np.abs(lse[np.isfinite(lse)]).max(initial=1.0))
+        known = 2 * 2.0**-23 + 2.0**-24 * (float(np.abs(lse[np.isfinite(lse)]).max(initial=1.0)) + self._score_terms())
         rounded = max(known, 2 * 2.0 ** -MANTISSA[self.case.q.dtype])
         for name, x in gradients.items():
             ulp = 2.0 ** -MANTISSA[self.differentiable[name].dtype]
             largest = float(np.abs(exact[name]).max(initial=0.0))
             floor = 4 * ulp * largest + sizes[name] * (rounded if name == "sinks" else known)
             budget = 2 * error(plain[name], exact[name]) + floor + 1e-30
-            found[name] = error(np.array(x.astype(mx.float32)), exact[name]) / budget
-        return found
+            fractions[name] = error(np.array(x.astype(mx.float32)), exact[name]) / budget
+        return fractions
 
 
 def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`x` summed over the axes along which an array of `shape` was broadcast."""
+    """Sum of `x` over the axes along which an array of `shape` was broadcast."""
     wide = (1,) * (x.ndim - len(shape)) + tuple(shape)
     axes = tuple(i for i, n in enumerate(wide) if n == 1 and x.shape[i] != 1)
     return x.sum(axes, keepdims=True).reshape(shape)
 
 
 def _softmax(case: Case, q, k, v, dtype):
-    group, options, seen = q.shape[1] // k.shape[1], case.options, case.visible
+    group = q.shape[1] // k.shape[1]
+    options = case.options
+    seen = case.visible
     k, v = (np.repeat(x, group, 1) for x in (k, v))
     scale = options.get("scale")
     s = (q @ k.swapaxes(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -201,10 +221,12 @@ def _softmax(case: Case, q, k, v, dtype):
 
 
 def plain_formula(case: Case, visible: np.ndarray | None = None) -> tuple[mx.array, mx.array]:
-    """The textbook formula in the dtype of the inputs, MLX operations, one device; scores and softmax in that dtype."""
+    """Textbook formula by MLX operations on one device, with scores and softmax in the dtype of the inputs."""
     visible = case.visible if visible is None else visible
-    q, k, v, options = case.q, case.k, case.v, case.options
-    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    q, k, v = case.q, case.k, case.v
+    options = case.options
+    dtype = q.dtype
+    group = q.shape[1] // k.shape[1]
     k, v = (mx.repeat(x, group, 1) for x in (k, v))
     scale = options.get("scale")
     s = (q * mx.array(q.shape[-1] ** -0.5 if scale is None else scale, dtype)) @ k.swapaxes(-1, -2)
@@ -226,7 +248,7 @@ def plain_formula(case: Case, visible: np.ndarray | None = None) -> tuple[mx.arr
 
 
 def error(x: np.ndarray, exact: np.ndarray) -> float:
-    """The largest difference where both are finite; -inf and NaN must stand in the same places."""
+    """Largest difference from `exact`; infinite unless -inf and NaN are in the same places."""
     x = np.asarray(x, np.float64)
     assert x.shape == exact.shape, f"{x.shape=} {exact.shape=}"
     same = (x == exact) | (np.isnan(x) & np.isnan(exact))
@@ -236,7 +258,7 @@ def error(x: np.ndarray, exact: np.ndarray) -> float:
 
 
 def ratios(case: Case, out: mx.array, lse: mx.array, rows: Any = slice(None)) -> tuple[float, float]:
-    """The errors of `out` and `lse`, for the queries `rows`, as fractions of the whole case's budget."""
+    """Errors of `out` and `lse`, for the queries `rows`, as fractions of the whole case's budget."""
     exact_out, exact_lse = case.exact()
     out_budget, lse_budget = case.budget()
     out_error = error(np.array(out.astype(mx.float32)), exact_out[:, :, rows])
@@ -255,10 +277,13 @@ LENGTHS = (0, 1, 7, 40, 113, 300)
 
 
 def random_case(seed: int, *, q_len: int | None = None, k_len: int | None = None, lengths=LENGTHS) -> Case:
-    """A small problem with a random choice of every feature; the same seed is the same problem everywhere."""
+    """Draw a small problem with a random choice of every feature. The same seed gives the same problem everywhere."""
     r = np.random.default_rng(seed)
-    batch, kv_heads, group = int(r.integers(1, 3)), int(r.integers(1, 3)), int(r.integers(1, 4))
-    dim, v_dim = int(r.choice([8, 64, 80])), int(r.choice([8, 32, 64]))
+    batch = int(r.integers(1, 3))
+    kv_heads = int(r.integers(1, 3))
+    group = int(r.integers(1, 4))
+    dim = int(r.choice([8, 64, 80]))
+    v_dim = int(r.choice([8, 32, 64]))
     q_len = int(r.choice(lengths)) if q_len is None else q_len
     k_len = q_len + int(r.choice([0, 0, 5, 77])) if k_len is None else k_len
     dtype = FLOATS[int(r.integers(0, 3))]
@@ -266,9 +291,11 @@ def random_case(seed: int, *, q_len: int | None = None, k_len: int | None = None
     def normal(*shape: int, size: float = 1.0) -> mx.array:
         return (mx.array(r.standard_normal(shape).astype(np.float32)) * size).astype(dtype)
 
-    heads, peak = kv_heads * group, float(r.choice([1.0, 1.0, 6.0]))
+    heads = kv_heads * group
+    peak = float(r.choice([1.0, 1.0, 6.0]))
     q = normal(batch, heads, q_len, dim, size=peak)
-    k, v = normal(batch, kv_heads, k_len, dim), normal(batch, kv_heads, k_len, v_dim)
+    k = normal(batch, kv_heads, k_len, dim)
+    v = normal(batch, kv_heads, k_len, v_dim)
     offset = k_len - q_len
     positions = np.arange(offset, offset + q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32)
     return Case(q, k, v, *positions, _random_options(r, batch, heads, q_len, k_len))

@@ -1,4 +1,4 @@
-"""``ringattn bench``: what it prints, and what it notices."""
+"""``ringattn bench``: its output, and the errors that it finds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(*line: str):
 
 
 def rows(output: str) -> list[list[str]]:
-    """The cells of the table's rows."""
+    """Cells of the table's rows."""
     return [line.split() for line in output.splitlines() if line.startswith(" ") and "head_dim" not in line]
 
 
@@ -57,7 +57,7 @@ def test_it_says_what_ran_where(backend):
 
 
 def answering(change, monkeypatch):
-    """Have `ringattn.attention` give another answer than it does."""
+    """Replace `ringattn.attention` by a function whose answer `change` alters."""
 
     def wrong(*arrays, return_lse, **options):
         out, lse = ra.attention(*arrays, return_lse=True, **options)
@@ -76,7 +76,7 @@ def answering(change, monkeypatch):
 
 
 def in_one_row(out, lse):
-    """Wrong in a row that is none of those compared with float64, if there are several."""
+    """Change one row, which is none of those compared with float64 if there are several rows."""
     return mx.where(mx.arange(out.shape[2])[:, None] == min(3, out.shape[2] - 1), out + 0.1, out), lse
 
 
@@ -119,7 +119,7 @@ def test_a_fallback_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line,told",
+    "line,message",
     [
         (["--head-dim", "0"], "'0', expected numbers of at least 1"),
         (["--head-dim", "64,,128"], "'64,,128', expected numbers"),
@@ -133,10 +133,10 @@ def test_a_fallback_is_told(monkeypatch):
         (["--backend", "metal"], "'--backend': 'metal' needs an Apple GPU"),
     ],
 )
-def test_wrong_input(line, told, monkeypatch):
+def test_wrong_input(line, message, monkeypatch):
     monkeypatch.setattr(launch, "available", lambda: False)
     done = command("bench", "kernel", *line)
-    assert done.exit_code == 2 and told in done.output and done.output.count("\n") == 1
+    assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
 
 
 def test_help_lists_the_subcommands():
@@ -151,5 +151,5 @@ def test_calls_take_turns():
 
 
 def test_work_is_counted_of_visible_pairs():
-    shape = speed.Shape(mx.float16, 64, (2, 1), 3, 10, True)
+    shape = speed.AttentionShape(mx.float16, 64, (2, 1), 3, 10, True)
     assert shape.flops == 4 * 2 * 64 * (8 + 9 + 10)

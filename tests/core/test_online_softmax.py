@@ -1,4 +1,4 @@
-"""The algebra of states and partials, against one softmax over all keys in float64. Errors: test_wrong_input."""
+"""Tests of states and partials against one softmax over all keys in float64. Their errors are in test_validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = list(ULP)
 
 
 def softmax64(s: np.ndarray, v: np.ndarray, sinks: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`out` and `lse` of scores ``[*ROWS, keys]`` and values ``[keys, DIM]``, float64."""
+    """Compute `out` and `lse` of scores ``[*ROWS, keys]`` and values ``[keys, DIM]`` in float64."""
     sink = np.full(s.shape[:-1], -np.inf) if sinks is None else np.broadcast_to(sinks[:, None], s.shape[:-1])
     m = np.maximum(s.max(-1, initial=-np.inf), sink)
     base = np.where(m == -np.inf, 0, m)
@@ -58,7 +58,7 @@ def assert_close(partial, exact, *, out_error: float, lse_error: float) -> None:
 
 
 def tolerance(s: np.ndarray, v: np.ndarray, dtype: mx.Dtype = mx.float32) -> dict[str, float]:
-    """A float32 lse near x carries an error of x ulps, which is the relative error of the weights made of it."""
+    """Tolerance for partials: a float32 lse near x has an error of x ulps, as have the weights computed from it."""
     size = max(1.0, float(np.abs(s[np.isfinite(s)]).max(initial=0)))
     largest = float(np.abs(v).max(initial=1))
     return {"out_error": (4 * size * 2.0**-23 + 2 * ULP[dtype]) * largest, "lse_error": 4 * (size + 8) * 2.0**-23}
@@ -66,7 +66,7 @@ def tolerance(s: np.ndarray, v: np.ndarray, dtype: mx.Dtype = mx.float32) -> dic
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Scores (some -inf, sometimes up to +-300), values, and which keys are in each of 1 to 8 parts, some empty."""
+    """Draw scores (some -inf, sometimes up to +-300), values, and the keys of 1 to 8 parts, some of them empty."""
     r = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     keys, count = draw(st.integers(0, 40)), draw(st.integers(1, 8))
     s = r.standard_normal((*ROWS, keys)) * draw(st.sampled_from([1, 10, 100]))
@@ -92,7 +92,7 @@ def test_partials_of_any_split_merge_to_the_whole(dtype, split):
 @steady
 @given(split=splits(), with_sinks=st.booleans())
 def test_states_of_any_split_merge_to_the_whole(library, split, with_sinks):
-    """States keep the maximum apart from the sum, so the error of `out` does not grow with the scores."""
+    """The error of `out` does not grow with the scores, because states keep the maximum separate from the sum."""
     s, v, parts = split
     kind = mx.array if library == "mx" else np.ndarray
     sinks = np.array([-2.0, 0.5, 3.0], np.float32) if with_sinks else None
@@ -120,7 +120,7 @@ def test_order_and_grouping_do_not_matter_but_for_rounding(split, random):
 
 
 def test_many_partials():
-    """One a key, hundreds of them: errors do not pile up."""
+    """Errors do not accumulate over hundreds of partials of one key each."""
     r = np.random.default_rng(0)
     s, v = r.standard_normal((*ROWS, 300)) * 3, r.standard_normal((300, DIM))
     merged = ra.merge(*(partial_of(s[..., j : j + 1], v[j : j + 1]) for j in range(300)))
@@ -134,7 +134,7 @@ def nothing(dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", [(0, 0), (0, 2), (1, 0), (1, 2)])
 def test_nothing_changes_no_bit(dtype, at):
-    """(0, -inf) before and after, any number of them."""
+    """Merging (0, -inf) before and after changes no bit, any number of times."""
     r = np.random.default_rng(1)
     partial = partial_of(r.standard_normal((*ROWS, 9)) * 50, r.standard_normal((9, DIM)), dtype)
     merged = ra.merge(*[nothing(dtype)] * at[0], partial, *[nothing(dtype)] * at[1])
@@ -159,7 +159,7 @@ def test_any_number_of_rows(rows):
 
 @pytest.mark.parametrize("distance", [89, 300, 3e38])
 def test_far_apart(distance):
-    """What is far below leaves no trace, and nothing overflows, whichever comes first."""
+    """A part with far lower scores changes nothing, and nothing overflows, in either order."""
     high = mx.ones((*ROWS, DIM)), mx.full(ROWS, 0.75 * distance if distance < 1e38 else distance)
     low = mx.full((*ROWS, DIM), 7.0), mx.full(ROWS, -0.25 * distance if distance < 1e38 else -distance)
     for pair in ((high, low), (low, high)):
@@ -171,7 +171,7 @@ def test_far_apart(distance):
 def test_finish_applies_a_sink_once(dtype):
     r = np.random.default_rng(2)
     s, v, sinks = r.standard_normal((*ROWS, 9)) * 30, r.standard_normal((9, DIM)), np.array([-40.0, 0.0, 100.0])
-    s[:, :, 0] = -np.inf  # a row that sees no key sees its sink
+    s[:, :, 0] = -np.inf  # a row without a visible key has its sink
     out, lse = finish(state_of(s, v), mx.array(sinks.astype(np.float32)), dtype)
     assert out.dtype == dtype and lse.dtype == mx.float32
     exact = softmax64(s, v, sinks)
@@ -191,14 +191,14 @@ def test_finish_with_a_sink_of_minus_infinity_is_as_without():
 
 
 def loss(merged, dout: mx.array, dlse: mx.array) -> mx.array:
-    """A number that depends on every row that saw something."""
+    """Compute a scalar that depends on every row with a visible key."""
     out, lse = merged
     return (out * dout).sum() + mx.where(lse == -mx.inf, 0.0, lse * dlse).sum()
 
 
 @pytest.mark.parametrize("hide", ["none", "some", "all of one", "all"])
 def test_gradient(hide):
-    """Against central differences of the float64 formula; partials over no key have gradient 0, and none is NaN."""
+    """Gradients equal central differences of the float64 formula. Partials over no key have gradient 0. None is NaN."""
     r = np.random.default_rng(3)
     outs, lses = r.standard_normal((3, *ROWS, DIM)), r.standard_normal((3, *ROWS))
     empty = {"none": np.zeros(lses.shape, bool), "some": r.random(lses.shape) < 0.5}.get(
@@ -230,7 +230,7 @@ def test_gradient(hide):
 
 
 def test_gradient_of_finish_with_empty_rows_and_sinks():
-    """No NaN from rows without a key, with and without sinks; a sink's own gradient is that of the formula."""
+    """Rows without a key give no NaN, with and without sinks. The gradient of a sink is that of the formula."""
     sinks = mx.array([0.0, 1.0, 2.0])
 
     def function(sinks, acc, m, l):
@@ -249,7 +249,7 @@ def test_the_example_of_merge_runs():
 
 @pytest.mark.parametrize("options", [{"mask": "causal"}, {"window": 3}])
 def test_chunks_of_keys_have_to_say_where_they_stand(options):
-    """As the documentation of `merge` says: without `offset` the same calls give another result."""
+    """Without `offset` the calls in the documentation of `merge` give another result."""
     r = np.random.default_rng(0)
     q, k, v = (mx.array(r.standard_normal((1, 2, n, 8)), mx.float32) for n in (4, 10, 10))
     chunks = [(0, 3), (3, 8), (8, 10)]

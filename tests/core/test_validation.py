@@ -1,6 +1,6 @@
-"""Wrong input to all that needs no ring: the error is one line with the argument, its value and what was expected.
+"""Wrong arguments of functions that need no ring. The error is one line: argument, value, expectation.
 
-What several ranks make of wrong input is in ``spmd/test_wrong_input.py``.
+Tests of wrong arguments on several ranks are in ``spmd/test_wrong_input.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def rejects(call, name: str, *parts: str, kind: type[ArgumentError] = ArgumentError) -> None:
-    """`call` raises `kind` with one line that begins with `name` and has all of `parts`."""
+    """Check that `call` raises `kind` with one line that begins with `name` and contains all `parts`."""
     with pytest.raises(ArgumentError) as caught:
         call()
     text = str(caught.value)
@@ -41,7 +41,7 @@ class TwoLines:
 RIGHT = {"q": x(2, 4, 5, 8), "k": x(2, 2, 7, 8), "v": x(2, 2, 7, 6)}
 SEGMENTS = x(2, 5, dtype=mx.int32), x(2, 7, dtype=mx.int32)
 
-VALUES = [  # the argument, what is given, what the message says
+VALUES = [  # the argument, its value, parts of the message
     ("q", {"q": x(4, 5, 8)}, "(4, 5, 8)", "4 dimensions"),
     ("q", {"q": mx.array(1.0)}, "()", "4 dimensions"),
     ("k", {"k": x(2, 2, 7, 8, 1)}, "(2, 2, 7, 8, 1)", "4 dimensions"),
@@ -163,7 +163,7 @@ def test_what_the_tables_start_from_is_right():
 
 
 def test_nothing_is_evaluated_before_the_checks():
-    """Not even to show a value that is wrong: an error must not wait for a computation, nor be one under a trace."""
+    """Errors must not wait for a computation, nor fail under a trace. So messages do not show values of arrays."""
 
     def function(scale: mx.array) -> mx.array:
         return ra.attention(**RIGHT, scale=scale)
@@ -363,7 +363,7 @@ def test_timeout_of_the_environment(monkeypatch, value):
     rejects(lambda: ra.init("solo"), "RINGATTN_TIMEOUT", "number of seconds", value.strip("-"))
 
 
-# A ring of one rank checks like a larger one
+# A ring of one rank has the checks of a larger one
 
 
 @pytest.mark.parametrize("ring", [None, "solo", 3])
@@ -385,7 +385,7 @@ ABSENT = ("offset", "positions")
 
 @pytest.mark.parametrize("name,wrong,kind,parts", [row for row in SOLO if not row[0].startswith(ABSENT)])
 def test_ring_and_decode_attention_say_the_same(name, wrong, kind, parts):
-    """The options that all three functions share are checked alike, and the ring works afterwards."""
+    """All three functions check their shared options alike, and the ring works afterwards."""
     ring, layout = ra.init("solo"), Layout.contiguous(5, 1, start=2)
     kv_layout = Layout.contiguous(7, 1)
     if "q" in wrong and isinstance(wrong["q"], mx.array) and wrong["q"].ndim == 4 and wrong["q"].shape[1] == 0:

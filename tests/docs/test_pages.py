@@ -1,4 +1,4 @@
-"""The examples of the documentation run as they stand; commands and pages that it names are there."""
+"""Documentation: its examples run, and the commands and options that it names exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_there_are_pages() -> None:
 
 @pytest.mark.parametrize("name", RUN_AS_THEY_STAND)
 def test_examples_run(name: str) -> None:
-    """One after the other, as a reader would type them."""
+    """Run the examples of a page one after the other, in one namespace."""
     text = (ROOT / "docs" / name).read_text()
     examples = PYTHON.findall(text)
     assert len(examples) > 5

@@ -1,10 +1,10 @@
-"""From how many tokens on transfers hide: the published figures, and that compute and transfer are equal there."""
+"""Break-even number of tokens: the published figures, and equal times of compute and transfer at that number."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.doctor.breakeven import Model, break_even
+from ringattn.doctor.breakeven import AttentionModel, break_even
 
 MAC = 17e12  # FLOP/s of attention on an M3 Ultra
 
@@ -18,7 +18,7 @@ def test_published_figures(link, tokens):
 
 
 def test_half_the_pairs_need_twice_the_tokens():
-    assert break_even(MAC, 1e9) == pytest.approx(2 * break_even(MAC, 1e9, model=Model(causal=False)), abs=2)
+    assert break_even(MAC, 1e9) == pytest.approx(2 * break_even(MAC, 1e9, model=AttentionModel(causal=False)), abs=2)
 
 
 @given(
@@ -29,7 +29,7 @@ def test_half_the_pairs_need_twice_the_tokens():
     causal=st.booleans(),
 )
 def test_transfer_equals_compute_there(flops, bandwidth, latency, heads, causal):
-    model = Model(*heads, head_dim=64, bytes=4, causal=causal)
+    model = AttentionModel(*heads, head_dim=64, bytes=4, causal=causal)
 
     def hidden(tokens):
         compute = 4 * heads[0] * 64 * tokens**2 / flops / (2 if causal else 1)

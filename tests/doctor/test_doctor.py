@@ -1,4 +1,4 @@
-"""``ringattn doctor``: every finding can be made, and what ranks do never keeps it waiting."""
+"""``ringattn doctor``: every finding, the output, the measurements, and a time limit that always holds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from spawn import ROOT
 import ringattn
 from launch.virtual import Cluster
 from ringattn.cli import main
-from ringattn.doctor import compute_speed, connectivity, host_info, link_speed, records
+from ringattn.doctor import compute_speed, connectivity, host_info, link_speed, records, runner
 from ringattn.doctor.breakeven import break_even
-from ringattn.doctor.compute_speed import Speeds
-from ringattn.doctor.connectivity import Dead
-from ringattn.doctor.diagnosis import examine
-from ringattn.doctor.examination import Examination
-from ringattn.doctor.records import Library, Rank, Told
-from ringattn.doctor.runner import launcher_words
-from ringattn.doctor.table import as_json, text
+from ringattn.doctor.compute_speed import ComputeSpeeds
+from ringattn.doctor.connectivity import FailedConnection
+from ringattn.doctor.diagnosis import diagnose
+from ringattn.doctor.diagnosis.examination import Examination
+from ringattn.doctor.output import as_json, as_text
+from ringattn.doctor.records import Library, RankReport, RankReports
+from ringattn.doctor.runner import launcher_message
 from ringattn.errors import RingError
 from ringattn.launcher import mpiexec
 from ringattn.launcher.hostfile import Host
@@ -36,9 +36,7 @@ from ringattn.rendezvous.handshake import make_key
 from ringattn.transport.handshake import introduce
 from ringattn.transport.solo import SoloRing
 
-pytestmark = pytest.mark.ranks
-
-MAC = host_info.Facts(
+MAC = host_info.HostInfo(
     host="mac",
     system="macOS 26.2",
     chip="Apple M3 Ultra",
@@ -60,29 +58,47 @@ MAC = host_info.Facts(
     float32="full",
 )
 LINUX = replace(MAC, system="Debian, Linux 6", metal=False, gpu=None, kernel="host")
-FAST = Speeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12, spread=1.1)
+FAST = ComputeSpeeds(mlx=17e12, numpy=2e12, float16=17e12, bfloat16=17e12, attention=17e12, spread=1.1)
 MPICH = Library("MPICH 5.0.2", "MPICH", "multiple", 3)
 
 
+class Clock:
+    """Clock that advances only in `sleep`, in place of the module `time`."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+def under_load(seconds: float) -> float:
+    """Time limit for work that takes `seconds` on an idle machine, longer on a machine with other work."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def healthy(size: int = 3) -> Examination:
-    """Macs on Thunderbolt, of which nothing bad can be said."""
+    """Examination of Macs on Thunderbolt without any problem."""
     ranks = {
-        n: Rank(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
+        n: RankReport(replace(MAC, host=f"mac{n}"), FAST, replace(MPICH, size=size), doing="measuring a hop", done=True)
         for n in range(size)
     }
-    measured = [link_speed.Link(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in link_speed.pairs(size)]
-    return Examination(size, Told(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
+    measured = [link_speed.LinkSpeed(pair, 300e-6, 3.1e9, 3.2e9, 3e9) for pair in link_speed.pairs(size)]
+    return Examination(size, RankReports(ranks, measured, 3e9), hosts=tuple(f"mac{n}" for n in range(size)))
 
 
-def about(seen: Examination, number: int, **changed: object) -> None:
-    """Change what rank `number` has said of its host."""
-    rank = seen.told.ranks[number]
-    assert rank.facts is not None
-    rank.facts = replace(rank.facts, **changed)
+def about(exam: Examination, number: int, **changed: object) -> None:
+    """Change the host information of rank `number`."""
+    rank = exam.reports.ranks[number]
+    assert rank.host is not None
+    rank.host = replace(rank.host, **changed)
 
 
-def found(seen: Examination) -> list[str]:
-    return [str(finding) for finding in examine(seen)]
+def found(exam: Examination) -> list[str]:
+    return [str(finding) for finding in diagnose(exam)]
 
 
 def test_healthy():
@@ -104,22 +120,28 @@ def test_healthy():
     ],
 )
 def test_difference_is_fatal(change, named, usual, other):
-    seen = healthy()
-    about(seen, 1, **change)
-    [line] = found(seen)
-    told = f"error: {named}: differs: {usual} on ranks 0, 2 (mac0, mac2), {other} on rank 1 (mac1); "
-    assert line.startswith(told) and len(line.partition("; ")[2]) > 10
+    exam = healthy()
+    about(exam, 1, **change)
+    [line] = found(exam)
+    report = f"error: {named}: differs: {usual} on ranks 0, 2 (mac0, mac2), {other} on rank 1 (mac1); "
+    assert line.startswith(report) and len(line.partition("; ")[2]) > 10
 
 
 def test_hosts_between_which_nothing_passes():
-    """Each pair once, whichever ranks tried; and what ends because of it is not told as well."""
-    seen = healthy(4)
-    about(seen, 3, host="mac2")
-    seen.told.dead = [Dead(1, 2, "timed out"), Dead(1, 3, "timed out"), Dead(2, 1, "no route"), Dead(0, 1, "refused")]
-    seen.ended = 1
-    for rank in seen.told.ranks.values():
-        rank.done, rank.doing = False, "connecting to all other hosts"
-    first, second = found(seen)
+    """Each pair is reported once, whichever ranks tried. Ranks that end for this reason are not reported."""
+    exam = healthy(4)
+    about(exam, 3, host="mac2")
+    exam.reports.failed_connections = [
+        FailedConnection(1, 2, "timed out"),
+        FailedConnection(1, 3, "timed out"),
+        FailedConnection(2, 1, "no route"),
+        FailedConnection(0, 1, "refused"),
+    ]
+    exam.exit_status = 1
+    for rank in exam.reports.ranks.values():
+        rank.done = False
+        rank.doing = "connecting to all other hosts"
+    first, second = found(exam)
     ends = "from mac1 to mac2 (timed out) and from mac2 to mac1 (no route)"
     assert first.startswith(f"error: mac1 and mac2: no TCP connection {ends}, and MPI needs one")
     assert first.endswith("and at their firewalls")
@@ -127,100 +149,108 @@ def test_hosts_between_which_nothing_passes():
 
 
 def test_two_mpis():
-    seen = healthy()
-    seen.told.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
-    [line] = found(seen)
+    exam = healthy()
+    exam.reports.ranks[2].mpi = Library("Open MPI v5.0.11", "Open MPI", "multiple", 3)
+    [line] = found(exam)
     assert line.startswith(
         "error: MPI: differs: MPICH on ranks 0, 1 (mac0, mac1), Open MPI on rank 2 (mac2); install the same MPI"
     )
 
 
 def test_thread_level():
-    seen = healthy()
-    seen.told.ranks[1].mpi = replace(MPICH, threads="serialized")
-    [line] = found(seen)
+    exam = healthy()
+    exam.reports.ranks[1].mpi = replace(MPICH, threads="serialized")
+    [line] = found(exam)
     assert line.startswith("error: rank 1 (mac1): MPI gives thread level 'serialized'") and "pip install" in line
 
 
 def test_ranks_that_see_themselves_alone():
-    seen = healthy(2)
-    for rank in seen.told.ranks.values():
+    exam = healthy(2)
+    for rank in exam.reports.ranks.values():
         rank.mpi = replace(MPICH, size=1)
-    assert all("sees 1 of 2 ranks" in line and "--mpiexec" in line for line in found(seen)) and len(found(seen)) == 2
-    seen.mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
-    assert found(seen) == ["error: MPI: mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"]
+    assert all("sees 1 of 2 ranks" in line and "--mpiexec" in line for line in found(exam)) and len(found(exam)) == 2
+    exam.mpi_mismatch = "mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"
+    assert found(exam) == ["error: MPI: mpiexec belongs to MPICH, but mpi4py loads Open MPI; keep one of them"]
 
 
 def test_rank_that_does_not_start():
-    seen = healthy()
-    del seen.told.ranks[1]
-    seen.ended, seen.launcher = 255, "ssh: connect to host mac1 port 22: Connection refused"
-    [line] = found(seen)
+    exam = healthy()
+    del exam.reports.ranks[1]
+    exam.exit_status = 255
+    exam.launcher_message = "ssh: connect to host mac1 port 22: Connection refused"
+    [line] = found(exam)
     assert line.startswith("error: rank 1 (mac1): did not start (ssh: connect to host mac1 port 22: ")
     assert line.endswith("see whether `ssh mac1 true` works without a password, and ringattn is installed there")
-    del seen.told.ranks[2]
-    assert [line.partition(": did")[0] for line in found(seen)] == ["error: ranks 1, 2 (mac1, mac2)"]
-    seen.told.ranks.clear()
-    [line] = found(seen)
+    del exam.reports.ranks[2]
+    assert [line.partition(": did")[0] for line in found(exam)] == ["error: ranks 1, 2 (mac1, mac2)"]
+    exam.reports.ranks.clear()
+    [line] = found(exam)
     assert line.startswith("error: launch: no rank started (ssh: ") and "`ssh mac1 true`" in line
-    seen.launcher = "ssh: connect to host mac10 port 22"
-    assert "`ssh mac0 / mac1 / mac2 true`" in found(seen)[0]
+    exam.launcher_message = "ssh: connect to host mac10 port 22"
+    assert "`ssh mac0 / mac1 / mac2 true`" in found(exam)[0]
 
 
 def test_hosts_that_are_left_out():
-    """Of the others everything is told, and each remedy is for its host alone."""
-    seen = healthy()
-    seen.troubles = (Trouble(Host("me@mac3"), "Connection refused", "start its sshd"), Trouble(Host("mac4"), "a", "b"))
-    assert found(seen) == ["error: host me@mac3: Connection refused; start its sshd", "error: host mac4: a; b"]
-    nothing = Examination(0, Told(), troubles=seen.troubles)
-    assert text(nothing, examine(nothing), "float16").splitlines() == found(seen)
-    assert as_json(nothing, examine(nothing), "float16")["ok"] is False
+    """The other hosts are reported in full. Each remedy names its own host."""
+    exam = healthy()
+    exam.troubles = (Trouble(Host("me@mac3"), "Connection refused", "start its sshd"), Trouble(Host("mac4"), "a", "b"))
+    assert found(exam) == ["error: host me@mac3: Connection refused; start its sshd", "error: host mac4: a; b"]
+    nothing = Examination(0, RankReports(), troubles=exam.troubles)
+    assert as_text(nothing, diagnose(nothing), "float16").splitlines() == found(exam)
+    assert as_json(nothing, diagnose(nothing), "float16")["ok"] is False
 
 
 def test_ranks_with_different_versions_of_ringattn():
-    """What a ring says of them has its own remedy; where hosts' facts say it too, it is told once."""
+    """The ring's error has a remedy of its own. If the hosts' versions differ too, only one of both is reported."""
     with pytest.raises(RingError) as error:
         introduce(None, lambda mine: [mine, ["0.0.1", *mine[1:]]])
-    seen = healthy(2)
-    seen.ended = 1
-    for rank in seen.told.ranks.values():
-        rank.done, rank.doing, rank.problem = False, "opening the ring", str(error.value)
-    [line] = found(seen)
-    told = (
+    exam = healthy(2)
+    exam.exit_status = 1
+    for rank in exam.reports.ranks.values():
+        rank.done = False
+        rank.doing = "opening the ring"
+        rank.problem = str(error.value)
+    [line] = found(exam)
+    report = (
         f"error: ringattn: differs: {ringattn.__version__} on rank 0, 0.0.1 on rank 1; install the same version on all"
     )
-    assert line == told
-    about(seen, 1, ringattn="0.0.1")
-    [line] = found(seen)
+    assert line == report
+    about(exam, 1, ringattn="0.0.1")
+    [line] = found(exam)
     assert line.startswith(
         "error: ringattn: differs: 0.1.0 on rank 0 (mac0), 0.0.1 on rank 1 (mac1); install the same v"
     )
 
 
 def test_rank_that_fails():
-    seen = healthy()
-    seen.ended = 1
+    exam = healthy()
+    exam.exit_status = 1
     for number in (0, 2):
-        rank = seen.told.ranks[number]
-        rank.done, rank.doing, rank.problem = False, "measuring link 0-1", "link 0-1: mac1 gave no sign of life"
-    seen.told.ranks[1].done, seen.launcher = False, "rank 1 (mac1) was killed by SIGKILL"
-    first, second = found(seen)
+        rank = exam.reports.ranks[number]
+        rank.done = False
+        rank.doing = "measuring link 0-1"
+        rank.problem = "link 0-1: mac1 gave no sign of life"
+    exam.reports.ranks[1].done = False
+    exam.launcher_message = "rank 1 (mac1) was killed by SIGKILL"
+    first, second = found(exam)
     assert first.startswith("error: rank 0 (mac0): link 0-1: mac1 gave no sign of life; look at that link")
     assert second.startswith("error: rank 1 (mac1): ended while measuring a hop (rank 1 (mac1) was killed by SIGKILL)")
 
 
 def test_rank_that_never_ends():
-    seen = healthy()
-    seen.ended, seen.seconds = None, 60
-    seen.told.ranks[2].done, seen.told.ranks[2].doing = False, "opening the ring"
-    [line] = found(seen)
+    exam = healthy()
+    exam.exit_status = None
+    exam.time_limit = 60
+    exam.reports.ranks[2].done = False
+    exam.reports.ranks[2].doing = "opening the ring"
+    [line] = found(exam)
     assert line.startswith("error: launch: not finished after 60 s (rank 2 (mac2) was opening the ring); look at that ")
 
 
 def test_no_mpi():
-    seen = healthy(1)
-    seen.unlaunched = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
-    [line] = found(seen)
+    exam = healthy(1)
+    exam.launch_problem = "no mpiexec found, beside this Python or on PATH: pip install 'ringattn[mpi]'"
+    [line] = found(exam)
     assert line.startswith("error: MPI: no mpiexec found, beside this Python or on PATH; pip install 'ringattn[mpi]'")
 
 
@@ -228,31 +258,32 @@ def test_no_mpi():
 
 
 def test_numpy_and_python_may_differ():
-    seen = healthy()
-    about(seen, 0, numpy="1.26.0", python_version="3.10.1")
-    assert [line.partition(" differs")[0] for line in found(seen)] == ["warning: python version:", "warning: numpy:"]
+    exam = healthy()
+    about(exam, 0, numpy="1.26.0", python_version="3.10.1")
+    assert [line.partition(" differs")[0] for line in found(exam)] == ["warning: python version:", "warning: numpy:"]
 
 
 def test_slow_blas_on_linux():
-    seen = healthy(2)
-    for rank in seen.told.ranks.values():
-        rank.facts, rank.speeds = LINUX, replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
-    [line] = found(seen)  # once for both ranks of this host
-    told = "warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; "
-    assert line.startswith(f"{told}see what else runs there") and "unset" not in line
-    about(seen, 0, blas_advice="preload an OpenBLAS")
-    assert found(seen) == [f"{told}preload an OpenBLAS"]
-    for rank in seen.told.ranks.values():
+    exam = healthy(2)
+    for rank in exam.reports.ranks.values():
+        rank.host = LINUX
+        rank.speeds = replace(FAST, mlx=5e9, numpy=1e11, attention=17e12)
+    [line] = found(exam)  # once for both ranks of this host
+    report = "warning: rank 0 (mac): MLX multiplies float32 at 5 GFLOP/s, NumPy at 100; "
+    assert line.startswith(f"{report}see what else runs there") and "unset" not in line
+    about(exam, 0, blas_advice="preload an OpenBLAS")
+    assert found(exam) == [f"{report}preload an OpenBLAS"]
+    for rank in exam.reports.ranks.values():
         rank.speeds = replace(FAST, mlx=9e10, numpy=1e11)
-    assert found(seen) == []
+    assert found(exam) == []
 
 
 def test_products_in_tf32():
-    seen = healthy()
-    about(seen, 1, float32="TF32")
-    [line] = found(seen)
+    exam = healthy()
+    about(exam, 1, float32="TF32")
+    [line] = found(exam)
     assert line.startswith("warning: rank 1 (") and line.endswith("less exact; set MLX_ENABLE_TF32=0 there")
-    assert "TF32" in text(seen, [], "float16")
+    assert "TF32" in as_text(exam, [], "float16")
 
 
 @pytest.mark.parametrize(
@@ -264,121 +295,123 @@ def test_products_in_tf32():
     ],
 )
 def test_a_busy_host(load, spread, signs):
-    """Which measures next to nothing: it is named, and nothing is shown as 0."""
-    seen = healthy()
-    about(seen, 1, load=load)
-    seen.told.ranks[1].speeds = Speeds(2e8, 1.5e8, 3e8, 3e8, 9e6, spread)
-    [line] = [line for line in found(seen) if line.startswith("warning: rank")]
+    """A busy host measures very low speeds: it is named, and no speed is shown as 0."""
+    exam = healthy()
+    about(exam, 1, load=load)
+    exam.reports.ranks[1].speeds = ComputeSpeeds(2e8, 1.5e8, 3e8, 3e8, 9e6, spread)
+    [line] = [line for line in found(exam) if line.startswith("warning: rank")]
     assert line == (
         f"warning: rank 1 (mac1): busy: {signs}; its speeds here are too low: end what else runs there (see top), "
         "and run the doctor again"
     )
-    shown = text(seen, examine(seen), "float16")
+    shown = as_text(exam, diagnose(exam), "float16")
     assert ["1", "0.2", "0.15", "0.3", "0.3", "0.009"] in [row.split() for row in shown.splitlines()]
     assert "nothing is wrong" not in shown
-    assert as_json(seen, examine(seen), "float16")["ranks"][1]["spread"] == spread
+    assert as_json(exam, diagnose(exam), "float16")["ranks"][1]["spread"] == spread
 
 
 def test_a_host_is_busy_once_and_not_with_its_own_ranks():
-    seen = healthy(2)
-    for rank in seen.told.ranks.values():
-        rank.facts, rank.speeds = replace(MAC, load=1.0), replace(FAST, spread=3.0)
-    [line] = found(seen)
+    exam = healthy(2)
+    for rank in exam.reports.ranks.values():
+        rank.host = replace(MAC, load=1.0)
+        rank.speeds = replace(FAST, spread=3.0)
+    [line] = found(exam)
     assert line.startswith("warning: rank 0 (mac): busy: load average 1.0 a core") and "differ 3.0-fold; " in line
-    for rank in seen.told.ranks.values():
-        rank.facts = replace(MAC, cores=16)  # for two ranks of 16 threads
-    assert found(seen) == []
+    for rank in exam.reports.ranks.values():
+        rank.host = replace(MAC, cores=16)  # for two ranks of 16 threads
+    assert found(exam) == []
 
 
 def test_slow_links_are_not_shown_as_0():
-    seen = healthy(2)
-    seen.told.links, seen.told.hop = [link_speed.Link((0, 1), 2e-7, 4e4, 5e5, 1.5e6)], 4e4
-    shown = text(seen, examine(seen), "float16")
+    exam = healthy(2)
+    exam.reports.links = [link_speed.LinkSpeed((0, 1), 2e-7, 4e4, 5e5, 1.5e6)]
+    exam.reports.hop = 4e4
+    shown = as_text(exam, diagnose(exam), "float16")
     row = next(line for line in shown.splitlines() if line.startswith("rank 0 (mac0) - rank 1 (mac1)"))
     assert row.split()[-6:] == ["0.2", "us", "4e-05", "0.0005", "0.002", "slowest"]
     assert "as in a hop: 4e-05 GB/s each" in shown
 
 
 def test_mac_without_metal():
-    seen = healthy()
-    about(seen, 1, kernel="host", gpu=None)
-    [line] = found(seen)
+    exam = healthy()
+    about(exam, 1, kernel="host", gpu=None)
+    [line] = found(exam)
     assert line.startswith("warning: rank 1 (mac1): attention runs on the 'host' kernel")
 
 
 def test_slow_link():
-    seen = healthy()
-    seen.told.links[1] = replace(seen.told.links[1], to_left=1e9)
-    [line] = found(seen)
+    exam = healthy()
+    exam.reports.links[1] = replace(exam.reports.links[1], to_left=1e9)
+    [line] = found(exam)
     assert line.startswith("warning: link 1-2: 1.00 GB/s, where others have 3.00") and "cable" in line
-    assert seen.slowest == seen.told.links[1]
+    assert exam.slowest_link == exam.reports.links[1]
 
 
 def test_links_that_need_long_contexts():
-    seen = healthy()
-    seen.told.hop = 0.117e9
-    [line] = found(seen)
+    exam = healthy()
+    exam.reports.hop = 0.117e9
+    [line] = found(exam)
     assert line.startswith("warning: links: transfers hide behind compute only above 7") and "tokens" in line
 
 
 def test_break_even_is_by_the_slowest_rank_and_what_links_carry_together():
-    seen = healthy()
-    assert seen.break_even == break_even(17e12, 3e9, 300e-6)
-    seen.told.ranks[1].speeds = replace(FAST, attention=5e12)
-    seen.told.hop = 2e9
-    assert seen.break_even == break_even(5e12, 2e9, 300e-6)
-    seen.told.hop = None
-    assert seen.break_even is None
+    exam = healthy()
+    assert exam.break_even == break_even(17e12, 3e9, 300e-6)
+    exam.reports.ranks[1].speeds = replace(FAST, attention=5e12)
+    exam.reports.hop = 2e9
+    assert exam.break_even == break_even(5e12, 2e9, 300e-6)
+    exam.reports.hop = None
+    assert exam.break_even is None
 
 
 # What people and programs see
 
 
 def test_table():
-    seen = healthy()
-    seen.told.links[2] = replace(seen.told.links[2], to_right=2.9e9)
-    shown = text(seen, examine(seen), "float16")
+    exam = healthy()
+    exam.reports.links[2] = replace(exam.reports.links[2], to_right=2.9e9)
+    shown = as_text(exam, diagnose(exam), "float16")
     row = next(line for line in shown.splitlines() if line.startswith("rank 2 (mac2) - rank 0 (mac0)"))
     assert row.split()[-6:] == ["300", "us", "2.900", "3.200", "3.000", "slowest"]
     assert shown.count("slowest") == 1 and "macOS 26.2  Apple M3 Ultra  512 GiB  32 (16 a rank)" in shown
     assert "0,1,2  0.1.0     0.32.4  2.4.6  4.1.2   MPICH 5.0.2  multiple     /venv/bin/python (3.12.1)" in shown
-    assert f"from {seen.break_even:,} tokens per rank on (32/8 heads of 128, float16, causal)" in shown
+    assert f"from {exam.break_even:,} tokens per rank on (32/8 heads of 128, float16, causal)" in shown
     assert shown.endswith("\n\nnothing is wrong")
 
 
 def test_table_of_almost_nothing():
-    seen = Examination(2, Told({1: Rank()}), ended=1, launcher="boom")
-    assert text(seen, examine(seen), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
+    exam = Examination(2, RankReports({1: RankReport()}), exit_status=1, launcher_message="boom")
+    assert as_text(exam, diagnose(exam), "float16").splitlines()[0].startswith("error: rank 0: did not start (boom); ")
 
 
 def test_json():
-    seen = healthy()
-    about(seen, 1, mlx="0.1")
-    told = json.loads(json.dumps(as_json(seen, examine(seen), "float16")))
-    assert (told["ok"], told["size"], told["hop_gb_s"], told["slowest_link"]) == (False, 3, 3.0, [0, 1])
-    assert told["links"][0] == {
+    exam = healthy()
+    about(exam, 1, mlx="0.1")
+    report = json.loads(json.dumps(as_json(exam, diagnose(exam), "float16")))
+    assert (report["ok"], report["size"], report["hop_gb_s"], report["slowest_link"]) == (False, 3, 3.0, [0, 1])
+    assert report["links"][0] == {
         "ranks": [0, 1],
         "latency_us": pytest.approx(300),
         "to_right_gb_s": 3.1,
         "to_left_gb_s": 3.2,
         "both_gb_s": 3.0,
     }
-    assert told["ranks"][1]["host"]["mlx"] == "0.1" and told["ranks"][0]["gflop_s"]["attention"] == 17000
-    assert told["findings"][0]["fatal"] and told["findings"][0]["where"] == "mlx"
+    assert report["ranks"][1]["host"]["mlx"] == "0.1" and report["ranks"][0]["gflop_s"]["attention"] == 17000
+    assert report["findings"][0]["fatal"] and report["findings"][0]["where"] == "mlx"
 
 
 # What ranks say
 
 
 def test_records_come_back_whatever_is_around_them(capfd):
-    records.say(1, doing="timing", facts=asdict(MAC))
-    records.say(1, speeds=asdict(FAST), mpi=asdict(MPICH))
-    records.say(0, link=asdict(link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
+    records.write_record(1, doing="timing", host=asdict(MAC))
+    records.write_record(1, speeds=asdict(FAST), mpi=asdict(MPICH))
+    records.write_record(0, link=asdict(link_speed.LinkSpeed((0, 1), 1e-5, 1.0, 2.0, 3.0)), hop=4.0, done=True)
     lines = capfd.readouterr().out.splitlines()
     noise = ["hello", f"[2] {records.MARK}" + '{"rank": 2, "cut o', ""]
-    told = records.read("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
-    assert told.ranks == {0: Rank(done=True), 1: Rank(MAC, FAST, MPICH, doing="timing")}
-    assert (told.links, told.hop) == ([link_speed.Link((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
+    report = records.parse_records("\n".join([*noise, *(f"mac1: {line}" for line in lines)]))
+    assert report.ranks == {0: RankReport(done=True), 1: RankReport(MAC, FAST, MPICH, doing="timing")}
+    assert (report.links, report.hop) == ([link_speed.LinkSpeed((0, 1), 1e-5, 1.0, 2.0, 3.0)], 4.0)
 
 
 @pytest.mark.parametrize(
@@ -390,17 +423,17 @@ def test_records_come_back_whatever_is_around_them(capfd):
         ("", ""),
     ],
 )
-def test_launcher_words(said, words):
-    assert launcher_words(said) == words
+def test_launcher_message(said, words):
+    assert launcher_message(said) == words
 
 
-# Facts and measurements
+# HostInfo and measurements
 
 
 def test_facts_of_this_host():
-    told = host_info.collect()
-    assert told.python == sys.executable and told.cores >= 1 and told.memory > 1 << 28
-    assert told.system and told.chip and json.loads(json.dumps(asdict(told))) == asdict(told)
+    report = host_info.collect()
+    assert report.python == sys.executable and report.cores >= 1 and report.memory > 1 << 28
+    assert report.system and report.chip and json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +456,7 @@ def test_only_what_is_set_is_to_be_unset(monkeypatch, environment, advice):
 
 
 def test_fingerprint_changes_with_sources_alone(tmp_path):
-    """Not with the C files, which are not installed."""
+    """C files do not count, since they are not installed."""
     (tmp_path / "a.py").write_text("1")
     one = host_info.fingerprint(tmp_path)
     (tmp_path / "a.txt").write_text("1")
@@ -434,27 +467,31 @@ def test_fingerprint_changes_with_sources_alone(tmp_path):
 
 
 def test_fastest_stops_at_what_takes_long_enough(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(compute_speed, "time", clock)
     monkeypatch.setattr(compute_speed, "ENOUGH", 0.02)
     tried = []
 
     def work(size: int):
         tried.append(size)
-        return lambda: time.sleep(size / 1000), 1e6 * size
+        return lambda: clock.sleep(size / 1000), 1e6 * size
 
     assert 1e8 < compute_speed.fastest(work, (1, 10, 30, 100)).flops <= 1e9
     assert tried == [1, 10, 30]
 
 
 def test_a_disturbed_timing_does_not_count(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(compute_speed, "time", clock)
     pauses = iter([0.05, 0.05, 0.05, 0.001])
-    assert compute_speed.fastest(lambda size: (lambda: time.sleep(next(pauses)), 1e6), (1,)).flops > 1e8
+    assert compute_speed.fastest(lambda size: (lambda: clock.sleep(next(pauses)), 1e6), (1,)).flops > 1e8
 
 
 @pytest.mark.parametrize(
     ("seconds", "spread"), [((0.9, 0.3, 0.1, 0.2), 2.0), ((9.0, 0.1, 0.1, 0.1), 1.0), ((0.1, 0.4, 0.4, 0.4), 4.0)]
 )
 def test_the_spread_of_equal_measurements(monkeypatch, seconds, spread):
-    """Of which the first is not looked at, unless it was the best."""
+    """The first measurement does not count for the median, only for the best."""
     times = iter(seconds)
     monkeypatch.setattr(compute_speed, "_time", lambda call: next(times))
     found = compute_speed.fastest(lambda size: (lambda: None, 1e6), (1,))
@@ -467,7 +504,9 @@ def test_ways_between_hosts(monkeypatch):
 
     def find_all():
         with closing(connectivity.Coordinator("127.0.0.1", 3)) as coordinator, ThreadPoolExecutor(3) as pool:
-            return list(pool.map(lambda rank: connectivity.find_dead(coordinator.endpoint, rank, hosts), range(3)))
+            return list(
+                pool.map(lambda rank: connectivity.find_failed_connections(coordinator.endpoint, rank, hosts), range(3))
+            )
 
     assert find_all() == [[]] * 3
     monkeypatch.setattr(connectivity, "derive_key", lambda key, purpose: make_key())  # every rank is another machine
@@ -513,14 +552,15 @@ def test_pairs():
 
 
 class SlowRing(SoloRing):
-    """A ring of one that sends to itself, `rate` bytes per second."""
+    """Ring of one rank that sends to itself, `rate` bytes per second by `clock`."""
 
     rate = 125e6  # 1 Gbit/s
     sent = 0
+    clock: Clock
 
     def send(self, load, *, tag, after=(), step=1):
         self.sent += sum(map(len, load()))
-        time.sleep(sum(map(len, load())) / self.rate)
+        self.clock.sleep(sum(map(len, load())) / self.rate)
 
     def recv(self, buffers, *, tag, after=(), step=1):
         pass
@@ -529,15 +569,17 @@ class SlowRing(SoloRing):
         pass
 
 
-def test_bandwidth_of_a_slow_link_takes_no_time():
+def test_bandwidth_of_a_slow_link_takes_no_time(monkeypatch):
     ring = SlowRing(10.0)
-    start = time.monotonic()
+    ring.clock = Clock()
+    monkeypatch.setattr(link_speed, "time", ring.clock)
+    start = ring.clock.perf_counter()
     assert link_speed.measure_hop(ring) == pytest.approx(125e6, rel=0.3)
-    assert time.monotonic() - start < 3 and 12e6 < ring.sent < 100e6
+    assert ring.clock.perf_counter() - start < 3 and 12e6 < ring.sent < 100e6
 
 
 def test_what_breaks_a_link_names_it(monkeypatch):
-    """By the ring's ranks: a pair counts its own."""
+    """The name has the ranks of the ring, not those of the pair."""
 
     def broken(pair):
         raise RingError("rank 1 (mac) left")
@@ -578,16 +620,17 @@ def test_one_line_errors(arguments, expected):
     assert done.stderr.count("\n") == 1 and expected in done.stderr
 
 
+@pytest.mark.ranks
 def test_two_local_ranks():
     start = time.monotonic()
     done = doctor("-n", "2", "--json")
-    told = json.loads(done.stdout)
-    assert (done.exit_code, told["ok"], told["size"]) == (0, True, 2), done.stdout
-    assert [rank["mpi"]["size"] for rank in told["ranks"]] == [2, 2] and told["ranks"][1]["done"]
-    [link] = told["links"]
-    assert link["ranks"] == told["slowest_link"] == [0, 1] and link["to_left_gb_s"] > 0.001 and link["latency_us"] > 0
-    assert told["break_even_tokens"] >= 1 and not [f for f in told["findings"] if f["fatal"]]
-    assert time.monotonic() - start < 15
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["ok"], report["size"]) == (0, True, 2), done.stdout
+    assert [rank["mpi"]["size"] for rank in report["ranks"]] == [2, 2] and report["ranks"][1]["done"]
+    [link] = report["links"]
+    assert link["ranks"] == report["slowest_link"] == [0, 1] and link["to_left_gb_s"] > 0.001 and link["latency_us"] > 0
+    assert report["break_even_tokens"] >= 1 and not [f for f in report["findings"] if f["fatal"]]
+    assert time.monotonic() - start < under_load(15)
 
 
 @pytest.fixture(scope="module")
@@ -597,7 +640,7 @@ def cluster():
 
 
 def doctor_there(cluster: Cluster, *arguments: str):
-    """The doctor's exit status and what it tells, beside a virtual cluster."""
+    """Exit status, JSON and standard error of the doctor on a virtual cluster."""
     line = [sys.executable, "-m", "ringattn.cli", "doctor", "--json", *arguments]
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -607,42 +650,43 @@ def doctor_there(cluster: Cluster, *arguments: str):
 @pytest.mark.hosts
 def test_hosts_that_can_be_reached_are_examined_without_the_others(cluster):
     hosts = [cluster.addresses[0], "mac9", cluster.addresses[2]]
-    code, told, _ = doctor_there(cluster, "--hosts", ",".join(hosts))
-    assert (code, told["ok"], told["size"]) == (1, False, 2)
-    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac2"] and len(told["links"]) == 1
-    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    code, report, _ = doctor_there(cluster, "--hosts", ",".join(hosts))
+    assert (code, report["ok"], report["size"]) == (1, False, 2)
+    assert [rank["host"]["host"] for rank in report["ranks"]] == ["mac0", "mac2"] and len(report["links"]) == 1
+    [finding] = [finding for finding in report["findings"] if finding["fatal"]]
     assert finding["where"] == "host mac9" and finding["what"].startswith("ssh: Could not resolve hostname mac9")
     assert not any(address in finding["remedy"] for address in cluster.addresses)
 
 
 @pytest.mark.hosts
 def test_a_dead_way_between_two_hosts_is_named(cluster):
-    """Both reach this machine and the third host, and MPI would say nothing."""
-    space, to = f"{cluster.bridge}h2", f"{cluster.addresses[1]}/32"
+    """Both hosts reach this machine and the third host, and MPI would wait without a message."""
+    space = f"{cluster.bridge}h2"
+    to = f"{cluster.addresses[1]}/32"
     subprocess.run(["ip", "-n", space, "route", "add", "blackhole", to], check=True)
     begin = time.monotonic()
-    code, told, _ = doctor_there(cluster, "--hosts", ",".join(cluster.addresses))
+    code, report, _ = doctor_there(cluster, "--hosts", ",".join(cluster.addresses))
     subprocess.run(["ip", "-n", space, "route", "del", "blackhole", to], check=True)
     assert code == 1 and time.monotonic() - begin < 40
-    [finding] = [finding for finding in told["findings"] if finding["fatal"]]
+    [finding] = [finding for finding in report["findings"] if finding["fatal"]]
     assert finding["where"] == "mac1 and mac2" and "from mac1 to mac2" in finding["what"], finding
-    assert [rank["host"]["host"] for rank in told["ranks"]] == cluster.names
+    assert [rank["host"]["host"] for rank in report["ranks"]] == cluster.names
 
 
 @pytest.mark.hosts
 def test_fewer_ranks_than_slots(cluster):
-    """Hosts that get no rank are not waited for."""
+    """The doctor does not wait for hosts without a rank."""
     hosts = ",".join(f"{address}:2" for address in cluster.addresses)
-    code, told, said = doctor_there(cluster, "-n", "3", "--hosts", hosts)
-    assert (code, told["size"]) == (0, 3), told["findings"]
-    assert [rank["host"]["host"] for rank in told["ranks"]] == ["mac0", "mac0", "mac1"]
+    code, report, said = doctor_there(cluster, "-n", "3", "--hosts", hosts)
+    assert (code, report["size"]) == (0, 3), report["findings"]
+    assert [rank["host"]["host"] for rank in report["ranks"]] == ["mac0", "mac0", "mac1"]
 
 
 @pytest.mark.hosts
 def test_no_host_that_can_be_reached(cluster):
-    code, told, _ = doctor_there(cluster, "--hosts", "mac8,mac9")
-    assert (code, told["ok"], told["size"], told["ranks"], told["links"]) == (1, False, 0, [], [])
-    assert [finding["where"] for finding in told["findings"]] == ["host mac8", "host mac9"]
+    code, report, _ = doctor_there(cluster, "--hosts", "mac8,mac9")
+    assert (code, report["ok"], report["size"], report["ranks"], report["links"]) == (1, False, 0, [], [])
+    assert [finding["where"] for finding in report["findings"]] == ["host mac8", "host mac9"]
 
 
 def test_without_mpi_the_rest_is_reported(monkeypatch):
@@ -653,15 +697,17 @@ def test_without_mpi_the_rest_is_reported(monkeypatch):
     assert any(line.startswith("error: MPI: no mpiexec found") for line in done.stdout.splitlines())
 
 
+@pytest.mark.ranks
 def test_thread_level_of_a_real_run():
     done = doctor("-n", "2", MPI4PY_RC_THREAD_LEVEL="serialized")
     assert done.exit_code == 1
     assert "\nerror: rank 1 (" in done.stdout and "MPI gives thread level 'serialized'" in done.stdout
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_rank_that_dies_or_hangs(tmp_path, number):
-    """Before it can say anything."""
+def test_rank_that_dies_or_hangs(tmp_path, number, monkeypatch):
+    """A rank ends or stops before its first record. Rank 0 needs time to write its own record."""
     rank = "(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK'))"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
@@ -669,11 +715,13 @@ def test_rank_that_dies_or_hangs(tmp_path, number):
         f"    os.kill(os.getpid(), {int(number)})\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    limit = 60 if number == signal.SIGKILL else round(under_load(6))
+    monkeypatch.setattr(runner, "HEARTBEAT_TIMEOUT", 2.0 * limit)  # the doctor's own limit has to come first
     start = time.monotonic()
-    done = doctor("-n", "2", "--timeout", "6", PYTHONPATH=path)
-    assert time.monotonic() - start < 20
+    done = doctor("-n", "2", "--timeout", str(limit), PYTHONPATH=path)
+    assert time.monotonic() - start < under_load(20)
     assert done.exit_code == 1 and "error: rank 1" in done.stdout
     if number == signal.SIGKILL:
         assert "was killed by SIGKILL" in done.stdout
     else:
-        assert "not finished after 6 s (rank 0 (" in done.stdout
+        assert f"not finished after {limit} s (rank 0 (" in done.stdout

@@ -1,4 +1,4 @@
-"""A user's program under `ringattn launch`: the answer, and what is told when a rank goes wrong in mid-ring."""
+"""User's program under `ringattn launch`: the answer, and the message when a rank fails during a ring call."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _wait_for(folder: Path, ranks: int = 3) -> None:
 
 
 def _ended(process: subprocess.Popen[str], folder: Path, limit: float) -> str:
-    """The output, once everything has ended within `limit` seconds and no rank is left."""
+    """Wait at most `limit` seconds for the end of all processes, and return the output."""
     try:
         output, _ = process.communicate(timeout=limit)
     finally:
@@ -85,16 +85,16 @@ EXITS = "os._exit(0)", r"rank 1"
 
 
 @pytest.mark.parametrize(
-    ("strategy", "fault", "told"),
+    ("strategy", "fault", "message"),
     [("pass_kv", *KILLED), ("pass_kv", *STOPPED), ("pass_kv", *RAISES), ("pass_q", *RAISES), ("pass_q", *EXITS)],
     ids=["killed", "stopped", "raises", "raises in pass_q", "exits in pass_q"],
 )
-def test_fault_in_mid_ring(tmp_path: Path, strategy: str, fault: str, told: str) -> None:
+def test_fault_in_mid_ring(tmp_path: Path, strategy: str, fault: str, message: str) -> None:
     process = _start(tmp_path, fault, strategy)
     _wait_for(tmp_path)
     output = _ended(process, tmp_path, TIMEOUT + 5)
     assert process.returncode not in (0, None), output
-    assert re.search(told, output), output
+    assert re.search(message, output), output
 
 
 def test_ctrl_c_in_mid_ring(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_ctrl_c_in_mid_ring(tmp_path: Path) -> None:
 
 
 def test_quickstart() -> None:
-    """Rank 0 alone prints, and what it prints says that the answer is right."""
+    """Rank 0 alone prints, and it prints that the answer is right."""
     line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", "3", "--", "examples/quickstart.py"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_quickstart() -> None:
 
 
 def test_verify() -> None:
-    """The command's own verdict, on kernels and on a ring."""
+    """The command finds kernels and a ring within their budgets."""
     line = [sys.executable, "-m", "ringattn.cli", "verify", "--ranks", "2"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""``examples/train.py``: four ranks train what one process trains, and a run that was killed goes on."""
+"""``examples/train.py``: four ranks train like one process, and a run that was killed can continue."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--tokens", "192", "--dims", "16", "--layers", "2", "--heads", "2", "--rate", "0.01"]
@@ -45,12 +43,13 @@ def losses(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> np.ndarray:
-    """The losses of one process."""
+    """Losses of one process."""
     folder = tmp_path_factory.mktemp("alone")
     train(1, folder, "--steps", "10", "--batch", "2")
     return losses(folder)
 
 
+@pytest.mark.ranks
 def test_four_ranks_train_as_one_process(tmp_path, alone):
     out = train(4, tmp_path, "--steps", "10", "--batch", "2", "--recompute", "--plot")
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
@@ -58,6 +57,7 @@ def test_four_ranks_train_as_one_process(tmp_path, alone):
     assert (tmp_path / "losses.png").stat().st_size > 5000
 
 
+@pytest.mark.ranks
 def test_a_killed_run_goes_on(tmp_path, alone):
     process = start(2, tmp_path, "--steps", "100000", "--batch", "2", "--save-every", "4")
     end = time.monotonic() + 60
@@ -76,16 +76,16 @@ def test_a_killed_run_goes_on(tmp_path, alone):
 
 @pytest.fixture
 def without_matplotlib(tmp_path) -> Path:
-    """A folder that hides matplotlib from the programs that have it on their path."""
+    """Folder that hides matplotlib from programs with the folder on their path."""
     folder = tmp_path / "hidden"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
 def test_a_plot_is_asked_for_by_name(tmp_path, without_matplotlib, ranks):
-    """Without its package, training works to its end, and with --plot it does not begin."""
+    """Without matplotlib, training finishes, and training with --plot does not begin."""
     out = tmp_path / "run"
     process = start(ranks, out, "--steps", "2", "--save-every", "1", path=without_matplotlib)
     _, err = process.communicate(timeout=120)
@@ -98,8 +98,9 @@ def test_a_plot_is_asked_for_by_name(tmp_path, without_matplotlib, ranks):
     assert process.returncode == 1 and not (tmp_path / "other").exists()
 
 
+@pytest.mark.ranks
 def test_another_model_in_the_folder_is_one_line(tmp_path):
-    """On two ranks, of which one reads it."""
+    """Two ranks fail, although only one reads the folder."""
     train(1, tmp_path, "--steps", "1")
     process = start(2, tmp_path, "--steps", "2", "--layers", "1")
     _, err = process.communicate(timeout=120)

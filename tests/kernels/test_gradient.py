@@ -1,4 +1,4 @@
-"""The gradient of `ringattn.attention` on every backend against its closed form in float64."""
+"""Tests of the gradient of `ringattn.attention`: every backend against the closed form in float64."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ringattn.kernels.reference import ReferenceKernel
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, to64
 
-BACKENDS = ("host", "metal", "reference", "blocked")
+BACKENDS = (*attention_cases.BACKENDS, "blocked")
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """A backend's name. "blocked": the reference with the gradient that it has in a ring, not the one MLX derives."""
+    """Name of a backend. "blocked" is the reference with its blockwise gradient, as in a ring."""
     if request.param == "blocked":
         monkeypatch.setattr(ReferenceKernel, "differentiable", False)
     if request.param in ("blocked", "metal"):
         monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 12)
         monkeypatch.setattr(blockwise_backward, "KEYS", 48)
-        monkeypatch.setattr(blockwise_backward, "LEAST", 24)
+        monkeypatch.setattr(blockwise_backward, "MIN_QUERIES", 24)
     return "reference" if request.param == "blocked" else request.param
 
 
 def gradients(problem: GradientCase, backend: str, through: str = "both", **more) -> dict[str, mx.array]:
-    """By `mx.vjp`, through `out`, the lse or both."""
+    """Compute gradients by `mx.vjp`, through `out`, the lse or both."""
     case, named = problem.case, problem.differentiable
 
     def function(*arrays: mx.array) -> list[mx.array]:
@@ -80,7 +80,7 @@ def test_random_combinations(backend, seed):
 @every_backend
 @pytest.mark.parametrize("seed", [12, 25, 38])
 def test_terms_that_cancel(backend, seed):
-    """With dlse = dout . out the gradient by sinks is almost zero, and what is left of it is rounding errors."""
+    """With dlse = dout . out the terms of the gradient of sinks cancel. Only rounding errors remain."""
     r = np.random.default_rng(seed)
     shapes = (2, 4, 1 + seed % 5, 64), (2, 2, 7, 64), (2, 2, 7, 64)
     arrays = [
@@ -135,7 +135,7 @@ def test_padding_may_hold_any_bits(backend):
         assert np.all(np.array(b)[:, :, ids[0] < 0] == 0)
 
 
-HIDING = {  # ways for a key not to be seen: 60 queries at positions 0 to 59, 80 keys at 0 to 79
+HIDING = {  # options that hide keys: 60 queries at positions 0 to 59, 80 keys at 0 to 79
     "causal": lambda r: {"mask": "causal"},
     "window": lambda r: {"window": (5, 3)},
     "softcap": lambda r: {"window": (5, 3), "softcap": 2.0},
@@ -152,7 +152,7 @@ HIDING = {  # ways for a key not to be seen: 60 queries at positions 0 to 59, 80
 
 
 def hiding_case(way: str, dtype: mx.Dtype = mx.float32) -> tuple[Case, np.ndarray]:
-    """A problem with keys that no query sees, and these keys, bool ``[B, Hkv, Lk]``."""
+    """Make a case with keys that no query sees, and the mask of these keys, bool ``[B, Hkv, Lk]``."""
     r = np.random.default_rng(0)
     shapes = (2, 4, 60, 16), (2, 2, 80, 16), (2, 2, 80, 24)
     q, k, v = (mx.array(r.standard_normal(shape)).astype(dtype) for shape in shapes)
@@ -166,13 +166,13 @@ def hiding_case(way: str, dtype: mx.Dtype = mx.float32) -> tuple[Case, np.ndarra
 
 
 def put(case: Case, name: str, where: np.ndarray, value: float) -> Case:
-    """The same problem with `value` in some tokens of q, k or v; `where` is bool ``[B, H, L]``."""
+    """Copy a case with `value` in some tokens of q, k or v. `where` is bool ``[B, H, L]``."""
     x = getattr(case, name)
     return replace(case, **{name: mx.where(mx.array(where)[..., None], mx.array(value, x.dtype), x)})
 
 
 def loss_gradients(case: Case, backend: str) -> dict[str, np.ndarray]:
-    """The gradients of a loss through `out` and the lse by all that has one."""
+    """Compute all gradients of a loss through `out` and the lse."""
     named = GradientCase.random(case).differentiable
 
     def loss(*arrays: mx.array) -> mx.array:
@@ -188,7 +188,7 @@ def loss_gradients(case: Case, backend: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles for the host as well, empty and full ones among them."""
+    """Give the host kernel several tiles, with empty and full ones among them."""
     for name, size in {"ROWS": 32, "SCORES": 32 * 16, "SMALL": 1, "EDGE": 16}.items():
         monkeypatch.setattr(work_units, name, size)
 
@@ -212,7 +212,7 @@ def test_keys_that_no_query_sees_may_hold_any_bits(backend, small_tiles, way, dt
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_gradients_of_what_is_not_finite(backend, small_tiles, way, value, name):
-    """NaN comes out in what depends on it. Rows that do not see it, and keys that only they see, are unchanged."""
+    """NaN reaches gradients that depend on it. Rows that do not see it, and keys that only they see, are unchanged."""
     clean, _ = hiding_case(way)
     visible, heads = clean.visible, getattr(clean, name).shape[1]
     where = np.zeros(getattr(clean, name).shape[:3], bool)
@@ -234,7 +234,7 @@ def test_gradients_of_what_is_not_finite(backend, small_tiles, way, value, name)
 
 @every_backend
 def test_incoming_gradients_of_rows_that_see_nothing_may_be_anything(backend, small_tiles):
-    """As where a loss divides by the norm of such a row's `out`, which is zero."""
+    """The loss may divide by the norm of such a row's `out`, which is zero."""
     case, _ = hiding_case("segments")
     blind = ~case.visible.any(-1)
     assert blind.any() and not blind.all()
@@ -255,7 +255,7 @@ def test_incoming_gradients_of_rows_that_see_nothing_may_be_anything(backend, sm
 
 @every_backend
 def test_through_merge(backend):
-    """Keys in two parts, merged: the gradients of the whole. Some rows see nothing of the second part."""
+    """Merging two parts of the keys gives the gradients of the whole. Some rows see no key of the second part."""
     problem = GradientCase.random(FEATURES["longer cache than queries"]())
     case, cut = problem.case, 280
     parts = [(x, case.k_pos[x]) for x in (slice(0, cut), slice(cut, len(case.k_pos)))]
@@ -313,10 +313,10 @@ def long_case(tokens: int, **options) -> Case:
 @pytest.mark.parametrize("backend", ["blocked"], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"window": 60}, {"window": (10, 90)}], ids=str)
 def test_blocks_are_those_that_the_mask_leaves(monkeypatch, backend, options):
-    """And each is five matrix products, whichever it is."""
-    made, block = [], blockwise_backward._Problem.block
+    """The gradient computes exactly the blocks that are not empty."""
+    made, block = [], blockwise_backward._Blocks.block
     monkeypatch.setattr(
-        blockwise_backward._Problem, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
+        blockwise_backward._Blocks, "block", lambda self, a, b, part: made.append((a, b)) or block(self, a, b, part)
     )
     problem = GradientCase.random(long_case(400, **options))
     check(problem, backend)
@@ -331,7 +331,7 @@ def test_blocks_are_those_that_the_mask_leaves(monkeypatch, backend, options):
 
 
 def test_blocks_bound_the_memory(monkeypatch):
-    """4096 x 4096 scores of two heads would be 134 MB. mx.grad keeps all that arrays were computed from."""
+    """The gradient stays far below 4096 x 4096 scores of two heads (134 MB), though mx.grad keeps inputs of arrays."""
     monkeypatch.setattr(blockwise_backward, "SCORES", 1 << 18)
     monkeypatch.setattr(blockwise_backward, "KEYS", 512)
     case = long_case(4096)

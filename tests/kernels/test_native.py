@@ -1,4 +1,4 @@
-"""Native code: MLX's products by NumPy's BLAS."""
+"""Tests of native code: MLX's products with NumPy's BLAS."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_mlx_keeps_its_own_blas_if_the_user_says_so():
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
 def test_a_preloaded_blas_stays(tmp_path: Path):
-    """Under whatever name."""
+    """A preloaded BLAS is kept under any name."""
     (tmp_path / "other.c").write_text(OTHER_BLAS)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c"], cwd=tmp_path, check=True)
     assert float(run(ONES)) == 729

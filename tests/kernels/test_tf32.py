@@ -1,4 +1,4 @@
-"""Full float32 products of MLX where it would use TF32. No device here does: a product that rounds stands for one."""
+"""Tests of full float32 products in MLX. A product that rounds its inputs simulates a device that uses TF32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(os.environ["MLX_ENABLE_TF32"], len(caught))
 
 
 def rounded(x: mx.array) -> mx.array:
-    """`x` with the 10 bits of mantissa that TF32 keeps."""
+    """Round `x` to the 10 bits of mantissa that TF32 keeps."""
     bits = np.array(x).view(np.uint32)
     return mx.array(((bits + np.uint32(1 << 12)) & ~np.uint32((1 << 13) - 1)).view(np.float32))
 

@@ -1,4 +1,4 @@
-"""What of a chat is in the cache: the chat template of the whole conversation, whatever the template does to it."""
+"""The cache of a chat holds the chat template's text of the whole conversation, whatever it does to earlier turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ringattn.lm.conversation import Conversation
 
 
 class Tokenizer:
-    """One with a chat template, whose tokens are characters."""
+    """A tokenizer with a chat template, whose tokens are characters."""
 
     bos_token = "^"
 
@@ -25,7 +25,8 @@ class Tokenizer:
         self.knows_system = knows_system
 
     def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool = False, **config: Any):
-        self.config, first = config, messages[0]["role"] == "system"
+        self.config = config
+        first = messages[0]["role"] == "system"
         if first and not self.knows_system:
             raise ValueError("no system role")
         before = "[system Default]" if self.knows_system and not first else ""
@@ -58,7 +59,7 @@ def test_every_turn_is_the_template_of_all(knows_system: bool, system: str | Non
 
 
 def test_a_saved_conversation_goes_on() -> None:
-    """With its own system prompt, whatever a new one would have."""
+    """A conversation keeps its own system prompt when another one is given later."""
     talk = Conversation(Tokenizer(), "Be brief.")
     talk.ask("x")
     talk.end_turn("y")
@@ -68,7 +69,7 @@ def test_a_saved_conversation_goes_on() -> None:
 
 @pytest.mark.parametrize("knows_system", [True, False])
 def test_a_cache_of_unknown_messages_comes_first(knows_system: bool) -> None:
-    """Neither bos nor a system prompt comes again after it."""
+    """Neither bos nor a system prompt follows the tokens of that cache."""
     talk = Conversation(Tokenizer(knows_system), "Be brief.", metadata={"model": "x"}, before=list(map(ord, "^old ")))
     assert shown(talk.ask("x")) == "^old [user x][assistant]"
     talk.end_turn("y")
@@ -77,7 +78,7 @@ def test_a_cache_of_unknown_messages_comes_first(knows_system: bool) -> None:
 
 
 def test_plain_text() -> None:
-    """With bos at the beginning alone, and without messages to save."""
+    """Plain text has bos only at the beginning, and no messages to save."""
     talk = Conversation(Tokenizer())
     assert shown(talk.ask_plainly("x", [])) == "^x"
     talk.end_turn("y")
@@ -88,8 +89,8 @@ def test_plain_text() -> None:
 
 
 def test_plain_text_after_a_conversation() -> None:
-    told = {"messages": json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])}
-    talk = Conversation(Tokenizer(), metadata=told, before=[1])
+    metadata = {"messages": json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])}
+    talk = Conversation(Tokenizer(), metadata=metadata, before=[1])
     talk.ask_plainly("z", [1, 2])
     talk.end_turn("w")
     assert talk.metadata == {}

@@ -1,4 +1,4 @@
-"""``ringattn generate``: a real model over several ranks, from the command line."""
+"""``ringattn generate`` and ``ringattn chat``: models over several ranks, from the command line."""
 
 from __future__ import annotations
 
@@ -10,77 +10,107 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import families
-import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from click.testing import CliRunner
 
+from ringattn.cli import main
 from ringattn.cli.progress_bar import line
 
-pytestmark = pytest.mark.model
+if "CI" not in os.environ:
+    pytest.importorskip("mlx_lm")
 
-
+SMOLLM2 = ["--model", "smollm2", "--dtype", "float32"]
 NO_MODEL = ["--model", "none.gguf"]
+QUESTION = "w1 w2 w3"
 
 
-def run(*arguments: str, command: str = "generate", stdin: str | bytes = "") -> subprocess.CompletedProcess:
+class Done(NamedTuple):
+    """The end of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, command: str = "generate", stdin: str | bytes = "") -> Done:
+    """Run a command in a process of its own, which can start ranks."""
     line = [sys.executable, "-m", "ringattn.cli", command, *arguments]
     text = stdin if isinstance(stdin, bytes) else stdin.encode()
     done = subprocess.run(line, input=text, capture_output=True, timeout=300)
-    return subprocess.CompletedProcess(line, done.returncode, done.stdout.decode(), done.stderr.decode())
+    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def run_here(*arguments: str, stdin: bytes = b"") -> Done:
+    """Run ``ringattn generate`` on one rank in this process."""
+    done = CliRunner().invoke(main, ["generate", *arguments], input=stdin)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception  # a user would see its traceback
+    return Done(done.exit_code, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny random model."""
+    return str(families.save_llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.model
 def test_ask_and_ask_again(tmp_path):
-    """Two ranks answer, keep their cache, and three go on from it."""
-    model = ["--model", "smollm2", "--dtype", "float32"]
+    """Two ranks answer and save their cache, and three continue it."""
     text = tmp_path / "text.txt"
     text.write_text("The lighthouse keeper's name was Amparo Quiroga. She kept bees. " * 8)
     cache = str(tmp_path / "cache.json")
     question = "What was the lighthouse keeper's name? Answer with the name only."
-    one = run(*model, "--prompt-file", str(text), "-p", question, "-m", "20")
-    two = run("-n", "2", *model, "--prompt-file", str(text), "-p", question, "-m", "20", "--save-prompt-cache", cache)
+    one = run_here(*SMOLLM2, "--prompt-file", str(text), "-p", question, "-m", "20")
+    two = run("-n", "2", *SMOLLM2, "--prompt-file", str(text), "-p", question, "-m", "20", "--save-prompt-cache", cache)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert "Amparo Quiroga" in one.stdout and two.stdout == one.stdout
     assert "Ranks: 2, keys and values on this one" in two.stderr
-    three = run(
-        "--ranks=3", *model, "-p", "Say the lighthouse keeper's name again.", "-m", "20", "--prompt-cache-file", cache
-    )
+    again = ["-p", "Say the lighthouse keeper's name again.", "-m", "20", "--prompt-cache-file", cache]
+    three = run("--ranks=3", *SMOLLM2, *again)
     assert three.returncode == 0 and "Amparo" in three.stdout, three.stdout + three.stderr
 
 
+@pytest.mark.model
 def test_chat():
     """The second turn knows the first; after 'r' it does not."""
     lines = (
         "My dog is called Pinto. Say hello to him.\nWhat is my dog called?\nr\nWhat is my dog called?\nq\nnot read\n"
     )
-    found = run("-n", "2", "--model", "smollm2", "--dtype", "float32", "-m", "16", command="chat", stdin=lines)
+    found = run("-n", "2", *SMOLLM2, "-m", "16", command="chat", stdin=lines)
     assert found.returncode == 0, found.stderr
     answers = found.stdout.splitlines()
     assert "Pinto" in answers[1] and "Pinto" not in answers[-1], answers
 
 
-def test_the_prompt_from_standard_input():
-    model = ["--model", "smollm2", "--dtype", "float32"]
-    found = run("-n", "2", *model, "-m", "8", "-p", "-", stdin="What is the capital of France?")
-    assert found.returncode == 0 and "Paris" in found.stdout, found
+@pytest.mark.ranks
+def test_the_prompt_from_standard_input(tiny):
+    expected, other = (run_here("--model", tiny, "-m", "8", "-p", text) for text in (QUESTION, "w4 w5 w6"))
+    found = run("-n", "2", "--model", tiny, "-m", "8", "-p", "-", stdin=QUESTION)
+    assert found.returncode == 0 and found.stdout == expected.stdout != other.stdout, found
 
 
-def test_a_bar_on_a_terminal():
-    """Also where ranks write into a pipe that the launcher passes on: rate and time left, and then the answer."""
+@pytest.mark.ranks
+def test_a_bar_on_a_terminal(tiny):
+    """Rate and time left, and then the answer, also where ranks write into a pipe that the launcher passes on."""
     ours, theirs = pty.openpty()
-    program = [sys.executable, "-m", "ringattn.cli", "generate", "-n", "2", "--model", "smollm2", "--dtype", "float32"]
-    options = ["-p", "word " * 200, "-m", "1", "--prefill-step-size", "64"]
+    program = [sys.executable, "-m", "ringattn.cli", "generate", "-n", "2", "--model", tiny]
+    options = ["-p", "w1 " * 300, "-m", "1", "--prefill-step-size", "64"]
     done = subprocess.run([*program, *options], stdout=subprocess.PIPE, stderr=theirs, stdin=theirs, timeout=300)
     os.close(theirs)
     shown = b""
     while part := _read(ours):
         shown += part
-    assert shown.startswith(b"Loading smollm2 ...\r\n"), shown
+    assert shown.startswith(f"Loading {tiny} ...\r\n".encode()), shown
     bars = [bar for bar in shown.decode().split("\r") if "Reading [" in bar]
     assert done.returncode == 0 and len(bars) >= 3, shown
-    assert re.fullmatch(r"Reading \[#+-+\] 128/\d+ tokens  \d+ tokens/s  \d+:\d\d left *", bars[1]), bars
-    assert re.match(r"Reading \[#+\] (\d+)/\1 tokens  \d+ tokens/s *$", bars[-1]), bars
+    assert re.fullmatch(r"Reading \[#+-+\] 128/\d+ tokens  [\d,]+ tokens/s  \d+:\d\d left *", bars[1]), bars
+    assert re.match(r"Reading \[#+\] (\d+)/\1 tokens  [\d,]+ tokens/s *$", bars[-1]), bars
 
 
 def _read(terminal: int) -> bytes:
@@ -90,90 +120,109 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_the_bar_tells_long_times():
+def test_a_bar_with_hours_left():
     assert line(1000, 1_000_000, 10.0).endswith("1,000/1,000,000 tokens  100 tokens/s  2:46:30 left")
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--model", "none.gguf", "-p", "x"], "Error: --model: none.gguf, expected a GGUF file that exists"),
-        (["--model", "/no/such/dir", "-p", "x"], "Error: --model: /no/such/dir: no such folder\n"),
-        (["--model", "/no/such/dir", "-p", "x", "-n", "2"], "Error: --model: /no/such/dir: no such folder\n"),
-        (["--model", "./none", "-p", "x"], "Error: --model: ./none: no such folder\n"),
-        (["--model", "a/b/c", "-p", "x"], "Error: --model: a/b/c: no such folder\n"),
-        (["--model", __file__, "-p", "x"], f"Error: --model: {__file__}, expected a model's folder or a file that"),
-        (["--model", os.path.dirname(__file__), "-p", "x"], ", expected a folder with a model's config.json"),
-        (["--model", "smollm2"], "Error: --prompt or --prompt-file is missing"),
-        (["--model", "smollm2", "-p", "x", "-n", "2", "--prompt-cache-file", "none.json"], "none.json: No such file"),
-        (["--model", "smollm2", "-p", "x", "-n", "2", "--weights", "1"], "weights: (1.0,), expected 2 finite numbers"),
-        (["--model", "smollm2", "-p", "x", "--weights", "a,b"], "--weights: 'a,b', expected numbers with commas"),
-        ([*NO_MODEL, "-p", "x", "--seed", "-1"], "'--seed': -1 is not in the range"),
-        ([*NO_MODEL, "-p", "x", "--seed", "9" * 30], "is not in the range 0<=x<=18446744073709551615"),
-        ([*NO_MODEL, "-p", "x", "--temp", "nan"], "'--temp': nan, expected a finite number"),
-        ([*NO_MODEL, "-p", "x", "--temp", "inf"], "'--temp': inf, expected a finite number"),
-        ([*NO_MODEL, "-p", "x", "--top-p", "nan"], "'--top-p': nan, expected a finite number"),
-        ([*NO_MODEL, "-p", "x", "--min-p", "nan"], "'--min-p': nan, expected a finite number"),
-        ([*NO_MODEL, "-p", "x", "--chat-template-config", "[1]"], "'[1]', expected a JSON object such as"),
-        (
-            [*NO_MODEL, "-p", "x", "--system-prompt", "y", "--prompt-cache-file", "z"],
-            "--system-prompt: given with --prompt-cache-file",
-        ),
-        # These are found out before the model is looked at.
-        ([*NO_MODEL, "-p", "x", "--save-prompt-cache", "none/x.json"], "--save-prompt-cache: none/x.json, expected"),
-        ([*NO_MODEL, "-p", "x", "-n", "2", "--save-prompt-cache", "none/x.json"], "none/x.json, expected a file in a"),
-        ([*NO_MODEL, "-p", "x", "--save-prompt-cache", "/"], "'--save-prompt-cache': File '/' is a directory"),
-        ([*NO_MODEL, "--prompt-file", sys.executable], ", expected UTF-8"),
-        ([*NO_MODEL, "--prompt-file", "none.txt"], "--prompt-file: none.txt: No such file or directory"),
-        ([*NO_MODEL, "-p", "a\udcff"], "--prompt: invalid start byte at byte 1, expected UTF-8"),
-        ([*NO_MODEL, "-n", "2", "-p", "-"], "--prompt: standard input: invalid start byte at byte 1, expected UTF-8"),
-        (["--model", "smollm2", "-p", "x", "--top-k", "49152"], "--top-k: 49152, expected less than 49152"),
-        (["--model", "smollm2", "-p", "x", "--extra-eos-token", "xyzzzy"], "--extra-eos-token: 'xyzzzy', expected a"),
-        (
-            ["--model", "smollm2", "-p", "x", "--system-prompt", "y", "--ignore-chat-template"],
-            "--system-prompt: 'y', expected none: no chat template is used",
-        ),
-    ],
-)
-def test_wrong_input_is_one_line(arguments, told):
-    found = run(*arguments, stdin=b"a\xff")
-    assert found.returncode in (1, 2) and told in found.stderr and "Traceback" not in found.stderr, found.stderr
+SAVE = ["--save-prompt-cache", "none/x.json"]
+WRONG: list[tuple[list[str], str]] = [  # "TINY" stands for the folder of the tiny model
+    (["--model", "none.gguf", "-p", "x"], "Error: --model: none.gguf, expected a GGUF file that exists"),
+    (["--model", "/no/such/dir", "-p", "x"], "Error: --model: /no/such/dir: no such folder\n"),
+    (["--model", "./none", "-p", "x"], "Error: --model: ./none: no such folder\n"),
+    (["--model", "a/b/c", "-p", "x"], "Error: --model: a/b/c: no such folder\n"),
+    (["--model", __file__, "-p", "x"], f"Error: --model: {__file__}, expected a model's folder or a file that"),
+    (["--model", os.path.dirname(__file__), "-p", "x"], ", expected a folder with a model's config.json"),
+    (["--model", "smollm2"], "Error: --prompt or --prompt-file is missing"),
+    (["--model", "TINY", "-p", "x", "--weights", "a,b"], "--weights: 'a,b', expected numbers with commas"),
+    ([*NO_MODEL, "-p", "x", "--seed", "-1"], "'--seed': -1 is not in the range"),
+    ([*NO_MODEL, "-p", "x", "--seed", "9" * 30], "is not in the range 0<=x<=18446744073709551615"),
+    ([*NO_MODEL, "-p", "x", "--temp", "nan"], "'--temp': nan, expected a finite number"),
+    ([*NO_MODEL, "-p", "x", "--temp", "inf"], "'--temp': inf, expected a finite number"),
+    ([*NO_MODEL, "-p", "x", "--top-p", "nan"], "'--top-p': nan, expected a finite number"),
+    ([*NO_MODEL, "-p", "x", "--min-p", "nan"], "'--min-p': nan, expected a finite number"),
+    ([*NO_MODEL, "-p", "x", "--chat-template-config", "[1]"], "'[1]', expected a JSON object such as"),
+    (
+        [*NO_MODEL, "-p", "x", "--system-prompt", "y", "--prompt-cache-file", "z"],
+        "--system-prompt: given with --prompt-cache-file",
+    ),
+    # These are checked before the model is loaded.
+    ([*NO_MODEL, "-p", "x", *SAVE], "--save-prompt-cache: none/x.json, expected"),
+    ([*NO_MODEL, "-p", "x", "--save-prompt-cache", "/"], "'--save-prompt-cache': File '/' is a directory"),
+    ([*NO_MODEL, "--prompt-file", sys.executable], ", expected UTF-8"),
+    ([*NO_MODEL, "--prompt-file", "none.txt"], "--prompt-file: none.txt: No such file or directory"),
+    ([*NO_MODEL, "-p", "a\udcff"], "--prompt: invalid start byte at byte 1, expected UTF-8"),
+    (["--model", "TINY", "-p", "x", "--top-k", "61"], "--top-k: 61, expected less than 61"),
+    (["--model", "TINY", "-p", "x", "--extra-eos-token", "xyzzzy"], "--extra-eos-token: 'xyzzzy', expected a"),
+    (
+        ["--model", "TINY", "-p", "x", "--system-prompt", "y", "--ignore-chat-template"],
+        "--system-prompt: 'y', expected none: no chat template is used",
+    ),
+]
+WRONG_ON_TWO_RANKS: list[tuple[list[str], str]] = [
+    (["--model", "/no/such/dir", "-p", "x"], "Error: --model: /no/such/dir: no such folder\n"),
+    (["--model", "TINY", "-p", "x", "--prompt-cache-file", "none.json"], "none.json: No such file"),
+    (["--model", "TINY", "-p", "x", "--weights", "1"], "weights: (1.0,), expected 2 finite numbers"),
+    ([*NO_MODEL, "-p", "x", *SAVE], "none/x.json, expected a file in a"),
+    ([*NO_MODEL, "-p", "-"], "--prompt: standard input: invalid start byte at byte 1, expected UTF-8"),
+]
+
+
+def check_one_line(found: Done, message: str) -> None:
+    assert found.returncode in (1, 2) and message in found.stderr and "Traceback" not in found.stderr, found.stderr
     lines = [line for line in found.stderr.splitlines() if not line.startswith("Warning: ")]
     assert len(lines) == 1 and lines[0].startswith("Error: "), found.stderr
 
 
-def test_a_warning_is_one_line():
-    """For all ranks."""
-    found = run("-n", "2", "--model", "smollm2", "-p", "x", "-m", "1")
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_wrong_input_is_one_line(tiny, arguments, message):
+    found = run_here(*(tiny if one == "TINY" else one for one in arguments), stdin=b"a\xff")
+    check_one_line(found, message)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("arguments, message", WRONG_ON_TWO_RANKS)
+def test_wrong_input_on_two_ranks_is_one_line(tiny, arguments, message):
+    found = run("-n", "2", *(tiny if one == "TINY" else one for one in arguments), stdin=b"a\xff")
+    check_one_line(found, message)
+
+
+@pytest.mark.ranks
+def test_a_warning_is_one_line(tmp_path):
+    """One line for all ranks together."""
+    quantised = {"group_size": 32, "bits": 4}
+    folder = families.save_llama(tmp_path, quantization=quantised)
+    model = families.build("llama")
+    nn.quantize(model, **quantised, class_predicate=lambda name, _: name.endswith("down_proj"))
+    families.save_weights(model, folder)
+    found = run("-n", "2", "--model", str(folder), "-p", "x", "-m", "1")
     assert found.returncode == 0 and found.stderr.count("Warning") == 1, found.stderr
     assert found.stderr.startswith("Warning: MLX multiplies quantised weights slowly on a CPU"), found.stderr
 
 
 @pytest.mark.parametrize("kept", [4, 50, -100])
 def test_a_torn_model_is_one_line(tmp_path, kept):
-    """Its length, its header, or its data are not all there."""
-    whole = tmp_path / "model.safetensors"
-    mx.save_safetensors(str(whole), dict(tree_flatten(families.build("llama").parameters())))
-    whole.write_bytes(whole.read_bytes()[:kept])
-    (tmp_path / "config.json").write_text(json.dumps({**families.BASE, "model_type": "llama"}))
-    found = run("--model", str(tmp_path), "-p", "x")
+    """Part of the length, of the header, or of the data is missing."""
+    weights = families.save_llama(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    found = run_here("--model", str(tmp_path), "-p", "x")
     assert found.returncode == 1 and f"Error: --model: {tmp_path}: [" in found.stderr, found.stderr
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.ranks
 def test_a_file_that_is_no_gguf_is_one_line(tmp_path):
     (tmp_path / "x.gguf").write_text("no")
     found = run("-n", "2", "--model", str(tmp_path / "x.gguf"), "-p", "x")
     assert found.returncode == 1 and "x.gguf: [load_gguf]" in found.stderr and "Traceback" not in found.stderr, found
 
 
-def test_a_save_that_fails_in_the_end_is_one_line(tmp_path):
-    """On all ranks, without MPI's abort; the answer has been given."""
-    model = ["--model", "smollm2", "--dtype", "float32", "-p", "What is the capital of France?", "-m", "8"]
+def test_a_save_that_fails_in_the_end_is_one_line(tiny, tmp_path):
+    """The answer is printed first, and the command ends without MPI's abort."""
+    model = ["--model", tiny, "-p", QUESTION, "-m", "8"]
     cache = tmp_path / "cache.json"
     line = [sys.executable, "-c", FULL, "generate", *model, "--save-prompt-cache", str(cache)]
     found = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1 and "Paris" in found.stdout, found
+    assert found.returncode == 1 and found.stdout == run_here(*model).stdout != "", found
     assert f"Error: --save-prompt-cache: {cache}" in found.stderr and "Traceback" not in found.stderr, found.stderr
     assert not list(tmp_path.iterdir())
 
@@ -182,31 +231,36 @@ FULL = """
 import resource, signal
 from ringattn.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # as on a disk that is full
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # as on a full disk
 main()
 """
 
 
-def test_more_ways_to_sample_and_to_end():
-    """The likeliest token alone is what remains of top-k 1 and of min-p 1, at any temperature; a full stop ends."""
-    model = ["--model", "smollm2", "--dtype", "float32", "-p", "Say: one, two. Three.", "-m", "24"]
-    greedy = run(*model)
+@pytest.mark.ranks
+def test_more_ways_to_sample_and_to_end(tiny):
+    """Top-k 1 and min-p 1 leave only the likeliest token, at any temperature. An added token ends a text."""
+    model = ["--model", tiny, "-p", QUESTION, "-m", "24"]
+    greedy = run_here(*model)
     for options in (["--top-k", "1"], ["--min-p", "1"]):
-        assert run(*model, "--temp", "3", "--seed", "1", *options).stdout == greedy.stdout
-    ended = run(*model, "-n", "2", "--extra-eos-token", ",", "--system-prompt", "Count: one, two, three.")
-    assert ended.returncode == 0 and "," not in ended.stdout.rstrip("\n"), ended
+        assert run_here(*model, "--temp", "3", "--seed", "1", *options).stdout == greedy.stdout
+    instructed = [*model, "--system-prompt", "w9 w8"]
+    whole = run_here(*instructed).stdout.split()
+    token = whole[len(whole) // 2]
+    ended = run(*instructed, "-n", "2", "--extra-eos-token", token)
+    assert ended.returncode == 0 and token not in ended.stdout.split(), ended
+    assert ended.stdout.split() == whole[: whole.index(token)]
 
 
 class Chat:
     """A running ``ringattn chat``."""
 
     def __init__(self, *arguments: str):
-        line = [sys.executable, "-m", "ringattn.cli", "chat", "--model", "smollm2", "--dtype", "float32", *arguments]
+        line = [sys.executable, "-m", "ringattn.cli", "chat", *arguments]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.shown = b""
 
     def until(self, text: bytes) -> bytes:
-        """What is shown until `text` comes."""
+        """Read the output until `text` comes; return the part before it."""
         assert self.process.stdout is not None
         while text not in self.shown:
             part = os.read(self.process.stdout.fileno(), 4096)
@@ -224,35 +278,50 @@ class Chat:
         self.process.send_signal(signal.SIGINT)
 
 
+def saved_messages(cache: Path) -> list[str]:
+    """The texts of the conversation that a saved cache has."""
+    found = json.loads(cache.read_text())
+    return [message["content"] for message in json.loads(found["metadata"]["messages"])]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_interrupts_of_a_chat(tmp_path, ranks):
-    """The first ends the answer, the second, at the prompt, the conversation, which is saved; no byte ends it."""
+def test_interrupts_of_a_chat(tiny, tmp_path, ranks):
+    """The first interrupt ends the answer. The second, at the prompt, ends the conversation, which is saved.
+
+    A byte that is not UTF-8 ends nothing.
+    """
     cache = tmp_path / "cache.json"
-    chat = Chat("-n", str(ranks), "-m", "2000", "--save-prompt-cache", str(cache))
+    chat = Chat("-n", str(ranks), "--model", tiny, "-m", "1000000", "--save-prompt-cache", str(cache))
     chat.until(b">> ")
-    chat.say(b"Tell me a long story of a \xff king.")
-    chat.until(b"king")
+    chat.say(b"w1 w2 \xff w3")
+    chat.until(b"w")
     chat.interrupt()
     chat.until(b">> ")
-    time.sleep(1.2)  # twice at once would end all
+    time.sleep(1.2)  # two interrupts within a second would end all
     chat.interrupt()
     assert chat.process.wait(60) == 0
     assert len(list(tmp_path.iterdir())) == ranks + 1
-    two = Chat("-n", str(ranks), "-m", "8", "--prompt-cache-file", str(cache))
+    question, answer = saved_messages(cache)
+    assert question == "w1 w2 \ufffd w3" and answer.startswith("w")
+    files = ["--prompt-cache-file", str(cache), "--save-prompt-cache", str(cache)]
+    two = Chat("-n", str(ranks), "--model", tiny, "-m", "8", *files)
     two.until(b">> ")
-    two.say(b"Who is the story about?")
-    assert b"king" in two.until(b">> ").lower()
+    two.say(b"w4")
+    assert b"w" in two.until(b">> ")
     two.say(b"q")
     assert two.process.wait(60) == 0
+    assert saved_messages(cache)[:3] == [question, answer, "w4"]
 
 
-def test_an_interrupted_question_leaves_nothing(tmp_path):
-    """Nor is there anything to save; the next one is the first, with the system prompt."""
+@pytest.mark.ranks
+def test_an_interrupted_question_leaves_nothing(tiny, tmp_path):
+    """Nothing is saved, and the next question would be the first, with the system prompt."""
     cache = tmp_path / "cache.json"
-    options = ["--prefill-step-size", "16", "--system-prompt", "You are a pirate.", "--save-prompt-cache", str(cache)]
-    chat = Chat("-n", "2", "-m", "2000", *options)
+    options = ["--prefill-step-size", "16", "--system-prompt", "w9 w8", "--save-prompt-cache", str(cache)]
+    chat = Chat("-n", "2", "--model", tiny, "-m", "1000000", *options)
     chat.until(b">> ")
-    chat.say(b"word " * 4000)
+    chat.say(b"w1 " * 20000)
     time.sleep(1.5)
     chat.interrupt()
     chat.until(b">> ")
@@ -260,11 +329,12 @@ def test_an_interrupted_question_leaves_nothing(tmp_path):
     assert chat.process.wait(20) == 0 and not list(tmp_path.iterdir())
 
 
-def test_two_interrupts_at_once_end_all_ranks():
-    """However far the ranks are from heeding the first."""
-    chat = Chat("-n", "2", "-m", "2000", "--prefill-step-size", "16")
+@pytest.mark.ranks
+def test_two_interrupts_at_once_end_all_ranks(tiny):
+    """The ranks end even before they react to the first."""
+    chat = Chat("-n", "2", "--model", tiny, "-m", "1000000", "--prefill-step-size", "16")
     chat.until(b">> ")
-    chat.say(b"word " * 4000)
+    chat.say(b"w1 " * 20000)
     time.sleep(1.5)
     chat.interrupt()
     time.sleep(0.1)

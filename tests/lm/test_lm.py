@@ -1,4 +1,4 @@
-"""Language models: how rounds are cut, what is cached where, and a real model in a GGUF file."""
+"""Language models: the cutting of rounds, the places of cached tokens, and a real model in a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ringattn import Layout, init
 from ringattn.errors import ArgumentError, KernelWarning
-from ringattn.lm.partition import LEAST, RUN, Cost, next_step, round_layout
+from ringattn.lm.sharding.partition import LEAST, RUN, Cost, next_step, round_layout
 
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
@@ -88,7 +88,7 @@ def test_gguf_stays_quantised_unless_a_dtype_is_asked_for(smollm2):
 
 
 def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
-    """Of an mlx-lm model as of a GGUF file."""
+    """The dtype applies to an mlx-lm model as to a GGUF file."""
     import mlx_lm
 
     model = families.build("llama")
@@ -100,8 +100,9 @@ def test_a_dtype_is_for_quantised_weights_too(monkeypatch, recwarn):
 
 
 def test_a_prompt_is_read_in_several_rounds_on_a_cpu():
-    """So that a progress bar does not jump from nothing to all."""
-    model, seen = families.build("llama"), list[int]()
+    """Several rounds let a progress bar move in steps."""
+    model = families.build("llama")
+    seen: list[int] = []
     with init("solo") as ring:
         lm.shard(model, ring)
         options = {"max_tokens": 1, "prompt_progress_callback": lambda done, total: seen.append(done)}
@@ -132,22 +133,22 @@ def test_no_such_file():
 
 
 @pytest.mark.parametrize(
-    "tensors, metadata, told",
+    "tensors, metadata, message",
     [
         ({}, {"general.architecture": "mamba"}, "x.gguf has general.architecture 'mamba', expected 'llama'"),
         ({}, {"llama.rope.scaling.type": "yarn"}, "x.gguf has llama.rope.scaling.type 'yarn', expected None or 'none'"),
         ({"rope_freqs.weight": mx.ones(4)}, {}, "x.gguf: llama.embedding_length, expected what a Llama has"),
     ],
 )
-def test_another_gguf_is_named(monkeypatch, tensors, metadata, told):
+def test_another_gguf_is_named(monkeypatch, tensors, metadata, message):
     whole = {"general.architecture": "llama", **metadata}
     monkeypatch.setattr(mx, "load", lambda *_, **__: (tensors, whole))
-    with pytest.raises(lm.UnsupportedModelError, match=told.replace(".", r"\.")):
+    with pytest.raises(lm.UnsupportedModelError, match=message.replace(".", r"\.")):
         load_gguf(Path("x.gguf"))
 
 
 def test_gguf_kinds_of_tokens():
-    """Those of a user are atoms as the control tokens are, but a part of the text; unused and byte tokens are not."""
+    """Control and user-defined tokens are never split, and the latter are part of the text; other types are split."""
     words = [chr(i) for i in range(33, 127)]  # bytes that stand for themselves
     extra = [("<eos>", 3), ("<think>", 4), ("<unused>", 5), ("<0x0A>", 6), ("<unk>", 2), ("th", 1), ("\n\n", 4)]
     metadata = {

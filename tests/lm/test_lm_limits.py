@@ -1,4 +1,4 @@
-"""The numbers of a model's configuration that its input has to keep to."""
+"""Limits from a model's configuration on its input."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ def test_numbers_of_an_inner_model() -> None:
 
 def test_the_vocabulary_where_no_configuration_says_it() -> None:
     model = nn.Module()
-    model.words, model.places = nn.Embedding(61, 8), nn.Embedding(32, 8)
+    model.words = nn.Embedding(61, 8)
+    model.places = nn.Embedding(32, 8)
     assert vocabulary(model) == 61
 
 
 def test_a_prompt_beyond_the_limit_warns_once() -> None:
-    """Where it passes the limit, not at every turn after that."""
+    """The warning comes where the context passes the limit, and not again at later turns."""
     model = lm.shard(families.build("llama", max_position_embeddings=64), init("solo"))
     cache = model.make_cache()
 

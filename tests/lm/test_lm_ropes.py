@@ -1,4 +1,4 @@
-"""Ropes are judged by what they do to tokens in one call and in several, whatever class a family brings."""
+"""Ropes of any class are judged by their results for tokens in one call and in several."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_scalings_of_mlx_lm(scaling: dict | None, longest: float) -> None:
 
 
 def test_a_limit_far_out() -> None:
-    """One token more changes the angles by little there."""
+    """One token more changes the angles only slightly there."""
     scaling = {"type": "dynamic", "factor": 1.0}
     model = families.build("llama", max_position_embeddings=131072, rope_theta=1e6, rope_scaling=scaling)
     assert lm.shard(model, init("solo")).longest == 131072
 
 
 class Follows(nn.Module):
-    """A rope whose base follows the tokens of a call."""
+    """A rope whose base depends on the number of tokens in a call."""
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         base = 10000.0 * x.shape[-2]
@@ -53,14 +53,14 @@ class Follows(nn.Module):
 
 
 class Plain(nn.Module):
-    """A rope that is right, and takes its offset by name alone."""
+    """A correct rope that takes its offset by name only."""
 
     def __call__(self, x: mx.array, *, offset: int = 0) -> mx.array:
         return mx.fast.rope(x, 16, traditional=False, base=10000.0, scale=1.0, offset=offset)
 
 
 def own_rope_of_internlm3() -> nn.Module:
-    """It takes the heads for the tokens, so that its base changes before its limit."""
+    """Build a rope that takes the number of heads for that of tokens, so that its base changes before its limit."""
     from mlx_lm.models.internlm3 import DynamicNTKScalingRoPE
 
     return DynamicNTKScalingRoPE(16, max_position_embeddings=64, scale=2.0)
@@ -86,5 +86,5 @@ def test_the_classes_of_ropes_are_left_as_they_were() -> None:
 
 
 def test_a_layer_with_an_offset_is_no_rope() -> None:
-    """Attention of gemma4 takes one beside its cache."""
+    """Attention of gemma4 takes an offset beside its cache."""
     assert lm.shard(families.build("gemma4, shared keys"), init("solo")).longest == float("inf")

@@ -1,4 +1,4 @@
-"""``ringattn serve``: the endpoints of mlx_lm.server, given by several ranks."""
+"""``ringattn serve``: the endpoints of mlx_lm.server, answered by several ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,25 +16,34 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_requests import FUZZ_SECONDS, bodies
 from tiny_model import make_folder
 
-pytestmark = pytest.mark.model
+from ringattn.cli import main
+
+if "CI" not in os.environ:
+    pytest.importorskip("mlx_lm")
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-LONG = {"prompt": "Once upon a time", "max_tokens": 5000}
+WORDS = [{"role": "user", "content": "w1 w2 w3"}]
+END = 38  # the token that ends the answer of the model of words
+LONG = {"prompt": "w1 w2", "max_tokens": 100000, "logit_bias": {str(END): -100}}
 
 
 class Server:
     """A running ``ringattn serve -n 2``."""
 
     def __init__(self, model: str, *options: str) -> None:
+        self.model = model
         line = [sys.executable, "-m", "ringattn.cli", "serve", "-n", "2", "--model", model, "--dtype", "float32"]
         self.process = subprocess.Popen([*line, "--port", "0", *options], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
@@ -45,7 +55,7 @@ class Server:
         else:
             pytest.fail("".join(said))
         self.port = int(found[1])
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()  # what it says of each request
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()  # the log of requests
 
     def close(self) -> None:
         self.process.terminate()
@@ -66,39 +76,61 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """With SmolLM2, whose answers make sense."""
+def smollm2() -> Iterator[Server]:
+    """A server of SmolLM2, whose answers make sense."""
     one = Server("smollm2", "--prefill-step-size", "64")
     yield one
     one.close()
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With a tiny random model, for requests that are odd."""
-    one = Server(str(make_folder(tmp_path_factory.mktemp("model"))))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a tiny random model whose tokens are words."""
+    folder = families.save_llama(tmp_path_factory.mktemp("words"), eos_token_id=END)
+    one = Server(str(folder), "--prefill-step-size", "64")
     yield one
     one.close()
 
 
 @pytest.fixture(scope="module")
-def expected() -> str:
-    """What plain mlx-lm answers in one process."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a tiny random model whose tokens are bytes, with tools and thinking, for odd requests."""
+    one = Server(str(make_folder(tmp_path_factory.mktemp("model"))))
+    yield one
+    one.close()
+
+
+def answer_of_mlx_lm(model: str, messages: list[dict[str, str]]) -> str:
+    """The answer of plain mlx-lm in one process."""
     import mlx.core as mx
     import mlx_lm
 
     from ringattn import lm
 
-    model, tokenizer = lm.load("smollm2", mx.float32)
-    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
-    return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=20))
+    loaded, tokenizer = lm.load(model, mx.float32)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return str(mlx_lm.generate(loaded, tokenizer, prompt, max_tokens=20))
 
 
-def test_a_chat(server: Server, expected: str) -> None:
+@pytest.fixture(scope="module")
+def sensible_answer() -> str:
+    """SmolLM2's answer to the question."""
+    return answer_of_mlx_lm("smollm2", QUESTION)
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> str:
+    """The answer of the model of words."""
+    return answer_of_mlx_lm(server.model, WORDS)
+
+
+@pytest.mark.model
+def test_a_chat(smollm2: Server, sensible_answer: str) -> None:
+    server, expected = smollm2, sensible_answer
     status, found = server.ask(CHAT, {"messages": QUESTION, "max_tokens": 20})
     assert status == 200 and found["choices"][0]["message"] == {"role": "assistant", "content": expected}
     assert found["choices"][0]["finish_reason"] == "stop" and found["object"] == "chat.completion"
-    # The same again, and a next turn, go on from what was read.
+    # The same question again, and a next turn, use the tokens in the cache.
     messages = [*QUESTION, {"role": "assistant", "content": expected}, {"role": "user", "content": "And of Italy?"}]
     for more, least in ((QUESTION, found["usage"]["prompt_tokens"] - 1), (messages, found["usage"]["prompt_tokens"])):
         _, again = server.ask(CHAT, {"messages": more, "max_tokens": 20})
@@ -106,8 +138,9 @@ def test_a_chat(server: Server, expected: str) -> None:
     assert "Rome" in again["choices"][0]["message"]["content"]
 
 
+@pytest.mark.ranks
 def test_a_stream(server: Server, expected: str) -> None:
-    body = {"messages": QUESTION, "max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"messages": WORDS, "max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}}
     status, text = server.ask(CHAT, body)
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert status == 200 and events.pop() == "[DONE]"
@@ -116,16 +149,18 @@ def test_a_stream(server: Server, expected: str) -> None:
     assert chunks[0]["choices"][0]["finish_reason"] == "stop" and usage["usage"]["completion_tokens"] > 1
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "stop, left",
     [
-        ("Paris", "The capital of France is "),
-        (["xyz", "tal of Fr"], "The capi"),  # spread over several tokens
-        ("Paris. And", "The capital of France is Paris."),  # begins where the answer ends
+        ("w11", "w59 w59 "),
+        (["xyz", "9 w59 w1"], "w5"),  # spread over several tokens
+        ("w11 w11 w", "w59 w59 w11 w11"),  # begins where the answer ends
     ],
 )
-def test_a_stop_word(server: Server, stop: str | list[str], left: str) -> None:
-    body = {"messages": QUESTION, "max_tokens": 20, "stop": stop}
+def test_a_stop_word(server: Server, expected: str, stop: str | list[str], left: str) -> None:
+    assert expected == "w59 w59 w11 w11"
+    body = {"messages": WORDS, "max_tokens": 20, "stop": stop}
     choice = server.ask(CHAT, body)[1]["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (left, "stop")
     _, text = server.ask(CHAT, {**body, "stream": True})
@@ -133,7 +168,9 @@ def test_a_stop_word(server: Server, stop: str | list[str], left: str) -> None:
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == left
 
 
-def test_a_text(server: Server) -> None:
+@pytest.mark.model
+def test_a_text(smollm2: Server) -> None:
+    server = smollm2
     body = {"prompt": "The capital of France is", "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
     _, found = server.ask(TEXT, body)
     choice = found["choices"][0]
@@ -146,13 +183,15 @@ def test_a_text(server: Server) -> None:
     assert "Paris" not in server.ask(TEXT, banned)[1]["choices"][0]["text"]
 
 
+@pytest.mark.ranks
 def test_models_and_health(server: Server) -> None:
-    assert [m["id"] for m in server.ask("/v1/models")[1]["data"]] == ["smollm2"]
-    assert server.ask("/v1/models/smollm2")[1]["id"] == "smollm2"
+    assert [m["id"] for m in server.ask("/v1/models")[1]["data"]] == [server.model]
+    assert server.ask(f"/v1/models/{os.path.basename(server.model)}")[1]["id"] == server.model
     assert server.ask("/v1/models/other")[0] == 404
     assert server.ask("/health") == (200, {"status": "ok"})
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "body, param",
     [
@@ -206,8 +245,9 @@ def few_tokens(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.ranks
 def test_odd_requests_leave_the_usual_answer(tiny: Server) -> None:
-    """For RINGATTN_FUZZ_SECONDS seconds, or some more where requests are slow."""
+    """Send odd requests for RINGATTN_FUZZ_SECONDS seconds, or somewhat longer where requests are slow."""
     fuzz = Fuzz(tiny)
     end = time.monotonic() + FUZZ_SECONDS
 
@@ -221,8 +261,10 @@ def test_odd_requests_leave_the_usual_answer(tiny: Server) -> None:
     assert fuzz.count > 5 and fuzz.ask_plain() == fuzz.usual
 
 
-def test_other_servers_clients(server: Server, expected: str) -> None:
-    """OpenAI's own: answers, streams, errors."""
+@pytest.mark.model
+def test_clients_of_openai(smollm2: Server, sensible_answer: str) -> None:
+    """Answers, streams and errors as OpenAI's own library reads them."""
+    server, expected = smollm2, sensible_answer
     openai = pytest.importorskip("openai") if "CI" not in os.environ else importlib.import_module("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
     ask = {"model": "smollm2", "messages": QUESTION, "max_tokens": 20}
@@ -232,8 +274,8 @@ def test_other_servers_clients(server: Server, expected: str) -> None:
     assert "".join(entry.token for entry in chosen) == expected
     assert all(entry.top_logprobs[0].token == entry.token for entry in chosen)
     chunks = list(client.chat.completions.create(**ask, stream=True, logprobs=True))
-    told = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
-    assert "".join(told) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    parts = [entry.token for chunk in chunks for entry in (chunk.choices[0].logprobs or Namespace(content=[])).content]
+    assert "".join(parts) == expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     with client.chat.completions.stream(**ask) as stream:
         stream.until_done()
         assert stream.get_final_completion().choices[0].message.content == expected
@@ -249,22 +291,25 @@ def test_other_servers_clients(server: Server, expected: str) -> None:
         client.embeddings.create(model="smollm2", input="x")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> None:
-    """While its answer is generated, while its prompt is read, and while it waits for its turn."""
-    patient, long_prompt = {**LONG, "stream": stream}, {**LONG, "prompt": "word " * 7000, "stream": stream}
-    for body in (patient, long_prompt):
+    """A client leaves while its answer is generated, while its prompt is read, and while it waits for its turn."""
+    long_answer = {**LONG, "stream": stream}
+    long_prompt = {**long_answer, "prompt": "w1 " * 60000}
+    for body in (long_answer, long_prompt):
         leaving, queued = server.open(TEXT, body), server.open(TEXT, body)
         time.sleep(1.0)
         leaving.close()
         queued.close()
         begin = time.monotonic()
-        assert server.ask(TEXT, {"prompt": "One, two,", "max_tokens": 2})[0] == 200
+        assert server.ask(TEXT, {"prompt": "w1 w2", "max_tokens": 2})[0] == 200
         assert time.monotonic() - begin < 20  # the answers alone would have taken minutes
 
 
+@pytest.mark.ranks
 def test_requests_wait_for_their_turn(tiny: Server) -> None:
-    """Of fifty at the same moment each gets its answer."""
+    """Each of fifty requests at the same moment gets its answer."""
     body = {"prompt": "Once", "max_tokens": 4}
     expected = tiny.ask(TEXT, body)[1]["choices"]
     with ThreadPoolExecutor(50) as pool:
@@ -273,24 +318,34 @@ def test_requests_wait_for_their_turn(tiny: Server) -> None:
 
 
 def test_template_arguments_that_are_no_object_are_one_line() -> None:
-    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "none.gguf", "--chat-template-args", "5"]
-    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2 and "'5', expected a JSON object such as" in found.stderr, found.stderr
+    found = CliRunner().invoke(main, ["serve", "--model", "none.gguf", "--chat-template-args", "5"])
+    assert found.exit_code == 2 and "'5', expected a JSON object such as" in found.stderr, found.stderr
 
 
-def test_a_port_in_use_is_one_line(server: Server) -> None:
-    line = [sys.executable, "-m", "ringattn.cli", "serve", "--model", "smollm2", "--dtype", "float32"]
-    line += ["--port", str(server.port)]
-    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
-    assert f"cannot listen on 127.0.0.1:{server.port}" in found.stderr
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Restore the signal handlers that a server replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path, own_signals: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        model = ["--model", str(families.save_llama(tmp_path)), "--dtype", "float32"]
+        found = CliRunner().invoke(main, ["serve", *model, "--port", str(port)])
+    assert found.exit_code == 1 and found.stderr.count("\n") == 1, found.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
 
 
 class Plain:
-    """A cache that holds as many tokens as it was given."""
+    """A cache of a number of tokens."""
 
     def __init__(self, tokens: int, trimmable: bool = True):
-        self.tokens, self.trimmable = tokens, trimmable
+        self.tokens = tokens
+        self.trimmable = trimmable
 
     def size(self) -> int:
         return self.tokens
@@ -302,23 +357,23 @@ class Plain:
         self.tokens -= n
 
 
-def test_kept_caches() -> None:
-    from ringattn.lm.server.cache_pool import KeptCaches
+def test_a_pool_of_caches() -> None:
+    from ringattn.lm.server.cache_pool import PromptCachePool
 
-    kept = KeptCaches(2)
+    pool = PromptCachePool(2)
     first, second = Plain(6), Plain(4)
-    kept.give([1, 2, 3, 4, 5], [first])
+    pool.push([1, 2, 3, 4, 5], [first])
     assert first.size() == 5  # one token more than was given out
-    kept.give([1, 9, 9, 9], [second])
-    assert kept.take([1, 2, 7]) == (None, 0)  # too little of either
-    assert kept.take([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
-    assert len(kept) == 1 and kept.take([1, 2, 3, 4, 5]) == (None, 0)
-    kept.give([1, 2, 3, 4], [first])
-    assert kept.take([1, 2, 3, 7, 8]) == ([first], 3)
+    pool.push([1, 9, 9, 9], [second])
+    assert pool.pop([1, 2, 7]) == (None, 0)  # too little of either
+    assert pool.pop([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
+    assert len(pool) == 1 and pool.pop([1, 2, 3, 4, 5]) == (None, 0)
+    pool.push([1, 2, 3, 4], [first])
+    assert pool.pop([1, 2, 3, 7, 8]) == ([first], 3)
     window = Plain(3, trimmable=False)
-    kept.give([5, 6, 7], [window])
-    assert kept.take([5, 6, 8, 9]) == (None, 0)
-    assert kept.take([5, 6, 7, 8]) == ([window], 3)
+    pool.push([5, 6, 7], [window])
+    assert pool.pop([5, 6, 8, 9]) == (None, 0)
+    assert pool.pop([5, 6, 7, 8]) == ([window], 3)
     for tokens in ([1], [2], [3]):
-        kept.give(tokens, [Plain(1)])
-    assert len(kept) == 2 and kept.take([1, 1]) == (None, 0)
+        pool.push(tokens, [Plain(1)])
+    assert len(pool) == 2 and pool.pop([1, 1]) == (None, 0)

@@ -1,4 +1,4 @@
-"""The text of an answer: stop words, the model's markers, and that no other text is lost."""
+"""The text of an answer: stop words and the model's markers end or leave it, and no other text is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL = '{"name": "f", "arguments": {"city": "B"}}'
 
 
 def tokenizer() -> Any:
-    """The markers of a model, as mlx-lm's tokenizer knows them."""
+    """A tokenizer with a model's markers, in the form of mlx-lm's."""
     from mlx_lm.tool_parsers.json_tools import parse_tool_call
 
     return Namespace(
@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 def parse(pieces: Sequence[str], reason: str = "stop", state: str = "normal") -> tuple[str, str, list[str], str | None]:
     """Content, reasoning, names of tools called and the reason to finish."""
-    from ringattn.lm.server.answers import AnswerParser
+    from ringattn.lm.server.api.answers import AnswerParser
 
     parser = AnswerParser(tokenizer(), state)
     deltas = [parser.push(piece)[0] for piece in pieces]
@@ -47,7 +47,7 @@ def parse(pieces: Sequence[str], reason: str = "stop", state: str = "normal") ->
 
 
 def cut(text: str, data: Any) -> list[str]:
-    """`text` in pieces."""
+    """Cut `text` into pieces at random places."""
     at = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     return [text[start:stop] for start, stop in zip([0, *at], [*at, len(text)])]
 

@@ -1,4 +1,4 @@
-"""The server's HTTP side, in one process, over an engine that says a script: errors, limits, slow clients, streams."""
+"""The server's HTTP interface in one process, with scripted answers: errors, limits, slow clients, streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALL = ['<tool_call>{"name": "f", ', '"arguments": {}}', "</tool_call>"]
 
 
 class Tokenizer(Namespace):
-    """The least that the server asks of a tokenizer: characters are tokens."""
+    """The smallest tokenizer that the server accepts: characters are tokens."""
 
     has_chat_template = has_tool_calling = True
     has_thinking = False
@@ -48,7 +48,7 @@ class Tokenizer(Namespace):
 
 
 class Script:
-    """An engine that answers with the texts of `script`, and, where that is an exception, fails."""
+    """An engine that answers with the texts of `script`, and raises the exceptions in it."""
 
     vocabulary = 128
     stopping = False
@@ -83,7 +83,8 @@ class Client:
     """A running server and requests to it."""
 
     def __init__(self, port: int, engine: Script):
-        self.port, self.engine = port, engine
+        self.port = port
+        self.engine = engine
 
     def ask(self, path: str, body: Any = None, method: str = "POST", **headers: str) -> tuple[int, Any]:
         text = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -98,7 +99,7 @@ class Client:
         return self.ask(path, body)[1]
 
     def stream(self, path: str, script: list[Any], **body: Any) -> list[Any]:
-        """The chunks of a stream."""
+        """Ask for a stream; return its chunks."""
         text = self.say(path, script, stream=True, **body)
         events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
         return [json.loads(event) if event != "[DONE]" else event for event in events]
@@ -235,7 +236,7 @@ def test_an_answer_that_breaks_off(client: Client) -> None:
 
 
 def test_arguments_for_the_chat_template(client: Client) -> None:
-    """Those of the command line, of which a request may change some."""
+    """Arguments come from the command line, and a request may change some of them."""
     client.say(CHAT, ["a"], **ASK, chat_template_kwargs={"enable_thinking": True}, reasoning_effort="low")
     seen = client.engine.tokenizer.seen
     assert (seen["enable_thinking"], seen["more"], seen["reasoning_effort"]) == (True, 1, "low")
@@ -306,7 +307,7 @@ def test_many_clients_at_once(client: Client) -> None:
 def test_slow_clients_time_out_and_do_not_block_others(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     from ringattn.lm.server import http as server_http
 
-    monkeypatch.setattr(server_http, "PATIENCE", 1.5)
+    monkeypatch.setattr(server_http, "CLIENT_TIMEOUT", 1.5)
     client.engine.script = ["a"]
     slow = [client.open() for _ in range(40)]
     for one in slow:
@@ -327,7 +328,7 @@ def test_slow_clients_time_out_and_do_not_block_others(client: Client, monkeypat
 def test_a_client_that_never_reads_does_not_block_others(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     from ringattn.lm.server import http as server_http
 
-    monkeypatch.setattr(server_http, "PATIENCE", 1.5)
+    monkeypatch.setattr(server_http, "CLIENT_TIMEOUT", 1.5)
     client.engine.script = ["x" * 4_000_000] * 4
     body = json.dumps({**ASK, "stream": True}).encode()
     with closing(client.open()) as deaf:

@@ -1,4 +1,4 @@
-"""Single threadgroups at the far end of arrays past 2^31 elements and 2^32 bytes, of mapped but untouched memory."""
+"""Single threadgroups at the end of arrays of over 2^31 elements and 2^32 bytes, in mapped but untouched memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tools.hostmetal import Runtime
 pytestmark = pytest.mark.host_runtime
 
 TOKENS, HEADS, DIM, WINDOW = 1 << 20, 33, 128, 100  # 4.4e9 numbers, 8.9 GB in float16
-SEEN = 132  # keys that the last 32 queries see, and some more
+SEEN = 132  # at least the keys that the last 32 queries see
 
 
-NORESERVE = 0x4000  # Linux: memory is taken when it is touched, and not counted before
+NORESERVE = 0x4000  # Linux: memory is allocated when it is touched
 
 
 def sparse(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that cost nothing until they are written."""
+    """Make zeros that take no memory until they are written."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE), dtype).reshape(shape)
 
@@ -44,7 +44,7 @@ def test_the_last_tile_of_the_last_head(ends, tokens_first):
     assert buffers["keys"].size > 1 << 31 and buffers["keys"].nbytes > 1 << 32
     like = mx.broadcast_to(mx.zeros((1,), mx.float16), (1, HEADS, TOKENS, DIM))
     positions = np.arange(TOKENS, dtype=np.int32)
-    problem = KernelInputs(like, like, like, positions, positions, Rules(DIM**-0.5, Band.of(True, WINDOW)))
+    inputs = KernelInputs(like, like, like, positions, positions, Rules(DIM**-0.5, Band.of(True, WINDOW)))
     state = None
     if ends == "state":
         rows = mx.broadcast_to(mx.zeros((1,)), (1, HEADS, TOKENS))
@@ -53,7 +53,7 @@ def test_the_last_tile_of_the_last_head(ends, tokens_first):
         buffers |= {name: sparse(rows.shape, np.float32) for name in ("m_in", "l_in")}
         buffers["m_in"][0, -1, -32:] = -np.inf
     tiling = Tiling.of(mx.float16, DIM, DIM, TOKENS)
-    call = forward_call(problem, tiling, 1, 1, state, None if state else OutputSpec(mx.float16, True))
+    call = forward_call(inputs, tiling, 1, 1, state, None if state else OutputSpec(mx.float16, True))
     done = Runtime().run(call, buffers, groups=[(0, HEADS - 1, 0)])
     last = [mx.array(np.ascontiguousarray(x[:, -1:, -SEEN:])) for x in buffers.values()][:3]
     near = np.arange(SEEN)

@@ -1,4 +1,4 @@
-"""The translation of the Metal kernels to CUDA: what an NVIDIA compiler says of it; `tools.nvidia.check` runs it."""
+"""Compilation of the Metal kernels, translated to CUDA. `tools.nvidia.check` runs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BEFORE = '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_gr
 
 
 def program(call: KernelCall) -> str:
-    """What MLX's `cuda_kernel` has compiled for `call`: see build_kernel in its backend/cuda/custom_kernel.cpp."""
+    """Build the program that MLX's `cuda_kernel` compiles. See build_kernel in its backend/cuda/custom_kernel.cpp."""
     source = translate(call.source)
     parameters = []
     for name, array in zip(call.input_names, call.inputs):
@@ -62,7 +62,7 @@ def _constant(name: str, value: mx.Dtype | int | bool) -> str:
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, attend: Callable[[], object]) -> list[KernelCall]:
-    """The kernel calls that `attend` makes; their outputs are zeros."""
+    """Record the kernel calls that `attend` makes, with zeros for outputs."""
     calls: list[KernelCall] = []
 
     def zeros(call: KernelCall) -> list[mx.array]:
@@ -114,7 +114,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
 
 @pytest.fixture(scope="module")
 def include(tmp_path_factory) -> Path:
-    """A folder with what the kernels see of MLX's own headers."""
+    """Folder with the parts of MLX's headers that the kernels use."""
     folder = tmp_path_factory.mktemp("include")
     utils = folder / "mlx/backend/cuda/device/utils.cuh"
     utils.parent.mkdir(parents=True)
@@ -135,7 +135,7 @@ def compile_ptx(text: str, name: str, include: Path) -> subprocess.CompletedProc
         f"-I{include}",
         "-o",
         str(source.with_suffix(".ptx")),
-    ]  # 177: words that a kernel does not use
+    ]  # 177: unused definitions
     return subprocess.run([*command, str(source)], capture_output=True, text=True)
 
 

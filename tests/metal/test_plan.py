@@ -1,4 +1,4 @@
-"""How the Metal backend cuts its work: tiles, pieces of bounded work, and what reaches the executor."""
+"""Tests of the plan of the Metal backend: tiles, dispatches of bounded work, and calls of the executor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringattn.metal import device, dispatch, set_executor
 from ringattn.metal.backend import MetalKernel
 from ringattn.metal.device import Device
 from ringattn.metal.dispatch import Plan
-from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, pieces, reach
+from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, key_tile_ranges, split_dispatches
 from ringattn.verify.oracle import FLOATS, Case, check
 from tools.hostmetal import Runtime
 
@@ -33,13 +33,13 @@ def test_threadgroup_memory(dtype):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_reach(seed):
-    """Tile by tile, against the mask's own word for it."""
+def test_key_tile_ranges(seed):
+    """Ranges agree with the mask, tile by tile."""
     r = np.random.default_rng(seed)
     q_pos, k_pos = (np.sort(r.choice(400, n, replace=False)).astype(np.int32) for n in r.integers(1, 200, 2))
     band = [Band(), Band(None, 0), Band(-30, 0), Band(-5, 60), Band(0, 0)][seed % 5]
     rows, group, BK = int(r.choice([8, 16, 32])), int(r.choice([1, 1, 3])), int(r.choice([16, 32]))
-    tiles = reach(band, q_pos, k_pos, rows, group, BK)
+    tiles = key_tile_ranges(band, q_pos, k_pos, rows, group, BK)
     assert len(tiles) == -(-len(q_pos) * group // rows)
     for i, (first, full_first, full_last, last) in enumerate(tiles):
         queries = q_pos[i * rows // group : (min((i + 1) * rows, len(q_pos) * group) - 1) // group + 1]
@@ -59,14 +59,14 @@ LENGTHS = {"64K": 65_536, "262K": 262_144, "1M": 1_048_576}
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("architecture", ["applegpu_g13g", "applegpu_g15s", "applegpu_g14d"])
-def test_pieces_are_bounded(length, causal, architecture):
-    """32 heads of 128 dims, as many queries as keys: every pair is in one piece, and no piece is over the budget."""
+def test_dispatches_are_bounded(length, causal, architecture):
+    """With 32 heads of 128 dims every pair is in one dispatch, and no dispatch exceeds the budget."""
     tokens, heads, dims = LENGTHS[length], 32, 256
     gpu, tiling = device.device(architecture), Tiling.of(mx.bfloat16, 128, 128, 1000)
     positions = np.arange(tokens, dtype=np.int32)
-    tiles = reach(Band(None, 0 if causal else None), positions, positions, tiling.BQ, 1, tiling.BK)
+    tiles = key_tile_ranges(Band(None, 0 if causal else None), positions, positions, tiling.BQ, 1, tiling.BK)
     least = -(-gpu.threadgroups // heads)
-    cuts = pieces(tiles, (tiling.BQ, tiling.BK), (tokens, tokens), 2 * dims * heads, gpu.budget, least)
+    cuts = split_dispatches(tiles, (tiling.BQ, tiling.BK), (tokens, tokens), 2 * dims * heads, gpu.budget, least)
     at = 0
     for queries, keys in cuts:
         assert queries.start == at and keys[0].start == 0
@@ -151,7 +151,7 @@ def test_pr_3306_lse(options):
 
 @pytest.mark.parametrize("keys", [65_536, 131_072, 262_144])
 def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
-    """In pieces of at most 30,000 keys, each carrying its state to the next."""
+    """Dispatches have at most 30,000 keys, and each carries its state to the next."""
     case = case_of(4, keys)
     tiling = Tiling.of(mx.float16, 64, 64, 8)
     budget = 30_000 * tiling.BQ * 2 * (tiling.BD + tiling.BV)
@@ -166,7 +166,7 @@ def test_pr_3306_few_rows_against_many_keys(monkeypatch, keys):
     check(case, out, lse)
 
 
-# What reaches the executor
+# Calls of the executor
 
 
 def captured(case: Case, **more) -> list:
@@ -179,7 +179,7 @@ def captured(case: Case, **more) -> list:
 
 @pytest.mark.host_runtime
 def test_without_lse_there_is_no_trace_of_it():
-    """Neither an operation nor a byte: `attention` keeps it for the gradient, callers without one leave it out."""
+    """A kernel without lse has no operation and no byte for it. `attention` needs it for the gradient."""
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 70, 64)), mx.float16)
     runtime, counted = Runtime(checks=False), []
     set_executor(runtime)
@@ -197,7 +197,7 @@ def test_without_lse_there_is_no_trace_of_it():
 
 
 def visible_tiles(case: Case) -> int:
-    """Tiles of 32 x 32 in which any query sees any key, counted from the mask itself."""
+    """Count the tiles of 32 x 32 in which any query sees any key, from the mask."""
     seen = np.pad(case.visible, [(0, 0), (0, 0), (0, -len(case.q_pos) % 32), (0, -len(case.k_pos) % 32)])
     tiles = seen.reshape(*seen.shape[:2], seen.shape[2] // 32, 32, seen.shape[3] // 32, 32)
     return int(tiles.any((3, 5)).sum())
@@ -219,7 +219,7 @@ def test_work_is_in_proportion_to_the_tiles_that_are_seen(options):
     restore_executor()
     tiles, dim = visible_tiles(case), case.q.shape[3]
     assert counted.matmuls <= tiles * 2 * (32 // 8) ** 2 * (dim // 8)
-    assert counted.exp2 <= tiles * (32 * 32 + 128)  # and for each of the 128 threads what rescales its row
+    assert counted.exp2 <= tiles * (32 * 32 + 128)  # and for each of the 128 threads the factor of its row
     read = sum(counted.device_read[name] for name in ("keys", "values"))
     assert read == tiles * 2 * 32 * dim * case.q.dtype.size
 
@@ -230,7 +230,7 @@ def test_heads_that_share_keys_share_tiles_when_rows_are_few():
 
 
 def test_a_kernel_is_the_same_whatever_the_lengths():
-    """Or it would be compiled anew for every token."""
+    """Otherwise each new token would compile a kernel."""
     few, more = (captured(case_of(100, n, mask="causal"))[0] for n in (300, 301))
     assert (few.name, few.source, few.header, few.template) == (more.name, more.source, more.header, more.template)
 
@@ -260,6 +260,6 @@ def test_an_executor_is_a_function():
 
 def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
-    problem = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
-    plan = Plan.of(problem, Device(10, 10**12))
-    assert plan.group == 4 and plan.splits(problem) == 5000 // dispatch.LEAST_KEYS
+    inputs = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    plan = Plan.of(inputs, Device(10, 10**12))
+    assert plan.group == 4 and plan.splits(inputs) == 5000 // dispatch.LEAST_KEYS

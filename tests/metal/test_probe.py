@@ -1,4 +1,4 @@
-"""On a Mac each kernel variant is tried on a few tokens before its first use, and replaced where it does not work."""
+"""Tests of the self-test: on a Mac a kernel variant is tested before its first use, and replaced where it fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ringattn.verify.oracle import ratios
 
 @pytest.fixture
 def as_on_a_mac(monkeypatch):
-    """Kernel variants are tried first, whoever runs them."""
+    """Self-test kernel variants with any executor."""
     monkeypatch.setattr(launch, "default", lambda: True)
     monkeypatch.setattr(launch, "available", lambda: True)
     monkeypatch.setattr(self_test, "_verdicts", {})

@@ -1,4 +1,4 @@
-"""The forward kernel by the M5's matrix units: same answers, the work of MLX's own, and a plain kernel behind it."""
+"""Tests of the forward kernel for the M5's matrix units: results, work compared with MLX, and the fallback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HALF = (mx.float16, mx.bfloat16)
 
 @pytest.fixture
 def runtime():
-    """A device with matrix units."""
+    """Runtime of a device with matrix units."""
     runtime = Runtime("shuffled")
     set_executor(runtime, tensor_ops=True)
     yield runtime
@@ -72,7 +72,7 @@ def test_head_dims(runtime, dims):
 
 def test_strided_slices_of_a_cache(runtime):
     cache = normal(0, 1, 300, 2, 64, dtype=mx.float16).swapaxes(1, 2)[:, :, 17:217]
-    across = mx.contiguous(cache.swapaxes(2, 3)).swapaxes(2, 3)  # head dims far apart
+    across = mx.contiguous(cache.swapaxes(2, 3)).swapaxes(2, 3)  # a large stride between head dims
     case = Case(cache, across, cache, np.arange(200), np.arange(200), {"mask": "causal"})
     check(case, *run(case))
 

@@ -33,7 +33,7 @@ from ringattn.rendezvous.channel import Channel
 from ringattn.rendezvous.client import connect, parse_endpoint
 from ringattn.rendezvous.handshake import RESPONSE
 from ringattn.transport.failures.status_file import Status
-from ringattn.transport.mlx.bootstrap import Meeting
+from ringattn.transport.mlx.bootstrap import TcpBootstrap
 
 HERE = "127.0.0.1"
 SOON = 3.0  # s; it was 5 for each stranger, and 77 for one that sends a byte now and then
@@ -83,18 +83,18 @@ def doctor_port() -> Iterator[Port]:
 
 @contextmanager
 def mesh_port() -> Iterator[Port]:
-    meetings = [Meeting("mac", [HERE]) for _ in range(3)]
-    cards = [meeting.card for meeting in meetings]
+    bootstraps = [TcpBootstrap("mac", [HERE]) for _ in range(3)]
+    endpoints = [bootstrap.endpoint for bootstrap in bootstraps]
 
     def enter() -> None:
         with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(lambda rank: meetings[rank].meet(rank, cards), range(3)))
+            found = list(pool.map(lambda rank: bootstraps[rank].connect_all(rank, endpoints), range(3)))
         for rank, links in enumerate(found):
             assert links.keys() == {0, 1, 2} - {rank}
             for link in links.values():
                 link.close()
 
-    yield (HERE, cards[0]["port"]), lambda: seconds(enter)
+    yield (HERE, endpoints[0]["port"]), lambda: seconds(enter)
 
 
 PORTS = {"launcher": launcher_port, "doctor": doctor_port, "mesh": mesh_port}
@@ -143,15 +143,15 @@ def test_an_endless_line_is_not_kept(port) -> None:
         assert enter() < SOON
 
 
-def test_a_mesh_card_holds_no_secret() -> None:
-    """Whoever reads all cards, and has one of his own, is not let in."""
-    first, second, reader = (Meeting("mac", [HERE]) for _ in range(3))
+def test_a_mesh_endpoint_holds_no_secret() -> None:
+    """A program that reads all endpoints, and has one of its own, is refused."""
+    first, second, reader = (TcpBootstrap("mac", [HERE]) for _ in range(3))
     with ThreadPoolExecutor(1) as pool:
-        meeting = pool.submit(first.meet, 0, [first.card, second.card])
+        connecting = pool.submit(first.connect_all, 0, [first.endpoint, second.endpoint])
         with pytest.raises(RingError, match="another machine or another run"):
-            reader.meet(1, [first.card, reader.card])
-        second.meet(1, [first.card, second.card])[0].close()
-        meeting.result(10)[1].close()
+            reader.connect_all(1, [first.endpoint, reader.endpoint])
+        second.connect_all(1, [first.endpoint, second.endpoint])[0].close()
+        connecting.result(10)[1].close()
 
 
 STEPS = st.one_of(

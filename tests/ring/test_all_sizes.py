@@ -1,4 +1,4 @@
-"""Runs the tests of ``tests/spmd``, which every rank executes together, on rings of several sizes."""
+"""Runs of ``tests/spmd``, whose tests all ranks execute together, on rings of several sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from spawn import spawn, spawn_mlx
 pytestmark = pytest.mark.ranks
 
 
-# Two and three ranks have every way in which messages and models can go wrong; more add none to these.
+# Two and three ranks cover every kind of failure of messages and models. More ranks add none.
 FEW_RANKS = ("test_lm.py", "test_training.py", "test_wrong_input.py")
 
 
@@ -41,14 +41,14 @@ def test_spmd_the_rest(size: int) -> None:
     ],
 )
 def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
-    """Over mx.distributed; with `one_way` as where a rank must not send and receive at once."""
+    """Tests pass over mx.distributed. `one_way` simulates links on which a rank must not send and receive at once."""
     arguments = ["-m", "pytest", f"tests/spmd/{what}", "-x", "-p", "no:cacheprovider"]
     results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
     assert all(result.code == 0 for result in results), "\n".join(map(str, results))
 
 
 def test_failing_rank_ends_all(tmp_path) -> None:
-    """One rank fails a test while the others wait for it: all end, and the cause is told."""
+    """If one rank fails a test while the others wait for it, all end and print the cause."""
     test = "def test_it(ring):\n    assert ring.rank != 1, 'only here'\n    ring.barrier()\n"
     (tmp_path / "test_one.py").write_text(test)
     arguments = ["-m", "pytest", str(tmp_path), "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]

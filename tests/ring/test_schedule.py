@@ -1,4 +1,4 @@
-"""The schedule and the band, against masks and journeys written out pair by pair and token by token."""
+"""Tests of the schedule and the band, against masks of single pairs and paths of single tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BANDS = [
 
 
 def attends(i: int, j: int, causal: bool, window: int | tuple[int, int] | None) -> bool:
-    """Whether the query at position i sees the key at position j, from the documentation alone."""
+    """Return whether the query at position i sees the key at position j, by the documentation alone."""
     if causal and j > i:
         return False
     if isinstance(window, int):
@@ -48,7 +48,7 @@ def attends(i: int, j: int, causal: bool, window: int | tuple[int, int] | None) 
 
 @dataclass(frozen=True)
 class Problem:
-    """Where queries and keys are, and what sees what."""
+    """Layouts of queries and keys, and the band."""
 
     q_layout: Layout
     kv_layout: Layout
@@ -64,7 +64,7 @@ class Problem:
         return Band.of(self.causal, self.window)
 
     def pairs(self) -> set[tuple[int, int]]:
-        """All (query, key) that attend."""
+        """List all attending pairs (query, key)."""
         queries, keys = (range(x.start, x.stop) for x in (self.q_layout, self.kv_layout))
         return {(i, j) for i in queries for j in keys if attends(i, j, self.causal, self.window)}
 
@@ -76,11 +76,11 @@ class Problem:
         return self.q_layout if strategy == "pass_q" else self.kv_layout
 
     def on(self, route: Route, strategy: str, rank: int) -> set[int]:
-        """The tokens of a rank that take a route."""
+        """Select the tokens of a rank that use a route."""
         return tokens(route.tokens(self.travelling(strategy).spans[rank]))
 
     def met(self, strategy: str) -> dict[int, set[int]]:
-        """For every travelling token, the ranks that hold a token it forms an attending pair with."""
+        """Find, for every travelling token, the ranks that hold a token with which it forms an attending pair."""
         q_owner, k_owner = owners(self.q_layout), owners(self.kv_layout)
         found: dict[int, set[int]] = {p: set() for p in owners(self.travelling(strategy))}
         for i, j in self.pairs():
@@ -96,14 +96,14 @@ def owners(layout: Layout) -> dict[int, int]:
 
 
 def tokens(spans: tuple) -> set[int]:
-    """The positions in `spans`, which must be ascending and disjoint."""
+    """List the positions in `spans`, which must be ascending and disjoint."""
     listed = [p for start, stop in spans for p in range(start, stop)]
     assert listed == sorted(set(listed))
     return set(listed)
 
 
 def hop_of(schedule: Schedule, h: int, name: str) -> set[int]:
-    """The positions in one field of hop `h`; hops left out at the end are empty."""
+    """List the positions in one field of hop `h`. Hops left out at the end are empty."""
     return tokens(getattr(schedule.hops[h], name)) if h < len(schedule.hops) else set()
 
 
@@ -123,7 +123,7 @@ def make_layout(draw: st.DrawFn, n: int, size: int, start: int) -> Layout:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Layouts of queries and keys (the same, or new queries after a cached prefix, or anything) and a band."""
+    """Draw layouts of queries and keys (equal, new queries after a cached prefix, or any) and a band."""
     size, start = draw(st.integers(1, 9)), draw(st.integers(0, 20))
     q_layout = make_layout(draw, draw(st.integers(0, 40)), size, start)
     relation = draw(st.sampled_from(["same", "prefix", "any"]))
@@ -139,7 +139,7 @@ every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_route = pytest.mark.parametrize("route", [TO_THE_RIGHT, *BOTH_WAYS], ids=["all", "right half", "left half"])
 
 
-# (a) what is computed
+# (a) computed pairs
 
 
 @every_strategy
@@ -162,7 +162,7 @@ def test_every_pair_is_computed_exactly_once(strategy, routes, problem):
     assert set(computed.values()) <= {1}
 
 
-# (b) what moves
+# (b) sent tokens
 
 
 @every_strategy
@@ -185,7 +185,7 @@ def test_what_arrives_is_what_the_rank_before_sends(strategy, route, problem):
         assert schedule.step == route.step
 
 
-# (c) and no further than it is needed
+# (c) no token travels further than needed
 
 
 @every_strategy
@@ -221,11 +221,11 @@ def test_nothing_is_left_of_hops_in_which_nothing_happens(strategy, route, probl
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 @pytest.mark.parametrize("window", [1, 2, 8, 9, 10, 17, 25, 1000])
 def test_a_window_ends_the_ring_early(strategy, size, window):
-    """Contiguous blocks of 8: a query sees window - 1 tokens back, so a block is needed by so many ranks after it."""
+    """With contiguous blocks of 8, a query sees window - 1 tokens back. Only ranks that near need a block."""
     layout, reach = Layout.contiguous(8 * size, size), -(-(window - 1) // 8)
     for rank in range(size):
         hops = plan(layout, layout, Band.of(False, window), strategy, rank).hops
-        if strategy == "pass_q":  # queries see back, so they have nearly all the way round to go
+        if strategy == "pass_q":  # queries see back, so they travel around nearly the whole ring
             busy = [h for h in range(1, size) if hops[h : h + 1] and hops[h].compute]
             assert busy == [h for h in range(1, size) if 0 < (size - h) <= reach and rank + size - h < size]
         else:
@@ -263,7 +263,7 @@ def test_zigzag_has_equal_work_at_every_hop_both_ways_too(size):
 @steady
 @given(problems())
 def test_halves(problem):
-    """Of every span, so that zigzag stays even; and together all of it."""
+    """Every span is halved, so that zigzag stays even. The halves together are the whole."""
     for spans in problem.kv_layout.spans:
         one, other = halves(spans)
         assert union((*one, *other)) == spans and length(one) + length(other) == length(spans)
@@ -304,7 +304,7 @@ def test_only_pass_q_moves_states(problem):
 @steady
 @given(problems())
 def test_in_the_gradient_keys_travel_as_queries_do(problem):
-    """Their gradients behind them: what pass-Q does, the roles exchanged."""
+    """Gradients follow keys as results follow queries in pass-Q, with the roles exchanged."""
     band, transposed = problem.band, problem.band.transposed
     for rank in range(problem.size):
         forward = plan(problem.q_layout, problem.kv_layout, band, "pass_kv", rank)
@@ -316,11 +316,11 @@ def test_in_the_gradient_keys_travel_as_queries_do(problem):
         assert queries == plan(problem.q_layout, problem.kv_layout, band, "pass_q", rank, gradient=True)
 
 
-# (h) which strategy
+# (h) the choice of the strategy
 
 
 def journeys(problem: Problem, strategy: str) -> tuple[int, int]:
-    """How many hops all blocks and all states make, token by token."""
+    """Count the hops of all blocks and all states, token by token."""
     owner, size = owners(problem.travelling(strategy)), problem.size
     blocks = states = 0
     for token, ranks in problem.met(strategy).items():
@@ -350,7 +350,7 @@ def test_minimum(problem):
 
 
 def copy(layout: Layout) -> Layout:
-    """An equal layout that is another object, as another rank has."""
+    """Copy a layout: an equal one that is another object, as on another rank."""
     return Layout([[list(span) for span in spans] for spans in layout.spans], layout.start)
 
 
@@ -369,7 +369,7 @@ def test_choose_takes_the_fewer_bytes(problem, key_bytes, query_bytes, state_byt
 
 
 def model_bytes(q_heads: int, kv_heads: int, dim: int = 128, item: int = 2) -> tuple[Sizes, Sizes]:
-    """Bytes of one key and value, and of one query and its state, of a model."""
+    """Compute the bytes of a key with its value, and of a query with its state, of a model."""
     return Sizes(2 * kv_heads * dim * item), Sizes(q_heads * dim * item, q_heads * (dim + 2) * 4)
 
 
@@ -389,7 +389,7 @@ def test_a_whole_prompt_with_grouped_heads_passes_kv(size, kind):
 
 
 def test_choose_minds_memory():
-    """Fewer bytes are not worth it where travelling queries and states would need more room than two key blocks."""
+    """Pass-Q with fewer bytes is not chosen where its queries and states need more memory than two key blocks."""
     prefix, size = 4096, 8
     kv_only_far = Layout([[(0, prefix)]] + [[]] * (size - 1))
     q_layout = Layout([[]] * (size - 1) + [[(prefix, prefix + 600)]], prefix)

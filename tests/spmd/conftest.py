@@ -2,8 +2,8 @@
 
 ``tests/ring/test_all_sizes.py`` starts them.
 
-Every rank runs the same tests in the same order with the same random numbers: each makes the whole problem, takes its
-part of it, and compares with its part of the whole answer. A rank that fails breaks the ring, so that no other waits.
+Every rank runs the same tests in the same order with the same random numbers. Each makes the whole problem, takes its
+part, and compares with its part of the whole result. A rank that fails breaks the ring, so that no other rank waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ringattn.transport import Ring, init
 from ringattn.transport.consensus import agree
 from ringattn.transport.environment import launched_by
 
-# Without a launcher there is no ring to test: an ordinary run of the suite passes by here.
+# Without a launcher there is no ring to test: an ordinary run of the suite skips these tests.
 collect_ignore_glob = ["test_*.py"] if launched_by() == "solo" else []
 
 _rings: list[Ring] = []
@@ -26,7 +26,7 @@ _rings: list[Ring] = []
 
 @pytest.fixture(scope="session")
 def ring() -> Iterator[Ring]:
-    """The ring of all ranks."""
+    """Ring of all ranks."""
     ring = init(timeout=30)
     _rings.append(ring)
     yield ring
@@ -35,7 +35,7 @@ def ring() -> Iterator[Ring]:
 
 @pytest.fixture(autouse=True)
 def same_test(ring: Ring, request: pytest.FixtureRequest) -> None:
-    """Every test begins on all ranks together, so that a failure is told in the test that it belongs to."""
+    """Start each test on all ranks together, so that a failure is reported in the test that caused it."""
     agree(ring, "test", (("name", request.node.nodeid),))
 
 

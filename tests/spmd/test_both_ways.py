@@ -1,4 +1,4 @@
-"""Blocks whose halves travel both ways around, against the whole problem in float64, on every rank."""
+"""Tests of blocks whose halves travel in both directions, against the whole problem in float64."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bits_repeat(both: Ring, strategy: str) -> None:
 
 
 def test_half_goes_either_way(both: Ring) -> None:
-    """As many bytes as before, and half of a block at a time."""
+    """Both directions together send as many bytes as one, half a block at a time."""
     layout = ra.Layout.contiguous(96 * both.size, both.size)
     x = layout.shard(mx.random.normal((1, 1, layout.length, 8), key=mx.random.key(0)), both.rank)
     before, both.trace = both.bytes_sent, []
@@ -69,7 +69,7 @@ def test_half_goes_either_way(both: Ring) -> None:
 
 
 def test_windows_stay_on_the_way_that_is_shorter(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is open: long blocks, on hosts of their own, and keys that only the next rank needs."""
+    """By default, keys that only the next rank needs go one way, even for long blocks on separate hosts."""
     if ring.size < 3 or not ring.duplex:
         pytest.skip("nothing to go both ways on")
     monkeypatch.setattr(ring, "hosts", tuple(f"mac{i}" for i in range(ring.size)))

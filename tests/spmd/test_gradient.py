@@ -1,4 +1,4 @@
-"""The gradient of `ring_attention` against the closed form on the whole problem in float64, on every rank."""
+"""Tests of the gradient of `ring_attention`, against the closed form on the whole problem in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ringattn.verify.oracle import GradientCase, random_case
 
 
 def gradients(problem: GradientCase, ring: Ring, kind: str, **more) -> dict[str, mx.array]:
-    """The whole gradients, put together from those of all ranks."""
+    """Gather the whole gradients from all ranks."""
     case, rank = problem.case, ring.rank
     layout, kv_layout = layouts(case, kind, ring.size)
     named = problem.differentiable
@@ -111,7 +111,7 @@ def test_under_checkpoint(ring: Ring) -> None:
 
 
 def test_several_calls_in_one_loss(ring: Ring) -> None:
-    """Their gradients are taken in the same order everywhere."""
+    """All ranks compute the gradients of several calls in the same order."""
     x = mx.array(np.random.default_rng(ring.rank).standard_normal((1, 2, 4, 8)).astype(np.float32))
     layout = ra.Layout.contiguous(4 * ring.size, ring.size)
 
@@ -128,11 +128,11 @@ def test_several_calls_in_one_loss(ring: Ring) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("way", ["window", "boolean", "additive", "segments"])
 def test_keys_that_no_query_sees_may_hold_any_bits(ring: Ring, strategy: str, way: str) -> None:
-    """On whichever rank they are."""
+    """Keys that no query sees may hold any bits, on any rank."""
     problem = GradientCase.random(FEATURES["longer cache than queries"]())
     case, unseen = problem.case, np.arange(300) % 7 == 3
     if way == "window":
-        unseen = np.arange(300) < 250  # the queries stand at 260 to 299
+        unseen = np.arange(300) < 250  # the queries have positions 260 to 299
     case.options = {
         "window": {"window": 11},
         "boolean": {"mask": mx.array(np.broadcast_to(~unseen, (40, 300)))},

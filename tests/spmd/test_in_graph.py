@@ -1,4 +1,4 @@
-"""Decoding as a node of MLX's graph, where the transport can: `decode_attention` waits for nobody."""
+"""Decoding as a node of MLX's graph, where the transport supports it: `decode_attention` does not wait."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ringattn.transport.shared_input import SharedInput
 @pytest.fixture(autouse=True)
 def in_graph(ring: Ring) -> None:
     if not ring.in_graph_bytes:
-        pytest.skip("this transport has to evaluate")
+        pytest.skip("this transport has no exchange in the graph")
 
 
 def decode(ring: Ring, seed: int = 0, tokens: int = 1, heads: int = 4, **options) -> tuple[mx.array, mx.array]:
-    """What `decode_attention` gives, and what one device gives for the whole."""
+    """Return the result of `decode_attention`, and that of one device for the whole sequence."""
     layout = Layout.weighted(64, [1.0] * (ring.size - 1) + [2.0])
     q, k, v = (
         mx.random.normal((1, h, n, 32), key=mx.random.key(seed + i))
@@ -43,7 +43,7 @@ def test_result(ring, tokens, heads):
     ring.barrier()
 
 
-def test_it_waits_for_nobody(ring):
+def test_it_does_not_wait(ring):
     ring.barrier()
     if ring.rank == 1:
         time.sleep(0.5)
@@ -51,11 +51,11 @@ def test_it_waits_for_nobody(ring):
     pairs = [decode(ring, seed) for seed in range(3)]
     seconds = time.monotonic() - begin
     assert seconds < 0.4
-    for pair in reversed(pairs):  # in whatever order
+    for pair in reversed(pairs):  # in any order
         assert same(pair)
 
 
-def test_a_result_that_nobody_looks_at_on_one_rank(ring):
+def test_a_result_that_one_rank_never_evaluates(ring):
     pair = decode(ring)
     if ring.rank == 0:
         assert same(pair)
@@ -76,16 +76,16 @@ def test_blocks_move_after_it(ring):
         assert into == b"hello" and same(pair)
 
 
-def test_the_kernel_is_each_ranks_own_affair(ring):
+def test_kernels_that_differ(ring):
     for seed in range(4):
         assert same(decode(ring, seed, backend="host" if (ring.rank + seed) % 2 else "reference"))
 
 
-@pytest.mark.parametrize("looked_at", [True, False])
-def test_arguments_that_differ(ring, looked_at):
-    """Never a wrong number: NaN, and the next call says why."""
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_arguments_that_differ(ring, evaluated):
+    """The result is NaN, never a wrong number, and the next call raises."""
     out, _ = decode(ring, scale=0.5 if ring.rank == 0 else 0.25)
-    if looked_at:
+    if evaluated:
         assert np.isnan(np.array(out)).all()
     with pytest.raises(ArgumentError, match="decode_attention: scale differs between ranks: 0.5 on rank 0, 0.25 on"):
         ring.barrier()
@@ -95,7 +95,7 @@ def test_arguments_that_differ(ring, looked_at):
 
 @pytest.mark.parametrize("backends", [["reference"], ["host", "reference"]], ids=["in the graph", "mixed"])
 def test_a_shared_input(ring, backends):
-    """It is looked at without waiting, wherever a rank's kernel computes; the first rank has another one."""
+    """The check does not wait, whatever kernel a rank has. The first rank has another input."""
     backend = backends[ring.rank % len(backends)]
     with ring.sharing(SharedInput("the input", mx.array([[5, 6]]), "do so")):
         assert same(decode(ring, backend=backend))
@@ -108,7 +108,7 @@ def test_a_shared_input(ring, backends):
         else:
             out, _ = decode(ring, backend=backend)
             assert np.isnan(np.array(out)).all()
-    with pytest.raises(ArgumentError, match=text):  # those that did not wait hear of it now, and so do all
+    with pytest.raises(ArgumentError, match=text):  # the ranks that did not wait raise now, and so do all
         ring.barrier()
     assert same(decode(ring))
     ring.barrier()
@@ -116,12 +116,12 @@ def test_a_shared_input(ring, backends):
 
 @pytest.mark.parametrize("backend", ["host", "reference"])
 def test_sizes_that_differ(ring, backend):
-    """A state that fits into a round against one that does not: still the same round on the link."""
+    """Rank 0's state is longer than a frame, the others' fit: all ranks make the same gather."""
     try:
         out, _ = decode(ring, tokens=80 if ring.rank == 0 else 1, heads=8, backend=backend)
     except ArgumentError as error:
         assert "decode_attention: q differs between ranks" in str(error)
-        if backend == "reference":  # the others hear of it in the next call, and so then does this rank
+        if backend == "reference":  # the others raise in the next call, and so does this rank
             with pytest.raises(ArgumentError, match="q differs between ranks"):
                 ring.barrier()
     else:
@@ -140,7 +140,7 @@ def test_arguments_that_differ_among_many_calls(ring, monkeypatch):
 
 
 def test_an_error_on_one_rank(ring):
-    """It is told at once where it happened, and in the next call everywhere."""
+    """The rank itself raises at once, all ranks in the next call."""
     if ring.rank == 0:
         with pytest.raises(ArgumentError, match="window: 0"):
             decode(ring, window=0)

@@ -1,4 +1,4 @@
-"""Language models over a ring of any size give what they give in one process."""
+"""Language models over a ring of any size give the results of one process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ringattn import lm
-from ringattn.lm import partition
-from ringattn.lm import sharded_cache as caches
 from ringattn.lm.prompt_cache import atomic_files
-from ringattn.lm.sharded_cache import held_bytes
+from ringattn.lm.sharding import partition
+from ringattn.lm.sharding import sharded_cache as caches
+from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
@@ -42,7 +42,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     lm.shard(model, ring)
     sharded = make_prompt_cache(model)
     assert all(type(c) is lm.ShardedKVCache for c in sharded)
-    for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # of several, mlx-lm's own cache may have lost one
+    for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # mlx-lm's cache may drop one of several
         ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
         expected, found = model(ids, cache=plain), model(ids, cache=sharded)
         assert sharded[0].step is not None
@@ -56,7 +56,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_logits_in_16_bits(ring: Ring, rng: np.random.Generator, name: str, dtype: mx.Dtype) -> None:
-    """At most twice as far from float32 as mlx-lm's own; some layers have float32 queries for 16-bit keys."""
+    """The error is at most twice that of mlx-lm itself; some layers have float32 queries for 16-bit keys."""
     exact, model = build(name), build(name)
     model.set_dtype(dtype)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 16 * ring.size + 40)))
@@ -88,7 +88,7 @@ def test_each_rank_holds_its_part(ring: Ring, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
 def test_held_bytes_are_those_of_the_tokens(ring: Ring, name: str) -> None:
-    """Not of the room for more that one token at a time makes: it grows in steps, in mlx-lm's cache too."""
+    """Room for more tokens does not count: the arrays grow in steps, in mlx-lm's cache too."""
     model = build(name)
     plain = make_prompt_cache(model)
     lm.shard(model, ring)
@@ -117,7 +117,7 @@ def test_window_layers_forget(ring: Ring) -> None:
 
 
 def test_trim(ring: Ring, rng: np.random.Generator) -> None:
-    """Tokens taken back leave no trace."""
+    """Removed tokens have no effect on later ones."""
     model = build("llama")
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 130)))
     expected = model(ids, cache=make_prompt_cache(model))
@@ -131,7 +131,7 @@ def test_trim(ring: Ring, rng: np.random.Generator) -> None:
 
 
 def test_greedy_tokens(ring: Ring, rng: np.random.Generator) -> None:
-    """mlx-lm's own loop over the ring: the tokens of one process, whatever the length of the prompt."""
+    """mlx-lm's own loop over the ring gives the tokens of one process for prompts of any length."""
     from mlx_lm.generate import generate_step
 
     model = build("qwen3", seed=1)
@@ -140,12 +140,12 @@ def test_greedy_tokens(ring: Ring, rng: np.random.Generator) -> None:
     lm.shard(model, ring)
     for prompt, tokens in zip(prompts, expected):
         theirs = prompt if ring.rank == 0 else []
-        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, chunk=50)]
+        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, prefill_step_size=50)]
         assert found == tokens
 
 
 def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
-    """Ranks whose samplers disagree still go on with the same token."""
+    """Ranks with different samplers continue with the same token."""
     model = lm.shard(build("llama"), ring)
     sampler = lambda logprobs: mx.array([ring.rank + 3])  # noqa: E731
     found = [r.token for r in lm.stream_generate(model, words(), [5], max_tokens=4, sampler=sampler)]
@@ -154,7 +154,7 @@ def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
 
 @pytest.mark.parametrize("after, tokens, read", [(0, 0, 0), (1, 0, 100), (3, 0, 300), (4, 0, 302), (6, 1, 303)])
 def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> None:
-    """Between rounds of prefill or between tokens; the cache holds what was read until then, and goes on from there."""
+    """A text ends between rounds of prefill or between tokens. Its cache holds the tokens read and can be continued."""
     if 100 % ring.size:
         pytest.skip("the rounds are of 100 tokens")
     model = lm.shard(build("llama"), ring)
@@ -162,7 +162,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
     options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
     prompt = [i % 60 for i in range(301)]
     found = lm.stream_generate(
-        model, words(), prompt, max_tokens=9, chunk=100 // ring.size, prompt_cache=cache, **options
+        model, words(), prompt, max_tokens=9, prefill_step_size=100 // ring.size, prompt_cache=cache, **options
     )
     assert (len(list(found)), cache[0].size()) == (tokens, read)
     assert len(list(lm.stream_generate(model, words(), [3], max_tokens=2, prompt_cache=cache))) == 2
@@ -195,7 +195,7 @@ def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         (
             "afm7",
@@ -205,9 +205,9 @@ def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window
         ("iquestloopcoder", {"loop_window_size": 8, "loop_num": 2}, "has a layer of another kind: attention to"),
     ],
 )
-def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, told: str) -> None:
-    """Before anything is computed: it would be wrong without a word."""
-    with pytest.raises(lm.UnsupportedModelError, match=rf"^model: {name} [^\n]*{told}[^\n]*$"):
+def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, message: str) -> None:
+    """The error comes before anything is computed: the result would be silently wrong."""
+    with pytest.raises(lm.UnsupportedModelError, match=rf"^model: {name} [^\n]*{message}[^\n]*$"):
         lm.shard(build_other(name, changes), ring)
 
 
@@ -221,19 +221,20 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"kv_bits": 4}, "kv_bits: not supported over a ring"),
         ({"max_kv_size": 32}, "max_kv_size: not supported"),
         ({"draft_model": 1}, "draft_model: not supported"),
         ({"input_embeddings": 1}, "input_embeddings: not supported"),
-        ({"prefill_step_size": 9}, "prefill_step_size: not supported over a ring, expected chunk"),
+        ({"prefill_step_size": 0}, "prefill_step_size: 0, expected at least 1"),
         ({"chunk": 0}, "chunk: 0, expected at least 1"),
+        ({"chunk": 9, "prefill_step_size": 9}, "chunk: not supported over a ring"),
     ],
 )
-def test_options_that_mean_nothing_here(ring: Ring, options: dict, told: str) -> None:
+def test_options_that_mean_nothing_here(ring: Ring, options: dict, message: str) -> None:
     model = lm.shard(build("llama"), ring)
-    with pytest.raises(ArgumentError, match=f"^{told}"):
+    with pytest.raises(ArgumentError, match=f"^{message}"):
         list(lm.stream_generate(model, words(), [5], max_tokens=4, **options))
 
 
@@ -252,7 +253,7 @@ class Other(KVCache):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("again", [1, 2, "size"])
 def test_a_saved_cache_goes_on(ring: Ring, rng: np.random.Generator, tmp_path_factory, name: str, again) -> None:
-    """On as many ranks as before or on fewer, with a next turn after it."""
+    """A cache is loaded on as many ranks as before or on fewer, and a next turn follows."""
     size = ring.size if again == "size" else min(again, ring.size)
     path = _path(ring, tmp_path_factory)
     model = build(name)
@@ -278,7 +279,7 @@ def test_a_saved_cache_goes_on(ring: Ring, rng: np.random.Generator, tmp_path_fa
 
 
 def _first(ring: Ring, size: int) -> Ring | None:
-    """The ring of the first `size` ranks, also over a transport that has no `split`, if it can be had."""
+    """Make a ring of the first `size` ranks, where the transport allows it; ``None`` on the other ranks."""
     if size == ring.size:
         return ring
     if size == 1:
@@ -289,13 +290,13 @@ def _first(ring: Ring, size: int) -> Ring | None:
 
 
 def _path(ring: Ring, tmp_path_factory) -> Path:
-    """Of a manifest, in a folder of its own that all ranks share."""
+    """The path of a manifest in a new folder that all ranks share."""
     own = mx.array(list(str(tmp_path_factory.mktemp("cache")).encode()), mx.uint8)
     return Path(bytes(ring.broadcast(own).tolist()).decode()) / "cache.json"
 
 
 def _saved(ring: Ring, tmp_path_factory, model: nn.Module) -> tuple[Path, list[lm.ShardedKVCache]]:
-    """A cache of 100 tokens, also on disk."""
+    """Make and save a cache of 100 tokens."""
     path = _path(ring, tmp_path_factory)
     cache = make_prompt_cache(model)
     model(mx.zeros((1, 100), mx.int32), cache=cache)
@@ -304,7 +305,7 @@ def _saved(ring: Ring, tmp_path_factory, model: nn.Module) -> tuple[Path, list[l
 
 
 def _on_rank_0(ring: Ring, change: Callable[[], object]) -> None:
-    """Change something that all ranks see."""
+    """Change something on rank 0 that all ranks see."""
     ring.barrier()
     if ring.rank == 0:
         change()
@@ -329,10 +330,10 @@ def _in_float16(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_factory, name: str) -> None:
-    """It would give wrong numbers, or an error somewhere inside the next call."""
-    make, told = OTHERS[name]
+    """Such a cache would give wrong numbers, or an error inside the next call."""
+    make, message = OTHERS[name]
     path, _ = _saved(ring, tmp_path_factory, lm.shard(make(), ring))
-    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {told}$"):
+    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {message}$"):
         lm.load_cache(path, lm.shard(build("llama"), ring))
 
 
@@ -356,7 +357,7 @@ TORN = "not the manifest of a prompt cache, or torn"
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda text: text[:-9], TORN),
         (lambda text: "[]", TORN),
@@ -371,15 +372,15 @@ TORN = "not the manifest of a prompt cache, or torn"
         (lambda text: _changed(text, "layouts", lambda _: []), "torn or changed: a checksum of"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, told: str) -> None:
-    """In particular files in another order, whose keys would be taken for those of other tokens."""
+def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, message: str) -> None:
+    """Files in another order count too: their keys would be used for other tokens."""
     model = lm.shard(build("llama"), ring)
     path, _ = _saved(ring, tmp_path_factory, model)
     text = change(path.read_text())
     if text == path.read_text():
         pytest.skip("one file has no order")
     _on_rank_0(ring, lambda: path.write_text(text, encoding="latin-1"))
-    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: {told}[^\n]*$"):
+    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: {message}[^\n]*$"):
         lm.load_cache(path, model)
 
 
@@ -390,7 +391,7 @@ def _changed(text: str, name: str, change: Callable[[Any], Any]) -> str:
 
 @pytest.mark.parametrize("fails", ["write", "write_manifest", "publish"])
 def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypatch, fails: str) -> None:
-    """On the last rank; all hear of it, the cache that was saved before is still there, and the next save works."""
+    """The save fails on the last rank. All ranks raise, the cache saved before stays, and the next save works."""
     model = lm.shard(build("llama"), ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     before = {file.name for file in path.parent.iterdir()}
@@ -417,7 +418,7 @@ def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypa
 
 
 def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> None:
-    """What MLX says of it is no OSError."""
+    """The error is an OSError, though MLX raises another type."""
     model = lm.shard(build("llama"), ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     with pytest.raises(OSError, match="No such file or directory"):
@@ -425,10 +426,11 @@ def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> N
 
 
 def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
-    """Of savers that were killed; not what another one is writing, nor what is not ours."""
+    """Files of killed processes are removed. Files that another process is writing, and other names, stay."""
     model = lm.shard(build("llama"), ring)
     path, cache = _saved(ring, tmp_path_factory, model)
-    dead, alive = "0123456789ab-1of2", "ba9876543210-1of2"
+    dead = "0123456789ab-1of2"
+    alive = "ba9876543210-1of2"
     orphans = [f"cache.json.{dead}.safetensors", f"cache.json.{dead}.new", "cache.json.0123456789ab-0.new"]
     others = [f"cache.json.{alive}.safetensors", "cache.json.old", "cache.json.copy.safetensors"]
     _on_rank_0(ring, lambda: [path.with_name(name).write_text("x") for name in orphans + others])
@@ -445,7 +447,7 @@ def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
 
 
 def test_what_a_round_sends_stops_growing(ring: Ring) -> None:
-    """Against a long cache the queries travel: the prompt's traffic is linear, though every round sees all before."""
+    """With a long cache the queries are sent, so a prompt's traffic is linear although every round sees all tokens."""
     model = lm.shard(build("llama"), ring)
     cache, sent = make_prompt_cache(model), []
     for _ in range(16):

@@ -19,7 +19,7 @@ from families import BASE, build, words
 from mlx_lm.sample_utils import make_logits_processors
 
 from ringattn import lm
-from ringattn.lm import history
+from ringattn.lm.sharding import history
 
 PENALTIES = {
     "repetition": {"repetition_penalty": 1.7, "repetition_context_size": 60},

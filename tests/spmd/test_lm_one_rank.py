@@ -32,7 +32,7 @@ def model(ring: Ring) -> nn.Module:
 
 
 def say(model: nn.Module, prompt: Any, **options: Any) -> list[int]:
-    options = {"max_tokens": 3, "chunk": 40, **options}
+    options = {"max_tokens": 3, "prefill_step_size": 40, **options}
     return [r.token for r in lm.stream_generate(model, words(), prompt, **options)]
 
 
@@ -49,7 +49,7 @@ def test_a_prompt_in_any_array(ring: Ring, model: nn.Module, make: Callable[[lis
 
 
 @pytest.mark.parametrize(
-    "prompt, told",
+    "prompt, message",
     [
         ([1, 2, "three"], "prompt: <U21 of shape"),
         ([1.5], "prompt: float64 of shape"),
@@ -67,8 +67,8 @@ def test_a_prompt_in_any_array(ring: Ring, model: nn.Module, make: Callable[[lis
         ("w1 \ud800", r"prompt: '\\ud800' at index 3, expected Unicode text"),
     ],
 )
-def test_a_prompt_that_is_wrong_on_rank_0(ring: Ring, model: nn.Module, prompt: Any, told: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"^(rank 0: )?({told})[^\n]*$"):
+def test_a_prompt_that_is_wrong_on_rank_0(ring: Ring, model: nn.Module, prompt: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^(rank 0: )?({message})[^\n]*$"):
         say(model, prompt if ring.rank == 0 else LONG)
     assert len(say(model, LONG[:9])) == 3
 
@@ -95,10 +95,10 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
-        ({"chunk": 0}, "chunk: 0, expected at least 1"),
-        ({"chunk": 41}, "stream_generate: chunk differs between ranks: 40 on rank"),
+        ({"prefill_step_size": 0}, "prefill_step_size: 0, expected at least 1"),
+        ({"prefill_step_size": 41}, "stream_generate: prefill_step_size differs between ranks: 40 on rank"),
         ({"max_tokens": 4}, "stream_generate: max_tokens differs between ranks: 3 on rank"),
         ({"max_tokens": 0}, "max_tokens: 0, expected at least 1, or -1"),
         ({"kv_bits": 4}, "kv_bits: not supported over a ring"),
@@ -106,11 +106,11 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
         ({"prompt_cache": []}, "prompt_cache: nothing in 0 layers, expected"),
     ],
 )
-def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, options: dict, told: str) -> None:
+def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, options: dict, message: str) -> None:
     last = ring.size - 1
-    if ring.size == 1 and "differs" in told:
+    if ring.size == 1 and "differs" in message:
         pytest.skip("one rank differs from none")
-    with pytest.raises(ArgumentError, match=rf"^(rank {last}: )?{told}[^\n]*$"):
+    with pytest.raises(ArgumentError, match=rf"^(rank {last}: )?{message}[^\n]*$"):
         say(model, LONG, **(options if ring.rank == last else {}))
     assert len(say(model, LONG[:9])) == 3
 
@@ -122,7 +122,7 @@ def test_a_text_that_rank_0_leaves_early(ring: Ring, model: nn.Module, prompt: l
         pytest.skip("nobody is left behind")
     expected = say(model, LONG[:9])
     with pytest.raises(ArgumentError, match=r"^rank 0 called stream_generate, .* called decode_attention$"):
-        for _ in lm.stream_generate(model, words(), LONG, max_tokens=5, chunk=40):
+        for _ in lm.stream_generate(model, words(), LONG, max_tokens=5, prefill_step_size=40):
             if ring.rank == 0:
                 break
         say(model, prompt)

@@ -1,4 +1,4 @@
-"""`ring_attention`, `decode_attention` and `Layout.gather` against the whole problem in float64, on every rank."""
+"""Tests of `ring_attention`, `decode_attention` and `Layout.gather`, against the whole problem in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_layout(kind: str, n: int, size: int, start: int = 0) -> ra.Layout:
 
 
 def layouts(case: Case, kind: str, size: int) -> tuple[ra.Layout, ra.Layout]:
-    """Where the queries and the keys of `case` are: new queries after a cached prefix."""
+    """Make layouts of the queries and keys of `case`: new queries after a cached prefix."""
     prefix = case.k.shape[2] - case.q.shape[2]
     layout = make_layout(kind, case.q.shape[2], size, start=prefix)
     if not prefix:
@@ -41,7 +41,7 @@ def layouts(case: Case, kind: str, size: int) -> tuple[ra.Layout, ra.Layout]:
 
 
 def local(case: Case, ring: Ring, layout: ra.Layout, kv_layout: ra.Layout) -> tuple[list[mx.array], dict]:
-    """This rank's q, k, v and options."""
+    """Cut out this rank's q, k, v and options."""
     rank, options = ring.rank, dict(case.options)
     arrays = [layout.shard(case.q, rank), kv_layout.shard(case.k, rank), kv_layout.shard(case.v, rank)]
     if isinstance(options.get("mask"), mx.array):
@@ -78,7 +78,7 @@ def test_random_cases(ring: Ring, kind: str, strategy: str | None) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_metal(ring: Ring, strategy: str) -> None:
-    """The states of its hops are carried from kernel to kernel."""
+    """The Metal kernels carry the state from hop to hop."""
     for seed, options in ((1, {"mask": "causal"}), (2, {"window": 40, "softcap": 3.0})):
         case = replace(random_case(seed, q_len=113, k_len=113), options=options)
         out, lse, layout = run(case, ring, "zigzag", strategy=strategy, backend="metal")
@@ -101,7 +101,7 @@ def test_decode(ring: Ring, kind: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bits_repeat(ring: Ring, strategy: str) -> None:
-    """The same bits on every run, whatever order things arrive in."""
+    """Every run gives the same bits, for any order of arrival."""
     case = random_case(5, q_len=300, k_len=300)
     first = [np.array(x.astype(mx.float32)) for x in run(case, ring, "zigzag", strategy=strategy)[:2]]
     for _ in range(5):
@@ -132,7 +132,7 @@ def test_gather(ring: Ring, dtype: mx.Dtype) -> None:
 
 
 def test_error_does_not_grow_with_ranks(ring: Ring) -> None:
-    """bfloat16 on any number of ranks is as near as on one: nothing is rounded between hops."""
+    """bfloat16 on any number of ranks is as accurate as on one: nothing is rounded between hops."""
     case = random_case(1, q_len=300, k_len=300)
     case.q, case.k, case.v = (x.astype(mx.bfloat16) for x in (case.q, case.k, case.v))
     case.options = {"mask": "causal"}
@@ -162,7 +162,7 @@ def test_padding_may_hold_anything(ring: Ring) -> None:
 
 
 def test_bytes_are_the_fewest(ring: Ring) -> None:
-    """Contiguous causal: block b is needed by the ranks after it and goes no further."""
+    """With contiguous causal blocks only later ranks need a block, and it goes no further."""
     n, size = 96, ring.size
     layout = ra.Layout.contiguous(n, size)
     x = layout.shard(mx.random.normal((1, 2, n, 8), key=mx.random.key(0)), ring.rank)
@@ -186,7 +186,7 @@ def test_window_ends_the_ring_early(ring: Ring) -> None:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("dtype", "atol"), [(mx.float32, 2e-6), (mx.bfloat16, 0.02)])
 def test_blocks_of_very_different_sizes(ring: Ring, strategy: str, strided: bool, dtype: mx.Dtype, atol: float) -> None:
-    """A block that fills only part of its slot is forwarded as it arrived, not as the slot was before."""
+    """A block that fills only part of its slot is forwarded as it arrived, without old contents of the slot."""
     layout = ra.Layout.weighted(2048, [1, *[7] * (ring.size - 1)])
     whole = [mx.random.normal((1, 2048, heads, 64), key=mx.random.key(heads)).astype(dtype) for heads in (6, 2)]
     q, k = (x.swapaxes(1, 2) for x in whole)
@@ -201,7 +201,7 @@ def test_blocks_of_very_different_sizes(ring: Ring, strategy: str, strided: bool
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_keys_between_queries(ring: Ring, strategy: str) -> None:
-    """Whole stretches of keys that lie between two queries of a rank, and that neither sees."""
+    """Runs of keys may lie between two queries of a rank, visible to neither."""
     q_layout, kv_layout = ra.Layout.cyclic(1200, ring.size, 200), ra.Layout.contiguous(1200, ring.size)
     x = mx.random.normal((1, 1, 1200, 16), key=mx.random.key(0))
     mine = [q_layout.shard(x, ring.rank), *[kv_layout.shard(x, ring.rank)] * 2]

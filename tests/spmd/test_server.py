@@ -1,4 +1,4 @@
-"""The server's engine on every rank: what goes wrong with one request leaves the ranks in step for the next."""
+"""The server's engine on every rank: after a request that fails, the ranks still answer the next one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiny_model import make_folder
 
 from ringattn import lm
 from ringattn.lm.server import Engine, engine
-from ringattn.lm.server.requests import Request, Served, read_request
+from ringattn.lm.server.api.requests import Request, Served, read_request
 
 PLAIN = {"prompt": "Once upon a time", "max_tokens": 9}
 
@@ -31,7 +31,7 @@ def request(found: Engine, **body: Any) -> Request:
 
 
 def ask(found: Engine, **body: Any) -> list[int] | Exception:
-    """The tokens of an answer, or what came in their place."""
+    """The tokens of an answer, or the error."""
     asked = request(found, **body)
     answer = found.submit(asked, found.tokenizer.encode(asked.prompt))
     try:
@@ -43,7 +43,7 @@ def ask(found: Engine, **body: Any) -> list[int] | Exception:
 
 
 def serve(ring: Ring, folder: Path, client: Callable[[Engine], None]) -> None:
-    """Run the engine on all ranks while `client` asks on rank 0."""
+    """Run the engine on all ranks while `client` sends requests on rank 0."""
     model, tokenizer = lm.load(make_folder(folder), mx.float32)
     lm.shard(model, ring)
     found = Engine(model, tokenizer, 2, 64)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def serve(ring: Ring, folder: Path, client: Callable[[Engine], None]) -> None:
 
 
 def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a request is told to others, and while its answer is made, up to the last token."""
+    """Failures come before a request goes to the other ranks, and during its answer up to the last token."""
     likeliest = engine._likeliest
     make_sampler = engine.make_sampler
 
@@ -83,7 +83,7 @@ def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(engine, "make_sampler", lambda *_, **__: 1 / 0)
         assert isinstance(ask(found), ZeroDivisionError)
         monkeypatch.setattr(engine, "make_sampler", lambda *_, **__: lambda logprobs: 1 / 0)
-        assert isinstance(ask(found), Exception)  # within the agreement that tells all ranks
+        assert isinstance(ask(found), Exception)  # inside a collective call, which raises it on all ranks
         monkeypatch.setattr(engine, "make_sampler", make_sampler)
         assert ask(found) == expected
 
@@ -91,7 +91,7 @@ def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytes
 
 
 def test_logprobs_are_the_models(ring: Ring, tmp_path: Path) -> None:
-    """The likeliest first, and the token that was chosen among them."""
+    """The likeliest token comes first, and greedy sampling chose it."""
 
     def client(found: Engine) -> None:
         asked = request(found, logprobs=3)

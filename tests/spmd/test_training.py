@@ -1,4 +1,4 @@
-"""The helpers for training: what a ring of any size trains is what one process trains."""
+"""Tests of the training helpers: a ring of any size trains like one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY, DIMS, HEADS, TOKENS = 17, 16, 2, 61
 
 
 class Attention(nn.Module):
-    """A transformer's attention, over a ring or, without one, in this process."""
+    """Attention layer of a transformer, over a ring or, without one, in this process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def data() -> tuple[mx.array, mx.array]:
 
 
 def step(made: Model, ring: Ring, over: Ring | None, layout: ra.Layout):
-    """The loss and its gradients."""
+    """Compute the loss and its gradients."""
     tokens, ids = data()
     batch = shard_batch(tokens, layout, ring, segments=ids)
 
@@ -88,7 +88,7 @@ def step(made: Model, ring: Ring, over: Ring | None, layout: ra.Layout):
 
 
 def alone():
-    """The same in this process, by plain means."""
+    """Compute the same in this process, without the helpers."""
     tokens, ids = data()
     with ra.init("solo") as one:
         batch = shard_batch(tokens, ra.Layout.contiguous(TOKENS, 1), one, segments=ids)
@@ -105,7 +105,7 @@ def alone():
 def test_loss_and_gradients_are_those_of_one_process(ring: Ring, kind: str) -> None:
     spans = {
         "zigzag": lambda: ra.Layout.zigzag(TOKENS, ring.size),
-        "lopsided": lambda: ra.Layout(  # the other ranks have a token of padding each
+        "lopsided": lambda: ra.Layout(  # the other ranks have one padding token each
             [[(0, TOKENS - ring.size + 1)], *([(TOKENS - r, TOKENS - r + 1)] for r in range(ring.size - 1, 0, -1))]
         ),
         "weighted": lambda: ra.Layout.weighted(TOKENS, range(1, ring.size + 1)),
@@ -140,7 +140,7 @@ def test_checkpoint_does_not_run_the_ring_forward_again(ring: Ring, monkeypatch)
 
 
 def test_a_rank_with_nothing_to_predict_takes_part(ring: Ring) -> None:
-    """Its weights are all 0; the gradient through the keys that it has comes from the other ranks."""
+    """The weights of one rank are all 0. The gradient through its keys comes from the other ranks."""
     layout = ra.Layout.contiguous(8 * ring.size, ring.size)
     x = mx.array(np.random.default_rng(ring.rank).standard_normal((1, 2, 8, 16)).astype(np.float32))
     weights = mx.zeros((1, 2, 8, 16)) + float(ring.rank == ring.size - 1)

@@ -1,4 +1,4 @@
-"""The same over mx.distributed, whose calls cannot be interrupted: each rank ends by itself and names the cause."""
+"""Faults over mx.distributed, whose calls cannot be interrupted: each rank ends by itself and names the cause."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.ranks
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 TIMEOUT = 3  # s of silence
-STARTING = 3  # s for Python and MLX to start, with others at work on the machine
+STARTING = 3  # s in which Python and MLX start on a busy machine
 
 ENDS = {
-    "killed": "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)",  # a heartbeat has said where
+    "killed": "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)",  # after a heartbeat with its place
     "stopped": "time.sleep(0.5); os.kill(os.getpid(), signal.SIGSTOP)",
     "raises": "raise ValueError('boom')",
     "exits": "os._exit(0)",
@@ -40,8 +40,8 @@ def text(results: list[Result]) -> str:
     return "\n".join(map(str, results))
 
 
-def all_told(results: list[Result], cause: str, bad: int = 1) -> None:
-    """All ranks but the bad one have ended in time, with an error code and the cause in their output."""
+def assert_cause(results: list[Result], cause: str, bad: int = 1) -> None:
+    """Assert that all ranks but the bad one ended in time, with an error code and the cause in their output."""
     for rank, result in enumerate(results):
         if rank != bad:
             assert result.code not in (0, None), text(results)
@@ -58,20 +58,20 @@ def end(hop):
 told(lambda: hops(6, end))
 """
     results = run(program, env={"RINGATTN_MLX_ONE_WAY": one_way}, but=[1])
-    all_told(results, CAUSES[how])
+    assert_cause(results, CAUSES[how])
     lines = re.findall("told: (.*)", text([r for i, r in enumerate(results) if i != 1]))
     assert len(lines) == 2 and all(line.startswith("rank=1 ") for line in lines), text(results)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_rank_in_a_round(how: str) -> None:
+def test_a_rank_in_a_gather(how: str) -> None:
     program = f"if ring.rank == 1: {ENDS[how]}\nelse: told(ring.barrier)"
-    all_told(run(program, but=[1]), r"rank 1 \(.+\) (died|gave no sign of life)")
+    assert_cause(run(program, but=[1]), r"rank 1 \(.+\) (died|gave no sign of life)")
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_rank_in_a_round_of_the_graph(how: str) -> None:
-    """Whoever evaluates the graph is in a call that may never return."""
+def test_a_rank_in_a_gather_of_the_graph(how: str) -> None:
+    """The thread that evaluates the graph is in a call that may never return."""
     program = f"""
 import ringattn as ra
 if ring.rank == 1: {ENDS[how]}
@@ -81,7 +81,7 @@ mx.eval(out)
 print("done", flush=True)
 """
     results = run(program, but=[1])
-    all_told(results, r"ringattn: .*rank 1 \(.+\) (died|gave no sign of life)")
+    assert_cause(results, r"ringattn: .*rank 1 \(.+\) (died|gave no sign of life)")
     assert "done" not in text(results)
 
 
@@ -92,8 +92,8 @@ STUCK = {
 
 
 @pytest.mark.parametrize("what", STUCK)
-def test_a_link_that_moves_nothing_while_signs_of_life_go_on(what: str) -> None:
-    """As of a pulled cable, where the ranks also reach one another in another way."""
+def test_a_stuck_link_while_heartbeats_arrive(what: str) -> None:
+    """A pulled cable, where heartbeats take another way."""
     name, call, cause = STUCK[what]
     program = f"""
 from ringattn.transport.mlx.backend import Group
@@ -101,12 +101,12 @@ ring.barrier()
 if ring.rank == 1: Group.{name} = lambda *_: time.sleep(60)
 told(lambda: {call})
 """
-    all_told(run(program), cause, bad=-1)
+    assert_cause(run(program), cause, bad=-1)
 
 
 def test_a_rank_that_leaves() -> None:
     results = run("if ring.rank == 1: sys.exit(0)\nelse: told(ring.barrier)")
-    all_told(results, r"rank 1 \(.+\) left the ring while rank [02] waited for it in barrier, hop 0")
+    assert_cause(results, r"rank 1 \(.+\) left the ring while rank [02] waited for it in barrier, hop 0")
 
 
 def test_a_rank_that_stops_while_others_exit() -> None:
@@ -130,11 +130,11 @@ elif ring.rank == 0:
     time.sleep(4)  # long enough for the signal on a busy machine
 told(ring.barrier)
 """
-    all_told(run(program), r"rank 1 \(.+\) failed in barrier, hop 0: KeyboardInterrupt")
+    assert_cause(run(program), r"rank 1 \(.+\) failed in barrier, hop 0: KeyboardInterrupt")
 
 
 def test_under_mlx_launch() -> None:
-    """The real launcher: all is well, and a rank that raises ends the others."""
+    """The real launcher: a program runs, and a rank that raises ends the others."""
     program = "import ringattn as ra\nring = ra.init()\nprint(ring.rank, 'of', ring.size, flush=True)\nring.barrier()\n"
     for ending, expected in (("", False), ("if ring.rank == 1: raise ValueError('boom')\nring.barrier()", True)):
         options = ["-n", "2", "--backend", "ring", "--env", f"PYTHONPATH={ROOT}"]
@@ -173,7 +173,7 @@ def test_mpi_after_mlx_is_one_line() -> None:
     assert "RingError: backend 'mpi': this process is connected by mx.distributed" in results[0].output, text(results)
 
 
-def test_one_process_needs_nobody(tmp_path: Path) -> None:
+def test_one_process_needs_no_peer(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("")
     program = "from ringattn.transport import init; ring = init(); print(type(ring).__name__, ring.size)"
     env = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")}

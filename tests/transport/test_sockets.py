@@ -1,4 +1,4 @@
-"""The sockets between all ranks: who is let in, and what arrives."""
+"""The sockets between all ranks: their set-up, and the messages on them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pytest
 from ringattn.errors import RingError
 from ringattn.rendezvous.key_exchange import KeyExchange
 from ringattn.transport.mlx import bootstrap
-from ringattn.transport.mlx.bootstrap import Meeting
-from ringattn.transport.mlx.sockets import Switchboard
+from ringattn.transport.mlx.bootstrap import TcpBootstrap
+from ringattn.transport.mlx.sockets import ControlSockets
 
 
-def meet(meetings: list[Meeting], cards=None) -> list:
-    """What `meet` returns or raises on every rank."""
-    results: list = [None] * len(meetings)
+def connect_all(bootstraps: list[TcpBootstrap], endpoints=None) -> list:
+    """Return the result or the exception of `connect_all` on every rank."""
+    results: list = [None] * len(bootstraps)
 
     def one(rank: int) -> None:
         try:
-            results[rank] = meetings[rank].meet(rank, cards or [m.card for m in meetings])
+            results[rank] = bootstraps[rank].connect_all(rank, endpoints or [one.endpoint for one in bootstraps])
         except RingError as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(meetings))]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(bootstraps))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -35,7 +35,7 @@ def meet(meetings: list[Meeting], cards=None) -> list:
 
 
 def test_all_are_connected() -> None:
-    found = meet([Meeting("here", ["127.0.0.1"]) for _ in range(4)])
+    found = connect_all([TcpBootstrap("here", ["127.0.0.1"]) for _ in range(4)])
     for rank, sockets in enumerate(found):
         assert sockets.keys() == set(range(4)) - {rank}
         for peer, sock in sockets.items():
@@ -49,73 +49,76 @@ def test_all_are_connected() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="only Linux has all of 127.0.0.0/8")
-def test_an_address_that_leads_elsewhere_is_given_up() -> None:
-    """Nobody listens at the first one, and at the second somebody who does not know what is said there."""
-    meetings = [Meeting("here", ["127.0.0.1"]) for _ in range(2)]
-    with closing(socket.create_server(("127.0.0.2", meetings[0].card["port"]))) as elsewhere:
+def test_an_address_of_another_program_is_skipped() -> None:
+    """No program listens at the first address, and a program that does not know the protocol at the second."""
+    bootstraps = [TcpBootstrap("here", ["127.0.0.1"]) for _ in range(2)]
+    with closing(socket.create_server(("127.0.0.2", bootstraps[0].endpoint["port"]))) as elsewhere:
         threading.Thread(target=lambda: elsewhere.accept()[0].close(), daemon=True).start()
-        cards = [{**m.card, "addresses": ["127.0.0.3", "127.0.0.2", "127.0.0.1"]} for m in meetings]
-        found = meet(meetings, cards)
+        addresses = ["127.0.0.3", "127.0.0.2", "127.0.0.1"]
+        endpoints = [{**one.endpoint, "addresses": addresses} for one in bootstraps]
+        found = connect_all(bootstraps, endpoints)
     assert [set(sockets) for sockets in found] == [{1}, {0}]
 
 
-def test_strangers_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "PATIENCE", 1.0)
-    meetings = [Meeting("a", ["127.0.0.1"]), Meeting("b", ["127.0.0.1"])]
-    first, second = meet(meetings, [{**m.card, "public": KeyExchange().public} for m in meetings])
+def test_a_peer_with_another_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "CONNECT_TIMEOUT", 1.0)
+    bootstraps = [TcpBootstrap("a", ["127.0.0.1"]), TcpBootstrap("b", ["127.0.0.1"])]
+    endpoints = [{**one.endpoint, "public": KeyExchange().public} for one in bootstraps]
+    first, second = connect_all(bootstraps, endpoints)
     assert "rank 1 (b) did not connect to rank 0 (a) within 1 s" in str(first)
     assert "rank 1 cannot reach rank 0 (a) at 127.0.0.1" in str(second)
 
 
 @pytest.fixture
-def boards():
-    """Two connected switchboards, what each has heard, whom it has lost, and the sockets."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as door:
-        ends = (socket.create_connection(door.getsockname()), door.accept()[0])
-    heard: list[list] = [[], []]
+def pair():
+    """Two connected `ControlSockets`, the messages and lost ranks of each, and the sockets."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        ends = (socket.create_connection(listener.getsockname()), listener.accept()[0])
+    received: list[list] = [[], []]
     lost: list[list] = [[], []]
     made = [
-        Switchboard({1 - i: ends[i]}, lambda *message, i=i: heard[i].append(message), lost[i].append) for i in range(2)
+        ControlSockets({1 - i: ends[i]}, lambda *message, i=i: received[i].append(message), lost[i].append)
+        for i in range(2)
     ]
-    yield made, heard, lost, ends
+    yield made, received, lost, ends
     for end in ends:
         end.close()
 
 
-def test_messages_arrive_in_order(boards) -> None:
-    (a, b), heard, _, _ = boards
+def test_messages_arrive_in_order(pair) -> None:
+    (a, b), received, _, _ = pair
     for i in range(100):
         a.send(1, 3, i, bytes(i))
-    while len(heard[1]) < 100:
-        b.pump(1)
-    assert heard[1] == [(0, 3, i, bytes(i)) for i in range(100)]
+    while len(received[1]) < 100:
+        b.process_events(1)
+    assert received[1] == [(0, 3, i, bytes(i)) for i in range(100)]
 
 
-def test_sending_never_waits(boards) -> None:
-    """Not even for a rank that reads nothing; it gets all when it does."""
-    (a, b), heard, _, _ = boards
+def test_a_send_never_blocks(pair) -> None:
+    """A send does not block even if the peer reads nothing. The peer gets all messages when it reads."""
+    (a, b), received, _, _ = pair
     begin = time.monotonic()
     sent = [a.send(1, 0, 1, bytes(500_000)) for _ in range(40)]
     assert time.monotonic() - begin < 2 and not sent[-1]()
-    while len(heard[1]) < 40:
-        a.pump(0)
-        b.pump(0)
+    while len(received[1]) < 40:
+        a.process_events(0)
+        b.process_events(0)
     assert sent[-1]()
 
 
-def test_a_lost_connection_is_told_after_its_messages(boards) -> None:
-    (a, b), heard, lost, ends = boards
+def test_a_lost_connection_is_reported_after_its_messages(pair) -> None:
+    (a, b), received, lost, ends = pair
     a.send(1, 0, 7, b"last words")
     ends[0].close()
     while not lost[1]:
-        b.pump(1)
-    assert heard[1] == [(0, 0, 7, b"last words")] and lost[1] == [0]
+        b.process_events(1)
+    assert received[1] == [(0, 0, 7, b"last words")] and lost[1] == [0]
     assert b.send(0, 0, 1, b"too late")()
 
 
-def test_nonsense_ends_the_connection(boards) -> None:
-    (_, b), heard, lost, ends = boards
+def test_invalid_bytes_end_the_connection(pair) -> None:
+    (_, b), received, lost, ends = pair
     ends[0].send(b"\xff" * 100)
     while not lost[1]:
-        b.pump(1)
-    assert not heard[1]
+        b.process_events(1)
+    assert not received[1]

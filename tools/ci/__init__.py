@@ -1,1 +1,1 @@
-"""What the workflows in ``.github/workflows`` run, and what can be run without them."""
+"""Scripts that the workflows in ``.github/workflows`` run. They also run without a workflow."""

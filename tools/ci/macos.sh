@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One step of the macOS workflow; what it finds goes into reports/ as well. Runs on Linux too, on the host runtime.
+# One step of the macOS workflow. It writes its results to reports/ too. On Linux it uses the host runtime.
 #     tools/ci/macos.sh install|device|verify|tests|ring
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -11,7 +11,7 @@ install() {
     python -m pip install --quiet -e ".[cpu,mpi,lm,test]" # cpu: nothing on a Mac
 }
 
-# On a Mac the GPU has to be MLX's default device. Features of the Metal language that it lacks are skipped below.
+# On a Mac the GPU must be MLX's default device. The steps below skip the Metal features that it lacks.
 device() {
     if [ "$(uname)" = Darwin ]; then
         python -m tools.ci.metal_canary --require-gpu reports/device.json
@@ -20,7 +20,7 @@ device() {
     fi
 }
 
-# Without such a feature kernels fail their check, which the report then shows.
+# Without such a feature kernels fail their check, and the report shows it.
 verify() {
     ringattn verify 2>&1 | tee reports/verify.txt || lacks_features
 }

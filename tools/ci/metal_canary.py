@@ -1,9 +1,9 @@
-"""Which features of the Metal language work on this GPU: a tiny kernel for each, held against NumPy.
+"""Test of the features of the Metal language on this GPU: a tiny kernel for each, compared with NumPy.
 
     python -m tools.ci.metal_canary [--host] [--require-gpu] [FILE]
 
-GPUs of virtual machines lack some. The answer is one JSON object, on standard output and in FILE. Each kernel runs in
-a process of its own, which a driver may end. ``--host`` runs the kernels on the CPU by ``tools.hostmetal`` instead.
+GPUs of virtual machines lack some features. The result is one JSON object, on standard output and in FILE. Each kernel
+runs in a separate process, which a driver may kill. ``--host`` runs the kernels on the CPU with ``tools.hostmetal``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from ringattn.metal import KernelCall, launch, set_executor
 
-LIMIT = 120  # seconds for one kernel, most of which Metal's compiler takes
+LIMIT = 120  # seconds for one kernel, mostly for Metal's compiler
 LANES = 32
 
 
@@ -30,10 +30,10 @@ class Canary:
     """One kernel of 32 threads.
 
     Attributes:
-        header: The Metal files that it includes.
-        source: Its body; reads `x`, writes `y`.
+        header: The Metal files that the kernel includes.
+        source: The body of the kernel. It reads `x` and writes `y`.
         x: The input, float32 or bfloat16.
-        y: The values that are right, exactly.
+        y: The expected output, exactly.
     """
 
     header: str
@@ -42,7 +42,7 @@ class Canary:
     y: np.ndarray
 
     def complaint(self) -> str:
-        """What is wrong here, or nothing."""
+        """Return the error of this kernel here, or an empty string."""
         call = KernelCall(
             name="canary",
             input_names=["x"],
@@ -58,7 +58,7 @@ class Canary:
         )
         try:
             y = np.array(launch.run(call)[0].astype(mx.float32))
-        except Exception as error:  # whatever it is, the feature does not work
+        except Exception as error:  # after any exception, the feature does not work
             return " ".join(str(error).split())[:300]
         return "" if np.array_equal(y, self.y) else f"y: {y.tolist()}, expected {self.y.tolist()}"[:300]
 
@@ -103,7 +103,7 @@ CANARIES = _canaries()
 
 
 def run_apart(name: str, host: bool = False) -> str:
-    """Run one canary in a process of its own; what is wrong with it, or nothing."""
+    """Run one canary in a separate process. Return its error, or an empty string."""
     line = [sys.executable, "-m", "tools.ci.metal_canary", "--only", name, *["--host"] * host]
     try:
         done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, cwd=Path(__file__).parents[2])
@@ -114,13 +114,13 @@ def run_apart(name: str, host: bool = False) -> str:
 
 
 def missing(host: bool = False) -> dict[str, str]:
-    """The features that do not work here, with what is wrong."""
+    """Find the features that do not work here, with their errors."""
     complaints = {name: run_apart(name, host) for name in CANARIES}
     return {name: complaint for name, complaint in complaints.items() if complaint}
 
 
 def report(host: bool = False) -> dict[str, object]:
-    """The device and the features, as they go into JSON."""
+    """Describe the device and the features for JSON."""
     there = host or mx.metal.is_available()
     return {
         "device": {name: str(value) for name, value in mx.device_info().items()},
@@ -132,7 +132,7 @@ def report(host: bool = False) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if a GPU was required and is not MLX's default."""
+    """Print the report. Exit with 1 if a GPU was required and is not MLX's default."""
     parser = argparse.ArgumentParser(prog="python -m tools.ci.metal_canary", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="where to write the report too")
     parser.add_argument("--host", action="store_true", help="run the kernels on the CPU")

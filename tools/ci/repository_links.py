@@ -1,9 +1,9 @@
-"""Write the repository's address into what PyPI shows: the project's URLs and the links of the README.
+"""Rewriting of the project's URLs and the README's links, so that PyPI shows the repository's address.
 
     python -m tools.ci.repository_links https://github.com/OWNER/NAME REF
 
-A checkout does not know its address, and a relative link leads nowhere on PyPI. The workflow that builds what is
-published knows it, and runs this on its own checkout before the build.
+A checkout does not know its address, and relative links do not work on PyPI. The workflow that builds the published
+files knows the address, and runs this on its checkout before the build.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Changelog = "{repository}/blob/{ref}/CHANGELOG.md"
 
 
 def absolute(target: str, repository: str, ref: str, root: Path = ROOT) -> str:
-    """The absolute address of a link's target in the README.
+    """Make the absolute address of a link's target in the README.
 
     Args:
-        target: As it stands there: a path, an anchor, or an address, which is returned as it is.
+        target: The target in the README: a path, an anchor, or an address, which is returned unchanged.
         repository: The address of the repository, without a slash at the end.
         ref: The tag or commit that the address names.
         root: The folder of the README.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
     if ABSOLUTE.match(target):
         return target

@@ -1,4 +1,4 @@
-"""Runs Metal kernels on Linux: the same source, compiled for the host, with every access to memory watched."""
+"""Runtime of Metal kernels on Linux: the same source, compiled for the CPU, with every memory access checked."""
 
 from .counters import Counters
 from .faults import CompileError, LintError, Report, RuntimeFault

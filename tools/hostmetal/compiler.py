@@ -1,4 +1,4 @@
-"""Finds a compiler and keeps what it made."""
+"""Search for a compiler, and a cache of its output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .faults import CompileError
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 CORE = HERE / "core"
-OLDEST = 19  # of clang: those before fail on arithmetic in bfloat
+OLDEST = 19  # of clang: older versions fail on bfloat arithmetic
 
 COMMON = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector"]
 COMMON += ["-fno-sanitize=undefined", "-fvisibility=hidden", "-g0"]
@@ -34,7 +34,7 @@ KERNEL_FLAGS = [
     "-fno-vectorize",
     "-fno-slp-vectorize",
     "-ftrivial-auto-var-init=pattern",
-    # every access to memory becomes a call; the sanitizer's own library is not linked
+    # every memory access becomes a call; the sanitizer's library is not linked
     *("-Xclang", "-fsanitize=thread"),
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
@@ -67,7 +67,7 @@ def new_enough(version: str | None) -> bool:
 
 @functools.cache
 def find_compiler() -> tuple[tuple[str, ...], str]:
-    """The command and its version: ``RINGATTN_CLANG``, or a clang of `OLDEST` or later, or Zig's from PyPI."""
+    """Find the command and its version: ``RINGATTN_CLANG``, or a clang of `OLDEST` or later, or Zig's from PyPI."""
     wanted = os.environ.get("RINGATTN_CLANG")
     if wanted:
         command = tuple(wanted.split())
@@ -94,7 +94,7 @@ def processor_flags(command: tuple[str, ...]) -> list[str]:
 
 
 def build(flags: list[str], sources: list[Path], text: str, libraries: list[str]) -> tuple[Path, str]:
-    """The shared object of `sources` or of `text`, and the compiler's warnings. Made once, whatever runs beside."""
+    """Compile `sources` or `text` once. Return the shared object and the compiler's warnings. Safe across processes."""
     command, version = find_compiler()
     flags = [*COMMON, *processor_flags(command), *flags]
     key = hashlib.sha256(repr((version, flags, libraries)).encode())
@@ -133,7 +133,7 @@ def core_library() -> tuple[Path, ctypes.CDLL]:
 
 @functools.cache
 def kernel_function(text: str) -> tuple[ctypes.CDLL, int, str]:
-    """Compiles a kernel: the library (to be kept), the address of its entry, and the compiler's warnings."""
+    """Compile a kernel. Return the library (keep it alive), the address of its entry, and the compiler's warnings."""
     core, _ = core_library()
     path, notes = build([*KERNEL_FLAGS, "-isystem", str(INCLUDE)], [], text, [str(core)])
     library = ctypes.CDLL(str(path))

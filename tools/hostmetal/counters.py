@@ -1,4 +1,4 @@
-"""What a kernel did, counted."""
+"""Counters of a kernel's operations and memory accesses."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass, field, fields
 
 @dataclass
 class Counters:
-    """Counts of one launch, or of several added up.
+    """Counts of one launch, or sums over several launches.
 
     Attributes:
-        matmuls: 8 x 8 x 8 multiplications of matrices, one for the whole simdgroup.
-        tensor_ops: Tensor operations, one for the whole simdgroup.
-        exp2: Calls by a thread; so are `exp`, `log` (any base) and `tanh`.
+        matmuls: 8 x 8 x 8 matrix multiplications, counted once for a simdgroup.
+        tensor_ops: Tensor operations, counted once for a simdgroup.
+        exp2: Calls by threads, like `exp`, `log` (any base) and `tanh`.
         barriers: Barriers of a whole threadgroup.
         simdgroup_barriers: Barriers of a whole simdgroup.
         shuffles: Shuffles, ballots and reductions of a whole simdgroup.
         groups: Threadgroups that ran.
-        threadgroup_bytes: Threadgroup memory of one threadgroup; the largest where counts are added.
-        threadgroup_read: Bytes that threads read of it; `threadgroup_written` those written.
-        bank_conflicts: Extra cycles of simdgroups that meet at one bank of threadgroup memory, estimated.
-        constant_read: Bytes read of constants: small inputs, shapes, strides, tables.
-        device_read: Bytes that threads read, by buffer; `device_written` those written.
+        threadgroup_bytes: Threadgroup memory of one threadgroup; the largest where counts are summed.
+        threadgroup_read: Bytes of it that threads read; `threadgroup_written` are the bytes written.
+        bank_conflicts: Estimated extra cycles of simdgroups that access one bank of threadgroup memory at a time.
+        constant_read: Bytes read from constants: small inputs, shapes, strides, tables.
+        device_read: Bytes that threads read, by buffer; `device_written` are the bytes written.
     """
 
     matmuls: int = 0

@@ -1,4 +1,4 @@
-"""What can be wrong with a kernel."""
+"""Errors of a kernel: reports, and the exceptions that carry them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ KINDS = (  # in the order of the core's `ReportKind`
 
 @dataclass(frozen=True)
 class Report:
-    """One thing that a kernel did and must not do.
+    """One forbidden action of a kernel.
 
     Attributes:
         kind: One of `KINDS`.
-        buffer: The buffer or threadgroup array, if it is about one.
-        offset: In bytes.
-        thread: Its index in the threadgroup.
-        group: The threadgroup's position.
-        text: What happened.
+        buffer: The buffer or threadgroup array, if one is involved.
+        offset: The offset in bytes.
+        thread: The index of the thread in the threadgroup.
+        group: The position of the threadgroup.
+        text: A description.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Report:
 
 
 class RuntimeFault(RuntimeError):  # noqa: N818
-    """A kernel did what it must not do; `reports` says what."""
+    """Forbidden action of a kernel. `reports` has the details."""
 
     def __init__(self, kernel: str, reports: list[Report]) -> None:
         super().__init__("\n  ".join([f"kernel {kernel}:", *map(str, reports)]))
@@ -54,8 +54,8 @@ class RuntimeFault(RuntimeError):  # noqa: N818
 
 
 class CompileError(RuntimeError):
-    """The compiler refused a kernel; the message begins with what it said."""
+    """Kernel that the compiler refused. The message begins with the compiler's."""
 
 
 class LintError(CompileError):
-    """A kernel breaks a rule of Metal that the compiler here does not know."""
+    """Kernel that breaks a rule of Metal unknown to the compiler here."""

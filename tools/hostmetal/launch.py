@@ -1,4 +1,4 @@
-"""The core's structures, and a launch."""
+"""Structures of the C++ core, and a launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .faults import KINDS, Report
 
 U32x3 = ctypes.c_uint32 * 3
 KIND = {"constant": 0, "input": 1, "output": 2, "initialised_output": 3, "module": 5}
-GROUPS_PER_WORKER = 4  # at least: a thread costs more than a small threadgroup
+GROUPS_PER_WORKER = 4  # at least: starting a thread costs more than a small threadgroup
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 COUNTED = ["matmuls", "tensor_ops", "exp2", "exp", "log", "tanh", "barriers", "simdgroup_barriers", "shuffles"]
 COUNTED += ["threadgroup_read", "threadgroup_written", "threadgroup_bytes", "bank_conflicts", "groups"]
@@ -66,14 +66,14 @@ class CLaunch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a kernel may touch: its buffers, and where its own constants are.
+    """Memory that a kernel may access: a buffer, or its constants.
 
     Attributes:
-        name: For reports and counters.
+        name: The name in reports and counters.
         kind: A key of `KIND`.
-        base: The address of its first byte.
-        size: In bytes.
-        element: Bytes of an element.
+        base: The address of the first byte.
+        size: The size in bytes.
+        element: The bytes of an element.
     """
 
     name: str
@@ -88,11 +88,11 @@ class Launch:
     """One run of a compiled kernel.
 
     Attributes:
-        kernel: The address of its entry.
-        arguments: The addresses that it is called with.
-        regions: What it may touch.
-        grid: Threads in all.
-        threadgroup: Threads of a threadgroup.
+        kernel: The address of the kernel's entry.
+        arguments: The addresses that are the kernel's arguments.
+        regions: The memory that the kernel may access.
+        grid: The number of all threads.
+        threadgroup: The number of threads of a threadgroup.
         groups: The threadgroups that run; ``None`` for all.
     """
 
@@ -115,9 +115,13 @@ class Launch:
         chosen = None if self.groups is None else np.array(self.groups, np.uint32).reshape(-1, 3)
         count = math.prod(-(-n // t) for n, t in zip(self.grid, threadgroup)) if chosen is None else len(chosen)
         c = CLaunch(kernel=self.kernel, arguments=arguments, buffers=buffers, buffer_count=len(buffers))
-        c.grid, c.threadgroup, c.group_count = U32x3(*self.grid), U32x3(*threadgroup), count
+        c.grid = U32x3(*self.grid)
+        c.threadgroup = U32x3(*threadgroup)
+        c.group_count = count
         c.groups = None if chosen is None else chosen.ctypes.data
-        c.seed, c.order, c.checks = seed, ORDERS[order], checks
+        c.seed = seed
+        c.order = ORDERS[order]
+        c.checks = checks
         c.workers = max(1, min(workers, count // GROUPS_PER_WORKER))
         core.hostmetal_launch(ctypes.byref(c))
         reports = [

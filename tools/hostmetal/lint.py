@@ -1,7 +1,7 @@
 """Rules of Metal that clang does not know, checked on the text.
 
-Two more are checked while a kernel is compiled: casts that change the address space, and bfloat made of a wider type
-without a cast.
+The compilation of a kernel checks two more: casts that change the address space, and conversion of a wider type to
+bfloat without a cast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DOUBLE = re.compile(
 
 
 def lint(text: str) -> list[str]:
-    """What is wrong with the text of a kernel, one line each; an empty list if nothing is."""
+    """List the errors in the text of a kernel, one line each."""
     text = without_comments(text)
     found = [*_doubles(text), *_bare_pointers(text), *_stray_arrays(text)]
     return [f"line {text.count(chr(10), 0, at) + 1}: {what}" for at, what in sorted(found)]
@@ -35,7 +35,7 @@ def _doubles(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _bare_pointers(text: str) -> Iterator[tuple[int, str]]:
-    """Pointers and references to a known type that name no address space."""
+    """Find pointers and references to a known type without an address space."""
     names = {name for match in _NAMED.finditer(text) for name in match.groups() if name}
     builtin = {s + n for s in SCALARS for n in ("", "2", "3", "4")}
     sized = {f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -54,7 +54,7 @@ def _bare_pointers(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _declares(text: str, match: re.Match[str]) -> bool:
-    """Whether ``type * name`` declares, where it could be a product as well."""
+    """Return whether ``type * name`` is a declaration and not a product."""
     if match["after"].strip() not in ("", "const"):
         return False
     before = text[: match.start()].rstrip()[-1:]
@@ -64,7 +64,7 @@ def _declares(text: str, match: re.Match[str]) -> bool:
 
 
 def _stray_arrays(text: str) -> Iterator[tuple[int, str]]:
-    """Variables in threadgroup memory that are declared outside of a kernel's body."""
+    """Find variables in threadgroup memory that are declared outside a kernel's body."""
     bodies = list(_kernel_bodies(text))
     for match in THREADGROUP.finditer(text):
         at = match.start(2)
@@ -85,7 +85,7 @@ def _after_attribute(text: str, match: re.Match[str]) -> int:
 
 
 def _matching(text: str, at: int, pair: str) -> int:
-    """Where the bracket that opens at or after `at` has closed."""
+    """Find the position after the bracket that matches the first one at or after `at`."""
     depth = 0
     while 0 <= at < len(text):
         depth += {pair[0]: 1, pair[1]: -1}.get(text[at], 0)

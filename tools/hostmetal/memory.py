@@ -1,4 +1,4 @@
-"""Buffers: each in its own mapping, with room around it, so that no overrun ends in another one."""
+"""Memory of buffers: each has its own mapping with gaps around it, so that no overrun reaches another buffer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 GAP = 1 << 16  # bytes before and after a buffer
-COPIED_BELOW = 256 << 20  # bytes: larger ones given as raw memory are used where they are
-POISONED_BELOW = 64 << 20  # bytes: larger outputs stay untouched, so that they cost no memory
+COPIED_BELOW = 256 << 20  # bytes: larger inputs that are raw memory are used in place
+POISONED_BELOW = 64 << 20  # bytes: larger outputs are not initialised, so that they take no memory
 NORESERVE = 0x4000  # of mmap on Linux: Python 3.10 has no name for it
 
 
 @dataclass
 class Mapping:
-    """Raw memory: where a kernel's pointer points (`start`), and the span around it that may be touched."""
+    """Raw memory: the target of a kernel's pointer (`start`), and the span around it that the kernel may access."""
 
     owner: object
     start: int
@@ -25,7 +25,7 @@ class Mapping:
 
 
 def anonymous(size: int) -> tuple[np.ndarray, int]:
-    """`size` bytes of zeros between two gaps, and the address of the first."""
+    """Allocate `size` bytes of zeros between two gaps. Return them and the address of the first."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     whole = np.frombuffer(mmap.mmap(-1, size + 2 * GAP, flags=flags), np.uint8)
     inside = whole[GAP : GAP + size]
@@ -33,7 +33,7 @@ def anonymous(size: int) -> tuple[np.ndarray, int]:
 
 
 def span(array: np.ndarray) -> tuple[int, int]:
-    """The address of the first byte of a strided array, and how many bytes lie from it to the last."""
+    """Return the address of the first byte of a strided array, and the number of bytes up to the last one."""
     start = array.__array_interface__["data"][0]
     if array.size == 0:
         return start, 0
@@ -43,7 +43,7 @@ def span(array: np.ndarray) -> tuple[int, int]:
 
 
 def map_input(array: np.ndarray) -> Mapping:
-    """Where the kernel reads `array`: a copy of its whole span, or, where that is large, the array itself."""
+    """Map an input: a copy of its whole span, or the array itself where that is large."""
     low, size = span(array)
     start = array.__array_interface__["data"][0]
     if size >= COPIED_BELOW:
@@ -56,16 +56,16 @@ def map_input(array: np.ndarray) -> Mapping:
 
 
 def map_output(dtype: np.dtype, shape: tuple[int, ...], init: float | None) -> tuple[np.ndarray, Mapping]:
-    """A new output, which costs memory only where it is touched if it is large."""
+    """Map a new output. A large one takes memory only where it is accessed."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     inside, base = anonymous(max(size, 1))
     if size < POISONED_BELOW:
-        inside[:] = 0xFF  # NaN, where it is a float
+        inside[:] = 0xFF  # NaN for floats
     return inside[:size].view(dtype).reshape(shape), Mapping(inside, base, base, size)
 
 
 def raw_view(array: mx.array) -> np.ndarray:
-    """The memory of an MLX array with its strides; bfloat16 as uint16."""
+    """View the memory of an MLX array with its strides; bfloat16 as uint16."""
     return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 

@@ -1,4 +1,4 @@
-"""MLX's own attention kernel, from the headers in its wheel, so that ours can be compared with it count by count."""
+"""MLX's own attention kernel, from the headers in its wheel, for comparison of its counters with ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACE = [
 
 
 def blocks(head_dim: int, dtype: mx.Dtype) -> tuple[int, int, int]:
-    """What MLX 0.32.4 takes for (BQ, BK, WN); WM is 4."""
+    """Return (BQ, BK, WN) as MLX 0.32.4 chooses them; WM is 4."""
     if head_dim == 256:
         return 32, 16 if dtype == mx.float32 else 32, 2
     return 32, 32 if head_dim < 128 else 16, 1
@@ -46,17 +46,17 @@ def steel_attention(
     save_lse: bool = False,
     tensor_ops: bool = False,
 ) -> tuple[mx.array, mx.array | None]:
-    """Runs MLX's kernel; the last row of queries is at the last key.
+    """Run MLX's kernel. The last query is aligned with the last key.
 
     Args:
-        runtime: Runs it and counts.
+        runtime: The runtime, which counts.
         q: Queries (batch, heads, q_len, head_dim).
         k: Keys (batch, kv_heads, k_len, head_dim).
         v: Values, like `k`.
         causal: Whether a query sees only the keys up to its own.
-        scale: Of the scores.
-        save_lse: Whether the kernel writes the log-sum-exp, as it does when MLX trains.
-        tensor_ops: Runs the kernel for the M5's matrix units.
+        scale: The factor of the scores.
+        save_lse: Whether the kernel writes the log-sum-exp, as in MLX's training.
+        tensor_ops: Whether to run the kernel for the M5's matrix units.
 
     Returns:
         The output, like `q`, and the log-sum-exp (batch, heads, q_len) or ``None``.
@@ -89,14 +89,14 @@ def steel_attention(
     starts = [maps[n].start if n else 0 for n in ("q", "k", "v", "out", "params", "", "", "", "lse" * save_lse)]
 
     text = kernel_source(kernel, facts) + entry_text(instance, arguments(kind))
-    library, entry, _ = kernel_function(text)  # `library` has to live while it runs
+    library, entry, _ = kernel_function(text)  # keep `library` alive while the kernel runs
     grid = (math.ceil(q_len / bq) * 32, heads * 4, batch * wn)
     runtime.run_launch(kernel, Launch(entry, starts, regions, grid, (32, 4, wn), None))
     return to_mlx(out, q.dtype), mx.array(lse) if save_lse else None
 
 
 def kernel_source(kernel: str, facts: dict[str, bool]) -> str:
-    """The kernel's file with its function constants turned into plain ones."""
+    """Read the kernel's file, with its function constants turned into plain constants."""
     name = {"attention": "steel_attention.h", "attention_nax": "steel_attention_nax.h"}[kernel]
     text = with_includes(f"{KERNELS}/{name}", set())
     text = FUNCTION_CONSTANT.sub(lambda m: f"constant constexpr bool {m[1]} = {str(facts[m[1]]).lower()};", text)
@@ -104,7 +104,7 @@ def kernel_source(kernel: str, facts: dict[str, bool]) -> str:
 
 
 def with_includes(name: str, seen: set[str]) -> str:
-    """A file of MLX with those that it includes in their place, each once."""
+    """Read a file of MLX and insert the files that it includes, each once."""
     if name in seen:
         return ""
     seen.add(name)
@@ -121,12 +121,13 @@ def arguments(kind: str) -> list[str]:
 def attention_params(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, scale: float, bq: int, bk: int
 ) -> np.ndarray:
-    """MLX's `AttnParams`, byte by byte."""
+    """Pack MLX's `AttnParams`, byte by byte."""
     names = ["B", "H", "D", "qL", "kL", "group", "scale", "NQ", "NK", "NQ_aligned", "NK_aligned"]
     names += ["qL_rem", "kL_rem", "qL_off"]
     fields = [(name, np.float32 if name == "scale" else np.int32) for name in names]
     fields += [(f"{name}_strides", np.int64, 3) for name in "QKVO"]
-    (batch, heads, q_len, head_dim), k_len = q.shape, k.shape[2]
+    batch, heads, q_len, head_dim = q.shape
+    k_len = k.shape[2]
     values = (batch, heads, head_dim, q_len, k_len, heads // k.shape[1], scale, -(-q_len // bq), -(-k_len // bk))
     values += (q_len // bq, k_len // bk, q_len % bq, k_len % bk, k_len - q_len)
     strides = tuple([s // a.itemsize for s in a.strides[:3]] for a in (q, k, v, out))

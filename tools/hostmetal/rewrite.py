@@ -1,4 +1,4 @@
-"""From the text that Metal compiles to one for a C++ compiler: a few mechanical changes, line by line."""
+"""Rewriting of Metal source to C++: a few mechanical changes, line by line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 HOST_NAME = re.compile(r"template\s*\[\[\s*host_name\([^\]]*\)\s*\]\]\s*\[\[\s*kernel\s*\]\]")
-ARGUMENT = re.compile(r"\[\[\s*threadgroup\(\d+\)\s*\]\]")  # inside, `threadgroup` is no address space
+ARGUMENT = re.compile(r"\[\[\s*threadgroup\(\d+\)\s*\]\]")  # in these, `threadgroup` is no address space
 THREADGROUP = re.compile(r"(?:(?<=[;{}\n])|^)(\s*)threadgroup\s+([^;=]*);")
 DECLARED = re.compile(r"((?:unsigned\s+)?[\w:]+(?:\s*<.*>)?)\s+(\w.*)", re.DOTALL)
 CAST = re.compile(
@@ -17,7 +17,7 @@ VEC = re.compile(r"\bvec\s*<")
 
 
 def without_comments(text: str) -> str:
-    """Comments become spaces, so that line numbers stay."""
+    """Replace comments by spaces, so that line numbers stay."""
 
     def blank(match: re.Match[str]) -> str:
         found = match.group()
@@ -27,8 +27,10 @@ def without_comments(text: str) -> str:
 
 
 def split_outside(text: str, separator: str = ",") -> list[str]:
-    """The parts of `text` between separators that no bracket encloses."""
-    parts, depth, start = [], 0, 0
+    """Split `text` at the separators that no bracket encloses."""
+    parts = []
+    depth = 0
+    start = 0
     for i, c in enumerate(text):
         depth += (c in "([{<") - (c in ")]}>")
         if c == separator and depth == 0:
@@ -38,7 +40,7 @@ def split_outside(text: str, separator: str = ",") -> list[str]:
 
 
 def threadgroup_arrays(text: str) -> str:
-    """``threadgroup T x[N];`` becomes a reference to what the core keeps for the whole threadgroup."""
+    """Turn ``threadgroup T x[N];`` into a reference to memory that the core keeps for the threadgroup."""
     numbers = itertools.count()
 
     def declare(match: re.Match[str]) -> str:
@@ -54,7 +56,7 @@ def threadgroup_arrays(text: str) -> str:
 
 
 def declared(match: re.Match[str]) -> tuple[str, str] | None:
-    """The element's type and the declarators, where `THREADGROUP` found arrays or variables and no pointers."""
+    """Return the element's type and the declarators, if `THREADGROUP` matched arrays or variables and no pointers."""
     found = DECLARED.fullmatch(match.group(2).strip())
     outside = re.sub(r"\[.*?\]|<.*?>", "", match.group(2), flags=re.DOTALL)
     return found.groups() if found and not re.search(r"[*&(){}]", outside) else None
@@ -71,10 +73,12 @@ def one_array(element: str, declarator: str, number: int) -> str:
 
 
 def vector_constructors(text: str) -> str:
-    """``vec<T, N>(a, b)`` becomes ``make_vec<T, N>(a, b)``; clang's vectors have no such constructor."""
-    out, start = [], 0
+    """Turn ``vec<T, N>(a, b)`` into ``make_vec<T, N>(a, b)``: clang's vectors have no such constructor."""
+    out = []
+    start = 0
     for match in VEC.finditer(text):
-        depth, end = 1, match.end()
+        depth = 1
+        end = match.end()
         while depth and end < len(text):
             depth += (text[end] == "<") - (text[end] == ">")
             end += 1

@@ -1,4 +1,4 @@
-"""Runs a `KernelCall` on the host."""
+"""Execution of a `KernelCall` on the CPU."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ TO_BFLOAT = re.compile(r"^.*: implicit conversion .* to '(?:[^']*bf16|[^']*bfloa
 
 
 class Runtime:
-    """An executor for `ringattn.metal.set_executor` that runs the Metal source itself, and watches it.
+    """Executor for `ringattn.metal.set_executor` that runs the Metal source itself and checks it.
 
-    Every access to memory is checked against the bounds of its buffer; with `checks` also for races, reads of what was
-    never written, and outputs left unwritten.
+    Every memory access is checked against the bounds of its buffer. `checks` adds checks for races, reads of
+    uninitialised memory, and outputs that are not written.
 
     Args:
-        order: In which order threads run between two meetings: ``"forward"``, ``"backward"`` or ``"shuffled"``.
-        seed: Of the shuffled order.
-        checks: Whether to look for races and for memory that was never written.
-        workers: How many threads of the operating system run threadgroups; by default one for each core, up to 4.
+        order: The order of threads between two synchronisations: ``"forward"``, ``"backward"`` or ``"shuffled"``.
+        seed: The seed of the shuffled order.
+        checks: Whether to check for races and for uninitialised memory.
+        workers: The number of operating system threads that run threadgroups. Default: one for each core, up to 4.
     """
 
     def __init__(self, order: str = "forward", seed: int = 0, checks: bool = True, workers: int | None = None) -> None:
         if order not in ORDERS:
             raise ValueError(f"{order=} must be one of {', '.join(ORDERS)}")
-        self.order, self.seed, self.checks = order, seed, checks
+        self.order = order
+        self.seed = seed
+        self.checks = checks
         self.workers = workers or min(4, len(os.sched_getaffinity(0)))
         self.reset()
 
     def reset(self) -> None:
-        self.counters, self.last = Counters(), Counters()
+        self.counters = Counters()
+        self.last = Counters()
 
     def __call__(self, call: KernelCall) -> list[mx.array]:
         outputs = self.run(call)
@@ -57,29 +60,32 @@ class Runtime:
         buffers: dict[str, np.ndarray] | None = None,
         groups: list[tuple[int, int, int]] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Runs a kernel on raw memory.
+        """Run a kernel on raw memory.
 
         Args:
-            call: The kernel; its inputs give the types and, where `buffers` has nothing, the values.
-            buffers: Inputs as NumPy arrays of any strides, memory maps too; bfloat16 as uint16. Shapes and strides that
-                the kernel asks for are theirs.
-            groups: The threadgroups that run; without it all do.
+            call: The kernel. Its inputs give the types, and the values that `buffers` does not have.
+            buffers: Inputs as NumPy arrays of any strides, memory maps too; bfloat16 as uint16. The kernel gets their
+                shapes and strides.
+            groups: The threadgroups that run. Default: all.
 
         Returns:
             The outputs by name, as views of the memory that the kernel wrote.
 
         Raises:
-            RuntimeFault: The kernel did what it must not do.
-            CompileError: It does not compile, or breaks a rule of Metal.
+            RuntimeFault: If the kernel did a forbidden action.
+            CompileError: If the kernel does not compile, or breaks a rule of Metal.
         """
         if call.atomic_outputs:
             raise NotImplementedError("atomic outputs do not run on the host")
         inputs = {name: self.input_memory(call, name, array, buffers or {}) for name, array in named_inputs(call)}
-        outputs, mapped, regions = {}, [], []
+        outputs = {}
+        mapped = []
+        regions = []
         for p in parameters(call):
             if p.role == "output":
                 i = call.output_names.index(p.name)
-                shape, dtype = tuple(call.output_shapes[i]), call.output_dtypes[i]
+                shape = tuple(call.output_shapes[i])
+                dtype = call.output_dtypes[i]
                 outputs[p.name], mapping = map_output(raw_dtype(dtype), shape, call.init_value)
                 if call.init_value is not None:
                     outputs[p.name][...] = raw_view(mx.array(call.init_value, dtype))
@@ -96,7 +102,8 @@ class Runtime:
 
     def input_memory(self, call: KernelCall, name: str, array: mx.array, buffers: dict[str, np.ndarray]) -> np.ndarray:
         if name in buffers:
-            given, wanted = buffers[name], raw_dtype(array.dtype)
+            given = buffers[name]
+            wanted = raw_dtype(array.dtype)
             if given.dtype != wanted:
                 raise TypeError(f"buffers[{name!r}] must be {wanted}, got {given.dtype}")
             return given
@@ -111,7 +118,7 @@ class Runtime:
 
     def run_launch(self, name: str, launch: Launch) -> None:
         self.last, reports = launch.run(self.order, self.seed, self.checks, self.workers)
-        if reports and self.workers > 1:  # once more, so that what is reported is always the same
+        if reports and self.workers > 1:  # run again, so that reports do not vary
             self.last, again = launch.run(self.order, self.seed, self.checks, 1)
             reports = again or reports
         self.counters = self.counters + self.last
@@ -121,17 +128,17 @@ class Runtime:
 
 @functools.cache
 def checked_function(name: str, plain: str, entry: str) -> tuple[ctypes.CDLL, int]:
-    """Compiles the text of a kernel; the library has to live while its entry, the address beside it, is used.
+    """Compile the text of a kernel. Return the library and the address of its entry. Keep the library alive.
 
     Raises:
-        LintError: It breaks a rule of Metal that the compiler does not know.
-        CompileError: It does not compile.
+        LintError: If the text breaks a rule of Metal that the compiler does not know.
+        CompileError: If it does not compile.
     """
     found = lint(plain)
     if not found:
         text = f'#include "mlx_utils.h"\n#include "hostmetal_entry.h"\n#line 1 "{name}"\n{to_host(plain)}{entry}'
         library, address, notes = kernel_function(text)
-        found = TO_BFLOAT.findall(notes)  # Metal makes a bfloat of a wider type only where it is told to
+        found = TO_BFLOAT.findall(notes)  # Metal converts a wider type to bfloat only with a cast
     if found:
         raise LintError("\n".join([f"kernel {name}:", *found]))
     return library, address
@@ -142,7 +149,7 @@ def named_inputs(call: KernelCall) -> list[tuple[str, mx.array]]:
 
 
 def facts(p: Parameter, memory: np.ndarray) -> np.ndarray:
-    """The input itself, or what a parameter says of it."""
+    """Return the input itself, or its property that a parameter names."""
     if p.role == "shape":
         return np.array(memory.shape, np.int32)
     if p.role == "strides":

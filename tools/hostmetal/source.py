@@ -1,4 +1,4 @@
-"""The text that MLX compiles for a custom kernel, and the entry by which the core calls it."""
+"""The text that MLX compiles for a custom kernel, and the entry that the core calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ringattn.metal.launch import KernelCall
 
-CONSTANT_BELOW = 8  # elements: smaller inputs arrive in constant memory
+CONSTANT_BELOW = 8  # elements: smaller inputs are in constant memory
 
 TYPES = {
     mx.bool_: "bool",
@@ -25,7 +25,7 @@ TYPES = {
     mx.float32: "float",
 }
 
-# Metal's attributes, as MLX knows them: the type, and where the core keeps the value
+# Metal's attributes that MLX knows: the type, and the field of the core with the value
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": ("uint", "p->dispatch_simdgroups * 8"),
     "dispatch_simdgroups_per_threadgroup": ("uint", "p->dispatch_simdgroups"),
@@ -55,12 +55,12 @@ class Parameter:
     """A buffer among the kernel's parameters.
 
     Attributes:
-        name: As in the kernel's signature.
+        name: The name in the kernel's signature.
         space: ``"constant"`` or ``"device"``.
-        type: The element's type, in Metal's words.
-        reference: Whether it is a reference to one element.
+        type: The element's type in Metal.
+        reference: Whether the parameter is a reference to one element.
         role: ``"input"``, ``"output"``, ``"shape"``, ``"strides"`` or ``"ndim"``.
-        of: The input that it belongs to, or its own name.
+        of: The input that the parameter belongs to, or its own name.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Parameter:
 
 
 def parameters(call: KernelCall) -> list[Parameter]:
-    """The kernel's buffers, in the order of its signature; MLX looks for what the source mentions."""
+    """List the kernel's buffers in the order of its signature. Like MLX, search the source for their names."""
     found = []
     for name, array in zip(call.input_names, call.inputs):
         space = "constant" if array.size < CONSTANT_BELOW else "device"
@@ -108,7 +108,7 @@ def template_type(value: mx.Dtype | int | bool) -> str:
 
 
 def kernel_name(call: KernelCall) -> str:
-    """As MLX names it: a name always means one source."""
+    """Name a kernel as MLX does: a name always means one source."""
     parts = [f"custom_kernel_{call.name}"]
     parts += [template_value(value) for _, value in call.template]
     for array in call.inputs:
@@ -119,7 +119,7 @@ def kernel_name(call: KernelCall) -> str:
 
 
 def kernel_text(call: KernelCall) -> str:
-    """Header, template line, signature, source and instantiation."""
+    """Join header, template line, signature, source and instantiation."""
     name = kernel_name(call)
     lines = [p.declaration() + f" [[buffer({i})]]" for i, p in enumerate(parameters(call))]
     lines += [f"  {ATTRIBUTES[a][0]} {a} [[{a}]]" for a in attributes(call)]
@@ -139,7 +139,7 @@ def instance_name(call: KernelCall) -> str:
 
 
 def entry_text(instance: str, arguments: list[str]) -> str:
-    """A C function that the core can call: it has the addresses of the buffers in `a` and the thread's place in `p`."""
+    """Write a C function for the core, with the addresses of the buffers in `a` and the thread's position in `p`."""
     body = ",\n    ".join(arguments)
     return (
         "HOSTMETAL_ENTRY void hostmetal_kernel(const ulong* a, const ThreadPosition* p) {\n"

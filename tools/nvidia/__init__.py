@@ -1,8 +1,7 @@
-"""Checks of the CUDA kernels, and of the Metal kernels translated to CUDA by rule: `python -m tools.nvidia.check`.
+"""Checks of the CUDA kernels, and of the Metal kernels translated to CUDA by rules: `python -m tools.nvidia.check`.
 
-What the translation can tell: whether they are right at sizes that no emulator of a GPU reaches, whether they race, and
-whether they leave their memory. What it cannot: whether Apple's compiler takes them, how an Apple GPU rounds, and how
-fast they are.
+The translation shows whether the kernels are right at sizes that no emulator reaches, whether they race, and whether they leave
+their buffers. It does not show whether Apple's compiler accepts them, how an Apple GPU rounds, or how fast they are.
 """
 
 from tools.nvidia.executor import cuda_executor, translate

@@ -1,8 +1,8 @@
 """Check the CUDA kernels on an NVIDIA GPU: ``python -m tools.nvidia.check``.
 
-Needs MLX with its CUDA back-end. With ``--kernels metal`` the Metal kernels are checked in their place: the source that
-a Mac compiles, with Metal's words spelled in CUDA (``words.cuh``). Matrices of a simdgroup are then multiplied by
-shuffles, so that times say nothing about a Mac.
+This needs MLX with its CUDA backend. ``--kernels metal`` checks the Metal kernels instead: the source that a Mac
+compiles, with Metal's names defined in CUDA (``words.cuh``). Shuffles then multiply the matrices of a simdgroup, so that
+times say nothing about a Mac.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringattn.bench.kernel import Shape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
 from ringattn.verify.features import FEATURES
-from ringattn.verify.findings import Check, attempt
+from ringattn.verify.findings import Check, run_check
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, ratios
 from ringattn.verify.variants import variants
 
@@ -55,7 +55,7 @@ threadgroups = [0, 0]  # calls, and their threadgroups
 
 
 def counted(call):
-    """The executor, which counts."""
+    """Run a call and count it and its threadgroups."""
     x, y, z = groups(call)
     threadgroups[0] += 1
     threadgroups[1] += x * y * z
@@ -63,29 +63,30 @@ def counted(call):
 
 
 def report(name: str, right: bool, what: str) -> None:
-    """One line, and what failed for the end."""
+    """Print one line, and keep failures for the end."""
     print(f"{'ok  ' if right else 'FAIL'}  {name:<58} {what}", flush=True)
     if not right:
         failed.append(name)
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds."""
+    """Measure the seconds of a run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def check_variant(name: str, check: Check) -> None:
-    """A variant or feature, forward or gradient, whole against float64."""
-    fraction, problem = attempt(check)
+    """Compare a variant or feature, forward or gradient, with float64."""
+    fraction, problem = run_check(check)
     report(name, fraction <= 1, problem or f"{fraction:.2f} of the budget")
 
 
 def feature(make: Callable[[], Case]) -> float:
-    """A feature, forward and gradient."""
+    """Compute the largest error of a feature, forward and gradient."""
     problem = GradientCase.random(make())
-    case, named = problem.case, problem.differentiable
+    case = problem.case
+    named = problem.differentiable
 
     def function(*arrays: mx.array) -> list[mx.array]:
         given = dict(zip(named, arrays))
@@ -99,30 +100,22 @@ def feature(make: Callable[[], Case]) -> float:
 
 
 def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
-    """A problem with q, k and v in another dtype."""
+    """Make a problem with q, k and v in another dtype."""
     case = make()
     return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))
 
 
-def check_random(seeds: range) -> None:
-    """Forward, of small problems with a random choice of every feature."""
-
-    def worst() -> float:
-        found = 0.0
-        for seed in seeds:
-            case = random_case(seed)
-            results = ra.attention(case.q, case.k, case.v, **case.options, backend=kernels, return_lse=True)
-            fraction = max(ratios(case, *results))
-            if fraction > 1:
-                click.echo(f"seed {seed}: {fraction:.2f} of the budget")
-            found = max(found, fraction)
-        return found
-
-    check_variant(f"random problems {seeds.start} to {seeds.stop - 1}", worst)
+def random_problems(seeds: range) -> float:
+    """Compute the largest error of small problems with a random choice of every feature."""
+    largest = 0.0
+    for case in map(random_case, seeds):
+        results = ra.attention(case.q, case.k, case.v, **case.options, backend=kernels, return_lse=True)
+        largest = max(largest, *ratios(case, *results))
+    return largest
 
 
 def words(shape: Shape) -> str:
-    """A shape in words."""
+    """Describe a shape."""
     name = str(shape.dtype).removeprefix("mlx.core.")
     heads = "{}/{}".format(*shape.heads)
     mask = "causal" if shape.causal else "full"
@@ -130,7 +123,7 @@ def words(shape: Shape) -> str:
 
 
 def check_large(shape: Shape) -> None:
-    """Sampled rows against float64, and the same bits five times."""
+    """Compare sampled rows with float64, and the bits of five runs."""
     q, k, v = random_arrays(shape)
     mask = "causal" if shape.causal else None
     before = list(threadgroups)
@@ -151,7 +144,7 @@ def check_large(shape: Shape) -> None:
 
 
 def check_gradient(shape: Shape) -> None:
-    """Against MLX's own gradient of its attention in float32, which is timed in the kernels' dtype too."""
+    """Compare with MLX's gradient of its own attention in float32. Time that one in the kernels' dtype too."""
     arrays = random_arrays(shape)
     weights = mx.random.normal((1, shape.heads[0], shape.queries, shape.head_dim), key=mx.random.key(9))
     mask = "causal" if shape.causal else None
@@ -184,16 +177,16 @@ def check_gradient(shape: Shape) -> None:
 
 
 def sanitize() -> None:
-    """This program again, small, under the memory and the race checker."""
+    """Run small problems of this program under the memory and the race checker."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         click.echo("compute-sanitizer: not found on PATH or in /usr/local/cuda/bin; nothing was checked with it")
         return
     for checker in ("memcheck", "racecheck"):
-        told = _under(tool, checker, "-m", "tools.nvidia.check", "--quick", "--kernels", kernels)
-        ours = [line for line in told if "ringattn" in line]  # cuBLAS's products, in the references, have hazards too
-        summary = next((line.strip("= ") for line in told if "SUMMARY" in line), " ".join(told)[-300:])
-        right = "all checks passed" in told and not ours
+        lines = _under(tool, checker, "-m", "tools.nvidia.check", "--quick", "--kernels", kernels)
+        ours = [line for line in lines if "ringattn" in line]  # cuBLAS, which the references use, has hazards too
+        summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), " ".join(lines)[-300:])
+        right = "all checks passed" in lines and not ours
         report(f"compute-sanitizer {checker}", right, f"{len(ours)} reports of our kernels; in all: {summary}")
     planted = [line for line in _under(tool, "racecheck", "-c", PLANTED) if "ringattn" in line]
     report("a planted race is seen", bool(planted), f"{len(planted)} reports")
@@ -209,7 +202,7 @@ mx.eval(kernel(inputs=[mx.ones(64)], output_shapes=[(64,)], output_dtypes=[mx.fl
 
 
 def _under(tool: str, checker: str, *program: str) -> list[str]:
-    """The lines that a Python program writes under a checker."""
+    """Run a Python program under a checker and return its lines."""
     detail = ["--racecheck-report", "all"] if checker == "racecheck" else []
     done = subprocess.run([tool, "--tool", checker, *detail, sys.executable, *program], capture_output=True, text=True)
     return (done.stdout + done.stderr).splitlines()
@@ -240,7 +233,10 @@ def main(chosen: str, quick: bool, sanitizer: bool, share: str) -> None:
                 for name, make in FEATURES.items()
                 for dtype in FLOATS
             ]
-            checks += [partial(check_random, range(i, i + 25)) for i in range(0, RANDOM, 25)]
+            checks += [
+                partial(check_variant, f"random problems from {i} on", partial(random_problems, range(i, i + 25)))
+                for i in range(0, RANDOM, 25)
+            ]
         first, step = map(int, share.split("/"))
         for check in checks[first::step]:
             check()

@@ -1,4 +1,4 @@
-"""Metal kernels as CUDA kernels: their text, rewritten by rule, and an executor that has MLX run them."""
+"""Translation of Metal kernels to CUDA by rules, and an executor that runs them with MLX."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ WORDS = Path(__file__).parent / "words.cuh"
 MOST_GROUPS = 65_535  # of a CUDA grid in y and in z
 REWRITES = (  # in this order
     (r"//[^\n]*|/\*.*?\*/", " "),
-    # Threadgroup arrays are declared with nothing but a type, a name and a size: pointers have a star.
+    # Declarations of threadgroup arrays have only a type, a name and a size. Pointers have a star.
     (r"\bthreadgroup\s+((?:alignas\s*\([^)]*\)\s*)?[\w:]+\s+\w+\s*(?:\[|;))", r"__shared__ \1"),
     (r"\b(?:device|threadgroup|constant|thread)\s+(?=[\w:])", ""),
-    # constexpr variables can be used on the GPU as they are; functions say that they are for it.
+    # The GPU can use constexpr variables unchanged. Functions need __device__.
     (r"\binline\s+__attribute__\s*\(\(\s*__always_inline__\s*\)\)", "__device__ __forceinline__"),
     (r'_Pragma\s*\(\s*"clang loop unroll\(full\)"\s*\)', '_Pragma("unroll")'),
 )
 
 
 def translate(text: str) -> str:
-    """CUDA for MLX's `cuda_kernel` from Metal for its `metal_kernel`, given the words of `words.cuh` before it."""
+    """Translate Metal for MLX's `metal_kernel` to CUDA for its `cuda_kernel`. `words.cuh` must stand before it."""
     for pattern, replacement in REWRITES:
         text = re.sub(pattern, replacement, text, flags=re.S)
     return text
 
 
 def header(text: str) -> str:
-    """What stands before a kernel: Metal's words, and what stood there in Metal."""
+    """Build the text before a kernel: Metal's names, and the kernel's own header."""
     return WORDS.read_text() + translate(text)
 
 
@@ -49,19 +49,19 @@ def _built(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source:
 
 
 def groups(call: KernelCall) -> tuple[int, int, int]:
-    """How many threadgroups `call` has in x, y and z."""
+    """Count the threadgroups of `call` in x, y and z."""
     x, y, z = (-(-threads // size) for threads, size in zip(call.grid, call.threadgroup))
     return x, y, z
 
 
 def cuda_executor(call: KernelCall) -> list[mx.array]:
-    """The outputs of `call`, from the NVIDIA GPU; for `ringattn.metal.set_executor`.
+    """Run `call` on the NVIDIA GPU; an executor for `ringattn.metal.set_executor`.
 
-    Where the grid is not whole threadgroups the last ones are whole on CUDA, other than on Metal: kernels must let
-    threads beyond the grid do nothing, as these do.
+    On CUDA the last threadgroups are whole even where the grid is not, unlike on Metal. In kernels, threads beyond the
+    grid must do nothing. The Metal kernels of ringattn satisfy this.
 
     Raises:
-        ValueError: `call` asks for something that CUDA or this translation does not have.
+        ValueError: If `call` needs something that CUDA or this translation does not have.
     """
     if call.atomic_outputs:
         raise ValueError(f"{call.name}: {call.atomic_outputs=}, expected a kernel without atomics")

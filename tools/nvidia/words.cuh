@@ -1,7 +1,7 @@
-// Metal's words for CUDA: what the kernels of ringattn use of the Metal standard library, on a warp as simdgroup.
+// Metal's names for CUDA: the parts of the Metal standard library that ringattn's kernels use, with a warp as simdgroup.
 //
-// Comes after MLX's own includes, whose vector types stay as they are: the names below are macros for types that, as
-// Metal's, have constructors, operators and elements. Matrices of a simdgroup are multiplied by shuffles, in float32.
+// Include it after MLX's own headers, whose vector types are unchanged: the names below are macros for types that have
+// constructors, operators and elements like Metal's. Shuffles multiply the matrices of a simdgroup, in float32.
 
 #undef INFINITY
 #undef NAN
@@ -28,7 +28,7 @@ struct pair_of {
   template <typename A, typename B>
   __device__ pair_of(A first, B second) : x(T(first)), y(T(second)) {}
 
-  // No arithmetic with addresses: elements stay in registers where the index is a constant.
+  // No address arithmetic: elements stay in registers where the index is a constant.
   __device__ __forceinline__ T& operator[](int i) {
     return i == 0 ? x : y;
   }
@@ -82,7 +82,7 @@ WORDS_FUNC T min(T a, T b) {
   return b < a ? b : a;
 }
 
-// Of a NaN and a number they give the number.
+// Of a NaN and a number these return the number.
 WORDS_FUNC float max(float a, float b) {
   return fmaxf(a, b);
 }
@@ -149,7 +149,7 @@ using precise::log;
 using precise::log2;
 using precise::tanh;
 
-// Lanes of a simdgroup: every one takes part ---------------------------------------------------------------------------
+// Lanes of a simdgroup: all lanes take part ----------------------------------------------------------------------------
 
 static constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -227,7 +227,7 @@ WORDS_FUNC void simdgroup_barrier(mem_flags) {
   __syncwarp();
 }
 
-// Where a thread is ---------------------------------------------------------------------------------------------------
+// Position of a thread ------------------------------------------------------------------------------------------------
 
 WORDS_FUNC uint thread_index() {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);

@@ -1,22 +1,25 @@
-"""``ringattn bench``. What needs MLX is imported when something is timed, so that ``--help`` is quick."""
+"""``ringattn bench``. Modules that need MLX are imported when a timing starts, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
 import click
 
 from ...errors import ArgumentError, KernelWarning
+from ...reporting.one_line import in_one_line
+from ...reporting.tables import format_row
 
 if TYPE_CHECKING:
-    from ...bench.kernel import Shape
+    from ...bench.kernel import AttentionShape
 
 DTYPES = ("float16", "bfloat16", "float32")
-HEAD = ("head_dim", "tokens", "heads", "dtype", "mask", "what", "ours ms", "mlx ms", "mlx / ours", "TFLOP/s", "error")
-DEFAULTS = {  # by whether there is a GPU; MLX's attention on a CPU takes seconds in half precision
+HEADER = ("head_dim", "tokens", "heads", "dtype", "mask", "what", "ours ms", "mlx ms", "mlx / ours", "TFLOP/s", "error")
+WIDTHS = [max(9, len(title)) for title in HEADER]
+DEFAULTS = {  # key: whether there is a GPU. MLX's attention on a CPU takes seconds in half precision
     True: {"tokens": "4096,16384", "dtype": "float16", "heads": "32/8"},
     False: {"tokens": "256,512", "dtype": "float32", "heads": "8/2"},
 }
@@ -24,7 +27,7 @@ DEFAULTS = {  # by whether there is a GPU; MLX's attention on a CPU takes second
 
 @click.group()
 def bench() -> None:
-    """Time parts of ringattn on this machine; every answer is checked first."""
+    """Time parts of ringattn on this machine. Every answer is checked first."""
 
 
 def _numbers(text: str) -> list[int]:
@@ -43,7 +46,7 @@ def _dtypes(text: str) -> list[str]:
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """Query and key/value heads, such as ``32/8``."""
+    """Read numbers of query heads and key/value heads, such as ``32/8``."""
     first, _, second = text.partition("/")
     if first.isdecimal() and second.isdecimal() and int(first) and int(second) and int(first) % int(second) == 0:
         return int(first), int(second)
@@ -51,7 +54,7 @@ def parse_heads(text: str) -> tuple[int, int]:
 
 
 def _shape_option(name: str, read: Callable[[str], object], what: str) -> Callable:
-    """An option whose default is larger where there is a GPU."""
+    """Option whose default is larger on a GPU."""
 
     def callback(context: click.Context, parameter: click.Parameter, text: str | None) -> object:
         return read(DEFAULTS[_has_gpu()][name] if text is None else text)
@@ -96,9 +99,9 @@ def kernel(
 ) -> None:
     """Time attention against mx.fast.scaled_dot_product_attention.
 
-    Both on the same arrays, for each shape: the forward pass, the same with the log-sum-exp, and one new token against
-    all keys. Each answer is first held against MLX's, and sampled rows against float64; the exit status is 1 if one is
-    wrong.
+    Both get the same arrays. For each shape these are timed: the forward pass, the forward pass with the log-sum-exp,
+    and one new token against all keys. Each answer is first compared with MLX's, and some of its rows with float64. The
+    exit status is 1 if an answer is wrong.
     """
     from ...reporting.machine import device, machine
 
@@ -107,7 +110,7 @@ def kernel(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)
         failed = _table(_shapes(head_dim, tokens, dtype, heads, masks), backend, repeats)
-    click.echo("\nerror: as a fraction of what is allowed against float64. TFLOP/s: of ours, visible pairs alone")
+    click.echo("\nerror: fraction of the allowed error against float64. TFLOP/s: of ours, for visible pairs only")
     click.echo(f"\n--- to paste into a report, with the table ---\n{machine()}")
     for warning in dict.fromkeys(str(x.message) for x in caught if issubclass(x.category, KernelWarning)):
         click.echo(warning)
@@ -117,43 +120,45 @@ def kernel(
 
 def _shapes(
     dims: list[int], lengths: list[int], dtypes: list[str], heads: tuple[int, int], masks: list[bool]
-) -> Iterator[tuple[str, Shape]]:
-    """What is timed, and in a word what about it."""
+) -> Iterator[tuple[str, AttentionShape]]:
+    """Yield the shapes to time, each with the name of the call."""
     import mlx.core as mx
 
-    from ...bench.kernel import Shape
+    from ...bench.kernel import AttentionShape
 
     for dtype, dim, n in product(dtypes, dims, lengths):
         for causal in masks:
-            yield "forward", Shape(getattr(mx, dtype), dim, heads, n, n, causal)
-        yield "with lse", Shape(getattr(mx, dtype), dim, heads, n, n, masks[-1], lse=True)
-        yield "one token", Shape(getattr(mx, dtype), dim, heads, 1, n, masks[-1])
+            yield "forward", AttentionShape(getattr(mx, dtype), dim, heads, n, n, causal)
+        yield "with lse", AttentionShape(getattr(mx, dtype), dim, heads, n, n, masks[-1], lse=True)
+        yield "one token", AttentionShape(getattr(mx, dtype), dim, heads, 1, n, masks[-1])
 
 
-def _table(shapes: Iterator[tuple[str, Shape]], backend: str, repeats: int) -> int:
-    """Print a row for each shape; the number of those that failed."""
-    widths = [max(9, len(title)) + 2 for title in HEAD]
-    click.echo("".join(title.rjust(width) for title, width in zip(HEAD, widths)))
+def _table(shapes: Iterator[tuple[str, AttentionShape]], backend: str, repeats: int) -> int:
+    """Time each shape and print its row at once. Return the number of failures."""
+    _print_row(HEADER)
     failed = 0
     for what, shape in shapes:
-        cells, right = _row(shape, backend, repeats)
-        words = [str(shape.head_dim), str(shape.keys), "{}/{}".format(*shape.heads), str(shape.dtype).split(".")[-1]]
-        row = [*words, "causal" if shape.causal else "full", what, *cells]
-        click.echo("".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        cells, right = _measured_cells(shape, backend, repeats)
+        dtype = str(shape.dtype).split(".")[-1]
+        mask = "causal" if shape.causal else "full"
+        _print_row([str(shape.head_dim), str(shape.keys), "{}/{}".format(*shape.heads), dtype, mask, what, *cells])
         failed += not right
     return failed
 
 
-def _row(shape: Shape, backend: str, repeats: int) -> tuple[list[str], bool]:
-    """The cells of what was measured, and whether the answer is right."""
+def _print_row(cells: Sequence[str]) -> None:
+    click.echo("  " + format_row(cells, WIDTHS, ">"))
+
+
+def _measured_cells(shape: AttentionShape, backend: str, repeats: int) -> tuple[list[str], bool]:
+    """Cells of a measurement, and whether the answer is right."""
     from ...bench.kernel import measure
-    from ...verify.findings import in_one_line
 
     try:
-        found = measure(shape, backend, repeats)
-    except (RuntimeError, ValueError) as error:  # of a kernel, or for want of memory: the next shape may work
+        timing = measure(shape, backend, repeats)
+    except (RuntimeError, ValueError) as error:  # of a kernel, or for lack of memory: the next shape may work
         return ["-", "-", "-", "-", f"  FAIL {in_one_line(error)}"], False
-    if not found.error <= 1:
-        return ["-", "-", "-", "-", f"  FAIL {found.error:.3g}"], False
-    times = [f"{found.ours * 1e3:.3f}", f"{found.mlx * 1e3:.3f}", f"{found.mlx / found.ours:.2f}"]
-    return [*times, f"{shape.flops / found.ours / 1e12:.3f}", f"{found.error:.2f}"], True
+    if not timing.error <= 1:
+        return ["-", "-", "-", "-", f"  FAIL {timing.error:.3g}"], False
+    times = [f"{timing.ours * 1e3:.3f}", f"{timing.mlx * 1e3:.3f}", f"{timing.mlx / timing.ours:.2f}"]
+    return [*times, f"{shape.flops / timing.ours / 1e12:.3f}", f"{timing.error:.2f}"], True

@@ -9,17 +9,17 @@ from pathlib import Path
 import click
 
 from ...demo.document import read_document
-from ...demo.job import Job
-from ...demo.runs import Run, run
+from ...demo.processes import TaskResult, run_task
+from ...demo.task import MODEL, ReadingTask
 from ...extras import require
 from ..host_options import ranks_option
 
-BAR = 1000  # steps of the progress bar
+BAR_STEPS = 1000
 MINUTES = "This takes about 1 minute on 4 cores and 2 on 2."
 
 
 def _checked_picture(context: click.Context, option: click.Parameter, path: Path) -> Path:
-    """Refuse before the run what would only fail after it."""
+    """Fail before the run if the picture cannot be saved."""
     if path.name and not path.parent.is_dir():
         raise click.BadParameter(f"{path}: there is no folder {path.parent}")
     if path.name and path.suffix.lower() != ".png":
@@ -51,7 +51,8 @@ def _checked_picture(context: click.Context, option: click.Parameter, path: Path
     callback=_checked_picture,
     help="Where to draw the timeline of the ring; '' for nowhere.",
 )
-def demo(ranks: int, characters: int | None, chunk: int, max_tokens: int, picture: Path) -> None:
+@click.option("--model", default=MODEL, hidden=True)  # for tests with a tiny model
+def demo(ranks: int, characters: int | None, chunk: int, max_tokens: int, picture: Path, model: str) -> None:
     """Let a whole language model read a real document on several processes and answer a question about it.
 
     SmolLM2-135M reads CPython's help on its debugger, some 5,000 tokens, with its keys and values spread over local
@@ -59,49 +60,52 @@ def demo(ranks: int, characters: int | None, chunk: int, max_tokens: int, pictur
     """
     from ...demo import report
 
-    _check_installed(picture)
+    _check_installed(model, picture)
     document = read_document()[:characters]
-    click.echo(_plan(ranks, document), err=True)
-    ring, alone = (_followed(Job("smollm2", size, chunk, max_tokens, document)) for size in (ranks, 0))
-    click.echo(report.report(ring, alone))
+    over_ring, plain = (ReadingTask(model, size, chunk, max_tokens, document) for size in (ranks, 0))
+    click.echo(_plan(over_ring), err=True)
+    ring = _run_with_progress(over_ring)
+    single = _run_with_progress(plain)
+    click.echo(report.report(ring, single))
     if picture.name:
         from ...demo.picture import draw
 
         draw(ring, picture)
         click.echo(f"Timeline of the ring: {picture}")
-    if not report.passed(ring, alone):
+    if not report.passed(ring, single):
         raise SystemExit(1)
 
 
-def _check_installed(picture: Path) -> None:
+def _check_installed(model: str, picture: Path) -> None:
     from ...lm.gguf import find_smollm2
 
-    find_smollm2()
+    if model == MODEL:
+        find_smollm2()
     require("mlx_lm", "ringattn[lm]")
     if picture.name:
         require("matplotlib", "ringattn[plot]")
 
 
-def _plan(ranks: int, document: str) -> str:
-    """What is about to happen, and how long it takes."""
+def _plan(task: ReadingTask) -> str:
+    """Announcement of the work and of the time that it takes."""
     return (
-        f"SmolLM2-135M reads {len(document):,} characters on {ranks} ranks, then in 1 process of plain mlx-lm. Nothing "
-        f"is downloaded. {MINUTES}"
+        f"{task.model_title} reads {len(task.document):,} characters on {task.ranks} ranks, then in 1 process of plain "
+        f"mlx-lm. Nothing is downloaded. {MINUTES}"
     )
 
 
-def _followed(job: Job) -> Run:
-    """Run `job` and show how far it is: a bar on a terminal, lines elsewhere."""
-    label = "1 process, plain mlx-lm" if job.plain else f"{job.ranks} ranks"
+def _run_with_progress(task: ReadingTask) -> TaskResult:
+    """Run `task` and show its progress: a bar on a terminal, lines elsewhere."""
+    label = "1 process, plain mlx-lm" if task.plain else f"{task.ranks} ranks"
     with tempfile.TemporaryDirectory(prefix="ringattn-demo-") as folder:
         if not sys.stderr.isatty():
-            return run(job, Path(folder), Steps(label))
-        with click.progressbar(length=BAR, label=label.ljust(23), file=sys.stderr, show_eta=True) as bar:
-            return run(job, Path(folder), lambda share: bar.update(int(share * BAR) - bar.pos))
+            return run_task(task, Path(folder), ProgressLines(label))
+        with click.progressbar(length=BAR_STEPS, label=label.ljust(23), file=sys.stderr, show_eta=True) as bar:
+            return run_task(task, Path(folder), lambda share: bar.update(int(share * BAR_STEPS) - bar.pos))
 
 
-class Steps:
-    """Progress as lines on standard error: when the model is being loaded, and after each tenth of the prompt."""
+class ProgressLines:
+    """Progress as lines on standard error: one before the model loads, and one for each tenth of the prompt."""
 
     def __init__(self, label: str):
         self._label = label
@@ -109,7 +113,7 @@ class Steps:
         click.echo(f"{label}: loading the model", err=True)
 
     def __call__(self, share: float) -> None:
-        """Print a line if another tenth has been read."""
+        """Print a line if another tenth is read."""
         tenths = int(10 * share)
         if tenths > self._tenths:
             self._tenths = tenths

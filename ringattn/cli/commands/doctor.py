@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from ...doctor.breakeven import Model
-from ...doctor.diagnosis import examine
-from ...doctor.runner import DTYPES, Where, examine_cluster
-from ...doctor.table import as_json, text
-from ..host_options import HOSTS, chosen, count_ranks, ranks_option, with_options
+from ...doctor.breakeven import AttentionModel
+from ...doctor.diagnosis import diagnose
+from ...doctor.output import as_json, as_text
+from ...doctor.runner import DTYPES, Target, examine_cluster
+from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
 from .bench import parse_heads
 
 
@@ -33,9 +33,9 @@ from .bench import parse_heads
     show_default=True,
     type=click.FloatRange(min=1),
     metavar="S",
-    help="Give up after so many seconds and tell what was found until then.",
+    help="Seconds after which the examination ends and prints what it has found.",
 )
-@click.option("--json", "wanted", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option("--json", "json_output", is_flag=True, help="Print one JSON object instead of tables.")
 def doctor(
     ranks: int | None,
     hosts: str | None,
@@ -47,27 +47,27 @@ def doctor(
     dtype: str,
     causal: bool,
     timeout: float,
-    wanted: bool,
+    json_output: bool,
 ) -> None:
-    """Examine every host and every link of a ring, and say what to do about what is wrong.
+    """Examine every host and every link of a ring, and give advice for each problem.
 
-    Per host: system, chip, memory, versions, MPI, and what its matrix products and attention reach while all ranks
-    compute. Per link, in the ring's order: latency, and bandwidth each way and both ways at once. And from how many
-    tokens per rank on the transfers of a model's attention hide behind its compute.
+    Per host: system, chip, memory, versions, MPI, and the speed of its matrix products and attention while all ranks
+    compute. Per link, in the ring's order: latency, and bandwidth each way and both ways at once. For a model: the
+    number of tokens per rank from which the transfers of its attention hide behind its compute.
 
-    A host that cannot be reached, or lacks something, is told and left out. Before MPI starts, every host tries a TCP
-    connection to every other: where one does not come about, that is told, and no link is measured. The exit status is
-    1 if something will not work. What only costs speed is a warning.
+    A host that cannot be reached, or lacks something, is reported and left out. Before MPI starts, every host tries a
+    TCP connection to every other. If one fails, it is reported, and no link is measured. The exit status is 1 if
+    something will not work. What only costs speed is a warning.
 
     --json prints ok, size, ranks (rank, host, gflop_s, spread, mpi, done), links (ranks, latency_us, to_right_gb_s,
     to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
-    model and findings (fatal, where, what, remedy); null is what could not be found out.
+    model and findings (fatal, where, what, remedy); null stands for a value that is not known.
     """
-    model = Model(*heads, head_dim, DTYPES[dtype], causal)
-    cluster = chosen(hosts, hostfile, interface)
+    model = AttentionModel(*heads, head_dim, DTYPES[dtype], causal)
+    cluster = chosen_cluster(hosts, hostfile, interface)
     size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
     click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
-    seen = examine_cluster(Where(size, cluster, interface, mpiexec), model, dtype, timeout)
-    findings = examine(seen)
-    click.echo(json.dumps(as_json(seen, findings, dtype), indent=1) if wanted else text(seen, findings, dtype))
+    exam = examine_cluster(Target(size, cluster, interface, mpiexec), model, dtype, timeout)
+    findings = diagnose(exam)
+    click.echo(json.dumps(as_json(exam, findings, dtype), indent=1) if json_output else as_text(exam, findings, dtype))
     raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

@@ -11,17 +11,18 @@ import click
 
 from ...errors import ArgumentError
 from ..host_options import with_options
-from ..lm_options import OPTIONS, TALK
-from ..session import Session, run
+from ..lm_command import run
+from ..lm_options import CONVERSATION, OPTIONS
+from ..session import Session
 
 
 @click.command()
-@with_options(*OPTIONS, *TALK)
+@with_options(*OPTIONS, *CONVERSATION)
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt; '-' reads it from standard input.")
 @click.option(
-    "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A text file, put before --prompt."
+    "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A text file that comes before --prompt."
 )
-@click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as it is.")
+@click.option("--ignore-chat-template", is_flag=True, help="Use the prompt without the model's chat template.")
 def generate(**options: Any) -> None:
     """Generate text with an mlx-lm model whose context is spread over the ranks.
 
@@ -37,13 +38,13 @@ def generate(**options: Any) -> None:
 
 
 def _generate(session: Session) -> None:
-    """One answer, and what it took."""
-    from ...lm.sharded_cache import held_bytes
+    """Generate an answer and print its statistics."""
+    from ...lm.sharding.sharded_cache import held_bytes
 
     options = session.options
     response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))
     session.save()
-    if session.speaks:
+    if session.is_first:
         held = held_bytes(session.cache) / 1e6
         click.echo(
             f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s. Generation: "
@@ -54,8 +55,9 @@ def _generate(session: Session) -> None:
 
 
 def _text(options: dict[str, Any]) -> str:
-    """The prompt."""
-    file, prompt = options["prompt_file"], options["prompt"]
+    """Prompt from the file and the command line."""
+    file = options["prompt_file"]
+    prompt = options["prompt"]
     parts = [] if file is None else [_decoded(f"--prompt-file: {file}", _bytes(file))]
     if prompt == "-":
         parts.append(_decoded("--prompt: standard input", sys.stdin.buffer.read()))

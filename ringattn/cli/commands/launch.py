@@ -11,7 +11,7 @@ import click
 
 from .. import leave
 from ..host_options import HOSTS, PROCESSES, ranks_option, with_options
-from ..starting import Place, prepare
+from ..starting import Placement, prepare
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -26,13 +26,13 @@ from ..starting import Place, prepare
 def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **options: Any) -> None:
     """Run COMMAND on N ranks, on this machine or on several hosts.
 
-    COMMAND is any program with its arguments; a script that ends in .py, and ringattn, run under this Python. Options
-    of COMMAND go behind it. Rank 0 gets the standard input. When a rank fails, the others are ended and the exit code
-    is that of the first that failed. Ctrl-C ends all of them, twice at once.
+    COMMAND is any program with its arguments. Scripts that end in .py, and ringattn, run under this Python. Write the
+    options of COMMAND after it. Rank 0 gets the standard input. When a rank fails, all others are ended, and the exit
+    code is that of the first rank that failed. Ctrl-C ends all ranks; a second Ctrl-C ends them at once.
 
-    Hosts are reached by ssh without a password, and have Python, ringattn and MPI at the same paths as this machine.
+    ssh must reach the hosts without a password. They need Python, ringattn and MPI at the same paths as this machine.
     """
-    ranks = prepare(Place.taken_from(options), command, prefix=prefix, dry_run=dry_run)
+    ranks = prepare(Placement.pop_from(options), command, prefix=prefix, dry_run=dry_run)
     if dry_run:
         click.echo(shlex.join([*_changed(ranks.environment), *ranks.line]))
         return
@@ -40,6 +40,6 @@ def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **optio
 
 
 def _changed(environment: Mapping[str, str]) -> list[str]:
-    """Assignments of what the ranks' environment has beyond this one, to be put before a command."""
+    """Command prefix that sets the variables in which the ranks' environment differs from this one."""
     changed = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
     return ["env", *sorted(changed)] if changed else []

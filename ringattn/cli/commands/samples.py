@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-FOLDER = Path(__file__).parents[2] / "samples"  # links to launch/ and examples/ in a checkout, their files in a wheel
-TITLE = re.compile(r'^(?:"""|# )(.*?)(?:""")?$', re.MULTILINE)  # the first docstring, heading or comment
+FOLDER = Path(__file__).parents[2] / "samples"  # links to launch/ and examples/ in a checkout, copies in a wheel
+TITLE = re.compile(r'^(?:"""|# )(.*?)(?:""")?$', re.MULTILINE)  # first docstring, heading or comment
 
 
 @click.command()
 @click.argument("name", required=False)
 def samples(name: str | None) -> None:
-    """Print the sample NAME; without NAME, list the samples: example programs, host files, the guide to several Macs.
+    """Print the sample NAME. Without NAME, list the samples: example programs, host files, the guide to several Macs.
 
     Save a sample before you run or change it: ringattn samples quickstart.py > quickstart.py
     """
@@ -29,5 +29,5 @@ def samples(name: str | None) -> None:
 
 
 def _title(text: str) -> str:
-    found = TITLE.search(text)
-    return found[1] if found else ""
+    match = TITLE.search(text)
+    return match[1] if match else ""

@@ -13,10 +13,11 @@ import click
 from ...errors import ArgumentError
 from .. import INTERRUPTED
 from ..host_options import with_options
+from ..lm_command import run
 from ..lm_options import OPTIONS, JsonObject
-from ..session import Session, run
+from ..session import Session
 
-DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p")  # beside --temp; a request may change them
+DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p")  # and --temp: a request may change them
 
 SERVING = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
@@ -26,21 +27,21 @@ SERVING = (
         type=JsonObject(),
         default="{}",
         metavar="JSON",
-        help="More for the model's chat template, such as '{\"enable_thinking\": false}'.",
+        help="Further arguments of the model's chat template, such as '{\"enable_thinking\": false}'.",
     ),
     click.option(
         "--allowed-origins",
         default="*",
         show_default=True,
         metavar="ORIGIN,...",
-        help="Web pages whose scripts may ask.",
+        help="Web pages whose scripts may send requests.",
     ),
     click.option(
         "--prompt-cache-size",
         default=2,
         show_default=True,
         type=click.IntRange(min=0),
-        help="Contexts of earlier requests that are kept for those that go on from them.",
+        help="Contexts of earlier requests that are kept for later requests which continue them.",
     ),
     click.option(
         "--max-body",
@@ -48,7 +49,7 @@ SERVING = (
         show_default=True,
         type=click.IntRange(1, 1024),
         metavar="MB",
-        help="Size of a request at most.",
+        help="Largest size of a request.",
     ),
 )
 
@@ -58,9 +59,9 @@ SERVING = (
 def serve(**options: Any) -> None:
     """Answer HTTP requests with an mlx-lm model whose context is spread over the ranks.
 
-    The endpoints are those of mlx_lm.server: /v1/chat/completions, /v1/completions (both with streaming), /v1/models
-    and /health, of rank 0. Requests are answered one after the other; sampling options are defaults that a request may
-    change. There is no password: who can reach the address can ask.
+    Rank 0 has the endpoints of mlx_lm.server: /v1/chat/completions, /v1/completions (both with streaming), /v1/models
+    and /health. Requests are answered one after the other. A request may change the sampling options. There is no
+    password: everybody who can reach the address can send requests.
 
         ringattn serve -n 2 --model smollm2 --dtype float32
     """
@@ -68,7 +69,7 @@ def serve(**options: Any) -> None:
 
 
 def _serve(session: Session) -> int:
-    """Listen on rank 0 and answer on all ranks until a signal ends it. Return the exit code."""
+    """Listen on rank 0, and answer on all ranks until a signal arrives. Return the exit code."""
     from ...lm.server import Engine, Settings, open_server
     from ...transport.consensus import heard
 
@@ -85,11 +86,11 @@ def _serve(session: Session) -> int:
 
     def stop(number: int, frame: object) -> None:
         signals.append(number)
-        engine.stopping = True  # rank 0's is what counts
+        engine.stopping = True  # only that of rank 0 has an effect
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    if session.speaks:
+    if session.is_first:
         with heard(session.ring, "broadcast"):
             server = _listen(partial(open_server, engine, settings), options["host"], options["port"])
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,7 +1,7 @@
-"""Files that are written so that nobody finds half of one, and nothing for ever stays of what failed.
+"""Atomic writes: a reader never sees half of a file, and files of failed writes are removed.
 
-A saver holds a lock on its file from its creation until the manifest names it. What is locked by nobody and named by
-no manifest is of a saver that is dead or was overtaken.
+A rank holds a lock on its file from the file's creation until the manifest names it. A file without a lock that no
+manifest names is left from a process that died, or from an older save.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from types import TracebackType
 
 import mlx.core as mx
 
-DATA, NEW = ".safetensors", ".new"
+DATA = ".safetensors"
+NEW = ".new"
 
 
 class Part:
-    """A rank's file, and its copy of the manifest, while they are written: what remains of them if that fails is gone.
+    """A rank's file and its copy of the manifest while they are written. Both are removed if that fails.
 
     Args:
-        path: The manifest.
-        name: Of this part, which no other has.
+        path: The path of the manifest.
+        name: A unique name for this part.
 
     Attributes:
-        complete: Whether all ranks' parts are on disk. From then on the file stays, as a manifest may name it.
+        complete: Whether all ranks' parts are on disk. From then on the file stays, since a manifest may name it.
     """
 
     def __init__(self, path: Path, name: str):
         self.path = path
-        self.data, self._new = (path.with_name(f"{path.name}.{name}{kind}") for kind in (DATA, NEW))
+        self.data = path.with_name(f"{path.name}.{name}{DATA}")
+        self._new = path.with_name(f"{path.name}.{name}{NEW}")
         self.complete = False
         self._lock: int | None = None
 
@@ -49,39 +51,39 @@ class Part:
         os.close(self._lock)
 
     def write(self, arrays: dict[str, mx.array]) -> None:
-        """Put the arrays on the disk. Raises OSError."""
+        """Write the arrays to disk. Raise OSError if that fails."""
         self._lock = _created(self.data)
         try:
             mx.save_safetensors(str(self.data), arrays)
-        except RuntimeError as error:  # how MLX says it
+        except RuntimeError as error:  # MLX's own type for it
             raise OSError(f"{self.data}: cannot be written: {error}") from None
         sync(self.data)
 
     def write_manifest(self, text: str) -> None:
-        """Put it on the disk, not yet at its place. Raises OSError."""
+        """Write the manifest to disk, under a temporary name. Raise OSError if that fails."""
         self._new.write_text(text)
         sync(self._new)
         sync(self.path.parent)
 
     def publish(self) -> None:
-        """Put the manifest at its place in one step: there is the old one or the new one. Raises OSError."""
+        """Replace the old manifest by the new one in one step. Raise OSError if that fails."""
         os.replace(self._new, self.path)
         sync(self.path.parent)
 
 
 def _created(file: Path) -> int:
-    """A new file, open and locked."""
+    """Create a file; return its descriptor, with a lock."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        with suppress(OSError):  # of a file system without locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # swept away before it was locked
+        os.close(descriptor)  # `sweep` removed it before it was locked
 
 
 def sync(path: Path) -> None:
-    """See to it that a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,16 +92,17 @@ def sync(path: Path) -> None:
 
 
 def sweep(path: Path, named: Callable[[], Collection[str]]) -> None:
-    """Remove the files beside the manifest `path` that nobody writes and that are not `named` in it."""
+    """Remove the files beside the manifest `path` that no process is writing and that are not `named` in it."""
     ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{12}}-\d+(of\d+)?({re.escape(DATA)}|{re.escape(NEW)})")
     for file in sorted(path.parent.iterdir()):
-        # In this order: a saver that is gone has put the manifest in place that names its file, or never will.
+        # The lock is checked first: after a process has released it, its manifest is in place or never will be.
         if ours.fullmatch(file.name) and not _is_written(file.with_suffix(DATA)) and file.name not in named():
-            with suppress(OSError):  # another rank was faster, or it is not ours to remove
+            with suppress(OSError):  # another rank has removed it, or it belongs to another user
                 file.unlink()
 
 
 def _is_written(file: Path) -> bool:
+    """Whether another process holds the lock on a file."""
     try:
         descriptor = os.open(file, os.O_RDWR)
     except OSError:
@@ -108,7 +111,7 @@ def _is_written(file: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # of a file system without locks
+    except OSError:  # the file system has no locks
         return False
     finally:
         os.close(descriptor)

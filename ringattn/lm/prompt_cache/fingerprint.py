@@ -1,4 +1,4 @@
-"""What tells one model from another, in a few hundred bytes: its keys and values mean nothing to any other."""
+"""Fingerprints of models, a few hundred bytes each: a cache is of use only to the model that made it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from mlx.utils import tree_flatten
 from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes, to_bytes
 from ...transport.consensus import heard
+from ..mlx_lm_compat import model_args
 
-SAMPLES = 8  # values that are looked at along each axis of a parameter: cheap for any size
+SAMPLES = 8  # values along each axis of a parameter that the digest covers: cheap for any size
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What the model is, in JSON's types: the same for the same weights in every process and on every machine.
+    """Describe the model in JSON's types: the same for the same weights in every process and on every machine.
 
     Returns:
-        Its module, its configuration, the dtypes of its parameters, and a digest of their names, shapes and dtypes and
-        of some of their values, as they are stored.
+        The model's module, its configuration, the dtypes of its parameters, and a digest of their names, shapes and
+        dtypes and of some of their values, as they are stored.
     """
     leaves: Any = tree_flatten(model.parameters())
     parameters: list[tuple[str, mx.array]] = sorted(leaves, key=lambda leaf: leaf[0])
@@ -31,7 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, x in parameters:
         digest.update(f"{name} {x.shape} {x.dtype}\n".encode())
         digest.update(to_bytes(_sample(x)))
-    config = json.dumps(getattr(model, "args", None), default=_fields)
+    config = json.dumps(model_args(model), default=_fields)
     return {
         "module": type(model).__module__,
         "config": json.loads(config) or {},
@@ -41,7 +42,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def shared_fingerprint(ring: Ring, model: nn.Module) -> dict[str, Any]:
-    """That of rank 0, on every rank: machines that turned weights into another dtype may differ in a last bit."""
+    """Rank 0's fingerprint, on every rank: machines that converted weights may differ in the last bits."""
     own: bytes | None = None
     if ring.rank == 0:
         with heard(ring, "broadcast"):
@@ -51,7 +52,7 @@ def shared_fingerprint(ring: Ring, model: nn.Module) -> dict[str, Any]:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """In what two fingerprints differ, in words; ``None``: in nothing."""
+    """Describe the first difference of two fingerprints; ``None`` where they are equal."""
     if found["module"] != expected["module"]:
         return f"module {found['module']}, expected {expected['module']}"
     for name in sorted(found["config"].keys() | expected["config"].keys()):
@@ -66,10 +67,10 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | N
 
 
 def _sample(x: mx.array) -> mx.array:
-    """A few values from all over `x`."""
+    """Evenly spaced values of `x`."""
     return x[tuple(slice(None, None, max(1, n // SAMPLES)) for n in x.shape)] if x.ndim else x
 
 
 def _fields(value: Any) -> Any:
-    """What `json` does not know."""
+    """Convert a value that `json` cannot: to its attributes, or to a text."""
     return vars(value) if hasattr(value, "__dict__") else str(value)

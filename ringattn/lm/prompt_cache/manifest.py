@@ -1,4 +1,4 @@
-"""The manifest of a saved cache: which files belong together, what is in them, and of which model it is."""
+"""The manifest of a saved cache: the files that belong to it, their contents, and the model that made it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import mlx.core as mx
 
 from ...errors import CacheFileError
 from ...layout import Layout
-from ..sharded_cache import ShardedKVCache
+from ..sharding.sharded_cache import ShardedKVCache
 from .atomic_files import DATA
 from .fingerprint import difference
 
 VERSION = 3
-TOKENS = "tokens"  # the array of their ids, in every file
-NAMES = ("keys", "values")  # the arrays of a layer, behind its index
-_VERSION, _CHECKSUM = "ringattn prompt cache", "checksum"
+TOKENS = "tokens"  # the name of the array of token ids, in every file
+NAMES = ("keys", "values")  # the names of a layer's arrays, after its index
+_VERSION = "ringattn prompt cache"
+_CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
 class File:
-    """A rank's file, beside the manifest."""
+    """A rank's data file, in the folder of the manifest."""
 
     name: str
     bytes: int
@@ -34,13 +35,13 @@ class File:
 
 @dataclass(frozen=True)
 class Layer:
-    """What is held of a layer.
+    """Keys and values of one layer in all files.
 
     Attributes:
-        layout: Which rank's file has which tokens.
-        window: The layer's, or ``None``.
-        keys, values: ``(batch, kv heads, head_dim)``.
-        dtype: Of both.
+        layout: The tokens in each rank's file.
+        window: The layer's window in tokens, or ``None``.
+        keys, values: The shapes, ``(batch, kv heads, head_dim)``.
+        dtype: The dtype of both.
     """
 
     layout: Layout
@@ -51,6 +52,7 @@ class Layer:
 
     @classmethod
     def of(cls, cache: ShardedKVCache) -> Layer:
+        """Describe the cache of a layer."""
         keys, values = cache.state
         (b, heads, _, dim), (_, v_heads, _, v_dim) = keys.shape, values.shape
         return cls(cache.layout, cache.window, (b, heads, dim), (b, v_heads, v_dim), str(keys.dtype))
@@ -63,13 +65,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says.
+    """The contents of a manifest.
 
     Attributes:
-        files: In the order of the ranks that wrote them.
-        layers: Of the model.
-        model: Its `fingerprint`.
-        metadata: The user's.
+        files: The data files, in the order of the ranks that wrote them.
+        layers: The layers of the model.
+        model: The `fingerprint` of the model.
+        metadata: The metadata that the user saved.
     """
 
     files: tuple[File, ...]
@@ -86,20 +88,20 @@ class Manifest:
         return arrays
 
     def text(self) -> str:
-        """As it stands in the file, with a checksum of itself."""
+        """The text of the file, with a checksum."""
         layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
-        told = {
+        content = {
             "files": [vars(file) for file in self.files],
             "layouts": [{"start": layout.start, "spans": layout.spans} for layout in layouts],
             "layers": [{**vars(layer), "layout": layouts.index(layer.layout)} for layer in self.layers],
             "model": dict(self.model),
             "metadata": dict(self.metadata),
         }
-        return json.dumps({_VERSION: VERSION, _CHECKSUM: _checksum(told), **told})
+        return json.dumps({_VERSION: VERSION, _CHECKSUM: _checksum(content), **content})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Raises CacheFileError, which names the file, whatever is wrong with it."""
+        """Read a manifest. Raise CacheFileError, which names the file, for any error in it."""
         try:
             found = json.loads(path.read_bytes())
             version, checksum = found.pop(_VERSION), found.pop(_CHECKSUM, None)
@@ -118,6 +120,7 @@ class Manifest:
 
     @classmethod
     def _of(cls, found: Mapping[str, Any]) -> Manifest:
+        """Build a manifest from the JSON of its file."""
         files = tuple(File(**file) for file in found["files"])
         layouts = [Layout(_tuples(one["spans"]), one["start"]) for one in found["layouts"]]
         layers = tuple(
@@ -132,9 +135,10 @@ class Manifest:
         return cls(files, layers, found["model"], found["metadata"])
 
     def check_model(self, path: Path, model: Mapping[str, Any], cache: Sequence[ShardedKVCache]) -> None:
-        """It must be of the model with this fingerprint and this (empty) cache."""
+        """Raise CacheFileError unless the cache was made by the model with this fingerprint and this (empty) cache."""
         differs = difference(self.model, model)
-        windows, expected = [layer.window for layer in self.layers], [c.window for c in cache]
+        windows = [layer.window for layer in self.layers]
+        expected = [c.window for c in cache]
         if differs is None and windows != expected:
             differs = f"windows of its layers {windows}, expected {expected}"
         if differs is not None:
@@ -142,9 +146,9 @@ class Manifest:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, at all depths."""
+    """Convert JSON's lists to tuples, at all depths."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _checksum(told: Mapping[str, Any]) -> str:
-    return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _checksum(content: Mapping[str, Any]) -> str:
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""Prompt caches on disk: one safetensors file a rank, and a manifest that says which belong together.
+"""Saving and loading prompt caches: one safetensors file a rank, and a manifest that names the files.
 
-A cache is saved under a new generation of names; only when all of it is on disk does the manifest, replaced in one
-step, point to it, and only then are the files of other generations removed.
+A cache is saved under new file names. When all files are on disk, the manifest is replaced in one step, so that it
+names them. After that the files of earlier saves are removed.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ from ...layout import Layout
 from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, heard
-from ..history import TokenHistory
 from ..shard import Sharded
-from ..sharded_cache import ShardedKVCache, pick
+from ..sharding.history import TokenHistory
+from ..sharding.sharded_cache import ShardedKVCache, pick
 from .atomic_files import Part, sweep
 from .fingerprint import shared_fingerprint
 from .manifest import NAMES, TOKENS, File, Layer, Manifest
 
-SAVE, LOAD = "save_cache", "load_cache"
-PIECE = 1 << 24  # bytes that are read at once
+SAVE = "save_cache"
+LOAD = "load_cache"
+PIECE = 1 << 24  # bytes in one read
 
 
 def save_cache(
     path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
 ) -> None:
-    """Write a sharded cache to disk. Collective; what was saved at `path` before stays until the new one is complete.
+    """Write a sharded cache to disk. Collective. An earlier cache at `path` stays until the new one is complete.
 
     Args:
         path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
             no disk each writes its own part.
-        cache: Of all layers, not empty.
-        metadata: To be given back by `load_cache`; that of rank 0 is kept.
+        cache: The cache of each layer, not empty.
+        metadata: Texts that `load_cache` returns again; those of rank 0 are saved.
         model: The sharded model that made the cache: `load_cache` refuses any other.
 
     Raises:
         ArgumentError: The cache is empty or the model not sharded.
-        OSError: A file could not be written, on this or another rank (there it is an ArgumentError). Nothing of the
-            attempt stays.
+        OSError: This rank could not write a file; on the other ranks it is an ArgumentError. No file of the attempt
+            stays.
     """
     path = Path(path)
     if not cache or not cache[0].size():
@@ -61,38 +62,39 @@ def save_cache(
         with heard(ring, SAVE):
             arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
             part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
-            told = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
-            payload = memoryview(json.dumps(told).encode())
+            own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
+            payload = memoryview(json.dumps(own).encode())
             layers = tuple(map(Layer.of, cache))
         replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
         files = tuple(File(**reply["file"]) for reply in replies)
         with heard(ring, SAVE):
             part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
-        agree(ring, SAVE, (("path", path.name),))  # all is on every disk
+        agree(ring, SAVE, (("path", path.name),))  # every rank's file is on disk
         part.complete = True
         with heard(ring, SAVE):
             part.publish()
         agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
-    with suppress(CacheFileError, OSError):  # it is saved
+    with suppress(CacheFileError, OSError):  # the cache is saved already
         sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
 
 def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache], dict[str, str]]:
-    """Read a cache that `save_cache` wrote, on as many ranks or on another number. Collective.
+    """Read a cache that `save_cache` wrote on the same or another number of ranks. Collective.
 
     Args:
-        path: The manifest. A rank needs its own file; all files where the number of ranks is another.
-        model: The sharded model that the cache was made with: of the same kind and configuration, with the same
-            weights of the same dtypes, wherever they were read from.
+        path: The manifest. A rank needs its own file, or all files where the number of ranks is another.
+        model: The sharded model that made the cache: the same class and configuration, with the same weights of the
+            same dtypes, from any source.
 
     Returns:
         The cache of each layer, and the metadata.
 
     Raises:
-        CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. It names the file and
-            the reason; where the trouble is another rank's it is an `ArgumentError`.
+        CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. The message names the
+            file and the reason. The error of another rank is an `ArgumentError`.
     """
-    ring, path = _ring_of(model), Path(path)
+    ring = _ring_of(model)
+    path = Path(path)
     expected = shared_fingerprint(ring, model)
     with heard(ring, LOAD):
         manifest = Manifest.read(path)
@@ -108,31 +110,33 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
 
 
 def _ring_of(model: nn.Module) -> Ring:
+    """The ring of a sharded model."""
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     return model.ring
 
 
 def _arrays(path: Path, manifest: Manifest, ring: Ring) -> list[dict[str, mx.array] | None]:
-    """The arrays of each file that this rank needs."""
+    """Read the arrays of each file that this rank needs; ``None`` for the others."""
     count = len(manifest.files)
     wanted = [ring.rank] if count == ring.size else range(count)
     return [_checked(path, manifest, i) if i in wanted else None for i in range(count)]
 
 
 def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
-    """The arrays of a file that is what the manifest says."""
-    told, file = manifest.files[i], path.with_name(manifest.files[i].name)
+    """Read the arrays of a file and check them against the manifest."""
+    recorded = manifest.files[i]
+    file = path.with_name(recorded.name)
     try:
         found = _described(file)
-        arrays: dict[str, mx.array] = dict(mx.load(str(file))) if found == told else {}  # type: ignore[arg-type]
+        arrays: dict[str, mx.array] = dict(mx.load(str(file))) if found == recorded else {}  # type: ignore[arg-type]
     except OSError as error:
         raise CacheFileError(f"{file}: {error.strerror}") from None
     except RuntimeError as error:
         raise CacheFileError(f"{file}: cannot be read: {error}") from None
     for name in ("bytes", "digest"):
-        if getattr(found, name) != getattr(told, name):
-            what = f"{name} {getattr(found, name)}, expected {getattr(told, name)}"
+        if getattr(found, name) != getattr(recorded, name):
+            what = f"{name} {getattr(found, name)}, expected {getattr(recorded, name)}"
             raise CacheFileError(f"{file}: torn or changed: {what}")
     for name, expected in manifest.expected(i).items():
         x = arrays.get(name)
@@ -164,13 +168,14 @@ def _part(
 
 
 def _generation(ring: Ring) -> str:
-    """A name that no earlier cache has, the same on every rank."""
+    """Draw a new random name, the same on every rank."""
     return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
 
 
 def _described(file: Path) -> File:
-    """Its name, size and digest."""
-    digest, size = blake2b(digest_size=16), 0
+    """Compute the name, size and digest of a file."""
+    digest = blake2b(digest_size=16)
+    size = 0
     with file.open("rb") as opened:
         while piece := opened.read(PIECE):
             digest.update(piece)

@@ -1,9 +1,9 @@
-"""A sharded model behind the OpenAI-compatible endpoints of mlx_lm.server.
+"""A server with the OpenAI-compatible endpoints of mlx_lm.server, for a sharded model.
 
-A request takes this way: `listener` accepts the connection, `http` reads and answers it, `requests` checks its JSON
-with the rules of `fields`, `prompts` makes its tokens, and `engine` generates on all ranks, one request after another.
-`answers` splits the text into content, reasoning and tool calls, and `responses` gives it OpenAI's form. `stop_words`
-and `cache_pool` run on every rank. `service` is what all connections share.
+A request passes through these modules: `listener` accepts the connection, `http` reads and answers it, `api.requests`
+checks its JSON by the rules of `api.fields`, `api.prompts` makes its tokens, and `engine` generates on all ranks, one
+request after another. `api.answers` splits the text into content, reasoning and tool calls, and `api.responses` gives
+it OpenAI's form. `stop_words` and `cache_pool` run on every rank. All connections share one `service`.
 """
 
 from .engine import Engine

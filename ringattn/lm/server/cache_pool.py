@@ -1,20 +1,20 @@
-"""The caches of earlier requests, for those that go on from them."""
+"""A pool of the caches of earlier requests, for requests with the same beginning."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..history import shared_length
+from ..sharding.history import shared_length
 
-Cache = list[Any]  # of all layers
+Cache = list[Any]  # one cache a layer
 
 
-class KeptCaches:
-    """At most `size` caches with the tokens they hold, the latest first.
+class PromptCachePool:
+    """At most `size` caches with the tokens that they hold, the latest first.
 
-    A cache is handed over and not copied: a long context is there once. With the same calls in the same order, every
-    rank comes to the same decisions.
+    A cache moves in and out and is never copied, so a long context is in memory once. With the same calls in the same
+    order, every rank makes the same decisions.
     """
 
     def __init__(self, size: int):
@@ -24,12 +24,13 @@ class KeptCaches:
     def __len__(self) -> int:
         return len(self._held)
 
-    def take(self, ids: Sequence[int]) -> tuple[Cache | None, int]:
-        """A cache that holds the first tokens of `ids`, all but the last at most, and how many; it is no longer here.
+    def pop(self, ids: Sequence[int]) -> tuple[Cache | None, int]:
+        """Remove and return the cache with the most first tokens of `ids`, at most all but the last, and their number.
 
-        One of which less than half would be of use stays for its own conversation.
+        A cache that would lose more than half of its tokens stays, for its own conversation.
         """
-        best, most = None, 0
+        best = None
+        most = 0
         for entry in self._held:
             tokens, cache = entry
             n = min(shared_length(tokens, ids), len(ids) - 1)
@@ -43,8 +44,8 @@ class KeptCaches:
             c.trim(len(best[0]) - most)
         return best[1], most
 
-    def give(self, ids: Sequence[int], cache: Cache) -> None:
-        """Keep `cache`, which holds the tokens of `ids`, and perhaps some after them."""
+    def push(self, ids: Sequence[int], cache: Cache) -> None:
+        """Add `cache`, which holds the tokens of `ids` and maybe some after them."""
         surplus = cache[0].size() - len(ids)
         if not ids or surplus < 0 or (surplus and not all(c.is_trimmable() for c in cache)):
             return

@@ -1,4 +1,4 @@
-"""Generation on all ranks: requests wait in rank 0's queue, and every rank works on one of them at a time."""
+"""Generation on all ranks: requests wait in rank 0's queue, and all ranks work on one of them at a time."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
 from ..generate import stream_generate
+from ..mlx_lm_compat import model_args
 from ..shard import Sharded
-from .cache_pool import KeptCaches
-from .fields import RequestError
-from .requests import Request
+from .api.fields import RequestError
+from .api.requests import Request
+from .cache_pool import PromptCachePool
 from .stop_words import StopWords
 
-POLL_INTERVAL = 0.25  # s between two looks whether a client, or the server, is still there
-MOST_WAITING = 192  # requests that wait for their turn
+POLL_INTERVAL = 0.25  # s between two checks of the client and of the server's end
+MOST_WAITING = 192  # requests in the queue
 
 
 @dataclass
 class Piece:
-    """What one token adds to an answer.
+    """The part of an answer that one token adds.
 
     Attributes:
-        text: Without stop words.
-        token: Its id.
-        logprob: Its log-probability; ``None`` where that is not wanted, or the token only ends the answer.
-        top: The likeliest tokens in its place, with their log-probabilities.
+        text: The text without stop words.
+        token: The token's id.
+        logprob: The token's log-probability; ``None`` where it was not requested, or the token only ends the answer.
+        top: The likeliest tokens at this place, with their log-probabilities.
         finish_reason: ``"stop"`` or ``"length"`` with the last token.
     """
 
@@ -48,13 +49,13 @@ class Piece:
 
 @dataclass
 class Answer:
-    """A request that waits for its turn or has it; rank 0 alone knows of it.
+    """A request in the queue or in work, on rank 0 only.
 
     Attributes:
-        request: Checked.
-        ids: The prompt.
-        cached: How many tokens of the prompt were in a kept cache.
-        left: Whether nobody waits for the answer any more.
+        request: The checked request.
+        ids: The token ids of the prompt.
+        cached: The number of the prompt's tokens that were in a cache of the pool.
+        left: Whether the client has left.
         replies: Pieces, progress as ``(done, total)``, an exception, or ``None`` at the end.
     """
 
@@ -66,40 +67,40 @@ class Answer:
 
 
 class Engine:
-    """Answers of a sharded model.
+    """Generate the answers of a sharded model.
 
     Args:
-        model: Sharded.
+        model: A sharded model.
         tokenizer: Its tokenizer.
-        kept: How many caches of earlier requests are kept.
-        chunk: As in `stream_generate`.
+        pool_size: The number of caches of earlier requests in the pool.
+        prefill_step_size: As in `stream_generate`.
 
     Attributes:
-        stopping: Whether the server is to end; set by a signal's handler.
+        stopping: Whether the server is ending; a signal's handler sets it.
     """
 
-    def __init__(self, model: Sharded, tokenizer: Any, kept: int, chunk: int | None = None):
+    def __init__(self, model: Sharded, tokenizer: Any, pool_size: int, prefill_step_size: int | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.ring = model.ring
         self.stopping = False
-        self._kept = KeptCaches(kept)
-        self._chunk = chunk
+        self._pool = PromptCachePool(pool_size)
+        self._prefill_step_size = prefill_step_size
         self._queue: Queue[Answer] = Queue()
         self._places = threading.BoundedSemaphore(MOST_WAITING)
-        self._never_excluded = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]  # by XTC sampling, as mlx-lm's
+        self._never_excluded = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]  # by XTC sampling, as in mlx-lm
 
-    # What the threads of HTTP requests call, on rank 0
+    # Methods for the threads of HTTP requests, on rank 0
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens can be named in a request."""
-        width = getattr(getattr(self.model, "args", None), "vocab_size", None)
+        """The number of token ids that a request may name."""
+        width = getattr(model_args(self.model), "vocab_size", None)  # type: ignore[arg-type]
         known = len(self.tokenizer.get_vocab())
         return min(known, width) if isinstance(width, int) else known
 
     def submit(self, request: Request, ids: list[int]) -> Answer:
-        """Queue a request. `leave` must be called in the end.
+        """Queue a request. The caller must call `leave` at the end.
 
         Raises:
             RequestError: The server is shutting down, or too many requests wait.
@@ -113,19 +114,19 @@ class Engine:
         return answer
 
     def leave(self, answer: Answer) -> None:
-        """End an answer that nobody waits for any more, or that has come to its end."""
+        """End an answer that is complete or whose client has left."""
         answer.left = True
         self._places.release()
 
     def pieces(
         self, answer: Answer, check_client: Callable[[], None], progress: Callable[[int, int], None]
     ) -> Iterator[Piece]:
-        """The pieces of an answer as they come. `check_client` raises if the client has left."""
-        looked = time.monotonic()
+        """Yield the pieces of an answer as they come. `check_client` raises if the client has left."""
+        checked = time.monotonic()
         while True:
-            if time.monotonic() - looked > POLL_INTERVAL:
+            if time.monotonic() - checked > POLL_INTERVAL:
                 check_client()
-                looked = time.monotonic()
+                checked = time.monotonic()
             try:
                 reply = answer.replies.get(timeout=POLL_INTERVAL)
             except Empty:
@@ -141,7 +142,7 @@ class Engine:
             else:
                 yield reply
 
-    # What the main thread of every rank does
+    # Methods for the main thread of every rank
 
     def run(self) -> None:
         """Answer requests until rank 0's `stopping` is set. Collective."""
@@ -154,9 +155,9 @@ class Engine:
         broadcast_bytes(self.ring, b"")
 
     def _next(self) -> tuple[Answer, dict[str, Any]] | None:
-        """The next request whose client is still there, and what rank 0 needs to generate its answer.
+        """Wait for the next request whose client is still there; return it and rank 0's options for its answer.
 
-        ``None`` at the end, and on other ranks than 0. What fails here fails before any other rank hears of it.
+        ``None`` at the end, and on ranks other than 0. A request that fails here was not yet sent to the other ranks.
         """
         while not self.stopping and self.ring.rank == 0:
             try:
@@ -172,7 +173,7 @@ class Engine:
         return None
 
     def _options(self, answer: Answer) -> dict[str, Any]:
-        """What rank 0 decides: the sampling, and the end where the client has left."""
+        """The options that rank 0 alone sets: the sampling, and the end where the client has left."""
         request = answer.request
         if request.seed is not None:
             mx.random.seed(request.seed)
@@ -189,12 +190,12 @@ class Engine:
     def _serve(
         self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: list[str]
     ) -> None:
-        """Answer one request. An error of it alone goes to its client, and the next one has its turn."""
+        """Answer one request. An error of this request alone goes to its client, and the server continues."""
         error: Exception | None = None
         try:
             self._generate(answer, options, ids, max_tokens, StopWords(stop))
-        except Exception as found:  # on every rank: a collective call tells all of them
-            error = found
+        except Exception as raised:  # on every rank, since a collective call raises it on all of them
+            error = raised
         if answer is not None:
             answer.replies.put(error)
         if isinstance(error, RingError):
@@ -203,7 +204,7 @@ class Engine:
     def _generate(
         self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: StopWords
     ) -> None:
-        cache, known = self._kept.take(ids)
+        cache, known = self._pool.pop(ids)
         cache = self.model.make_cache() if cache is None else cache
         if answer is not None:
             answer.cached = known
@@ -213,7 +214,7 @@ class Engine:
             self.tokenizer,
             ids[known:],
             max_tokens=max_tokens,
-            chunk=self._chunk,
+            prefill_step_size=self._prefill_step_size,
             prompt_cache=cache,
             **options,
         ):
@@ -225,14 +226,15 @@ class Engine:
                 self._reply(answer, response, text, "stop" if stopped else response.finish_reason)
             if stopped:
                 break
-        self._kept.give(held[: cache[0].size()], cache)
+        self._pool.push(held[: cache[0].size()], cache)
 
     def _reply(self, answer: Answer, response: Any, text: str, finish_reason: str | None) -> None:
-        """Hand a piece to its client's thread. A failure ends the answer on all ranks, by way of ``stopped``."""
+        """Pass a piece to its client's thread. A failure ends the answer on all ranks through ``stopped``."""
         try:
             top = answer.request.logprobs
             ends = response.finish_reason == "stop" and response.token in self.tokenizer.eos_token_ids
-            logprob, likeliest = None, []
+            logprob: float | None = None
+            likeliest: list[tuple[int, float]] = []
             if top is not None and not ends:
                 logprob = response.logprobs[response.token].item()
                 likeliest = _likeliest(response.logprobs, top)
@@ -253,12 +255,13 @@ def _likeliest(logprobs: mx.array, count: int) -> list[tuple[int, float]]:
 
 
 def _pack(answer: Answer) -> bytes:
-    """What every rank has to know of a request."""
+    """The parts of a request that every rank needs, as bytes."""
     head = json.dumps([answer.request.max_tokens, answer.request.stop]).encode()
     return head + b"\n" + np.array(answer.ids, np.int32).tobytes()
 
 
 def _unpack(job: bytes) -> tuple[list[int], int, list[str]]:
+    """The prompt's ids, the largest number of tokens and the stop words from the bytes of `_pack`."""
     head, _, ids = job.partition(b"\n")
     max_tokens, stop = json.loads(head)
     return np.frombuffer(ids, np.int32).tolist(), max_tokens, stop

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies, errors and streams."""
+"""The HTTP interface: routes, bodies, errors and streams."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from .answers import AnswerParser, Delta
+from .api.answers import AnswerParser, Delta
+from .api.fields import RequestError
+from .api.requests import read_json, read_request
+from .api.responses import Responses, error_object, usage_object
 from .engine import Answer, Engine, Piece
-from .fields import RequestError
 from .listener import DeadlineReader, Server
-from .requests import read_json, read_request
-from .responses import Responses, error_object, usage_object
 from .service import Service, Settings
 
-PATIENCE = 60.0  # s in which a client has to send its request, and to take what it is sent
+CLIENT_TIMEOUT = 60.0  # s for a client to send its request, and to take each part of its answer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One HTTP request."""
+    """A handler of one HTTP request."""
 
-    timeout = PATIENCE
+    timeout = CLIENT_TIMEOUT
 
     def __init__(self, service: Service, *args: Any):
         self._service = service
@@ -35,9 +35,10 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def setup(self) -> None:
+        """Read from the connection with one deadline for the whole request."""
         super().setup()
         self.rfile.close()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + CLIENT_TIMEOUT
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, deadline))
 
     # Routes
@@ -57,14 +58,14 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_PATCH = do_DELETE = _other  # noqa: N815
 
     def _respond(self, method: str) -> None:
-        """Answer, or say in an error what is wrong."""
+        """Send an answer or an error."""
         try:
             self._route(method)()
         except RequestError as refused:
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
             self.log_message("the client has left: %s", error or type(error).__name__)
-        except Exception as error:  # an answer that broke off
+        except Exception as error:  # the answer failed halfway
             self._refuse(RequestError(500, f"{type(error).__name__}: {error}", code="internal_error"))
         self.close_connection = True
 
@@ -88,17 +89,17 @@ class Handler(BaseHTTPRequestHandler):
     def _health(self) -> None:
         if self._service.engine.stopping:
             raise RequestError(503, "the server is shutting down", code="shutting_down")
-        self._say(200, {"status": "ok"})
+        self._send(200, {"status": "ok"})
 
     def _models(self) -> None:
-        """The one model that is served here."""
+        """Describe the one model of this server."""
         names = self._service.served.names
         wanted = self.path.partition("?")[0].removeprefix("/v1/models").strip("/")
         if wanted and wanted not in names:
-            told = f"model: {wanted[:200]!r} is not served here, expected {names[0]!r}"
-            raise RequestError(404, told, "model", "model_not_found")
+            message = f"model: {wanted[:200]!r} is not served here, expected {names[0]!r}"
+            raise RequestError(404, message, "model", "model_not_found")
         model = {"id": names[0], "object": "model", "created": self._service.created, "owned_by": "ringattn"}
-        self._say(200, model if wanted else {"object": "list", "data": [model]})
+        self._send(200, model if wanted else {"object": "list", "data": [model]})
 
     # Completions
 
@@ -110,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
             request = read_request(kind, read_json(body), service.served)
         del body
         prompt = service.prompts.build(request)
-        self.connection.settimeout(PATIENCE)
+        self.connection.settimeout(CLIENT_TIMEOUT)
         answer = service.engine.submit(request, prompt.ids)
         try:
             send = self._stream if request.stream else self._whole
@@ -119,6 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             service.engine.leave(answer)
 
     def _body(self) -> bytes:
+        """Read the body of a request; its length is checked first."""
         length = self.headers.get("Content-Length", "")
         if not length:
             raise RequestError(411, "Content-Length: not given, expected the length of the body in bytes")
@@ -126,19 +128,19 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"Content-Length: {length[:60]}, expected a number of bytes")
         most = self._service.settings.max_body
         if len(length) > 18 or int(length) > most:
-            told = f"request body: {length[:60]} bytes, expected at most {most}; the server's --max-body raises it"
-            raise RequestError(413, told, code="request_too_large")
+            message = f"request body: {length[:60]} bytes, expected at most {most}; the server's --max-body raises it"
+            raise RequestError(413, message, code="request_too_large")
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:
-            told = f"request body: not complete after {PATIENCE:g} s"
-            raise RequestError(408, told, code="request_timeout") from None
+            message = f"request body: not complete after {CLIENT_TIMEOUT:g} s"
+            raise RequestError(408, message, code="request_timeout") from None
         if len(body) < int(length):
-            raise ConnectionResetError("its request is not complete")
+            raise ConnectionResetError("the client closed the connection before its request was complete")
         return body
 
     def _whole(self, answer: Answer, parser: AnswerParser, responses: Responses) -> None:
-        """Send an answer when it is complete."""
+        """Send an answer in one response, when it is complete."""
         total = Delta()
         pieces = []
         finish: str | None = None
@@ -148,15 +150,15 @@ class Handler(BaseHTTPRequestHandler):
             total.reasoning += delta.reasoning
             total.tool_calls += delta.tool_calls
             pieces.append(piece)
-        told = [piece for piece in pieces if piece.logprob is not None]
+        shown = [piece for piece in pieces if piece.logprob is not None]
         usage = usage_object(len(answer.ids), len(pieces), answer.cached)
-        self._say(200, responses.whole(total, finish or "stop", told, usage))
+        self._send(200, responses.whole(total, finish or "stop", shown, usage))
 
     def _stream(self, answer: Answer, parser: AnswerParser, responses: Responses) -> None:
-        """Send an answer as it comes."""
+        """Send an answer in chunks as it is generated."""
         self._head(200, "text/event-stream", {"Cache-Control": "no-cache"})
         count = 0
-        waiting: list[Piece] = []  # whose text is held back
+        waiting: list[Piece] = []  # pieces whose text is held back
         for piece in self._pieces(answer):
             count += 1
             waiting += [piece] if piece.logprob is not None else []
@@ -172,44 +174,48 @@ class Handler(BaseHTTPRequestHandler):
         return self._service.engine.pieces(answer, self._check_client, self._progress)
 
     def _progress(self, done: int, total: int) -> None:
-        """Keep a stream alive while its prompt is read."""
+        """Send a comment during prefill, so that the stream's connection stays open."""
         if self._begun:
             self.wfile.write(f": keepalive {done}/{total}\n\n".encode())
 
     def _check_client(self) -> None:
-        """Raise ConnectionError if the client has closed its side."""
+        """Raise ConnectionError if the client has closed the connection."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionResetError("it closed the connection")
+            raise ConnectionResetError("the client closed the connection")
 
-    # What is sent
+    # Responses
 
     def _event(self, chunk: dict[str, Any]) -> None:
+        """Send one chunk of a stream."""
         self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
     def _refuse(self, error: RequestError) -> None:
+        """Send an error, in the stream if one has begun."""
         try:
-            self.connection.settimeout(PATIENCE)
+            self.connection.settimeout(CLIENT_TIMEOUT)
             if self._begun:
                 self._event(error_object(error))
             else:
-                self._say(error.status, error_object(error))
+                self._send(error.status, error_object(error))
         except OSError:
-            pass  # nobody is left to hear it
+            pass  # the client has left
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what is no HTTP request, as `http.server` found."""
+        """Refuse a request that `http.server` cannot read as HTTP."""
         self.close_connection = True
         self._refuse(RequestError(int(code), message or HTTPStatus(code).phrase, code="bad_request"))
 
-    def _say(self, status: int, what: dict[str, Any]) -> None:
-        body = json.dumps(what).encode()
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        """Send a JSON object."""
+        body = json.dumps(content).encode()
         self._head(status, headers={"Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def _head(self, status: int, kind: str = "application/json", headers: Mapping[str, str] | None = None) -> None:
+        """Send the status line and the headers."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         for name, value in (headers or {}).items():
@@ -219,6 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _allow_origin(self) -> None:
+        """Send the headers that let scripts of allowed web pages read the answer."""
         allowed = self._service.settings.origins
         origin = self.headers.get("Origin") if hasattr(self, "headers") else None
         if "*" in allowed:
@@ -231,10 +238,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def open_server(engine: Engine, settings: Settings, host: str, port: int) -> Server:
-    """A server that listens on `host` and `port` (0: any free one), to be served by a thread.
+    """Open a server that listens on `host` and `port` (0: any free one); a thread then calls its `serve_forever`.
 
     Raises:
-        OSError: It cannot listen there.
+        OSError: The address cannot be used.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     kind = type("Server", (Server,), {"address_family": family})

@@ -1,4 +1,4 @@
-"""The listening socket: bounded connections, and deadlines for clients that are slow."""
+"""The listening socket: a bound on connections, and deadlines for slow clients."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from .fields import RequestError
-from .responses import error_object
+from .api.fields import RequestError
+from .api.responses import error_object
 
 BACKLOG = 256  # connections that the system keeps until they are accepted
 MOST_CONNECTIONS = 256  # threads
-LINGER = 2.0  # s in which a client may take its answer before the connection is closed
+LINGER = 2.0  # s for a client to take its answer before the connection is closed
 _BUSY = RequestError(503, f"{MOST_CONNECTIONS} connections are open, try again later", code="overloaded")
 
 
 class DeadlineReader(io.RawIOBase):
-    """Bytes from a connection until a deadline, by `time.monotonic`. Raises TimeoutError after it."""
+    """A reader of a connection that raises TimeoutError after a deadline, in `time.monotonic`'s seconds."""
 
     def __init__(self, connection: socket.socket, deadline: float):
         self._connection = connection
         self._deadline = deadline
 
     def readable(self) -> bool:
+        """Whether bytes can be read, for `io`."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Read the bytes that are there, for `io`."""
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the request did not come in time")
+            raise TimeoutError("the request was not complete in time")
         self._connection.settimeout(left)
         return self._connection.recv_into(buffer)
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection, and a bound on their number."""
+    """A server with one thread for each connection, and a bound on their number."""
 
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -50,7 +52,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or refuse it at once."""
+        """Start a thread for a connection, or refuse the connection."""
         if not self._places.acquire(blocking=False):
             _turn_away(request)
             return
@@ -67,9 +69,9 @@ class Server(ThreadingHTTPServer):
             self._places.release()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection when the client has its answer.
+        """Close a connection after the client has received its answer.
 
-        Closing while bytes of the client are unread would reset the connection, and the answer could be lost.
+        Closing with unread bytes of the client would reset the connection, and the answer could be lost.
         """
         deadline = time.monotonic() + LINGER
         with suppress(OSError):
@@ -81,14 +83,14 @@ class Server(ThreadingHTTPServer):
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line what went wrong with a connection; clients that leave are no error."""
+        """Print an error of a connection in one line; a client that leaves is no error."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             print(f"{client_address[0]}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _turn_away(connection: socket.socket) -> None:
-    """Answer 503 without waiting for anything."""
+    """Send status 503 without waiting for the client."""
     body = json.dumps(error_object(_BUSY)).encode()
     head = "HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: "
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The server's settings, and what all its connections share."""
+"""The server's settings, and the object that all its connections share."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.server import get_system_fingerprint
-
-from .answers import AnswerParser
+from ..mlx_lm_compat import get_system_fingerprint
+from .api.answers import AnswerParser
+from .api.prompts import PromptBuilder
+from .api.requests import DEFAULT_MODEL, Request, Served
+from .api.responses import Responses
 from .engine import Engine
-from .prompts import PromptBuilder
-from .requests import DEFAULT_MODEL, Request, Served
-from .responses import Responses
 
 MB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server is told on the command line.
+    """Settings from the command line.
 
     Attributes:
-        model: What the model is called.
-        defaults: ``max_tokens`` and the sampling that a request may change.
-        template: Arguments of the chat template that a request may change.
-        origins: Web pages whose scripts may ask; ``"*"``: all.
-        max_body: Bytes of a request at most.
+        model: The name of the model.
+        defaults: ``max_tokens`` and sampling options; a request may change them.
+        template: Arguments of the chat template; a request may change them.
+        origins: Web pages whose scripts may send requests; ``"*"``: all.
+        max_body: The largest size of a request in bytes.
     """
 
     model: str
@@ -40,7 +39,7 @@ class Settings:
 
 
 class Service:
-    """What all connections share."""
+    """The engine, the settings and the prompt builder that all connections share."""
 
     def __init__(self, engine: Engine, settings: Settings):
         name = settings.model
@@ -54,7 +53,7 @@ class Service:
         self.reading = threading.Lock()  # one body at a time: its objects take many times its bytes
 
     def responses(self, request: Request) -> Responses:
-        """The form of the answer to a request."""
+        """A builder of the responses to a request."""
         return Responses(
             chat=request.kind == "chat",
             stream=request.stream,
@@ -65,6 +64,6 @@ class Service:
         )
 
     def parser(self, request: Request, state: str) -> AnswerParser:
-        """The parser of the answer; a text has no markers."""
+        """A parser for the answer to a request; a text has no markers."""
         tokenizer = self.engine.tokenizer if request.kind == "chat" else None
         return AnswerParser(tokenizer, state, request.tools, request.stream)

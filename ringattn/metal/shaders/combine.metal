@@ -1,5 +1,5 @@
-// Merge the states that several runs of keys left: m = max_s m_s, and l and acc are the sums of theirs, each times
-// exp(m_s - m) (Dao et al., arXiv 2205.14135). One thread for each value dim of each row; states are [runs, B, H, L].
+// Merge the states of several runs of keys: m = max_s m_s; l and acc are the sums of all l_s and acc_s, each times
+// exp(m_s - m) (Dao et al., arXiv 2205.14135). One thread computes one value dim of one row. States are [runs, B, H, L].
 
   const int d = thread_position_in_grid.x;
   const long row = thread_position_in_grid.y;
@@ -19,9 +19,9 @@
 #endif
   float l = 0, acc = 0;
   for (int run = 0; run < runs; run++) {
-    const float kept = weight(m_in[run * rows + row], m);
-    l += kept * l_in[run * rows + row];
-    acc += kept * acc_in[(run * rows + row) * DV + d];
+    const float decay = weight(m_in[run * rows + row], m);
+    l += decay * l_in[run * rows + row];
+    acc += decay * acc_in[(run * rows + row) * DV + d];
   }
 #if RA_SINKS
   l += weight(sink, m);

@@ -1,4 +1,5 @@
-// delta = dout . out - dlse of each row (see ringattn/gradient.py), by one simdgroup; 0 for a row that sees no key.
+// delta = dout . out - dlse of each row (see ringattn/core/gradients.py); 0 for a row that sees no key. One simdgroup
+// computes one row.
 
   const long row = thread_position_in_grid.x / 32;
   const ushort lane = thread_index_in_simdgroup;

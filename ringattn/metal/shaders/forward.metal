@@ -1,30 +1,30 @@
 // Fused attention of one tile of query rows to a run of key tiles (FlashAttention-2, arXiv 2307.08691).
 //
-// A threadgroup has WM x WN simdgroups: WM groups of RA_ROWS rows each, and where WN = 2 each pair of them splits the head
-// dims and adds up its scores through threadgroup memory. Tiles of keys are full (no rule to ask) or partial; empty ones
-// are skipped: `reach` says where each begins and ends. For simdgroup matrices K, transposed, and V take turns in one
-// buffer; the M5's units (RA_TENSOR) take them from device memory.
+// A threadgroup has WM x WN simdgroups: WM groups of RA_ROWS rows each. Where WN = 2, two simdgroups split the head dims
+// and add their scores through threadgroup memory. Tiles of keys are full (no mask is applied) or partial. Empty ones are
+// skipped: `key_tiles` holds their limits. With simdgroup matrices, K (transposed) and V use one buffer in turn. The M5's
+// matrix units (RA_TENSOR) read them from device memory.
 //
-// Rows are tokens of one query head, or, where G > 1, the G query heads of a key/value head, token by token.
+// Rows are tokens of one query head. Where G > 1 they are the G query heads of a key/value head, token by token.
 
   constexpr short BQ = RA_ROWS * WM;
-  constexpr short SCORES = RA_ROWS * BK / 32, VALUES = RA_ROWS * BV / (32 * WN); // what a lane has of a tile and of out
+  constexpr short SCORES = RA_ROWS * BK / 32, VALUES = RA_ROWS * BV / (32 * WN); // elements of a lane
 #if !RA_TENSOR
   constexpr short THREADS = 32 * WM * WN;
   constexpr short PAD = 16 / sizeof(T);
-  constexpr short LDQ = BD + PAD, LDK = BK + PAD, LDV = BV + PAD; // rows in threadgroup memory, clear of bank conflicts
+  constexpr short LDQ = BD + PAD, LDK = BK + PAD, LDV = BV + PAD; // row lengths in threadgroup memory, without bank conflicts
   constexpr short TK = BK / 8, TD = BD / (8 * WN), TV = BV / (8 * WN);
   constexpr bool Q_IN_REGISTERS = WN == 2;
 
   threadgroup T q_tile[Q_IN_REGISTERS ? 1 : BQ * LDQ];
   threadgroup T kv_tile[BD * LDK > BK * LDV ? BD * LDK : BK * LDV];
-  threadgroup int spoiled[WM * WN]; // whether what a simdgroup staged of V has a NaN or an infinity
+  threadgroup int nonfinite[WM * WN]; // whether the values staged by a simdgroup have NaN or infinity
   const short thread_id = thread_index_in_simdgroup + 32 * simdgroup_index_in_threadgroup;
 #endif
 
   const ushort lane = thread_index_in_simdgroup;
   const short simd = simdgroup_index_in_threadgroup;
-  const short band = simd / WN * RA_ROWS; // this simdgroup's first row in the tile
+  const short first_row = simd / WN * RA_ROWS; // this simdgroup's first row in the tile
   const short half_d = simd % WN;
   const Lane at = lane_at(lane);
 
@@ -32,22 +32,22 @@
   const int rows = q_len * G, q_tiles = (rows + BQ - 1) / BQ;
   const int split = threadgroup_position_in_grid.x / q_tiles;
   const int splits = threadgroups_per_grid.x / q_tiles;
-  const int tile = q_tiles - 1 - threadgroup_position_in_grid.x % q_tiles; // under a causal mask the longest first
+  const int tile = q_tiles - 1 - threadgroup_position_in_grid.x % q_tiles; // under a causal mask the longest tiles first
   const int batch = threadgroup_position_in_grid.z;
   const int first_head = threadgroup_position_in_grid.y * G;
   const int kv_head = first_head / (heads / keys_shape[1]);
 
-  // This lane's rows; one that does not exist takes the place of the last token
-  bool real[RA_LANE_ROWS];
+  // This lane's rows. A row that does not exist reads the last token
+  bool exists[RA_LANE_ROWS];
   int token[RA_LANE_ROWS], head[RA_LANE_ROWS];
-  long place[RA_LANE_ROWS]; // in out, lse and states
+  long place[RA_LANE_ROWS]; // row index in out, lse and states
   const device T* q[RA_LANE_ROWS];
   RA_UNROLL
   for (short r = 0; r < RA_LANE_ROWS; r++) {
-    const int row = tile * BQ + band + at.row + 8 * r;
-    real[r] = row < rows;
-    token[r] = real[r] ? row / G : q_len - 1;
-    head[r] = first_head + (real[r] ? row % G : 0);
+    const int row = tile * BQ + first_row + at.row + 8 * r;
+    exists[r] = row < rows;
+    token[r] = exists[r] ? row / G : q_len - 1;
+    head[r] = first_head + (exists[r] ? row % G : 0);
     place[r] = (long(batch) * heads + head[r]) * q_len + token[r];
     q[r] = queries + batch * queries_strides[0] + head[r] * queries_strides[1] + token[r] * queries_strides[2];
   }
@@ -56,13 +56,13 @@
   const float scale = numbers[0];
 
 #if !RA_TENSOR
-  // Q: staged once, or in registers
+  // Q: in threadgroup memory, or in registers
   T q_own[Q_IN_REGISTERS ? 2 * TD : 1];
   if (Q_IN_REGISTERS) {
     RA_UNROLL
     for (short i = 0; i < 2 * TD; i++) {
       const short d = (half_d * TD + i / 2) * 8 + at.column + i % 2;
-      q_own[i] = real[0] && d < D ? q[0][d * queries_strides[3]] : T(0);
+      q_own[i] = exists[0] && d < D ? q[0][d * queries_strides[3]] : T(0);
     }
   } else {
     constexpr short N = BD / 4;
@@ -74,8 +74,8 @@
   }
 #endif
 
-  // The state: what earlier keys left, or nothing
-  float acc[VALUES], m[RA_LANE_ROWS], l[RA_LANE_ROWS]; // l: of this lane's columns alone, until the end
+  // The state over earlier keys, or the empty state
+  float acc[VALUES], m[RA_LANE_ROWS], l[RA_LANE_ROWS]; // until the end, l is the sum over this lane's columns
   RA_UNROLL
   for (short r = 0; r < RA_LANE_ROWS; r++) {
     m[r] = -INFINITY;
@@ -89,19 +89,19 @@
   if (split == 0) {
     RA_UNROLL
     for (short r = 0; r < RA_LANE_ROWS; r++) {
-      m[r] = real[r] ? m_in[place[r]] : -INFINITY;
-      l[r] = real[r] & (at.column == 0) ? l_in[place[r]] : 0;
+      m[r] = exists[r] ? m_in[place[r]] : -INFINITY;
+      l[r] = exists[r] & (at.column == 0) ? l_in[place[r]] : 0;
     }
     RA_UNROLL
     for (short i = 0; i < VALUES; i++) {
       const short d = half_d * (BV / WN) + at.column + column_of(i), r = row_of(i);
-      acc[i] = real[r] & (d < DV) ? acc_in[place[r] * DV + d] : 0;
+      acc[i] = exists[r] & (d < DV) ? acc_in[place[r] * DV + d] : 0;
     }
   }
 #endif
 
-  // Which tiles: empty before `first` and from `last` on, full from `full_first` to `full_last`
-  const int bound = lane < 4 ? reach[4 * tile + lane] : 0;
+  // Tiles are empty before `first` and from `last` on, and full from `full_first` to `full_last`
+  const int bound = lane < 4 ? key_tiles[4 * tile + lane] : 0;
   int first = metal::simd_shuffle(bound, ushort(0)), last = metal::simd_shuffle(bound, ushort(3));
   const int full_first = metal::simd_shuffle(bound, ushort(1)), full_last = metal::simd_shuffle(bound, ushort(2));
   const int share_of_split = (last - first + splits - 1) / splits;
@@ -109,13 +109,13 @@
   last = metal::min(last, first + share_of_split);
 
 #if RA_BAND
-  // Keys in [low, high] are seen by this lane's row; in [low_any, high_any] by some row of this simdgroup
+  // This lane's row sees the keys in [low, high]; some row of this simdgroup sees those in [low_any, high_any]
   int low[RA_LANE_ROWS], high[RA_LANE_ROWS], low_any = RA_INT_MAX, high_any = RA_INT_MIN;
   RA_UNROLL
   for (short r = 0; r < RA_LANE_ROWS; r++) {
     const int q_at = query_at[token[r]];
-    low[r] = real[r] ? shifted(q_at, limits[0] == RA_INT_MIN ? -(1l << 33) : limits[0]) : RA_INT_MAX;
-    high[r] = real[r] ? shifted(q_at, limits[1] == RA_INT_MAX ? 1l << 33 : limits[1]) : RA_INT_MIN;
+    low[r] = exists[r] ? shifted(q_at, limits[0] == RA_INT_MIN ? -(1l << 33) : limits[0]) : RA_INT_MAX;
+    high[r] = exists[r] ? shifted(q_at, limits[1] == RA_INT_MAX ? 1l << 33 : limits[1]) : RA_INT_MIN;
     low_any = metal::min(low_any, low[r]);
     high_any = metal::max(high_any, high[r]);
   }
@@ -126,7 +126,7 @@
   int q_id[RA_LANE_ROWS];
   RA_UNROLL
   for (short r = 0; r < RA_LANE_ROWS; r++) {
-    q_id[r] = real[r] ? query_ids[long(batch) * q_len + token[r]] : -1;
+    q_id[r] = exists[r] ? query_ids[long(batch) * q_len + token[r]] : -1;
   }
   const int q_tile_at = 2 * (batch * query_bounds_shape[1] + tile);
   const int2 q_bounds = int2(query_bounds[q_tile_at], query_bounds[q_tile_at + 1]);
@@ -160,7 +160,8 @@
         kv_tile, k + key * keys_strides[2], keys_strides[2], keys_strides[3], here, thread_id);
 #endif
 
-    // A partial tile: what each lane knows of key `lane`, and the matrices of 8 keys that some row may see
+    // A partial tile: each lane holds the properties of key `lane`. Some row may see the matrices of 8 keys in
+    // [live_first, live_last)
     short live_first = 0, live_last = BK / 8;
 #if RA_BAND
     int key_position = 0;
@@ -198,13 +199,13 @@
     const device T* k_from = k + key * keys_strides[2];
     const long q_stride = queries_strides[3], k_row = keys_strides[2], k_stride = keys_strides[3];
     if (full) {
-      multiply_keys<T, D, true>(s, q[0], q[1], real[0], real[1], q_stride, k_from, k_row, k_stride, here, at);
+      multiply_keys<T, D, true>(s, q[0], q[1], exists[0], exists[1], q_stride, k_from, k_row, k_stride, here, at);
     } else {
-      multiply_keys<T, D, false>(s, q[0], q[1], real[0], real[1], q_stride, k_from, k_row, k_stride, here, at);
+      multiply_keys<T, D, false>(s, q[0], q[1], exists[0], exists[1], q_stride, k_from, k_row, k_stride, here, at);
     }
 #else
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    const threadgroup T* q_from = q_tile + (Q_IN_REGISTERS ? 0 : (band + at.row) * LDQ + at.column);
+    const threadgroup T* q_from = q_tile + (Q_IN_REGISTERS ? 0 : (first_row + at.row) * LDQ + at.column);
     const threadgroup T* k_from = kv_tile + (half_d * TD * 8 + at.row) * LDK + at.column;
     if (full) {
       multiply_keys<T, TD, TK, LDK, Q_IN_REGISTERS, true>(s, q_own, q_from, k_from, 0, TK);
@@ -213,7 +214,7 @@
     }
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 
-    if (WN == 2) { // the two halves of the head dims add up
+    if (WN == 2) { // add the scores of the two halves of the head dims
       threadgroup float* halves = reinterpret_cast<threadgroup float*>(kv_tile) + lane;
       RA_UNROLL
       for (short e = 0; e < SCORES; e++) {
@@ -227,18 +228,18 @@
       threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     }
 
-    // V, while the softmax is computed
-    const bool odd = stage<T, BK, BV, DV, THREADS, LDV, 1>(
+    // Stage V while the softmax is computed
+    const bool staged_nonfinite = stage<T, BK, BV, DV, THREADS, LDV, 1>(
         kv_tile, v + key * values_strides[2], values_strides[2], values_strides[3], here, thread_id);
     if (!full) {
-      const bool any_odd = metal::simd_max(int(odd)) > 0;
+      const bool any_staged = metal::simd_max(int(staged_nonfinite)) > 0;
       if (lane == 0) {
-        spoiled[simd] = any_odd;
+        nonfinite[simd] = any_staged;
       }
     }
 #endif
 
-    // Scores, and in a partial tile the rules
+    // Scores, and in a partial tile the masks
     RA_UNROLL
     for (short e = 0; e < SCORES; e++) {
       s[e] *= scale;
@@ -252,7 +253,7 @@
       for (short e = 0; e < SCORES; e++) {
         const ushort column = at.column + column_of(e);
         const short r = row_of(e);
-        bool sees = real[r] & (column < here);
+        bool sees = exists[r] & (column < here);
 #if RA_BAND
         const int position = metal::simd_shuffle(key_position, column);
         sees = sees & (position >= low[r]) & (position <= high[r]);
@@ -279,8 +280,8 @@
       }
     }
 
-    // Online softmax: P, and what it does to the state
-    float top[RA_LANE_ROWS], kept[RA_LANE_ROWS];
+    // Online softmax: P, and the update of the state
+    float top[RA_LANE_ROWS], decay[RA_LANE_ROWS];
     RA_UNROLL
     for (short r = 0; r < RA_LANE_ROWS; r++) {
       top[r] = m[r];
@@ -292,9 +293,9 @@
     RA_UNROLL
     for (short r = 0; r < RA_LANE_ROWS; r++) {
       top[r] = row_max(top[r]);
-      kept[r] = weight(m[r], top[r]);
+      decay[r] = weight(m[r], top[r]);
       m[r] = top[r];
-      l[r] *= kept[r];
+      l[r] *= decay[r];
     }
     RA_UNROLL
     for (short e = 0; e < SCORES; e++) {
@@ -303,7 +304,7 @@
     }
     RA_UNROLL
     for (short i = 0; i < VALUES; i++) {
-      acc[i] *= kept[row_of(i)];
+      acc[i] *= decay[row_of(i)];
     }
 
     // O += P V
@@ -317,38 +318,38 @@
 #else
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const threadgroup T* v_from = kv_tile + at.row * LDV + half_d * TV * 8 + at.column;
-    int any_spoiled = 0;
+    int any_nonfinite = 0;
     if (!full) {
       RA_UNROLL
       for (short i = 0; i < WM * WN; i++) {
-        any_spoiled |= spoiled[i];
+        any_nonfinite |= nonfinite[i];
       }
     }
     if (full) {
       multiply_values<T, TV, TK, LDV, true>(acc, s, v_from, 0, TK);
-    } else if (!any_spoiled) {
+    } else if (!any_nonfinite) {
       multiply_values<T, TV, TK, LDV, false>(acc, s, v_from, live_first, live_last);
     } else {
-      multiply_spoiled_values<T, TV, TK, LDV>(acc, s, v_from, seen);
+      multiply_nonfinite_values<T, TV, TK, LDV>(acc, s, v_from, seen);
     }
 #endif
   }
 
-  // The end: rows that do not exist are not written
+  // Write the results of the rows that exist
   RA_UNROLL
   for (short r = 0; r < RA_LANE_ROWS; r++) {
     l[r] = row_sum(l[r]);
     long target = place[r];
-    float kept = 1;
+    float decay = 1;
 #if RA_STATE_OUT
     target += split * (long(heads) * q_len * threadgroups_per_grid.z);
 #elif RA_SINKS
     const float sink = sinks[head[r]], top = metal::max(m[r], sink);
-    kept = weight(m[r], top);
-    l[r] = l[r] * kept + weight(sink, top);
+    decay = weight(m[r], top);
+    l[r] = l[r] * decay + weight(sink, top);
     m[r] = top;
 #endif
-    if (!real[r]) {
+    if (!exists[r]) {
       continue;
     }
     RA_UNROLL
@@ -358,7 +359,7 @@
 #if RA_STATE_OUT
         acc_out[target * DV + d] = acc[i];
 #else
-        out[target * DV + d] = Out(l[r] == 0 ? 0.0f : acc[i] * kept / l[r]);
+        out[target * DV + d] = Out(l[r] == 0 ? 0.0f : acc[i] * decay / l[r]);
 #endif
       }
     }

@@ -1,4 +1,4 @@
-// What one lane of a simdgroup holds, and how lanes work together.
+// The elements that one lane of a simdgroup holds, and reductions over lanes.
 
 #define RA_FUNC inline __attribute__((__always_inline__))
 #define RA_UNROLL _Pragma("clang loop unroll(full)")
@@ -7,9 +7,9 @@ constant constexpr const float RA_LOG2E = 1.44269504088896340736f;
 constant constexpr const int RA_INT_MAX = 2147483647;
 constant constexpr const int RA_INT_MIN = -2147483647 - 1;
 
-// A simdgroup holds RA_ROWS rows of scores and of the output; in them a lane has these elements. By simdgroup matrices of
-// 8 x 8: in row `row` two columns of each matrix. By the M5's fragments of 16 x 16: in rows `row` and `row + 8` four
-// columns of each fragment (as MLX's own kernels take it to be; Apple says nothing about it).
+// A simdgroup holds RA_ROWS rows of scores and of the output. A lane holds these elements of them. With simdgroup matrices
+// of 8 x 8: in row `row` two columns of each matrix. With the M5's fragments of 16 x 16: in rows `row` and `row + 8` four
+// columns of each fragment. (MLX's own kernels assume this too; Apple does not document it.)
 struct Lane {
   short row;
   short column;
@@ -51,12 +51,12 @@ RA_FUNC float row_sum(float x) {
   return x + metal::simd_shuffle_xor(x, ushort(8));
 }
 
-// exp(x - top), where top = -inf (no key seen so far) makes every weight 0.
+// exp(x - top). Where top = -inf (no visible key so far) every weight is 0.
 RA_FUNC float weight(float x, float top) {
   return metal::fast::exp2((x - (top == -INFINITY ? 0.0f : top)) * RA_LOG2E);
 }
 
-// x + by, held within int32.
+// x + by, clamped to int32.
 RA_FUNC int shifted(int x, long by) {
   return int(metal::clamp(long(x) + by, long(RA_INT_MIN), long(RA_INT_MAX)));
 }

@@ -1,5 +1,5 @@
-// The two matrix products of attention by simdgroup matrices, on what lies in threadgroup memory. Only the matrices of 8
-// keys from `first` to `last` are used; ALL says that these are all TK of them, and nothing is asked.
+// The two matrix products of attention with simdgroup matrices, on tiles in threadgroup memory. Only the matrices of 8
+// keys from `first` to `last` are used. ALL: these are all TK matrices, and the limits are not checked.
 
 // c += a b for 8 x 8 matrices, each given by the lane's two elements.
 RA_FUNC void multiply_add(float2 a, float2 b, thread float* c) {
@@ -13,7 +13,7 @@ RA_FUNC void multiply_add(float2 a, float2 b, thread float* c) {
   c[1] = sum.y;
 }
 
-// S += Q K^T over TD matrices of 8 head dims; `q_own` is used where Q is kept in registers, else `q_from`.
+// S += Q K^T over TD matrices of 8 head dims; `q_own` is used where Q is in registers, else `q_from`.
 template <typename T, short TD, short TK, short LDK, bool OWN, bool ALL>
 RA_FUNC void multiply_keys(
     thread float* s, const thread T* q_own, const threadgroup T* q_from, const threadgroup T* k_from, short first, short last) {
@@ -52,10 +52,10 @@ RA_FUNC void multiply_values(thread float* o, const thread float* p, const threa
   }
 }
 
-// The same where V has NaN or infinities: they reach the rows that see them, as NaN, and no other row as 0 * NaN. Bit e of
-// `seen` says whether the lane's row sees its key in element e of the scores.
+// O += P V where V has NaN or infinities: the rows that see them get NaN, and no other row gets 0 * NaN. Bit e of `seen`
+// says whether the lane's row sees its key in element e of the scores.
 template <typename T, short TV, short TK, short LDV>
-RA_FUNC void multiply_spoiled_values(thread float* o, const thread float* p, const threadgroup T* v_from, ushort seen) {
+RA_FUNC void multiply_nonfinite_values(thread float* o, const thread float* p, const threadgroup T* v_from, ushort seen) {
   RA_UNROLL
   for (short i = 0; i < TV; i++) {
     float hits[2] = {0, 0};

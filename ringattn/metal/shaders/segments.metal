@@ -1,16 +1,16 @@
-// Segment ids, tile by tile: bounds are the smallest and the largest id of a tile's queries or keys.
+// Segment ids of tiles. Bounds are the smallest and the largest id of a tile's queries or keys.
 
-// Whether queries and keys with these bounds share an id; a negative id is padding and is shared by nobody.
+// Whether queries and keys with these bounds can share an id. A negative id is padding, which no two tokens share.
 RA_FUNC bool share(int2 queries, int2 keys) {
   return metal::max(metal::max(queries.x, keys.x), 0) <= metal::min(queries.y, keys.y);
 }
 
-// Whether they all have one and the same id, given that they share one.
+// Whether all queries and keys have one and the same id, given that they share one.
 RA_FUNC bool all_same(int2 queries, int2 keys) {
   return queries.x == queries.y && keys.x == keys.y && queries.x == keys.x;
 }
 
-// The first tile of [tile, last) whose keys share an id with `queries`, or `last`. Each lane looks at another tile.
+// The first tile of [tile, last) whose keys share an id with `queries`, or `last`. Each lane checks one tile.
 RA_FUNC int next_shared(int tile, int last, int2 queries, const device int* bounds, ushort lane) {
   while (tile < last) {
     const int mine = tile + lane;

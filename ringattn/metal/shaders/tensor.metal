@@ -1,8 +1,8 @@
-// The two matrix products of attention by the M5's matrix units (Metal 4 tensor operations): nothing is staged, each
-// simdgroup takes Q, K and V from device memory into the fragments of its lanes.
+// The two matrix products of attention with the M5's matrix units (Metal 4 tensor operations). Threadgroup memory is not
+// used: each simdgroup reads Q, K and V from device memory into the fragments of its lanes.
 
-// c += a b, or a b^T: a of 16 x 16, b of 16 x 32 (as stored 32 x 16 where it is transposed), c of 16 x 32. Where a float
-// is multiplied with a half the unit cuts the float to the precision that "relaxed" allows: for P, not for sums.
+// c += a b, or c += a b^T: a is 16 x 16, b is 16 x 32 (stored as 32 x 16 where TRANSPOSED), c is 16 x 32. Where a float is
+// multiplied with a half, the unit rounds the float to the precision that "relaxed" allows. P is rounded so, sums are not.
 template <bool TRANSPOSED, typename A, typename B>
 RA_FUNC void multiply_add(const thread A* a, const thread B* b, thread float* c) {
   constexpr auto what = mpp::tensor_ops::matmul2d_descriptor(
@@ -27,7 +27,7 @@ RA_FUNC void multiply_add(const thread A* a, const thread B* b, thread float* c)
   }
 }
 
-// Four neighbours of a row, of which `count` exist; zeros for the others.
+// Copy four adjacent elements of a row, of which `count` exist. Write zeros for the others.
 template <typename T, bool ALL>
 RA_FUNC void fetch(thread T* to, const device T* from, long stride, short count) {
   if ((ALL || count >= 4) && stride == 1) {
@@ -43,15 +43,15 @@ RA_FUNC void fetch(thread T* to, const device T* from, long stride, short count)
   }
 }
 
-// S += Q K^T for 16 queries and 32 keys, of which `here` exist (ALL: all of them). `q` and
-// `q_below` are the lane's rows, which are zeros unless they are real; `k` is the tile's first key.
+// S += Q K^T for 16 queries and 32 keys, of which `here` exist (ALL: all of them). `q` and `q_below` are the lane's rows,
+// taken as zeros where they do not exist. `k` is the tile's first key.
 template <typename T, short D, bool ALL>
 RA_FUNC void multiply_keys(
     thread float* s,
     const device T* q,
     const device T* q_below,
-    bool real,
-    bool real_below,
+    bool exists,
+    bool exists_below,
     long q_stride,
     const device T* k,
     long row_stride,
@@ -64,8 +64,8 @@ RA_FUNC void multiply_keys(
     constexpr bool whole = D % 16 == 0;
     const short d = first + at.column, count = D - d;
     T queries_of[8], keys_of[16];
-    fetch<T, false>(queries_of, q + d * q_stride, q_stride, real ? count : 0);
-    fetch<T, false>(queries_of + 4, q_below + d * q_stride, q_stride, real_below ? count : 0);
+    fetch<T, false>(queries_of, q + d * q_stride, q_stride, exists ? count : 0);
+    fetch<T, false>(queries_of + 4, q_below + d * q_stride, q_stride, exists_below ? count : 0);
     RA_UNROLL
     for (short r = 0; r < 4; r++) {
       const short key = at.row + 8 * r;
@@ -75,9 +75,8 @@ RA_FUNC void multiply_keys(
   }
 }
 
-// O += P V for 16 queries and 32 keys. Where V has NaN or infinities among keys that not every row sees, they reach the
-// rows that see them, as NaN, and no other row as 0 * NaN: bit e of `seen` says whether the lane's row sees its key in
-// element e of P.
+// O += P V for 16 queries and 32 keys. Where V has NaN or infinities in a partial tile, the rows that see them get NaN, and
+// no other row gets 0 * NaN. Bit e of `seen` says whether the lane's row sees its key in element e of P.
 template <typename T, short DV, short BV, bool ALL>
 RA_FUNC void multiply_values(
     thread float* o, const thread float* p, const device T* v, long row_stride, long stride, short here, ushort seen, Lane at) {
@@ -98,16 +97,16 @@ RA_FUNC void multiply_values(
       if (!ALL) {
         T bad[16], sees[8];
         float hits[16];
-        bool odd = false;
+        bool nonfinite = false;
         RA_UNROLL
         for (short i = 0; i < 16; i++) {
           const bool fine = metal::isfinite(float(values_of[i]));
           bad[i] = T(fine ? 0 : 1);
           values_of[i] = fine ? values_of[i] : T(0);
-          odd |= !fine;
+          nonfinite |= !fine;
           hits[i] = 0;
         }
-        if (metal::simd_max(int(odd)) > 0) {
+        if (metal::simd_max(int(nonfinite)) > 0) {
           RA_UNROLL
           for (short i = 0; i < 8; i++) {
             sees[i] = T((seen >> (8 * half_of + i)) & 1);

@@ -1,11 +1,11 @@
-// Between the matrix products of the gradient: from a block of scores q k^T and of dout v^T the weights p, and ds by q k^T
-// (the formulas are in ringattn/gradient.py). Arrays are [B, H, queries, keys]; a thread takes RUN neighbours of a row.
-// Threads beyond the last row do nothing.
+// The elementwise work of the gradient: from a block of scores q k^T and of dout v^T, the weights p and the gradient with
+// respect to q k^T (the formulas are in ringattn/core/gradients.py). Arrays are [B, H, queries, keys]. A thread computes
+// RUN adjacent elements of a row. Threads beyond the last row do nothing.
 
   constexpr short RUN = 4;
 
   const int q_len = scores_shape[2], k_len = scores_shape[3], heads = scores_shape[1];
-  const int threads = (k_len + RUN - 1) / RUN; // of a row
+  const int threads = (k_len + RUN - 1) / RUN; // for each row
   const int key = thread_position_in_grid.x % threads * RUN;
   const long row = thread_position_in_grid.x / threads;
   if (row >= long(scores_shape[0]) * heads * q_len) {
@@ -56,10 +56,10 @@
     s += added;
 #endif
     const float p = sees ? metal::fast::exp2((s - own_lse) * RA_LOG2E) : 0.0f;
-    const float by_score = sees ? p * (by_weights[at] - own_delta) : 0.0f;
+    const float dscore = sees ? p * (dweights[at] - own_delta) : 0.0f;
     weights[at] = p;
-    by_products[at] = sees ? by_score * slope : 0.0f; // the slope of a hidden pair may be NaN
+    dproducts[at] = sees ? dscore * slope : 0.0f; // the slope of a hidden pair may be NaN
 #if RA_MASK == 2
-    by_mask[at] = by_score;
+    dmask[at] = dscore;
 #endif
   }

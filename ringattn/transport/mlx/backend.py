@@ -1,11 +1,11 @@
-"""The group of all processes in `mx.distributed`: which backend it is, and the bytes that it moves.
+"""The group of all processes in `mx.distributed`: its backend, and transfers of bytes.
 
 Two backends can carry a ring. `ring` is TCP between neighbours: a rank may send to the right while it receives from
-the left. `jaccl` is RDMA over Thunderbolt: there send and receive with one peer look at the same completions, so a rank
-does one thing at a time, and two ranks that have something for each other use `all_gather`.
+the left. `jaccl` is RDMA over Thunderbolt: there a send and a receive with one peer poll the same completions. So a
+rank does one thing at a time, and two ranks that send to each other use `all_gather`.
 
-Everything here returns when the bytes have left or are here. It may run for ever if a rank dies, with the interpreter's
-lock released.
+Every transfer here returns when the bytes have left or have arrived. If a rank dies it may never return; it holds no
+global interpreter lock meanwhile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import RingError
+from ..base import Buffers
 from .bootstrap import own_address_towards
 
-PIECE_BYTES = 4 << 20  # of a message: while one piece is on its way, another is copied
+PIECE_BYTES = 4 << 20  # of a message: while one piece moves, another is copied
 
-Pieces = Sequence[memoryview]
+Piece = tuple[list[np.ndarray], int]  # parts of buffers, and the number of their bytes
 
 
 class Group:
-    """The processes that `mx.distributed` connects, started when this is made.
+    """The processes that `mx.distributed` connects. The constructor starts `mx.distributed`.
 
     Attributes:
         duplex: Whether a rank may send and receive at the same time.
-        addresses: Where this machine may be reached by the others, the best first.
+        addresses: Addresses at which the others may reach this machine, the best first.
     """
 
     def __init__(self) -> None:
@@ -47,86 +49,89 @@ class Group:
         except (RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             raise RingError(f"mx.distributed could not start its backend {backend!r}: {why}") from error
-        self.rank, self.size = self._group.rank(), self._group.size()
-        # The other way can be tried where there is no jaccl.
+        self.rank = self._group.rank()
+        self.size = self._group.size()
+        # With the variable, backend `ring` does one thing at a time too, so that this can be tested without jaccl.
         self.duplex = backend == "ring" and os.environ.get("RINGATTN_MLX_ONE_WAY") != "1"
         self.addresses = _addresses(backend, self.rank)
 
-    def send(self, buffers: Pieces, peer: int, stream: Any) -> None:
+    def send(self, buffers: Buffers, peer: int, stream: Any) -> None:
         """Send `buffers` as one message."""
         staging: list[tuple[mx.array, np.ndarray]] = []
-        under_way: list[mx.array] = []
-        for i, (parts, count) in enumerate(cut(buffers, PIECE_BYTES)):
+        in_flight: list[mx.array] = []
+        for i, (parts, count) in enumerate(split_pieces(buffers, PIECE_BYTES)):
             if i < 2:
                 staging.append(_scratch(count, stream))
             else:
-                mx.eval(under_way.pop(0))  # the piece that used this memory has left
+                mx.eval(in_flight.pop(0))  # the piece that used this memory has left
             x, view = staging[i % 2]
-            pour(parts, [view])
+            copy_bytes(parts, [view])
             x = x if count == x.size else mx.array(view[:count])  # only the last is shorter
             sent = mx.distributed.send(x, peer, group=self._group, stream=stream)
             mx.async_eval(sent)
-            under_way.append(sent)
-        mx.eval(under_way)
+            in_flight.append(sent)
+        mx.eval(in_flight)
 
-    def recv(self, buffers: Pieces, peer: int, stream: Any) -> None:
-        """Receive one message into `buffers`, of exactly the size that is sent."""
+    def recv(self, buffers: Buffers, peer: int, stream: Any) -> None:
+        """Receive one message into `buffers`, which have exactly its size."""
         expected: list[tuple[mx.array, list[np.ndarray]]] = []
-        for parts, count in cut(buffers, PIECE_BYTES):
+        for parts, count in split_pieces(buffers, PIECE_BYTES):
             x = mx.distributed.recv((count,), mx.uint8, peer, group=self._group, stream=stream)
             mx.async_eval(x)
             expected.append((x, parts))
             if len(expected) == 2:
-                _arrive(*expected.pop(0))
+                _copy_arrived(*expected.pop(0))
         for x, parts in expected:
-            _arrive(x, parts)
+            _copy_arrived(x, parts)
 
-    def swap(self, out: Pieces, into: Pieces, stream: Any) -> None:
-        """In a group of two: send `out` and receive `into`, of which one may be empty, by all_gather."""
-        leaving, coming = list(cut(out, PIECE_BYTES)), list(cut(into, PIECE_BYTES))
-        for i in range(max(len(leaving), len(coming))):
-            here, here_bytes = leaving[i] if i < len(leaving) else ([], 0)
-            there, there_bytes = coming[i] if i < len(coming) else ([], 0)
-            both = np.zeros(max(here_bytes, there_bytes), np.uint8)
-            pour(here, [both[:here_bytes]])
-            other = self.gather(both, stream)[1 - self.rank]
-            pour([other[:there_bytes]], there)
+    def swap(self, out: Buffers, into: Buffers, stream: Any) -> None:
+        """Send `out` and receive `into` in a group of two, by all_gather. One of them may be empty."""
+        sent = split_pieces(out, PIECE_BYTES)
+        received = split_pieces(into, PIECE_BYTES)
+        nothing: Piece = ([], 0)
+        for (source, source_bytes), (target, target_bytes) in zip_longest(sent, received, fillvalue=nothing):
+            own = np.zeros(max(source_bytes, target_bytes), np.uint8)
+            copy_bytes(source, [own[:source_bytes]])
+            other = self.gather(own, stream)[1 - self.rank]
+            copy_bytes([other[:target_bytes]], target)
 
     def gather(self, x: np.ndarray, stream: Any) -> np.ndarray:
-        """Every rank's `x`, bytes of the same number everywhere, as rows."""
+        """Gather every rank's `x`, bytes of the same number on all ranks, as rows."""
         gathered = self.gather_in_graph(mx.array(x), stream)
         mx.eval(gathered)
         return np.asarray(memoryview(gathered))  # type: ignore[arg-type]
 
     def gather_in_graph(self, x: mx.array, stream: Any = None) -> mx.array:
-        """The same as a node of MLX's graph."""
+        """Gather every rank's `x` as a node of MLX's graph."""
         return mx.distributed.all_gather(mx.expand_dims(x, 0, stream=stream), group=self._group, stream=stream)
 
 
-def cut(buffers: Pieces, most: int) -> Iterator[tuple[list[np.ndarray], int]]:
-    """The bytes of `buffers` in pieces of `most` bytes, the last shorter: each as parts, and how many bytes it has."""
+def split_pieces(buffers: Buffers, piece_bytes: int) -> Iterator[Piece]:
+    """Split the bytes of `buffers` into pieces of `piece_bytes`, of which the last may be shorter."""
     parts: list[np.ndarray] = []
     count = 0
     for buffer in buffers:
         rest = np.frombuffer(buffer, np.uint8) if len(buffer) else np.empty(0, np.uint8)
         while len(rest):
-            part, rest = rest[: most - count], rest[most - count :]
+            part, rest = rest[: piece_bytes - count], rest[piece_bytes - count :]
             parts.append(part)
             count += len(part)
-            if count == most:
+            if count == piece_bytes:
                 yield parts, count
                 parts, count = [], 0
     if count:
         yield parts, count
 
 
-def pour(out: Sequence[np.ndarray], into: Sequence[np.ndarray]) -> None:
-    """Copy the bytes of `out`, end to end, to those of `into`: as many as the shorter has."""
-    sources, targets = list(out), list(into)
+def copy_bytes(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
+    """Copy the concatenated bytes of `sources` to those of `targets`, until one of the two ends."""
+    sources = list(sources)
+    targets = list(targets)
     while sources and targets:
         count = min(len(sources[0]), len(targets[0]))
         np.copyto(targets[0][:count], sources[0][:count])
-        sources[0], targets[0] = sources[0][count:], targets[0][count:]
+        sources[0] = sources[0][count:]
+        targets[0] = targets[0][count:]
         for arrays in (sources, targets):
             if not len(arrays[0]):
                 arrays.pop(0)
@@ -138,13 +143,13 @@ def _scratch(count: int, stream: Any) -> tuple[mx.array, np.ndarray]:
     return x, np.asarray(memoryview(x))  # type: ignore[arg-type]
 
 
-def _arrive(x: mx.array, parts: Sequence[np.ndarray]) -> None:
+def _copy_arrived(x: mx.array, parts: Sequence[np.ndarray]) -> None:
     mx.eval(x)
-    pour([np.asarray(memoryview(x))], parts)  # type: ignore[arg-type]
+    copy_bytes([np.asarray(memoryview(x))], parts)  # type: ignore[arg-type]
 
 
 def chosen_backend() -> str:
-    """``"ring"`` or ``"jaccl"``, whichever the launcher has prepared."""
+    """Return the backend that the launcher has prepared: ``"ring"`` or ``"jaccl"``."""
     if "MLX_HOSTFILE" in os.environ:
         return "ring"
     if "MLX_IBV_DEVICES" in os.environ or "MLX_JACCL_COORDINATOR" in os.environ:
@@ -155,7 +160,10 @@ def chosen_backend() -> str:
 
 
 def launched_size() -> int:
-    """How many processes the launcher has started; a group of one takes jaccl half a minute to refuse."""
+    """Return the number of processes that the launcher has started.
+
+    `mx.distributed` is not asked: jaccl refuses a group of one only after half a minute.
+    """
     name = "MLX_HOSTFILE" if chosen_backend() == "ring" else "MLX_IBV_DEVICES"
     hosts = _read_list(name)
     return max(1, len(hosts))
@@ -184,7 +192,7 @@ def _addresses(backend: str, rank: int) -> list[str]:
         found += [coordinator] if rank == 0 else []
         found.append(own_address_towards(coordinator))
     if not all(address is None or address.startswith("127.") for address in found):
-        found.append(own_address_towards("192.0.2.1"))  # nobody has it: the way to the rest of the world
+        found.append(own_address_towards("192.0.2.1"))  # TEST-NET-1, which no host has: the default route
     return list(dict.fromkeys(address for address in found if address))
 
 

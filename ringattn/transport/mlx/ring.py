@@ -1,12 +1,13 @@
 """The transport over `mx.distributed`, under `mlx.launch`.
 
-Blocks and rounds move over MLX's own links (TCP, or RDMA over Thunderbolt), signs of life over ordinary TCP sockets.
-`fabric` says how the two ends of a link agree what moves next although `mx.distributed` knows no tags, and why nothing
-waits for ever.
+Blocks and gathers move over MLX's own links (TCP, or RDMA over Thunderbolt), heartbeats over ordinary TCP sockets.
+`scheduler` explains how the two ends of a link agree on the next message, since `mx.distributed` has no tags, and why
+no deadlock is possible.
 
-A call into `mx.distributed` cannot be interrupted. They are made on threads of their own, so the main thread gets its
-`RingError` when a rank dies, and the process ends without them. Only gathers that are nodes of MLX's graph are
-evaluated by whoever evaluates the graph: if the ring breaks meanwhile, the process says why and ends.
+A call into `mx.distributed` cannot be interrupted. Worker threads make these calls. So the main thread gets its
+`RingError` when a rank dies, and the process ends without those threads. The exception is a gather that is a node of
+MLX's graph: it runs on the thread that evaluates the graph. If the ring breaks meanwhile, the process prints the cause
+and ends.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from ..process_ring import PeerRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
 from .backend import launched_size
-from .matching import Parcel
-from .process import Hub, hub
+from .matching import PendingMessage
+from .process import ProcessLinks, process_links
+from .scheduler import Wait
 
-_CHECKED_BYTES = 512  # of what a rank has sent in such a round: its head, and how an error begins
-_LAST_WORDS = 1.0  # s in which the news of a death may arrive that explains why a message broke off
-_STUCK_AFTER = 0.5  # s that the main thread has to notice by itself that the ring broke
+_CHECKED_BYTES = 512  # of each rank's payload in a gather in the graph: its head, and the start of an error's text
+_CAUSE_WAIT = 1.0  # s in which the cause of an error of mx.distributed, another rank's death, may arrive
+_ABORT_AFTER = 0.5  # s in which the main thread may find by itself that the ring broke
 
 
 def open_ring(timeout: float | None) -> Ring:
-    """The ring of all processes that `mlx.launch` started; see `ringattn.init`."""
+    """Open the ring of all processes that `mlx.launch` started; see `ringattn.init`."""
     if launched_size() == 1:
         return SoloRing(read_timeout(timeout))
-    all_of_us = hub()
-    return MlxRing(all_of_us, introduce(timeout, all_of_us.introduce))
+    links = process_links()
+    return MlxRing(links, introduce(timeout, links.exchange_json))
 
 
 class MlxRing(PeerRing):
@@ -56,18 +58,19 @@ class MlxRing(PeerRing):
     in_graph_bytes = INLINE_BYTES
     _foreign = (RuntimeError,)
 
-    def __init__(self, all_of_us: Hub, members: Sequence[Member]):
-        self._hub, self._fabric = all_of_us, all_of_us.fabric
-        self._channel = all_of_us.new_channel()
-        super().__init__(all_of_us.post(self._channel), all_of_us.rank, members)
+    def __init__(self, links: ProcessLinks, members: Sequence[Member]):
+        self._links = links
+        self._scheduler = links.scheduler
+        self._channel = links.new_channel()
+        super().__init__(links.post(self._channel), links.rank, members)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
-        self._broke: float | None = None  # when this was seen
-        self.duplex = self._fabric.group.duplex
+        self._broken_since: float | None = None
+        self.duplex = self._scheduler.group.duplex
         self._rate = LinkRate()
-        all_of_us.join(self._channel, self)
+        links.add_ring(self._channel, self)
         shutdown.watch_over(self)
 
-    # What users call
+    # Called by users
 
     def split(self, color: int | None) -> Ring | None:
         with self.call("split"):
@@ -81,36 +84,36 @@ class MlxRing(PeerRing):
             return
         try:
             if not self.broken:
-                self.settle()  # others may still need this rank for it
+                self.settle()  # other ranks may need this one for the gathers in MLX's graph
         finally:
-            self._hub.say_how_far()
+            self._scheduler.announce_finished_epoch()
             super().close()
 
-    # What the library calls
+    # Called by the library
 
     def exchange(self, payload: Buffers) -> list[memoryview]:
         self._check()
         with self._breaking():
-            replies = self._fabric.exchange(self._channel, payload, self._waiting(self._fabric.behind))
+            replies = self._scheduler.exchange(self._channel, payload, self._wait_for(self._scheduler.gather_peers))
         self._life.met(self._place)
         return replies
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
         self._check()
         with self._breaking():
-            waiting = self._waiting(self._fabric.behind)
-            replies = self._fabric.exchange_in_graph(self._channel, payload, waiting)
-        begins = mx.contiguous(replies[:, :_CHECKED_BYTES])
-        self._unchecked.append((begins, check))
-        return mx.depends([replies], [begins])[0]  # so that both are evaluated, and the whole can go
+            wait = self._wait_for(self._scheduler.gather_peers)
+            replies = self._scheduler.exchange_in_graph(self._channel, payload, wait)
+        heads = mx.contiguous(replies[:, :_CHECKED_BYTES])
+        self._unchecked.append((heads, check))
+        return mx.depends([replies], [heads])[0]  # both are evaluated together, so the frames can be freed
 
     def settle(self, keep: int = 0) -> None:
         self._check()
         while len(self._unchecked) > keep:
-            begins, check = self._unchecked.popleft()
+            heads, check = self._unchecked.popleft()
             with self._breaking():
-                mx.eval(begins)
-            check([memoryview(row) for row in np.array(begins)])
+                mx.eval(heads)
+            check([memoryview(row) for row in np.array(heads)])
 
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
         collectives.swap_along(self, out, into)
@@ -130,74 +133,75 @@ class MlxRing(PeerRing):
         self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]
     ) -> Transfer:
         self._check()
-        parcel = Parcel(sending, peer, (self._channel, tag), load, after, self._moved)
+        message = PendingMessage(sending, peer, (self._channel, tag), load, after, self._on_message_done)
         for gate in after:
             if isinstance(gate, Gate):
-                gate.watch(self._fabric.advance)
+                gate.watch(self._scheduler.advance)
         with self._breaking():
-            self._fabric.add(parcel)
+            self._scheduler.add(message)
         self._check()
-        return parcel
+        return message
 
-    def _moved(self, parcel: Parcel) -> None:
-        self._rate.learn(parcel.bytes, time.time() - parcel.started)
-        if parcel.sending:
-            self.bytes_sent += parcel.bytes
-        if self.trace is not None and parcel.bytes:
-            kind = "send" if parcel.sending else "recv"
-            self.trace.append(Event(kind, parcel.key[1], parcel.started, time.time(), parcel.bytes))
+    def _on_message_done(self, message: PendingMessage) -> None:
+        self._rate.learn(message.bytes, time.time() - message.started)
+        if message.sending:
+            self.bytes_sent += message.bytes
+        if self.trace is not None and message.bytes:
+            kind = "send" if message.sending else "recv"
+            self.trace.append(Event(kind, message.key[1], message.started, time.time(), message.bytes))
 
     def wait(self, *transfers: Transfer) -> None:
         if all(transfer.done for transfer in transfers):
             return
         self._check()
         with self._breaking():
-            waiting = self._waiting(lambda: self._fabric.missing(self._channel))
-            waiting(lambda: all(transfer.done for transfer in transfers))
+            wait = self._wait_for(lambda: self._scheduler.message_peers(self._channel))
+            wait(lambda: all(transfer.done for transfer in transfers))
 
     def await_cause(self, error: BaseException) -> None:
         if isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]")):
-            deadline = time.monotonic() + _LAST_WORDS
+            deadline = time.monotonic() + _CAUSE_WAIT
             while not self.broken and time.monotonic() < deadline:
                 time.sleep(5e-3)
                 self.hear()
 
-    def _waiting(self, missing: Callable[[], set[int]]) -> Callable[[Callable[[], bool]], None]:
-        look = self._looking(missing)
-        return lambda poll: self._fabric.wait(poll, look)
+    def _wait_for(self, peers: Callable[[], set[int]]) -> Wait:
+        """Return a wait that raises when one of `peers` breaks the ring or leaves it."""
+        check = self._looking(peers)
+        return lambda condition: self._scheduler.wait(condition, check)
 
-    # What the hub's thread calls
+    # Called by the thread of `ProcessLinks`
 
     @property
     def interval(self) -> float:
-        """Seconds until the next beat."""
-        return self._interval if self._broke is None else min(self._interval, 0.1)
+        """Seconds between two heartbeats; few once the ring is broken."""
+        return self._interval if self._broken_since is None else min(self._interval, 0.1)
 
     def beat(self) -> None:
-        """Tell the others that this rank lives, and end a process that cannot end by itself."""
+        """Send heartbeats, judge peers and links, and end a process that cannot end by itself."""
         self._life.beat()
-        self._fabric.say_where()
+        self._scheduler.announce_epoch()
         self._judge_links()
         if not self.broken:
             return
         now = time.monotonic()
-        self._broke = now if self._broke is None else self._broke
-        if self._fabric.pending and now - self._broke > _STUCK_AFTER:
+        self._broken_since = now if self._broken_since is None else self._broken_since
+        if self._scheduler.pending and now - self._broken_since > _ABORT_AFTER:
             shutdown.abandon(self)
 
     def _judge_links(self) -> None:
-        """Break the ring when what both ends are moving does not arrive: signs of life go another way, and go on."""
-        parcels = [Moving(p, p.sending, p.peer, p.bytes) for p in self._fabric.moving(self._channel)]
-        gather = self._fabric.gather_moving
-        ages = self._judge_link(parcels, self._rate, [] if gather is None else [gather])
+        """Break the ring if a transfer that all its ends have started is stuck. Heartbeats go another way."""
+        messages = [Moving(m, m.sending, m.peer, m.bytes) for m in self._scheduler.moving(self._channel)]
+        gather = self._scheduler.gather_moving
+        ages = self._judge_link(messages, self._rate, [] if gather is None else [gather])
         if gather is not None and ages[gather] > self._rate.deadline(0, self.timeout):
             raise RingError(f"a round is stuck: all ranks have been in it for {self.timeout:g} s; look at the cables")
 
-    # What leaving.py asks
+    # Called by `shutdown`
 
     def free(self) -> None:
-        self._hub.part(self._channel)
+        self._links.remove_ring(self._channel)
 
     def abort(self) -> None:
-        """End this process at once: threads that are in `mx.distributed` would keep it for ever."""
+        """End this process at once. A normal exit would wait for ever for threads that are in `mx.distributed`."""
         os._exit(self.exit_code)

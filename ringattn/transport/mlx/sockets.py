@@ -1,7 +1,7 @@
-"""Small messages over ordinary TCP sockets, one between every two ranks: a switchboard for several uses at a time.
+"""Small messages over ordinary TCP sockets, one socket between every two ranks, which several users share.
 
-A message has a channel (whom it is for), a kind and a note. Sending never waits: what the socket does not take at once
-leaves when `pump` is called, which one thread does for ever. Messages of one rank arrive in order.
+A message has a channel (its user), a kind and a note. A send never blocks: bytes that the socket does not take at once
+leave in `process_events`, which one thread calls for ever. Messages of one rank arrive in order.
 """
 
 from __future__ import annotations
@@ -16,96 +16,101 @@ from contextlib import suppress
 from ..failures.control_channel import Sent
 
 _HEAD = struct.Struct("<IIB")  # bytes of the note, channel, kind
-_LONGEST = 1 << 20  # bytes of a note; whoever claims to send more is no rank of ours
+_LONGEST = 1 << 20  # bytes of a note; a sender that announces more is not a rank of this job
 
 Deliver = Callable[[int, int, int, bytes], None]  # sender, channel, kind, note
 
 
-class Switchboard:
-    """All of a rank's sockets.
+class ControlSockets:
+    """The sockets of a rank to all others.
 
     Args:
         sockets: A connected socket for every other rank.
-        deliver: Called by `pump` with every message that has come.
-        lost: Called by `pump` with a rank whose connection has ended, once, after all its messages.
+        deliver: Called by `process_events` with every message that has arrived.
+        lost: Called by `process_events` with a rank whose connection has ended, once, after all its messages.
     """
 
     def __init__(self, sockets: Mapping[int, socket.socket], deliver: Deliver, lost: Callable[[int], None]):
-        self._deliver, self._lost = deliver, lost
+        self._deliver = deliver
+        self._lost = lost
         self._selector = selectors.DefaultSelector()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
-        self._lines = {peer: _Line(peer, sock) for peer, sock in sockets.items()}
-        for line in self._lines.values():
-            self._selector.register(line.sock, selectors.EVENT_READ, line)
+        self._wake_sender, self._wake_receiver = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._connections = {peer: _Connection(peer, sock) for peer, sock in sockets.items()}
+        for connection in self._connections.values():
+            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
     def send(self, peer: int, channel: int, kind: int, note: bytes) -> Sent:
-        """Begin to send; to a rank that is gone it goes nowhere."""
-        line = self._lines[peer]
-        sent, whole = line.send(_HEAD.pack(len(note), channel, kind) + note)
-        if not whole:
-            self.ring_bell()  # `pump` has to wait for the socket to become writable
+        """Start to send a message. A message to a rank whose connection has ended is dropped."""
+        sent, complete = self._connections[peer].send(_HEAD.pack(len(note), channel, kind) + note)
+        if not complete:
+            self.wake()  # `process_events` must wait until the socket is writable
         return sent
 
-    def ring_bell(self) -> None:
-        """Have `pump` return."""
+    def wake(self) -> None:
+        """Let `process_events` return now."""
         with suppress(BlockingIOError):
-            self._bell.send(b"!")
+            self._wake_sender.send(b"!")
 
-    def pump(self, timeout: float) -> None:
-        """Move what can be moved, for at most `timeout` seconds if that is nothing."""
-        for line in self._lines.values():
-            if line.open:
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.waiting else 0)
-                if self._selector.get_key(line.sock).events != events:
-                    self._selector.modify(line.sock, events, line)
+    def process_events(self, timeout: float) -> None:
+        """Send and receive everything that can move now; wait for at most `timeout` seconds if nothing can."""
+        for connection in self._connections.values():
+            if connection.open:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.waiting else 0)
+                if self._selector.get_key(connection.sock).events != events:
+                    self._selector.modify(connection.sock, events, connection)
         for key, events in self._selector.select(timeout):
             if key.data is None:
                 with suppress(BlockingIOError):
-                    self._ear.recv(4096)
+                    self._wake_receiver.recv(4096)
                 continue
             if events & selectors.EVENT_WRITE:
                 key.data.flush()
             if events & selectors.EVENT_READ:
                 self._read(key.data)
 
-    def _read(self, line: _Line) -> None:
-        messages, alive = line.read()
+    def _read(self, connection: _Connection) -> None:
+        messages, alive = connection.read()
         for channel, kind, note in messages:
-            self._deliver(line.peer, channel, kind, note)
+            self._deliver(connection.peer, channel, kind, note)
         if not alive:
-            self._selector.unregister(line.sock)
-            line.close()
-            self._lost(line.peer)
+            self._selector.unregister(connection.sock)
+            connection.close()
+            self._lost(connection.peer)
 
 
-class _Line:
+class _Connection:
     """The socket to one rank."""
 
     def __init__(self, peer: int, sock: socket.socket):
-        self.peer, self.sock, self.open = peer, sock, True
+        self.peer = peer
+        self.sock = sock
+        self.open = True
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._out, self._in = bytearray(), bytearray()
-        self._given = self._gone = 0  # bytes: all that were to be sent, and those that have left
+        self._out = bytearray()
+        self._in = bytearray()
+        self._bytes_accepted = 0  # in all calls of `send`
+        self._bytes_sent = 0
         self._lock = threading.Lock()
 
     @property
     def waiting(self) -> bool:
+        """Whether bytes wait for the socket to become writable."""
         return bool(self._out)
 
     def send(self, message: bytes) -> tuple[Sent, bool]:
-        """Begin to send; what says whether it has left, and whether all has left already."""
+        """Start to send. Return a function that says whether the message has left, and whether nothing waits."""
         with self._lock:
             if not self.open:
                 return (lambda: True), True
-            self._given += len(message)
-            goal = self._given
+            self._bytes_accepted += len(message)
+            goal = self._bytes_accepted
             self._out += message
             self._flush()
-            return (lambda: self._gone >= goal or not self.open), not self._out
+            return (lambda: self._bytes_sent >= goal or not self.open), not self._out
 
     def flush(self) -> None:
         with self._lock:
@@ -115,15 +120,15 @@ class _Line:
         try:
             while self._out and self.open:
                 count = self.sock.send(self._out)
-                self._gone += count
+                self._bytes_sent += count
                 del self._out[:count]
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self._out.clear()  # the other end is gone, which reading will tell
+            self._out.clear()  # the connection has ended, which the next read finds
 
     def read(self) -> tuple[list[tuple[int, int, bytes]], bool]:
-        """What has come, and whether more may come."""
+        """Return the messages that have arrived, and whether the connection is still open."""
         alive = True
         try:
             data = self.sock.recv(1 << 16)

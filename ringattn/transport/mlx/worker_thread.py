@@ -1,4 +1,4 @@
-"""Threads that move bytes over `mx.distributed`, one thing after the other."""
+"""Threads that move bytes over `mx.distributed`, one task after the other."""
 
 from __future__ import annotations
 
@@ -10,72 +10,84 @@ from typing import Any
 
 import mlx.core as mx
 
-from .matching import Parcel
+from .matching import PendingMessage
 
 
 @dataclass
-class Work:
-    """One thing for a lane to do, on its stream."""
+class Task:
+    """One call into `mx.distributed`.
 
-    do: Callable[[Any], Any]
-    epoch: int | None  # the gathers before it; None for a gather
-    parcels: tuple[Parcel, ...] = ()
+    Attributes:
+        run: The call, given the stream of the thread.
+        epoch: The number of gathers before it; ``None`` for a gather.
+        messages: The messages that it moves.
+        done: Whether it has returned.
+        result: The value that it returned.
+    """
+
+    run: Callable[[Any], Any]
+    epoch: int | None
+    messages: tuple[PendingMessage, ...] = ()
     done: bool = False
     result: Any = None
 
 
-class Lane:
-    """A thread that works off a queue.
+class WorkerThread:
+    """A thread that runs the tasks of a queue in order.
 
     Args:
-        name: Of the thread.
-        lock: Guards what it shares; held in all calls but those of `on_error`.
-        admits: Whether the first of the queue may start.
-        on_done: Called when something is done.
-        on_error: Called with what went wrong; nothing is done any more after that.
+        name: The name of the thread.
+        lock: The lock of the scheduler. All methods and callbacks but `on_error` need it.
+        may_start: Returns whether the first task of the queue may start.
+        on_done: Called after each task.
+        on_error: Called with the exception of a task. The thread ends after it.
     """
 
     def __init__(
         self,
         name: str,
         lock: threading.RLock,
-        admits: Callable[[Work], bool],
+        may_start: Callable[[Task], bool],
         on_done: Callable[[], None],
         on_error: Callable[[BaseException], None],
     ):
-        self._lock, self._admits, self._on_done, self._on_error = lock, admits, on_done, on_error
-        self.queue: deque[Work] = deque()
+        self._lock = lock
+        self._may_start = may_start
+        self._on_done = on_done
+        self._on_error = on_error
+        self.queue: deque[Task] = deque()
         self.busy = False
-        self.doing: Work | None = None
-        self.bell = threading.Condition(lock)
+        self.current: Task | None = None
+        self.wakeup = threading.Condition(lock)
         threading.Thread(target=self._run, name=f"ringattn {name}", daemon=True).start()
 
     @property
     def idle(self) -> bool:
         return not self.queue and not self.busy
 
-    def add(self, work: Work) -> None:
-        self.queue.append(work)
-        self.bell.notify()
+    def add(self, task: Task) -> None:
+        self.queue.append(task)
+        self.wakeup.notify()
 
-    def empty_before(self, epoch: int) -> bool:
-        """Whether nothing is left that was committed before gather `epoch`."""
-        return not self.busy and all(work.epoch is None or work.epoch >= epoch for work in self.queue)
+    def drained_before(self, epoch: int) -> bool:
+        """Whether all tasks that were committed before gather `epoch` are done."""
+        return not self.busy and all(task.epoch is None or task.epoch >= epoch for task in self.queue)
 
     def _run(self) -> None:
         stream = mx.new_stream(mx.cpu)  # a stream belongs to the thread that made it
         while True:
             with self._lock:
-                self.bell.wait_for(lambda: self.queue and self._admits(self.queue[0]))
-                self.doing = work = self.queue.popleft()
+                self.wakeup.wait_for(lambda: self.queue and self._may_start(self.queue[0]))
+                self.current = task = self.queue.popleft()
                 self.busy = True
             try:
-                work.result = work.do(stream)
+                task.result = task.run(stream)
             except BaseException as error:
-                return self._on_error(error)  # busy for ever: what is still queued has no sense any more
+                return self._on_error(error)  # stays busy, so no later task counts as possible
             with self._lock:
-                self.busy, self.doing = False, None
-                work.done = True
-                for parcel in work.parcels:
-                    parcel.finish()
+                self.busy = False
+                self.current = None
+                task.done = True
+                for message in task.messages:
+                    message.finish()
                 self._on_done()

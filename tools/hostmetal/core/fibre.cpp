@@ -1,4 +1,4 @@
-// The switch itself, for each processor.
+// The switch between two fibres, for each processor.
 
 #if defined(__x86_64__)
 __asm__(R"(

@@ -1,4 +1,4 @@
-// Fibres: a stack each, and a switch between two of them that saves what a call must preserve.
+// Fibres: each has a stack. A switch between two of them saves the registers that a call must preserve.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 extern "C" void hostmetal_switch(void** save, void* resume);
 
 #if defined(__x86_64__)
-constexpr int SAVED_WORDS = 8; // six registers, the return address, and one that aligns the stack
+constexpr int SAVED_WORDS = 8; // six registers, the return address, and one word for alignment
 constexpr int RETURN_WORD = 6;
 #elif defined(__aarch64__)
 constexpr int SAVED_WORDS = 20;
@@ -45,8 +45,8 @@ struct Stacks {
     count = 0;
   }
 
-  // Where a fibre that has not run yet resumes: at `start`, on stack i. Tops are staggered, as lanes would otherwise
-  // fight for the same lines of the cache.
+  // Prepare a new fibre to resume at `start`, on stack i. The tops of the stacks are staggered, so that lanes do not
+  // compete for the same cache lines.
   void* fresh(uint32_t i, void (*start)()) const {
     uint64_t* top = reinterpret_cast<uint64_t*>(base + (i + 1) * STACK_BYTES - 64 - (i % 32) * 192);
     uint64_t* sp = top - SAVED_WORDS;

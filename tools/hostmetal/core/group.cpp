@@ -1,4 +1,4 @@
-// One threadgroup after the other.
+// Scheduler: runs one threadgroup after the other.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -72,7 +72,7 @@ void place_threads(Worker* w, const uint32_t group[3]) {
   }
 }
 
-// After a barrier: what was done before is ordered before what comes, for the kinds of memory that it names.
+// Record a barrier: for its kinds of memory, all earlier accesses are ordered before all later ones.
 void order_memory(Worker* w, int flags) {
   w->stamp++;
   for (int space = 0; space < 2; space++) {
@@ -98,7 +98,7 @@ void begin_pass(Worker* w) {
   }
 }
 
-// Whether the threads may go on; if all have ended, `ended` says so.
+// Whether the threads may continue. Sets `ended` if all have ended.
 bool all_at_one_place(Worker* w, bool* ended) {
   const Fibre* a = &w->fibres[0];
   for (uint32_t t = 1; t < w->threads; t++) {
@@ -147,7 +147,7 @@ void run_group(Worker* w, uint64_t number, const uint32_t position[3]) {
   }
 }
 
-struct Share { // of a launch, for one worker
+struct Share { // one worker's share of a launch
   Launch* launch;
   Worker* worker;
   const uint64_t* order;
@@ -249,7 +249,7 @@ void find_unwritten(Launch* l) {
 
 } // namespace
 
-// The shadow of an output: touched only where the output is.
+// The shadow of an output. It takes memory only where the output is accessed.
 static size_t shadow_bytes(const Buffer& b) {
   return ((b.size >> shift_of(b.element)) + 1) * sizeof(Cell);
 }

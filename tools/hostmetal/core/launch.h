@@ -1,11 +1,11 @@
-// What the Python side hands over and gets back. `launch.py` mirrors these structures.
+// Structures that the Python side passes and receives. `launch.py` mirrors them.
 
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-struct ThreadPosition { // what a thread may ask about itself, in the words of Metal's attributes
+struct ThreadPosition { // the position of a thread, named like Metal's attributes
   uint32_t in_grid[3], in_threadgroup[3], threadgroup[3];
   uint32_t threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3], threads_per_grid[3];
   uint32_t threadgroups_per_grid[3];
@@ -16,11 +16,11 @@ typedef void (*Kernel)(void* const* arguments, const ThreadPosition* position);
 
 enum BufferKind { CONSTANT, INPUT, OUTPUT, INITIALISED_OUTPUT, THREADGROUP, MODULE };
 
-struct Cell { // who touched a few bytes; a stamp tells in which interval between barriers
+struct Cell { // the last accesses to a few bytes; a stamp identifies an interval between barriers
   uint32_t wrote, read;
   uint32_t readers; // bit s: simdgroup s read since the last barrier
-  uint32_t group, read_group; // the threadgroups that wrote and read last, counted from 1; ~0: several read
-  uint16_t writer, reader; // threads; a reader of 0x8000 | s stands for several threads of simdgroup s
+  uint32_t group, read_group; // the threadgroups of the last write and read, counted from 1; ~0: several read
+  uint16_t writer, reader; // threads; a reader 0x8000 | s means several threads of simdgroup s
 };
 
 struct Buffer {
@@ -68,7 +68,7 @@ struct Launch {
   Buffer* buffers;
   uint32_t buffer_count;
   uint32_t grid[3], threadgroup[3];
-  const uint32_t* groups; // (x, y, z) of each that runs, or null for all
+  const uint32_t* groups; // (x, y, z) of each threadgroup to run, or null for all
   uint64_t group_count;
   uint64_t seed;
   int32_t order; // 0 forward, 1 backward, 2 shuffled

@@ -1,7 +1,7 @@
-// Where the threads of a simdgroup or of a threadgroup meet.
+// Synchronisation of the threads of a simdgroup or of a threadgroup.
 //
-// The lanes of a simdgroup run one after the other, each up to the next meeting. The last one to arrive does the work
-// for all, and a new pass begins with the first.
+// The lanes of a simdgroup run one after the other, each up to the next collective operation. The last lane to arrive
+// executes the operation for all. Then a new pass begins with the first lane.
 
 #include <math.h>
 
@@ -32,7 +32,7 @@ void multiply(Simdgroup* s) {
   }
 }
 
-// Element i of a lane's part of a 16 x 16 fragment, or of two such fragments side by side.
+// Element i of a lane's part of a 16 x 16 fragment, or of two adjacent fragments.
 struct Place {
   int row, column;
 };
@@ -119,7 +119,7 @@ __attribute__((noinline)) void diverged(Worker* w, Simdgroup* s) {
   w->fatal = true;
 }
 
-// Hands over to the next lane of the pass, or to the scheduler when the simdgroup can go no further.
+// Switch to the next lane of the pass, or to the scheduler when the simdgroup cannot continue.
 inline void pass_on(Worker* w, Fibre* me) {
   Simdgroup* s = me->simdgroup;
   void* next;
@@ -179,7 +179,7 @@ T combine(int how, T x, T y) {
   }
 }
 
-// Over all lanes, those below (7, 9), or those up to this one (8, 10).
+// Over all lanes, over lower lanes (7, 9), or over lanes up to this one (8, 10).
 template <typename T>
 T reduce(const Simdgroup* s, uint32_t parity, uint32_t lane, int how) {
   const uint32_t last = how == 7 || how == 9 ? lane : how == 8 || how == 10 ? lane + 1 : s->count;
@@ -195,7 +195,7 @@ T reduce(const Simdgroup* s, uint32_t parity, uint32_t lane, int how) {
   return result;
 }
 
-// The lane that a shuffle reads; -1: it keeps its own value, -2: it takes the filling, -3: there is none.
+// The lane that a shuffle reads. -1: the lane's own value, -2: the fill value, -3: no such lane.
 int source(const Simdgroup* s, int how, int by, int lane) {
   const int count = s->count;
   int from = lane;
@@ -352,7 +352,7 @@ float hostmetal_tanh(float x) {
   return tanhf(x);
 }
 
-// The end of a thread: its stack is not resumed.
+// The end of a thread. Its fibre is not resumed.
 [[noreturn]] void hostmetal_end() {
   Worker* w = worker;
   w->current->state = ENDED;

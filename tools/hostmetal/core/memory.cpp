@@ -1,4 +1,4 @@
-// Every access to memory arrives here, by the calls that the thread sanitizer's instrumentation makes.
+// Checks of memory accesses. The thread sanitizer's instrumentation calls these functions for every access.
 
 #include "worker.h"
 
@@ -42,7 +42,7 @@ const char* element_text(const Region* r, uint64_t offset) {
   abandon(w);
 }
 
-// The region of an access that the cache by site did not know; null for the thread's own stack.
+// The region of an access that is not in the cache of sites; null for the thread's own stack.
 __attribute__((noinline)) Region* find(Worker* w, const char* p, uint64_t size, bool write, const void* site) {
   const char* stack = w->stacks.base + w->current->position.index * STACK_BYTES;
   if (uint64_t(p - stack) < STACK_BYTES) {
@@ -63,10 +63,10 @@ inline bool same_simdgroup(uint32_t thread, uint32_t simdgroup) {
   return thread / 32 == simdgroup;
 }
 
-// Whether nothing orders what `thread` did at `stamp` before what the running thread does now.
+// Whether no barrier orders the access of `thread` at `stamp` before the present access of the running thread.
 inline bool concurrent(const Worker* w, uint32_t thread, uint32_t stamp, uint32_t simdgroup, uint32_t now, int space) {
   if (stamp - w->barrier[space] > w->stamp - w->barrier[space]) {
-    return false; // before the last barrier, or another worker's
+    return false; // before the last barrier, or by another worker
   }
   return same_simdgroup(thread, simdgroup) ? stamp == now : true;
 }
@@ -86,8 +86,8 @@ __attribute__((noinline)) void race(
 
 constexpr uint32_t SEVERAL_GROUPS = ~0u;
 
-// Another worker may be at the same cell of an output: each of two threadgroups leaves its mark before it looks for
-// the other's, so that one of them sees it.
+// Another worker may access the same cell of an output. Each threadgroup writes its mark before it reads the other's
+// mark, so that at least one of the two sees the other.
 inline uint32_t mark(uint32_t* field, uint32_t group, int space) {
   if (space) {
     return __atomic_exchange_n(field, group, __ATOMIC_SEQ_CST);
@@ -225,7 +225,7 @@ void* __tsan_memset(void* to, int value, size_t n) {
   return memset(to, value, n);
 }
 
-// A `threadgroup` array of the kernel: the same for all threads, made when the first of them gets there.
+// A `threadgroup` array of the kernel, shared by all threads. The first thread to reach it allocates it.
 void* hostmetal_threadgroup(uint32_t id, size_t bytes, uint32_t element, const char* name) {
   Worker* w = worker;
   if (id < MAX_ARRAYS && w->arrays[id]) {

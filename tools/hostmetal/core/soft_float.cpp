@@ -1,4 +1,4 @@
-// Conversions that compilers call by name where the processor has no instruction for them.
+// Conversions that compiled code calls by name on processors without an instruction for them.
 
 #include <stdint.h>
 #include <string.h>

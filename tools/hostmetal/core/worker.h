@@ -29,8 +29,8 @@ enum Meeting { NOWHERE, SHUFFLE, BALLOT, REDUCE, MULTIPLY, TENSOR, TOGETHER, SIM
 struct Fibre {
   void* sp;
   Simdgroup* simdgroup;
-  const void* site; // of the call it waits in
-  int place; // of that call in the source
+  const void* site; // address of the call in which it waits
+  int place; // position of that call in the source
   int state, meeting;
   ThreadPosition position;
 };
@@ -39,19 +39,19 @@ struct Simdgroup {
   Fibre* lanes[32];
   uint32_t count; // lanes that exist
   uint32_t index;
-  uint32_t cursor; // into `order`: the lane that runs
-  uint32_t arrived, parked; // in this pass: at the meeting; at a barrier or ended
+  uint32_t cursor; // index into `order` of the running lane
+  uint32_t arrived, parked; // in this pass: waiting at the operation; at a barrier or ended
   uint32_t parity;
-  bool mixed; // lanes arrived at different meetings
+  bool mixed; // lanes wait at different operations
   uint8_t order[32];
-  uint32_t stamp[2]; // since the last barrier of any kind: threadgroup memory, device memory
-  int flags; // of the barrier in progress
+  uint32_t stamp[2]; // stamps since the last barrier of any kind: threadgroup memory, device memory
+  int flags; // flags of the present barrier
   uint64_t bits[2][32];
   int by[2][32];
   double results[32];
   long long_results[32];
   alignas(32) float a[8][8], b[8][8], c[8][8], d[8][8];
-  float8 left[32]; // what each lane brings to a tensor product
+  float8 left[32]; // each lane's operands of a tensor product
   float16 right[32], sum[32], product[32];
   int transposed; // bit 0: left, bit 1: right
 };
@@ -76,7 +76,7 @@ struct Worker {
   uint32_t stamp, barrier[2]; // the newest stamp, and that of the last barrier by kind of memory
   int barrier_flags;
   uint64_t random;
-  Region* sites[SITES]; // the region that the access at a place in the code touched last
+  Region* sites[SITES]; // the last region of each memory access in the code
   uint32_t region_count;
   Region regions[MAX_REGIONS];
   Region nowhere;
@@ -95,7 +95,7 @@ struct Worker {
 
 extern __thread Worker* worker __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
-// Leaves the fibre for good: the launch is over.
+// Leave the fibre and end the launch.
 [[noreturn]] inline void abandon(Worker* w) {
   w->fatal = true;
   void* unused;

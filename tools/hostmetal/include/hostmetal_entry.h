@@ -1,8 +1,8 @@
-// Between the core, which runs threads, and a kernel with its own parameters.
+// Interface between the core, which runs threads, and the entry of a kernel.
 
 #pragma once
 
-struct ThreadPosition { // the core's; see launch.h there
+struct ThreadPosition { // the same as in the core's launch.h
   uint in_grid[3], in_threadgroup[3], threadgroup_position[3];
   uint threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3], threads_per_grid[3], threadgroups_per_grid[3];
   uint index, lane, simdgroup, simdgroups, dispatch_simdgroups;

@@ -1,11 +1,11 @@
-// What the threads of a simdgroup and of a threadgroup do together. Each is one call to the core, which holds the
-// thread back until all of them are there; the attributes keep the optimiser from moving, doubling or merging the call.
+// Collective operations of the threads of a simdgroup or of a threadgroup. Each is one call to the core, which suspends
+// the thread until all threads have arrived. The attributes keep the optimiser from moving, copying or merging the call.
 
 #pragma once
 
 #define HOSTMETAL_MEET extern "C" __attribute__((convergent, nomerge))
 
-// The place of the call in the source: what tells two calls apart that the optimiser has made one of all the same.
+// The position of the call in the source. It distinguishes two calls that the optimiser has merged all the same.
 #define HOSTMETAL_HERE int place = __builtin_LINE() * 1024 + __builtin_COLUMN()
 
 HOSTMETAL_MEET void hostmetal_threadgroup_barrier(int flags, int place);
@@ -163,7 +163,7 @@ METAL_FUNC bool simd_all(bool yes, HOSTMETAL_HERE) {
   return hostmetal_ballot(!yes, place) == 0;
 }
 
-// A value that is the same in all threads, which the compiler may keep once.
+// A value that is equal in all threads. The compiler may store it once.
 template <typename T>
 using uniform = T;
 template <typename T>

@@ -1,4 +1,4 @@
-// Functions of numbers, element by element for vectors. Those that a kernel is judged by are counted in the core.
+// Functions of numbers, elementwise for vectors. The core counts calls of the functions that have counters.
 
 #pragma once
 
@@ -64,7 +64,7 @@ HOSTMETAL_FUNCTIONS
 #undef HOSTMETAL_FUNCTIONS
 #undef HOSTMETAL_FUNCTION
 
-// NaN is ignored where the other number is none, as IEEE's maxNum does.
+// Ignores NaN if the other number is not NaN, like IEEE's maxNum.
 template <typename V>
 METAL_FUNC constexpr V max(V a, V b) {
   using T = typename vector_traits<V>::element;
@@ -75,7 +75,7 @@ METAL_FUNC constexpr V min(V a, V b) {
   using T = typename vector_traits<V>::element;
   return each([](T x, T y) __attribute__((always_inline)) { return y < x || x != x ? y : x; }, a, b);
 }
-// Beside a vector a number stands for all its elements.
+// A number combined with a vector applies to all its elements.
 template <typename V>
 METAL_FUNC constexpr enable_if_t<is_vector_v<V>, V> max(V a, typename vector_traits<V>::element b) {
   return max(a, V(b));

@@ -1,4 +1,4 @@
-// Matrices of 8 x 8 that a simdgroup holds together, two elements a lane.
+// 8 x 8 matrices of a simdgroup, with two elements in each lane.
 
 #pragma once
 

@@ -41,7 +41,7 @@ using remove_cv_t = __remove_cv(T);
 template <typename T>
 using remove_reference_t = __remove_reference_t(T);
 
-// Without its address space; what a constant is declared with is part of its type too.
+// The type without its address space, which is also part of the type of a constant.
 template <typename T>
 struct remove_addrspace {
   using type = T;
@@ -116,8 +116,8 @@ METAL_FUNC constexpr To as_type(const From& from) {
   return metal::bits_as<To>(from);
 }
 
-// A cast in parentheses, as the source is rewritten: `(device T*)p` is `hostmetal_cast<device T*>{} ->* p`, because
-// clang's own lets a pointer change its address space.
+// A cast in parentheses: the source is rewritten from `(device T*)p` to `hostmetal_cast<device T*>{} ->* p`, because
+// clang's own cast lets a pointer change its address space.
 template <typename P>
 struct hostmetal_space {
   static constexpr int value = 0;

@@ -1,5 +1,5 @@
-// Vectors: clang's own, which have Metal's swizzles. `float2(a, b)` is no constructor of theirs, so each name is also a
-// macro for a function that makes one; the rewriting of the source does the same for `vec<T, N>(a, b)`.
+// Vectors: clang's own, which have Metal's swizzles. They have no constructor `float2(a, b)`, so each name is also a macro
+// for a function that makes a vector. The rewriting of the source does the same for `vec<T, N>(a, b)`.
 
 #pragma once
 

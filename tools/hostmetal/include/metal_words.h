@@ -1,6 +1,6 @@
-// The words of the Metal shading language, for a C++17 compiler on the host.
+// Keywords of the Metal shading language, for a C++17 compiler on the host.
 //
-// Address spaces are OpenCL's, which clang checks although all of them are ordinary memory here.
+// Address spaces are OpenCL's. clang checks them, although all are ordinary memory here.
 
 #pragma once
 

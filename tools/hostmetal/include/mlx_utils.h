@@ -1,4 +1,4 @@
-// The names that MLX puts before every custom kernel (its `utils.h`), as far as kernels use them.
+// The names of MLX's `utils.h`, which MLX puts before every custom kernel, that kernels use.
 
 #pragma once
 

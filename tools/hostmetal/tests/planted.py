@@ -1,6 +1,6 @@
-"""Small kernels, each with one bug that can be planted in it: what the host runtime must notice.
+"""Small kernels with planted bugs, which the host runtime must report.
 
-A runtime that finds nothing proves nothing unless it is seen to find these, and to pass the same kernels without a bug.
+The tests prove that the runtime reports each bug, and reports nothing for the same kernel without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 from ringattn.metal.launch import KernelCall
 
-THREADS, GROUPS = 64, 2
+THREADS = 64
+GROUPS = 2
 COUNT = THREADS * GROUPS
 VALUES = np.random.default_rng(0).standard_normal(COUNT).astype(np.float32)
 
@@ -23,14 +24,14 @@ class Planted:
     """A kernel of 2 threadgroups of 64 threads that reads `x` and writes `y`, and a bug.
 
     Attributes:
-        name: What the bug is.
-        kind: What has to be reported: a kind of report, ``numbers``, ``lint`` or ``compile``.
+        name: The bug.
+        kind: The expected report: a kind of report, ``numbers``, ``lint`` or ``compile``.
         source: The kernel without the bug.
-        old: The part of it that the bug replaces.
-        new: What the bug puts there.
-        expected: What the healthy kernel gives, from `x`.
-        header: What stands before the kernel; `old` may be in it.
-        size: How many elements `y` has.
+        old: The part of the source that the bug replaces.
+        new: The replacement.
+        expected: The output of the correct kernel, from `x`.
+        header: The text before the kernel; `old` may be in it.
+        size: The number of elements of `y`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The host runtime of Metal kernels: its words, its checks and its counters."""
+"""Tests of the host runtime of Metal kernels: the language, the checks and the counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFUSALS = {"lint": LintError, "compile": CompileError}
 
 
 def run(source, inputs, outputs, threads=(32, 1, 1), group=None, runtime=None, **fields):
-    """Runs a kernel on `inputs` by name; `outputs` are (name, shape, dtype)."""
+    """Run a kernel on named `inputs`. `outputs` are (name, shape, dtype)."""
     call = KernelCall(
         name="test",
         input_names=list(inputs),
@@ -83,7 +83,7 @@ def test_ragged_grid_reaches_every_thread_once():
     y = np.array(run(source, {}, [("y", (2, 5, 70), mx.int32)], (70, 5, 2), (32, 2, 1), runtime))
     assert runtime.last.groups == 3 * 3 * 2
     assert y[0, 1, 33] == 33 + 32000 + 200000
-    assert y[1, 4, 69] == 5 + 6000 + 100000  # 6 x 1 threads are left in this corner
+    assert y[1, 4, 69] == 5 + 6000 + 100000  # this corner has 6 x 1 threads
 
 
 def test_inputs_arrive_as_mlx_passes_them():
@@ -347,7 +347,7 @@ def test_raw_buffers_keep_their_strides():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_lanes_that_meet_again_after_a_branch_are_at_one_place(order):
-    """Also where the compiler puts a copy of what follows into both sides, or makes one of two functions' calls."""
+    """The compiler may copy the code after a branch into both sides, or merge the calls of two functions."""
     header = "template <typename T> T row_max(T v) { v = max(v, simd_shuffle_xor(v, 1)); return simd_max(v); }"
     source = """
       uint t = thread_index_in_threadgroup;
@@ -425,7 +425,9 @@ def test_attention_of_mlx_is_counted():
     runtime = Runtime()
     steel_attention(runtime, q, k, v, causal=False, scale=0.1)
     counted = runtime.last
-    groups, key_tiles, simdgroups = 2 * 2, 96 // 16, 4
+    groups = 2 * 2
+    key_tiles = 96 // 16
+    simdgroups = 4
     assert counted.groups == groups
     assert counted.threadgroup_bytes == 2 * (32 * (128 + 8) + 128 * (16 + 8))
     # a simdgroup has 8 rows: 16 x 2 products for the scores of 16 keys, and as many for the output
@@ -473,7 +475,8 @@ def test_workers_report_what_one_reports(line):
     reports = []
     for workers in (1, *4 * [4]):
         with pytest.raises(RuntimeFault) as caught:
-            inputs, outputs = {"x": mx.zeros(1024)}, [("y", (1024,), mx.float32)]
+            inputs = {"x": mx.zeros(1024)}
+            outputs = [("y", (1024,), mx.float32)]
             run(source, inputs, outputs, (1024, 1, 1), (32, 1, 1), Runtime(workers=workers))
         reports.append(str(caught.value))
     assert reports == 5 * reports[:1]

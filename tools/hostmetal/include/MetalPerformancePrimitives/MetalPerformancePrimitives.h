@@ -1,8 +1,8 @@
-// The tensor operations of Metal 4, as far as attention uses them: products of 16 x 16 and 16 x 32 matrices by one
-// simdgroup, with the operands in registers.
+// The tensor operations of Metal 4 that attention uses: products of 16 x 16 and 16 x 32 matrices by one simdgroup, with
+// operands in registers.
 //
-// Apple calls the layout opaque. This is the one that MLX's own kernels rely on: of a fragment of 16 x 16 a lane has
-// the rows `fm` and `fm + 8` and the columns `fn` to `fn + 3`. B and C are two fragments, side by side along n.
+// Apple calls the layout opaque. MLX's own kernels rely on this one: of a 16 x 16 fragment a lane has the rows `fm` and
+// `fm + 8` and the columns `fn` to `fn + 3`. B and C are two adjacent fragments along n.
 
 #pragma once
 
@@ -49,7 +49,7 @@ struct cooperative_tensor {
   metal::vec<T, CAPACITY> elements;
 
   static constexpr ushort get_capacity() { return CAPACITY; }
-  // clang gives no reference to an element of a vector
+  // clang has no reference to an element of a vector
   METAL_FUNC T& operator[](ushort i) { return reinterpret_cast<T*>(&elements)[i]; }
   METAL_FUNC T operator[](ushort i) const { return elements[i]; }
 };
@@ -74,7 +74,7 @@ struct matmul2d {
     return {};
   }
 
-  // As the units take an element: a float with relaxed precision loses all but 10 bits of its fraction.
+  // Convert an element as the matrix units do: with relaxed precision a float keeps 10 bits of its fraction.
   template <typename T>
   METAL_FUNC static float operand(T x) {
     if constexpr (__is_same(T, float) && relaxed) {

@@ -1,4 +1,7 @@
-"""Run every feature on the local kernels, or on the ring that this process belongs to."""
+"""Checks of every feature on the local kernels, and on a ring.
+
+``python -m ringattn.verify.feature_checks FILE`` is the program of each rank of ``ringattn verify``.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ from .oracle import Case, ratios
 
 
 def verify_local() -> Findings:
-    """Every feature on every kernel of this machine."""
-    found = Findings()
+    """Check every feature on every kernel of this machine."""
+    findings = Findings()
     for name, make in FEATURES.items():
         case = make()
         for kernel in backends.available():
-            found.add(name, kernel, f"{name} on {kernel}", partial(_local, case, kernel))
-    return found
+            findings.add(name, kernel, f"{name} on {kernel}", partial(_local, case, kernel))
+    return findings
 
 
 def _local(case: Case, kernel: str) -> float:
@@ -40,18 +43,18 @@ def _local(case: Case, kernel: str) -> float:
 
 
 def verify_ring(ring: Ring) -> Results:
-    """Every feature on every strategy of a ring, with zigzag queries, and decoding. Collective.
+    """Check every feature on every strategy of a ring, with zigzag queries, and in decoding. Collective.
 
     Returns:
-        The largest fraction over the ranks, the same on all.
+        Largest fractions over the ranks, the same on all ranks.
     """
     results: Results = {}
     for name, make in FEATURES.items():
         case = make()
         mine = {strategy: _ring(ring, case, strategy) for strategy in STRATEGIES}
         mine["decode"] = _decode(ring, case)
-        told = ring.exchange([memoryview(json.dumps(mine).encode())])
-        results[name] = {key: max(json.loads(bytes(one))[key] for one in told) for key in mine}
+        gathered = [json.loads(bytes(reply)) for reply in ring.exchange([memoryview(json.dumps(mine).encode())])]
+        results[name] = {key: max(fractions[key] for fractions in gathered) for key in mine}
     return results
 
 
@@ -62,7 +65,9 @@ def _layouts(case: Case, size: int) -> tuple[Layout, Layout]:
 
 
 def _ring(ring: Ring, case: Case, strategy: str) -> float:
-    (layout, kv_layout), rank, options = _layouts(case, ring.size), ring.rank, dict(case.options)
+    layout, kv_layout = _layouts(case, ring.size)
+    rank = ring.rank
+    options = dict(case.options)
     if isinstance(options.get("mask"), mx.array):
         options["mask"] = layout.shard(options["mask"], rank, axis=-2)
     if "segments" in options:
@@ -83,7 +88,7 @@ def _ring(ring: Ring, case: Case, strategy: str) -> float:
 
 
 def _decode(ring: Ring, case: Case) -> float:
-    """The last two queries, as new tokens whose keys are in the cache already."""
+    """Check `decode_attention` with the last two queries, as new tokens whose keys are in the cache already."""
     last = slice(case.q.shape[2] - 2, case.q.shape[2])
     options = {"mask": None, **case.options}
     if isinstance(options["mask"], mx.array):
@@ -99,17 +104,17 @@ def _decode(ring: Ring, case: Case) -> float:
     return max(ratios(tail, out, lse))
 
 
-def findings(results: Results) -> Findings:
-    """What `verify_ring` found, with what failed."""
-    found = Findings()
+def ring_findings(results: Results) -> Findings:
+    """Findings from the results of `verify_ring`."""
+    findings = Findings()
     for name, row in results.items():
         for key, fraction in row.items():
-            found.note(name, key, f"{name} on {key}", fraction)
-    return found
+            findings.record(name, key, f"{name} on {key}", fraction)
+    return findings
 
 
 def main() -> None:
-    """What a rank started by ``ringattn verify`` does: rank 0 writes the results to the file it is given."""
+    """Check the ring. Rank 0 writes the results to the file that the command line names."""
     with init() as ring, np.errstate(all="ignore"):
         results = verify_ring(ring)
         if ring.rank == 0:

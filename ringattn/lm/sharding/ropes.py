@@ -1,6 +1,7 @@
-"""Ropes whose angles depend on which tokens come in one call: ranks compute chunks of their own, and would differ.
+"""Ropes whose angles depend on the number of tokens in one call. Ranks compute chunks, so their angles would differ.
 
-mlx-lm's families bring ropes of their own, so each is judged by what it does to positions in one call and in two.
+mlx-lm's families bring ropes of their own. A rope is therefore judged by its result for positions in one call and in
+two.
 """
 
 from __future__ import annotations
@@ -28,30 +29,33 @@ class RopeCall(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for calls that do the same to the same position, such as those of a model's layers."""
+        """A key that is equal for calls with the same effect on the same position, such as those of all layers."""
         state = {**vars(self.rope), **self.rope}
         values = [(name, np.array(x).tobytes() if isinstance(x, mx.array) else repr(x)) for name, x in state.items()]
         shapes = [getattr(x, "shape", x) for x in self.arguments.arguments.values()]
         return type(self.rope), repr(sorted(values)), repr(shapes)
 
-    def at(self, position: int, tokens: int) -> mx.array:
-        """The rotation of `tokens` tokens of ones from `position` on: ``[1, heads, tokens, dim]``."""
-        found = self.arguments.arguments
-        name = next(iter(found))
-        *front, _, dim = found[name].shape
-        given = {**found, name: mx.ones((*front, tokens, dim)), "offset": position}
+    def rotate_ones(self, position: int, tokens: int) -> mx.array:
+        """Rotate `tokens` tokens of ones from `position` on: ``[1, heads, tokens, dim]``."""
+        recorded = self.arguments.arguments
+        name = next(iter(recorded))
+        *front, _, dim = recorded[name].shape
+        given = {**recorded, name: mx.ones((*front, tokens, dim)), "offset": position}
         bound = inspect.BoundArguments(self.arguments.signature, OrderedDict(given))
         return self.rope(*bound.args, **bound.kwargs)
 
     def differs(self, position: int) -> mx.array:
-        """Whether two tokens at `position` come out otherwise in one call than in two."""
-        apart = [self.at(position, 1), self.at(position + 1, 1)]
-        return mx.abs(self.at(position, 2) - mx.concatenate(apart, -2)).max() > TOLERANCE
+        """Whether two tokens at `position` have another result in one call than in two."""
+        one_by_one = [self.rotate_ones(position, 1), self.rotate_ones(position + 1, 1)]
+        return mx.abs(self.rotate_ones(position, 2) - mx.concatenate(one_by_one, -2)).max() > TOLERANCE
 
 
 @contextmanager
 def recorded_ropes(model: nn.Module) -> Iterator[list[RopeCall]]:
-    """A list of the calls of the model's ropes, the modules that take an offset and no cache, while the model runs."""
+    """A list that collects the calls of the model's ropes while the model runs.
+
+    A module with an offset and no cache among its parameters counts as a rope.
+    """
     calls: list[RopeCall] = []
     with ExitStack() as stack:
         for kind in {type(part) for part in model.modules()}:
@@ -63,7 +67,7 @@ def recorded_ropes(model: nn.Module) -> Iterator[list[RopeCall]]:
 
 
 def _recording(plain: Any, calls: list[RopeCall]) -> Any:
-    """`plain`, a module's `__call__`, which adds its calls to a list."""
+    """The `__call__` of a module, `plain`, which also adds its calls to a list."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(partial(plain, module)).bind(*args, **kwargs)
@@ -74,7 +78,7 @@ def _recording(plain: Any, calls: list[RopeCall]) -> Any:
 
 
 def longest_context(calls: list[RopeCall]) -> float:
-    """The tokens of context up to which no rope depends on how many tokens come in one call; infinite where none does.
+    """The tokens of context up to which every rope is independent of the tokens in one call; infinite: always.
 
     A dependence that begins somewhere is taken to stay from there on.
     """
@@ -90,7 +94,8 @@ def _bisect(call: RopeCall, grid: list[int], differs: list[mx.array]) -> float:
     at = next((i for i, one in enumerate(differs) if one.item()), None)
     if at is None:
         return float("inf")
-    same, other = grid[at - 1] if at else -1, grid[at]
+    same = grid[at - 1] if at else -1
+    other = grid[at]
     while other - same > 1:
         middle = (same + other) // 2
         if call.differs(middle).item():

@@ -1,4 +1,4 @@
-"""The tokens of a request's prompt."""
+"""Prompts of requests as tokens."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlx_lm.server import convert_chat, process_message_content
-
+from ...mlx_lm_compat import convert_chat, process_message_content
 from .fields import RequestError
 from .requests import Request
 
 
 class Prompt(NamedTuple):
-    """Tokens, and the state of mlx-lm's text state machine that the answer begins in."""
+    """The tokens of a prompt, and the first state of mlx-lm's text state machine for the answer."""
 
     ids: list[int]
     state: str
 
 
 class PromptBuilder:
-    """Make prompts by the model's chat template and tokenizer.
+    """Make prompts with the model's chat template and tokenizer.
 
     Args:
-        tokenizer: mlx-lm's.
-        template: Arguments of the chat template that a request may change.
-        longest: Characters of a prompt at most, template included.
+        tokenizer: mlx-lm's tokenizer.
+        template: Arguments of the chat template; a request may change them.
+        longest: The largest number of characters in a prompt, with those of the template.
     """
 
     def __init__(self, tokenizer: Any, template: Mapping[str, Any], longest: int):
         self._tokenizer = tokenizer
         self._template = template
         self._longest = longest
-        self._tokenizing = threading.Lock()  # one long prompt at a time is enough work and memory
+        self._tokenizing = threading.Lock()  # one long prompt at a time, to bound work and memory
 
     def build(self, request: Request) -> Prompt:
-        """The prompt of a request.
+        """Make the prompt of a request.
 
         Raises:
-            RequestError: The template or the tokenizer does not take it, or it is too long or has no token.
+            RequestError: The template or the tokenizer fails, or the prompt is too long or has no token.
         """
         templated = request.kind == "chat" and self._tokenizer.has_chat_template
         if request.role_mapping and templated:
@@ -46,19 +45,20 @@ class PromptBuilder:
         try:
             text = self._text(request, templated)
             if len(text) > self._longest:
-                told = f"the prompt has {len(text)} characters, expected at most {self._longest}"
-                raise RequestError(413, told, None, "context_length_exceeded")
+                message = f"the prompt has {len(text)} characters, expected at most {self._longest}"
+                raise RequestError(413, message, None, "context_length_exceeded")
             with self._tokenizing:
                 ids = self._tokenizer.encode(text, **({"add_special_tokens": False} if templated else {}))
         except RequestError:
             raise
-        except Exception as error:  # whatever a model's template or tokenizer says to this request
+        except Exception as error:  # a model's template or tokenizer may raise any
             raise RequestError(400, f"the prompt cannot be made: {type(error).__name__}: {error}") from None
         if not ids:
             raise RequestError(400, "prompt: no token, expected at least one", "prompt")
         return Prompt(list(ids), self._state(ids) if templated else "normal")
 
     def _text(self, request: Request, templated: bool) -> str:
+        """The text of the prompt."""
         if request.kind == "text":
             return request.prompt
         process_message_content(request.messages)
@@ -69,7 +69,7 @@ class PromptBuilder:
         return str(template(request.messages, add_generation_prompt=True, tokenize=False, **options))
 
     def _state(self, ids: list[int]) -> str:
-        """The state after the prompt: the template may have opened the reasoning itself."""
+        """The state after the prompt: the template itself may begin the reasoning."""
         tokenizer = self._tokenizer
         if tokenizer.response_initial_state:
             return str(tokenizer.response_initial_state)

@@ -1,4 +1,4 @@
-"""The JSON body of a request, read and checked before any other rank hears of it. A null is an absent field."""
+"""JSON bodies of requests, checked before a request goes to the other ranks. A null is an absent field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from . import fields
 from .fields import RequestError, Rule
 
-DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the command line
+DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model from the command line
 
 SAMPLING: dict[str, Rule] = {
     "temperature": fields.temperature,
@@ -42,8 +42,8 @@ BOTH: dict[str, Rule] = {
     "top_logprobs": fields.top_logprobs,
     "n": fields.only(1, why=": a request has one answer"),
     "response_format": fields.response_format,
-    "adapters": fields.refused("the model is that of the command line"),
-    "draft_model": fields.only(DEFAULT_MODEL, why=": nothing is drafted here"),
+    "adapters": fields.refused("the server has the one model of its command line"),
+    "draft_model": fields.only(DEFAULT_MODEL, why=": this server has no draft model"),
     "num_draft_tokens": fields.whole(0, fields.LARGEST_WHOLE),
 }
 CHAT: dict[str, Rule] = {
@@ -53,7 +53,7 @@ CHAT: dict[str, Rule] = {
     "logprobs": fields.chat_logprobs,
     "tools": fields.tools,
     "tool_choice": fields.tool_choice,
-    "parallel_tool_calls": fields.only(True, why=": the model decides how many it calls"),
+    "parallel_tool_calls": fields.only(True, why=": the model decides how many tools it calls"),
     "chat_template_kwargs": fields.template_options,
     "reasoning_effort": fields.short_text,
     "role_mapping": fields.role_mapping,
@@ -69,7 +69,7 @@ TEXT: dict[str, Rule] = {
     "suffix": fields.only(""),
 }
 RULES = {"chat": CHAT, "text": TEXT}
-HARMLESS = {  # they do not change the answer
+HARMLESS = {  # fields that do not change the answer
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prediction"),
 }
@@ -77,12 +77,12 @@ HARMLESS = {  # they do not change the answer
 
 @dataclass(frozen=True)
 class Served:
-    """What requests are checked against.
+    """The model and the defaults that requests are checked against.
 
     Attributes:
-        names: What the model is called: first as on the command line.
-        vocabulary: How many tokens it has.
-        defaults: ``max_tokens`` and sampling options that a request may change.
+        names: The names of the model, first the one on the command line.
+        vocabulary: The number of its tokens.
+        defaults: ``max_tokens`` and sampling options; a request may change them.
     """
 
     names: tuple[str, ...]
@@ -96,10 +96,10 @@ class Request:
 
     Attributes:
         kind: ``"chat"`` or ``"text"``.
-        messages, tools, role_mapping, template: A chat's conversation, and arguments of its template.
-        prompt: A text's beginning.
-        logprobs: How many likeliest tokens are told with each token; ``None``: no log-probabilities at all.
-        sampling: Keywords of mlx-lm's `make_sampler`, but ``temperature`` for ``temp``.
+        messages, tools, role_mapping, template: The conversation of a chat, and arguments of its template.
+        prompt: The beginning of a text.
+        logprobs: The number of likeliest tokens to return for each token; ``None``: no log-probabilities at all.
+        sampling: Keywords of mlx-lm's `make_sampler`, with ``temperature`` in place of ``temp``.
         processors: Keywords of mlx-lm's `make_logits_processors`.
     """
 
@@ -120,7 +120,7 @@ class Request:
 
 
 def read_json(body: bytes) -> Any:
-    """The value of a JSON text, which is stricter than what Python takes for JSON."""
+    """Parse a JSON text by stricter rules than Python's: only finite numbers, only UTF-8."""
     try:
         return json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def read_request(kind: str, body: Any, served: Served) -> Request:
     """Check the JSON value `body` of a request for a ``"chat"`` or a ``"text"``.
 
     Raises:
-        RequestError: Something in it is wrong or not supported; it names the field.
+        RequestError: A field is wrong or not supported; the message names it.
     """
     if not isinstance(body, dict):
         raise RequestError(400, f"request body: {type(body).__name__}, expected a JSON object")
@@ -152,7 +152,7 @@ def read_request(kind: str, body: Any, served: Served) -> Request:
 
 
 def _checked(rules: Mapping[str, Rule], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are there, each by its rule."""
+    """Check each field that is present by its rule."""
     values = {}
     for name, value in body.items():
         if value is None or name in HARMLESS:
@@ -166,20 +166,20 @@ def _checked(rules: Mapping[str, Rule], body: Mapping[str, Any]) -> dict[str, An
 
 def _check_model(name: str, served: Served) -> None:
     if name not in (*served.names, DEFAULT_MODEL):
-        told = f"model: {name[:200]!r} is not served here, expected {served.names[0]!r}"
-        raise RequestError(404, told, "model", "model_not_found")
+        message = f"model: {name[:200]!r} is not served here, expected {served.names[0]!r}"
+        raise RequestError(404, message, "model", "model_not_found")
 
 
 def _check_tokens(values: Mapping[str, Any], vocabulary: int) -> None:
-    """Check the fields whose limit is the vocabulary."""
+    """Check the fields that the size of the vocabulary limits."""
     if values.get("top_k", 0) >= vocabulary:
         raise fields.wrong("top_k", values["top_k"], f"less than {vocabulary}")
     for name in ("logprobs", "top_logprobs"):
         if int(values.get(name) or 0) > vocabulary:
             raise fields.wrong(name, values[name], f"at most {vocabulary}")
-    far = [token for token in values.get("logit_bias", ()) if token >= vocabulary]
-    if far:
-        raise RequestError(400, f"logit_bias: token {far[0]}, expected 0 to {vocabulary - 1}", "logit_bias")
+    unknown = [token for token in values.get("logit_bias", ()) if token >= vocabulary]
+    if unknown:
+        raise RequestError(400, f"logit_bias: token {unknown[0]}, expected 0 to {vocabulary - 1}", "logit_bias")
 
 
 def _build(kind: str, values: Mapping[str, Any]) -> Request:
@@ -205,17 +205,19 @@ def _build(kind: str, values: Mapping[str, Any]) -> Request:
 
 
 def _logprobs(values: Mapping[str, Any]) -> int | None:
-    """How many likeliest tokens are told with each token; ``None``: nor its own log-probability."""
+    """The number of likeliest tokens to return for each token; ``None``: no log-probabilities at all."""
     asked = values.get("logprobs")
     top = values.get("top_logprobs", 0)
     return None if asked is None and not top else max(asked or 0, top)
 
 
 def _no_number(text: str) -> None:
+    """Refuse NaN and Infinity, which Python's parser accepts."""
     raise RequestError(400, f"request body: {text}, which is not JSON, expected finite numbers")
 
 
 def _finite(text: str) -> float:
+    """Parse a number; refuse one that overflows."""
     number = float(text)
     if not isfinite(number):
         raise RequestError(400, f"request body: {text[:32]}, expected finite numbers")

@@ -1,4 +1,4 @@
-"""The attention of mlx-lm's models, over a cache that is spread over a ring."""
+"""The attention of mlx-lm's models over a cache that is spread over a ring."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decode_attention import decode_attention
-from ..errors import UnsupportedModelError
-from ..ring_attention import ring_attention
-from .sharded_cache import Probe, ShardedKVCache, Visible, giver
-
-NAME = "scaled_dot_product_attention"  # what models import from mlx_lm.models.base
+from ...decode_attention import decode_attention
+from ...errors import UnsupportedModelError
+from ...ring_attention import ring_attention
+from .sharded_cache import CausalMask, ShardedKVCache, TracingCache, cache_of_keys
 
 
 def sharded_attention(
@@ -25,30 +23,30 @@ def sharded_attention(
     sinks: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
-    """Attention of the tokens that this rank computes to the keys of all ranks. Collective.
+    """Attend from the tokens that this rank computes to the keys of all ranks. Collective.
 
     Args:
         q: ``[batch, heads, tokens computed here, head_dim]``.
-        k, v: What this rank holds, as `cache` gave it: ``[batch, kv heads, tokens held, _]``.
-        cache: The layer's.
+        k, v: The keys and values that `cache` returned: ``[batch, kv heads, tokens held, _]``.
+        cache: The layer's cache.
         scale, sinks, softcap: As in `ringattn.attention`.
-        mask: What the cache's `make_mask` gave, or ``None``.
+        mask: The mask that the cache's `make_mask` returned, or ``None``.
     """
-    if mask is not None and not isinstance(mask, Visible):
+    if mask is not None and not isinstance(mask, CausalMask):
         raise UnsupportedModelError(f"mask: {type(mask).__name__} of the model's own, expected what its cache makes")
     if k.shape[2] != cache.held:
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
     assert cache.step is not None
     dtype = mx.result_type(q, k, v)
-    if isinstance(cache, Probe):
+    if isinstance(cache, TracingCache):
         return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
-    q, k, v = (x.astype(dtype) for x in (q, k, v))  # as mlx-lm's: some layers have queries of more bits than keys
+    q, k, v = (x.astype(dtype) for x in (q, k, v))  # as in mlx-lm: some layers have wider queries than keys
     options: dict[str, Any] = {
         "kv_layout": cache.layout,
         "ring": cache.ring,
         "scale": scale,
         "mask": "causal",
-        "window": cache.reach(mask),
+        "window": cache.window_under(mask),
         "sinks": sinks,
         "softcap": softcap,
     }
@@ -58,18 +56,17 @@ def sharded_attention(
 
 
 def dispatching(plain: Callable) -> Callable:
-    """mlx-lm's attention function `plain`, which hands calls with keys of a sharded cache to `sharded_attention`.
+    """mlx-lm's attention function `plain`, with calls on a sharded cache's keys passed to `sharded_attention`.
 
-    A layer may come without a cache of its own and attend to the keys of another layer: those are known by themselves.
+    A layer may have no cache of its own and attend to the keys of another layer. Such keys lead to their cache.
     """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
-        own = cache if isinstance(cache, ShardedKVCache) else giver(keys)
+        own = cache if isinstance(cache, ShardedKVCache) else cache_of_keys(keys)
         if own is not None:
             return sharded_attention(queries, keys, values, own, scale, mask, sinks)
-        if isinstance(mask, Visible):
+        if isinstance(mask, CausalMask):
             raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
-    scaled_dot_product_attention.plain = plain  # type: ignore[attr-defined]
     return scaled_dot_product_attention

@@ -1,4 +1,4 @@
-"""Answers as JSON, in the form of OpenAI's API."""
+"""JSON of answers and errors, in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from ..engine import Piece
 from .answers import Delta
-from .engine import Piece
 from .fields import RequestError
 
 LEAST_LOGPROB = -9999.0  # OpenAI's for a token that is very unlikely; JSON has no infinity
 
 
 def error_object(error: RequestError) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """The JSON of an error, in OpenAI's form."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 class Responses:
-    """The responses to one request.
+    """Build the responses to one request.
 
     Args:
-        chat: Whether it is a chat's; else a text's.
-        stream: Whether it is answered in chunks.
+        chat: Whether the request is for a chat; otherwise it is for a text.
+        stream: Whether the answer is sent in chunks.
         include_usage: Whether the chunks have a field for the usage.
-        model: What the model is called.
-        fingerprint: Of the system that answers.
-        tokenizer: For the texts of tokens.
+        model: The name of the model.
+        fingerprint: The fingerprint of this system.
+        tokenizer: The tokenizer that decodes single tokens.
     """
 
     def __init__(self, *, chat: bool, stream: bool, include_usage: bool, model: str, fingerprint: str, tokenizer: Any):
@@ -48,13 +48,13 @@ class Responses:
         }
 
     def whole(self, delta: Delta, finish_reason: str, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """The whole answer. `pieces` are those whose log-probabilities are told."""
+        """Build a whole answer. `pieces` are those with log-probabilities in it."""
         message = {"role": "assistant", "content": None if delta.tool_calls and not delta.content else delta.content}
         choice = {"message": {**message, **_extras(delta)}} if self._chat else {"text": delta.content}
         return {**self._common, "choices": [self._choice(choice, finish_reason, pieces)], "usage": usage}
 
     def chunk(self, delta: Delta, finish_reason: str | None, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """One chunk of an answer. `pieces` are those whose log-probabilities are told in it."""
+        """Build one chunk of an answer. `pieces` are those with log-probabilities in it."""
         choice: dict[str, Any] = {"text": delta.content}
         if self._chat:
             role = {"role": "assistant", "content": delta.content} if self._first else {}
@@ -64,7 +64,7 @@ class Responses:
         return {**self._common, "choices": [self._choice(choice, finish_reason, pieces)], **self._usage_field}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk of a stream that tells its usage."""
+        """Build the last chunk of a stream with the usage."""
         return {**self._common, "choices": [], "usage": usage}
 
     def _choice(self, content: dict[str, Any], finish_reason: str | None, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Responses:
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """A chat's form; for a text also the older one of its endpoint."""
+        """Log-probabilities in the form for chats; for a text also in the older form of its endpoint."""
         content = [
             {
                 **self._token(piece.token, piece.logprob or 0.0),
@@ -95,15 +95,15 @@ class Responses:
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token; without bytes where it is a part of a character."""
+        """The JSON of a token; without bytes where it is a part of a character."""
         text = self._tokenizer.decode([token])
         known = None if "\ufffd" in text else list(text.encode())
-        logprob = logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB  # also where it is not a number
+        logprob = logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB  # also for NaN
         return {"id": token, "token": text, "logprob": logprob, "bytes": known}
 
 
 def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Numbers of tokens."""
+    """The JSON of a request's numbers of tokens."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -113,5 +113,6 @@ def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 def _extras(delta: Delta) -> dict[str, Any]:
+    """The fields of a message beside its content."""
     reasoning = {"reasoning": delta.reasoning} if delta.reasoning else {}
     return {**reasoning, **({"tool_calls": delta.tool_calls} if delta.tool_calls else {})}

@@ -1,4 +1,4 @@
-"""The ids of the tokens that a cache holds: penalties count them, and a next prompt is held against them."""
+"""The ids of the tokens in a cache: penalties count them, and a new prompt is compared with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-PARTS = 256  # calls whose ids wait in arrays of their own
+PARTS = 256  # calls whose ids are kept in separate arrays
 
 
 class TokenHistory:
     """The ids of all tokens that went through a model into one cache; the same on every rank.
 
-    Ids may come unevaluated, so that a call of the model need not wait for them.
+    Ids may be unevaluated, so that a call of the model does not wait for them.
     """
 
     def __init__(self, ids: mx.array | None = None):
@@ -23,7 +23,7 @@ class TokenHistory:
             self.write(0, ids)
 
     def write(self, start: int, ids: mx.array) -> None:
-        """Put `ids` ``[batch, tokens]`` at the positions from `start` on; forget what was there and behind it."""
+        """Put `ids` ``[batch, tokens]`` at the positions from `start` on; drop all ids that were there or later."""
         if start < self._length:
             self._parts = [mx.array(self.read(start))]
         self._parts.append(ids.astype(mx.int32))
@@ -39,5 +39,5 @@ class TokenHistory:
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first elements two sequences have in common."""
+    """The length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

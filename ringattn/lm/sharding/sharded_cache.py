@@ -1,4 +1,4 @@
-"""A key/value cache whose tokens are spread over a ring, behind the interface of mlx-lm's caches."""
+"""A key/value cache whose tokens are spread over a ring, with the interface of mlx-lm's caches."""
 
 from __future__ import annotations
 
@@ -10,132 +10,135 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.intervals import length, locate, positions
-from ..errors import ArgumentError
-from ..layout import Layout
-from ..transport.base import Ring
-from ..transport.solo import SoloRing
+from ...core.intervals import length, locate, positions
+from ...errors import ArgumentError
+from ...layout import Layout
+from ...transport.base import Ring
+from ...transport.solo import SoloRing
 from .history import TokenHistory
 from .partition import Step, extended, within
 
-GROWTH = 256  # tokens that are made room for while they come one by one
-SLACK = 256  # tokens beyond its window that a layer keeps, lest each token move all others
+GROWTH = 256  # tokens by which the arrays grow during decoding
+SLACK = 256  # tokens beyond its window that a layer keeps, so that not each new token moves all others
 
 
-class Visible(str):
-    """What `make_mask` gives: a causal mask by the tokens' positions, with the window of the layers that ask for it."""
+class CausalMask(str):
+    """The mask that `make_mask` returns: causal by the tokens' positions, and the window where a layer has one."""
 
     window: int | None
 
-    def __new__(cls, window: int | None) -> Visible:
+    def __new__(cls, window: int | None) -> CausalMask:
         mask = super().__new__(cls, "causal")
         mask.window = window
         return mask
 
 
-_under_way = threading.local()  # the caches of the model call that this thread is in
+_forward_pass = threading.local()  # has the caches of the forward pass that this thread is in
 
 
 @contextmanager
 def step_through(caches: Sequence[ShardedKVCache], step: Step) -> Iterator[None]:
-    """The tokens of `step` go through the layers whose caches these are."""
+    """Run a forward pass: the tokens of `step` through the layers of `caches`."""
     for cache in caches:
         cache.begin(step)
-    before, _under_way.caches = getattr(_under_way, "caches", ()), caches
+    before = getattr(_forward_pass, "caches", ())
+    _forward_pass.caches = caches
     try:
         yield
     finally:
-        _under_way.caches = before
+        _forward_pass.caches = before
         for cache in caches:
             cache.end()
 
 
-def giver(keys: mx.array) -> ShardedKVCache | None:
-    """The cache that gave `keys` to a layer in the model call that is under way."""
-    return next((cache for cache in getattr(_under_way, "caches", ()) if cache.given is keys), None)
+def cache_of_keys(keys: mx.array) -> ShardedKVCache | None:
+    """The cache that returned `keys` to a layer in this forward pass."""
+    return next((cache for cache in getattr(_forward_pass, "caches", ()) if cache.fetched_keys is keys), None)
 
 
 class ShardedKVCache:
     """This rank's keys and values of one layer. mlx-lm calls it as it calls its own `KVCache`.
 
-    A model that went through `ringattn.lm.shard` says what comes next (`begin`) before its layers run.
+    A model that went through `ringattn.lm.shard` calls `begin` before its layers run.
 
     Args:
         ring: The ring, of `ringattn.init`.
-        window: What the layer's window is, in tokens; older ones are dropped. ``None``: none.
-        history: The ids of the tokens, one for all layers of a model.
+        window: The layer's window in tokens; older tokens are dropped. ``None``: no window.
+        history: The ids of the tokens, one object for all layers of a model.
 
     Attributes:
-        layout: Which tokens of the context each rank holds.
+        layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
         keys, values: ``[batch, kv heads, room, head_dim]``; the first ``layout.local_length(ring.rank)`` are in use.
     """
 
     def __init__(self, ring: Ring, window: int | None = None, history: TokenHistory | None = None):
-        self.ring, self.window = ring, window
+        self.ring = ring
+        self.window = window
         self.history = history or TokenHistory()
         self.layout = Layout(((),) * ring.size, 0)
         self.offset = 0
         self.step: Step | None = None
-        self.given: mx.array | None = None  # the keys that the layer has been given in this step
+        self.fetched_keys: mx.array | None = None  # the keys that the layer got in this forward pass
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
     def begin(self, step: Step) -> None:
-        """The tokens of `step` come next."""
+        """Set the positions for a forward pass of the tokens of `step`."""
         self.step = step
         own = step.new.spans[self.ring.rank]
         self.offset = own[0][0] if step.shared else step.new.start
 
     def end(self) -> None:
-        """They have been through all layers."""
-        self.offset, self.given = self.layout.stop, None
+        """Clear the state of the forward pass."""
+        self.offset = self.layout.stop
+        self.fetched_keys = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keep what this rank is to keep of new keys and values; all that it holds ``[batch, kv heads, tokens, _]``."""
+        """Keep this rank's part of new keys and values; return all that it holds ``[batch, kv heads, tokens, _]``."""
         if self.step is None or (keys.shape[2] != self._computed(self.step)):
             raise ArgumentError("cache: used by a model that is not sharded, expected one of ringattn.lm.shard")
-        step, before = self.step, self.layout.local_length(self.ring.rank)
+        step = self.step
+        before = self.layout.local_length(self.ring.rank)
         if not step.shared and not step.new.spans[self.ring.rank]:
             keys, values = keys[:, :, :0], values[:, :, :0]
         first = self._first_wanted(step)
         if first > self.layout.start:
             before = self._drop(first)
-        self.keys, self.values = (
-            _append(x, new, before, step.shared) for x, new in ((self.keys, keys), (self.values, values))
-        )
+        self.keys = _append(self.keys, keys, before, step.shared)
+        self.values = _append(self.values, values, before, step.shared)
         self.layout = extended(self.layout, step.new)
         self.offset = step.new.stop
-        self.given, values = self.keys_and_values()
-        return self.given, values
+        self.fetched_keys, values = self.keys_and_values()
+        return self.fetched_keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All that this rank holds."""
+        """All keys and values that this rank holds."""
         if self.keys is None or self.values is None:
             raise ArgumentError("cache: empty, expected at least one token in it")
         return self.keys[:, :, : self.held], self.values[:, :, : self.held]
 
     @property
     def held(self) -> int:
-        """The tokens that this rank holds."""
+        """The number of tokens that this rank holds."""
         return self.layout.local_length(self.ring.rank)
 
-    def reach(self, mask: Visible | None) -> int | None:
+    def window_under(self, mask: CausalMask | None) -> int | None:
         """The window of this step's tokens under `mask`.
 
-        mlx-lm's cache keeps no more than its window when one token comes, whatever the mask would let it see.
+        For a single token mlx-lm's cache keeps no more than its window, even where the mask allows more.
         """
         if mask is None or mask.window is None or self.window is None:
             return self.window if mask is None else mask.window
         assert self.step is not None
         return min(mask.window, self.window) if self.step.new.length == 1 else mask.window
 
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Visible:
-        """A causal mask; `return_array` makes no difference: no rank has all columns."""
-        return Visible(window_size or self.window)
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> CausalMask:
+        """A causal mask; `return_array` makes no difference, since no rank has all columns."""
+        return CausalMask(window_size or self.window)
 
     def size(self) -> int:
-        """The tokens of the context, on all ranks."""
+        """The number of tokens in the context, on all ranks together."""
         return self.layout.stop
 
     @property
@@ -144,24 +147,25 @@ class ShardedKVCache:
         return self.history.read(self.size())
 
     def empty(self) -> bool:
+        """Whether no token was ever cached on this rank."""
         return self.keys is None
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated on this rank, the room for more tokens included; see `held_bytes`."""
+        """Bytes allocated on this rank, with the room for more tokens; see `held_bytes`."""
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
 
     @property
     def state(self) -> Sequence[Any]:
-        """This rank's arrays."""
+        """Keys and values of this rank, as mlx-lm's caches return them; nothing while it is empty."""
         return [] if self.keys is None else list(self.keys_and_values())
 
     def is_trimmable(self) -> bool:
-        """Whether tokens can be taken back: not once a window has dropped some."""
+        """Whether tokens can be removed at the end: not once a window has dropped some."""
         return self.layout.start == 0
 
     def trim(self, n: int) -> int:
-        """Take the last `n` tokens back; how many that were. Every rank calls it."""
+        """Remove the last `n` tokens; return how many were removed. Every rank calls it."""
         n = min(n, self.layout.stop)
         if n:
             self.layout = within(self.layout, 0, self.layout.stop - n)
@@ -169,41 +173,47 @@ class ShardedKVCache:
         return n
 
     def restore(self, layout: Layout, keys: mx.array, values: mx.array, history: TokenHistory) -> None:
-        """Hold the tokens of `layout`, of which `keys` and `values` are this rank's."""
-        self.layout, self.offset, self.keys, self.values = layout, layout.stop, keys, values
+        """Hold the tokens of `layout`; `keys` and `values` are this rank's part."""
+        self.layout = layout
+        self.offset = layout.stop
+        self.keys = keys
+        self.values = values
         self.history = history
 
     def _computed(self, step: Step) -> int:
+        """The number of tokens that this rank computes in a step."""
         return step.new.local_length(self.ring.rank) if step.shared else step.new.length
 
     def _first_wanted(self, step: Step) -> int:
-        """The first position that the window of the new tokens reaches, rounded down so that it seldom moves."""
+        """The first position inside the window of the new tokens, rounded down so that it seldom changes."""
         if self.window is None:
             return 0
         first = max(0, step.new.start - self.window + 1)
         return first if step.shared else first // SLACK * SLACK
 
     def _drop(self, first: int) -> int:
-        """Forget the tokens before `first`; how many are left here."""
+        """Drop the tokens before `first`; return how many are left on this rank."""
         rank = self.ring.rank
-        held, self.layout = self.layout.spans[rank], within(self.layout, first, self.layout.stop)
+        held = self.layout.spans[rank]
+        self.layout = within(self.layout, first, self.layout.stop)
         dropped = length(held) - self.layout.local_length(rank)
         if dropped and self.keys is not None and self.values is not None:
-            self.keys, self.values = (mx.contiguous(x[:, :, dropped:]) for x in (self.keys, self.values))
+            self.keys = mx.contiguous(self.keys[:, :, dropped:])
+            self.values = mx.contiguous(self.values[:, :, dropped:])
         return self.layout.local_length(rank)
 
 
-class Probe(ShardedKVCache):
-    """A cache for a look at what the layers of a model do with theirs: attention over it computes nothing."""
+class TracingCache(ShardedKVCache):
+    """A cache for a trial pass that shows how the layers of a model use theirs. Attention over it computes nothing."""
 
     def __init__(self, window: int | None = None):
         super().__init__(SoloRing(60.0), window)
 
 
 def held_bytes(caches: Sequence[Any]) -> int:
-    """Bytes of the tokens that a prompt cache holds on this rank, of mlx-lm's `KVCache` or ours.
+    """Bytes of the tokens that a prompt cache of mlx-lm's `KVCache` or of `ShardedKVCache` holds on this rank.
 
-    Room for more tokens does not count, as it does in ``nbytes``: caches grow in steps.
+    Room for more tokens counts in ``nbytes``, but not here: caches grow in steps.
     """
     return sum(_held_bytes(cache) for cache in caches)
 
@@ -214,7 +224,7 @@ def _held_bytes(cache: Any) -> int:
 
 
 def _append(held: mx.array | None, new: mx.array, before: int, exact: bool) -> mx.array:
-    """`new` behind the first `before` tokens of `held`; with room for more unless `exact`."""
+    """The first `before` tokens of `held` followed by `new`, with room for more unless `exact`."""
     after = before + new.shape[2]
     if held is None:
         held = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
@@ -229,5 +239,5 @@ def _append(held: mx.array | None, new: mx.array, before: int, exact: bool) -> m
 
 
 def pick(x: mx.array, have: tuple, want: tuple) -> mx.array:
-    """The tokens at the positions `want` of `x`, which holds those at `have`, on its third axis."""
+    """The tokens at the positions `want` of `x`, whose third axis holds the positions `have`."""
     return x[:, :, mx.array(positions(locate(want, have)))]

@@ -1,4 +1,4 @@
-"""Rules for the values of a request's fields: each takes a field's name and value, and returns what is to be used."""
+"""Rules for the fields of a request: each takes a field's name and value, and returns the value to use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Rule = Callable[[str, Any], Any]
 LARGEST_WHOLE = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
 LARGEST_PENALTY = 100.0  # OpenAI's limit of logit_bias; float16 logits stay finite
-GREEDY = 1e-6  # lower temperatures are taken as 0: dividing by them overflows float32
+GREEDY = 1e-6  # lower temperatures count as 0: dividing by them overflows float32
 MOST_STOP_WORDS = 64
 LONGEST_STOP_WORD = 1024  # characters
 MOST_MESSAGES = 4096
 MOST_TOOLS = 128  # OpenAI's limit
 LONGEST_TEMPLATE_TEXT = 200  # characters of a text for the chat template
 
-# Switches that published chat templates read. Anything else could replace the template or pad the prompt.
+# Variables that published chat templates read. Others could replace the template or pad the prompt.
 TEMPLATE_KEYS = {
     *("enable_thinking", "thinking", "thinking_mode", "thinking_budget", "low_effort", "add_nothink_token"),
     *("reasoning_effort", "reasoning_budget", "clear_thinking", "preserve_thinking", "drop_thinking"),
@@ -31,12 +31,12 @@ _SHORT.maxlevel = 3
 
 
 class RequestError(Exception):
-    """A request that is refused.
+    """The error for a request that is refused.
 
     Attributes:
         status: The HTTP status.
-        param: The field that is wrong, where it is one.
-        code: OpenAI's error code, or one in its manner.
+        param: The wrong field; ``None`` where the error is in no single field.
+        code: OpenAI's error code, or one in its style.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str = "invalid_value"):
@@ -47,12 +47,12 @@ class RequestError(Exception):
 
 
 def wrong(name: str, value: Any, expected: str) -> RequestError:
-    """The error of a field; a long value is cut."""
+    """Make the error for a field; a long value is cut."""
     return RequestError(400, f"{name}: {_SHORT.repr(value)}, expected {expected}", name)
 
 
 def number(low: float, high: float) -> Rule:
-    """A finite number in a range."""
+    """Make a rule for a finite number in a range."""
 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -63,7 +63,7 @@ def number(low: float, high: float) -> Rule:
 
 
 def whole(low: int, high: int) -> Rule:
-    """A whole number in a range."""
+    """Make a rule for a whole number in a range."""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -74,7 +74,7 @@ def whole(low: int, high: int) -> Rule:
 
 
 def only(*allowed: Any, why: str = "") -> Rule:
-    """One of a few values; `why` says why not others."""
+    """Make a rule for one of a few values; `why` is the reason in the error."""
 
     def check(name: str, value: Any) -> Any:
         if not any(type(value) is type(one) and value == one for one in allowed):
@@ -85,7 +85,7 @@ def only(*allowed: Any, why: str = "") -> Rule:
 
 
 def refused(why: str) -> Rule:
-    """No value at all."""
+    """Make a rule that refuses every value."""
 
     def check(name: str, value: Any) -> Any:
         raise wrong(name, value, f"none: {why}")
@@ -94,28 +94,28 @@ def refused(why: str) -> Rule:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or false."""
+    """Check true or false."""
     if not isinstance(value, bool):
         raise wrong(name, value, "true or false")
     return value
 
 
 def text(name: str, value: Any) -> str:
-    """A text."""
+    """Check a text."""
     if not isinstance(value, str):
         raise wrong(name, value, "a text")
     return value
 
 
 def table(name: str, value: Any) -> dict[str, Any]:
-    """A JSON object."""
+    """Check a JSON object."""
     if not isinstance(value, dict):
         raise wrong(name, value, "an object")
     return value
 
 
 def objects(most: int) -> Rule:
-    """A list of JSON objects."""
+    """Make a rule for a list of JSON objects."""
 
     def check(name: str, value: Any) -> list[dict[str, Any]]:
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
@@ -128,29 +128,29 @@ def objects(most: int) -> Rule:
 
 
 def temperature(name: str, value: Any) -> float:
-    """A sampling temperature; the smallest are taken as 0."""
+    """Check a sampling temperature; the smallest count as 0."""
     found: float = number(0, 100)(name, value)
     return found if found >= GREEDY else 0.0
 
 
 def chat_logprobs(name: str, value: Any) -> int | None:
-    """Whether the log-probability of each token is told; ``None``: it is not."""
+    """Check a chat's ``logprobs``: 0 likeliest tokens with each token, or ``None`` for no log-probabilities."""
     return 0 if flag(name, value) else None
 
 
 def text_logprobs(name: str, value: Any) -> int | None:
-    """How many likeliest tokens are told with each token, as in OpenAI's older endpoint, or mlx-lm's flag."""
+    """Check a text's ``logprobs``: a number of likeliest tokens as in OpenAI's older endpoint, or mlx-lm's flag."""
     return chat_logprobs(name, value) if isinstance(value, bool) else top_logprobs(name, value)
 
 
 def top_logprobs(name: str, value: Any) -> int:
-    """How many likeliest tokens are told with each token; mlx-lm's -1 is 0."""
+    """Check a number of likeliest tokens; mlx-lm's -1 is 0."""
     found: int = whole(-1, 20)(name, value)
     return max(found, 0)
 
 
 def stop_words(name: str, value: Any) -> tuple[str, ...]:
-    """Stop words as a tuple."""
+    """Check stop words; return a tuple."""
     words = [value] if isinstance(value, str) and value else value or []
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise wrong(name, value, "a text or a list of texts that are not empty")
@@ -160,7 +160,7 @@ def stop_words(name: str, value: Any) -> tuple[str, ...]:
 
 
 def logit_bias(name: str, value: Any) -> dict[int, float]:
-    """What is added to the logits of tokens."""
+    """Check numbers that are added to the logits of tokens."""
     rule = number(-LARGEST_PENALTY, LARGEST_PENALTY)
     found = {}
     for token, bias in table(name, value).items():
@@ -174,7 +174,7 @@ def logit_bias(name: str, value: Any) -> dict[int, float]:
 
 
 def stream_options(name: str, value: Any) -> dict[str, bool]:
-    """OpenAI's options of a stream."""
+    """Check OpenAI's options of a stream."""
     known = ("include_usage", "include_obfuscation")
     for key, one in table(name, value).items():
         if key not in known:
@@ -185,27 +185,27 @@ def stream_options(name: str, value: Any) -> dict[str, bool]:
 
 
 def response_format(name: str, value: Any) -> None:
-    """Plain text; nothing here keeps an answer to a grammar."""
+    """Check that the format is plain text: the server cannot restrict answers to a grammar."""
     if table(name, value).get("type") != "text" or len(value) > 1:
-        raise wrong(name, value, '{"type": "text"}: answers are not kept to a format here')
+        raise wrong(name, value, '{"type": "text"}: this server cannot restrict answers to a format')
 
 
 def tool_choice(name: str, value: Any) -> str:
-    """Whether the model may call tools; nothing here can force it to."""
+    """Check whether the model may call tools; the server cannot force it to."""
     if value not in ("auto", "none"):
-        raise wrong(name, value, "'auto' or 'none': a model cannot be made to call a tool here")
+        raise wrong(name, value, "'auto' or 'none': this server cannot force a model to call a tool")
     return str(value)
 
 
 def short_text(name: str, value: Any) -> str:
-    """A text for a chat template."""
+    """Check a text for a chat template."""
     if len(text(name, value)) > LONGEST_TEMPLATE_TEXT:
         raise wrong(name, value, f"at most {LONGEST_TEMPLATE_TEXT} characters")
     return str(value)
 
 
 def template_options(name: str, value: Any) -> dict[str, Any]:
-    """Arguments of the chat template: named ones, with short scalar values."""
+    """Check arguments of the chat template: known names with short scalar values."""
     found = {key: one for key, one in table(name, value).items() if one is not None}
     for key, one in found.items():
         if key not in TEMPLATE_KEYS:
@@ -218,14 +218,14 @@ def template_options(name: str, value: Any) -> dict[str, Any]:
 
 
 def role_mapping(name: str, value: Any) -> dict[str, str]:
-    """mlx-lm's texts before each role's messages, for a model without a chat template."""
+    """Check mlx-lm's texts before each role's messages, for a model without a chat template."""
     for key, one in table(name, value).items():
         short_text(f"{name}.{key}", one)
     return dict(value)
 
 
 def tools(name: str, value: Any) -> list[dict[str, Any]]:
-    """OpenAI's list of functions."""
+    """Check OpenAI's list of functions."""
     for i, tool in enumerate(objects(MOST_TOOLS)(name, value)):
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict):
@@ -236,7 +236,7 @@ def tools(name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def messages(name: str, value: Any) -> list[dict[str, Any]]:
-    """A conversation of texts. Images are refused: mlx-lm would fetch them from wherever they are."""
+    """Check a conversation of texts. Images are refused, since mlx-lm would fetch them from any address."""
     if not objects(MOST_MESSAGES)(name, value):
         raise wrong(name, value, "at least one message")
     for i, message in enumerate(value):
@@ -248,6 +248,7 @@ def messages(name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _content(name: str, value: Any) -> None:
+    """Check the content of a message."""
     if not (value is None or isinstance(value, str | list)):
         raise wrong(name, value, "a text or a list of parts")
     parts: Sequence[Any] = value if isinstance(value, list) else ()
@@ -257,6 +258,7 @@ def _content(name: str, value: Any) -> None:
 
 
 def _tool_calls(name: str, value: Any) -> None:
+    """Check the tool calls of a message."""
     for call in objects(MOST_TOOLS)(name, value or []):
         function = table(f"{name}.function", call.get("function"))
         text(f"{name}.function.name", function.get("name"))

@@ -1,4 +1,4 @@
-"""What the commands that run a language model share."""
+"""Start of the commands that run a language model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if "CI" not in os.environ:
 from tiny_model import make_folder
 
 from ringattn import ArgumentError
-from ringattn.cli.session import LONGEST_ERROR, _loaded
+from ringattn.cli.lm_command import LONGEST_ERROR, load_model
 
 
 def test_a_model_that_does_not_load_tells_why_in_one_line(tmp_path: Path) -> None:
-    """Its names of weights too, which mlx-lm writes on lines of their own."""
+    """The line has the names of missing weights, which mlx-lm writes on lines of their own."""
     weights = dict(mx.load(str(make_folder(tmp_path) / "model.safetensors")))
     gone = ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
     kept = {name: weight for name, weight in weights.items() if name not in gone}
     mx.save_safetensors(str(tmp_path / "model.safetensors"), kept, {"format": "mlx"})
     with pytest.raises(ArgumentError) as found:
-        _loaded({"model": str(tmp_path), "dtype": None, "top_k": 0})
+        load_model({"model": str(tmp_path), "dtype": None, "top_k": 0})
     message = str(found.value)
     assert message.startswith(f"--model: {tmp_path}: Missing") and all(name in message for name in gone)
     assert "\n" not in message and len(message) < LONGEST_ERROR + 100 + len(str(tmp_path))

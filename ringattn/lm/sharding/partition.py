@@ -1,4 +1,4 @@
-"""Who computes which new tokens, and who keeps their keys. Integers only."""
+"""The partition of new tokens: which rank computes which, and which keeps their keys. Integers only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 
-from ..core.intervals import intersection
-from ..layout import Layout
+from ...core.intervals import intersection
+from ...layout import Layout
 
-LEAST = 16  # tokens a rank: for fewer it is not worth while to share the work out
-RUN = 256  # tokens that one rank keeps in a row while they come one by one: layouts stay short
+LEAST = 16  # tokens a rank: sharing the work of fewer takes longer than doing all of it on every rank
+RUN = 256  # tokens in a row that one rank keeps during decoding, so that layouts stay short
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer's work on a token costs, in any unit: its linear part, and attention to one earlier token."""
+    """The cost of one token in a layer, in any unit: its linear part, and attention to one earlier token."""
 
     linear: float
     attention: float
@@ -24,11 +24,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens on their way through the layers.
+    """New tokens that pass through the layers in one call of the model.
 
     Attributes:
-        new: Which rank keeps the keys and values of which.
-        shared: Whether each rank computes those that it keeps; otherwise every rank computes all.
+        new: The rank that keeps the keys and values of each token.
+        shared: Whether each rank computes only the tokens that it keeps; otherwise every rank computes all.
     """
 
     new: Layout
@@ -38,8 +38,8 @@ class Step:
 def next_step(held: Layout, tokens: int, weights: Sequence[float], cost: Cost) -> Step:
     """The step for `tokens` new ones after those `held`; `weights` are the ranks' speeds and memories.
 
-    Many are cut into one chunk a rank, of contiguous positions, so that each chunk takes the same time. Few are
-    computed by every rank, and kept by one.
+    Many tokens are cut into one contiguous chunk a rank, so that each chunk takes the same time. Few tokens are
+    computed by every rank, and one rank keeps them.
     """
     if tokens >= LEAST * held.size:
         return Step(round_layout(held.stop, tokens, tuple(weights), cost), True)
@@ -52,11 +52,15 @@ def next_step(held: Layout, tokens: int, weights: Sequence[float], cost: Cost) -
 def round_layout(start: int, tokens: int, weights: tuple[float, ...], cost: Cost) -> Layout:
     """One chunk a rank, at least one token long, whose work under a causal mask is in proportion to the weights.
 
-    The first x of the tokens cost ``F(x) = (linear + attention * start) x + attention x^2 / 2``; a rank's share ends
-    where F has reached its part of the whole.
+    The first x of the tokens cost ``F(x) = (linear + attention * start) x + attention x^2 / 2``. The share of a rank
+    ends where F reaches the rank's part of the whole.
     """
-    a, b, total = cost.linear + cost.attention * start, cost.attention, sum(weights)
-    whole, done, ends = a * tokens + b * tokens**2 / 2, 0.0, list[int]()
+    a = cost.linear + cost.attention * start
+    b = cost.attention
+    total = sum(weights)
+    whole = a * tokens + b * tokens**2 / 2
+    done = 0.0
+    ends: list[int] = []
     for rank, weight in enumerate(weights[:-1]):
         done += weight / total
         x = 2 * done * whole / (a + sqrt(a * a + 2 * b * done * whole))
@@ -68,7 +72,7 @@ def round_layout(start: int, tokens: int, weights: tuple[float, ...], cost: Cost
 
 
 def emptiest(held: Layout, weights: Sequence[float]) -> int:
-    """The rank that keeps the next token: the one that kept the last, until others have room for a run more."""
+    """The rank that keeps the next token: the rank of the last one, until others have room for one run more."""
     fill = [held.local_length(rank) / max(weight, 1e-9) for rank, weight in enumerate(weights)]
     least = min(range(held.size), key=lambda rank: (fill[rank], rank))
     last = max(range(held.size), key=lambda rank: held.spans[rank][-1][1] if held.spans[rank] else -1)
@@ -84,5 +88,5 @@ def extended(held: Layout, new: Layout) -> Layout:
 
 @lru_cache(maxsize=32)
 def within(held: Layout, start: int, stop: int) -> Layout:
-    """Of `held` the positions from `start` to `stop`."""
+    """The part of `held` with the positions from `start` to `stop`."""
     return Layout(tuple(intersection(spans, ((start, stop),)) for spans in held.spans), start)

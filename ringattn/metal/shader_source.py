@@ -1,4 +1,4 @@
-"""The kernels' text: `.metal` files, and the switches that a variant sets in front of them."""
+"""Source of the kernels: `.metal` files, and the macros that select a variant."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from pathlib import Path
 
 KERNELS = Path(__file__).parent / "shaders"
 LIBRARY = ("lanes", "segments")
-PRODUCTS = ("stage", "products"), ("tensor",)  # by simdgroup matrices, and by the M5's matrix units
+PRODUCTS = (("stage", "products"), ("tensor",))  # with simdgroup matrices, and with the M5's matrix units
 TENSOR_OPERATIONS = "#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n"
 
 
 @cache
 def body(kernel: str) -> str:
-    """The body of `kernel`."""
+    """Read the body of `kernel`."""
     return (KERNELS / f"{kernel}.metal").read_text()
 
 
 @cache
 def header(switches: tuple[tuple[str, int], ...]) -> str:
-    """What stands before a body: a switch decides which buffers a kernel has, which no template argument can."""
+    """Build the text before a body: a macro for each switch, and the library.
+
+    A switch decides which buffers a kernel has. No template argument can do that.
+    """
     tensor = dict(switches).get("TENSOR", 0)
     defines = "".join(f"#define RA_{name} {value}\n" for name, value in switches)
     text = defines + "".join(body(part) for part in LIBRARY + PRODUCTS[tensor])

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.server import ToolCallFormatter
+from ...mlx_lm_compat import TextStateMachine, ToolCallFormatter, make_text_state_machine
 
 
 @dataclass
 class Delta:
-    """What a piece of text adds to an answer; tool calls are in OpenAI's form."""
+    """The part of an answer that a piece of text adds; tool calls are in OpenAI's form."""
 
     content: str = ""
     reasoning: str = ""
@@ -23,15 +22,15 @@ class Delta:
 
 
 class AnswerParser:
-    """Split the text of an answer, which comes in pieces, by the model's own markers.
+    """Split the text of an answer, which comes in pieces, at the model's own markers.
 
-    The markers are left out. No other text is lost: what begins like a marker and turns out to be none is content, and
-    so is a tool call that cannot be parsed, because it was cut short for example.
+    Only the markers are left out. Text that begins like a marker and is none becomes content, and so does a tool call
+    that cannot be parsed, for example because it was cut short.
 
     Args:
-        tokenizer: mlx-lm's, which knows the markers; ``None`` for a text without any.
-        state: The state of mlx-lm's machine that the answer begins in.
-        tools: The request's.
+        tokenizer: mlx-lm's tokenizer, which has the markers; ``None`` for a text without markers.
+        state: The first state of mlx-lm's state machine.
+        tools: The tools of the request.
         streaming: Whether tool calls are numbered, as in a stream.
     """
 
@@ -39,11 +38,11 @@ class AnswerParser:
         machine = TextStateMachine() if tokenizer is None else make_text_state_machine(tokenizer)
         self._state = machine.make_state(state)
         self._format = None if tokenizer is None else ToolCallFormatter(tokenizer.tool_parser, tools, streaming)
-        self._call: str | None = None  # the text of a tool call that has begun
+        self._call: str | None = None  # the text of an unfinished tool call
         self._called = False
 
     def push(self, text: str, finish_reason: str | None = None) -> tuple[Delta, str | None]:
-        """What `text` adds, and OpenAI's reason to finish where `finish_reason` is one."""
+        """Add `text`; return the part that it adds, and OpenAI's finish reason if the answer ends."""
         self._state, parts = TextStateMachine.split(self._state, text)
         if finish_reason is not None:
             self._state, held, state = TextStateMachine.flush(self._state)
@@ -56,6 +55,7 @@ class AnswerParser:
         return delta, "tool_calls" if finish_reason == "stop" and self._called else finish_reason
 
     def _delta(self, parts: Iterable[tuple[str, str]]) -> Delta:
+        """Collect the texts of several states in one delta."""
         delta = Delta()
         for state, text in parts:
             if state == "tool":
@@ -70,10 +70,12 @@ class AnswerParser:
         return delta
 
     def _end_call(self, delta: Delta) -> None:
-        text, self._call = self._call or "", None
+        """Add the finished tool call to `delta`, or its text where it cannot be parsed."""
+        text = self._call or ""
+        self._call = None
         try:
             calls = self._format([text]) if self._format else []
-        except Exception:  # whatever a model's parser says to a call that is none
+        except Exception:  # a model's parser may raise any for text that is no call
             calls = []
         self._called = self._called or bool(calls)
         delta.tool_calls += calls

@@ -1,0 +1,145 @@
+"""Start of the commands that run a language model: on which ranks, and with which model."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
+from ..extras import require
+from ..transport.base import Ring
+from ..transport.environment import launched_by
+from . import leave
+from .progress_bar import is_visible
+from .session import Session
+from .starting import Placement, prepare
+
+SessionWork = Callable[[Session], int | None]
+PromptReader = Callable[[dict[str, Any]], Any]
+STARTED = "RINGATTN_STARTED"  # environment variable of ranks that one of these commands started itself
+
+LONGEST_ERROR = 600  # characters of another library's message
+
+
+def run(
+    work: SessionWork, call: str, options: dict[str, Any], read: PromptReader | None = None, patient: bool = False
+) -> None:
+    """Do `work` on a ring: on ranks that this command starts, on those of a launcher, or in this process alone.
+
+    Args:
+        work: Function of the session. Returns the exit code, or ``None`` for 0.
+        call: Name of the command in the errors of other ranks.
+        options: Options of the command.
+        read: Function that makes the session's `text` of the options, on rank 0 before the model is loaded.
+        patient: Whether the started ranks handle Ctrl-C themselves.
+    """
+    placement = Placement.pop_from(options)
+    if launched_by() == "solo" and placement.starts_ranks:
+        leave(_start_ranks(placement, patient))
+    leave(_join_ring(work, call, placement, options, read))
+
+
+def _start_ranks(placement: Placement, patient: bool) -> int:
+    """Run this command again on ranks under a launcher. Return the exit code."""
+    require("mlx_lm", "ringattn[lm]")  # before processes start
+    own = replace(placement, variables=(*placement.variables, f"{STARTED}=1"))
+    if placement.hosts is None and placement.hostfile is None:
+        own = replace(own, ranks=placement.ranks or 1)
+    ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
+    return ranks.run(patient=patient, explained=True)
+
+
+def _join_ring(
+    work: SessionWork, call: str, placement: Placement, options: dict[str, Any], read: PromptReader | None
+) -> int:
+    """Join the ring and do the work. Return the exit code.
+
+    An error on one rank is an error on all ranks. Rank 0 prints it.
+    """
+    from .. import init
+    from ..transport.consensus import agree, heard
+
+    with init() as ring:
+        try:
+            with heard(ring, call):
+                _check_placement(placement, ring)
+                _check_save(options.get("save_prompt_cache"))
+                text = read(options) if read and ring.rank == 0 else None
+            agree(ring, call, tuple((name, str(value)) for name, value in options.items()))
+
+            if ring.rank == 0 and is_visible():
+                click.echo(f"Loading {options['model']} ...", err=True)
+            with _warnings_in_one_line(ring.rank == 0):
+                with heard(ring, call):
+                    model, tokenizer = load_model(options)
+                agree(ring, call)
+                return work(Session(ring, model, tokenizer, options, text)) or 0
+        except (ArgumentError, MissingExtraError) as error:
+            if ring.rank == 0:
+                click.echo(f"Error: {error}", err=True)
+            return 1
+
+
+def _check_placement(placement: Placement, ring: Ring) -> None:
+    """Refuse placement options under a launcher, which has placed the ranks already."""
+    if placement.given and STARTED not in os.environ and launched_by() != "solo":
+        given = ", ".join(placement.given)
+        raise ArgumentError(f"{given}: given under a launcher, which has started {ring.size} ranks")
+
+
+def _check_save(path: Path | None) -> None:
+    """Fail before generating if the cache cannot be saved."""
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
+
+
+@contextmanager
+def _warnings_in_one_line(is_first: bool) -> Iterator[None]:
+    """Print each warning without the line of its source, and kernel warnings on the first rank only."""
+    with warnings.catch_warnings():
+        if not is_first:
+            for kind in (KernelWarning, VersionWarning):
+                warnings.simplefilter("ignore", kind)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
+
+
+def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load model and tokenizer, with errors that name the options."""
+    import mlx.core as mx
+
+    from .. import lm
+
+    try:
+        model, tokenizer = lm.load(options["model"], getattr(mx, options["dtype"]) if options["dtype"] else None)
+    except MissingExtraError:
+        raise
+    except ArgumentError as error:
+        raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
+    except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
+        source = "" if Path(options["model"]).exists() else "no such folder, and Hugging Face: "
+        raise ArgumentError(f"--model: {options['model']}: {source}{_whole_in_one_line(error)}") from None
+    vocabulary = tokenizer.get_vocab()
+    if options["top_k"] >= len(vocabulary):
+        raise ArgumentError(f"--top-k: {options['top_k']}, expected less than {len(vocabulary)}, the model's tokens")
+    for token in options.get("extra_eos_token", ()):
+        if token not in vocabulary and not (token.isdecimal() and int(token) in vocabulary.values()):
+            raise ArgumentError(f"--extra-eos-token: {token!r}, expected a token of the model, or its number")
+        tokenizer.add_eos_token(token)
+    return model, tokenizer
+
+
+def _whole_in_one_line(error: Exception) -> str:
+    """Whole message of an error in one line, with its type where the message alone is not clear."""
+    message = " ".join(str(error).split())
+    is_clear = message and isinstance(error, OSError | RuntimeError | ValueError)
+    return (message if is_clear else f"{type(error).__name__}: {message}")[:LONGEST_ERROR]

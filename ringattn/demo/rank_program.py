@@ -1,0 +1,94 @@
+"""Program of each rank of the demo: ``python -m ringattn.demo.rank_program FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+
+import ringattn as ra
+from ringattn import lm
+from ringattn.demo.document import prompt
+from ringattn.demo.task import ProgressFile, RankResult, ReadingTask
+from ringattn.lm.sharding.sharded_cache import held_bytes
+from ringattn.transport.base import Event, Ring
+
+ProgressCallback = Callable[[int, int], None]
+
+
+class PrefillTrace:
+    """Callback of prefill that keeps the events of the longest round, the last one of these, and writes the progress.
+
+    Attributes:
+        events: Events of that round.
+    """
+
+    def __init__(self, ring: Ring, progress: ProgressFile):
+        self.events: list[Event] = []
+        self._ring = ring
+        self._progress = progress
+        self._done = 0
+        self._longest = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._ring.trace and done - self._done >= self._longest:
+            self.events = self._ring.trace
+            self._longest = done - self._done
+        self._done = done
+        self._ring.trace = [] if done < total else None  # decoding is not traced
+        if self._ring.rank == 0:
+            self._progress.write(done, total)
+
+
+def run(task: ReadingTask, ring: Ring, progress: ProgressFile) -> RankResult:
+    """Read the document, answer the question, and return the result of this rank."""
+    model, tokenizer = lm.load(task.model, mx.float32)
+    ids = prompt(tokenizer, task.document)
+    trace = PrefillTrace(ring, progress)
+    if not task.plain:
+        lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    sent = ring.bytes_sent
+    responses = list(_answer(task, model, tokenizer, ids, cache, trace))
+    last = responses[-1]
+    return RankResult(
+        rank=ring.rank,
+        prompt=len(ids),
+        tokens=[response.token for response in responses],
+        text="".join(response.text for response in responses),
+        held=cache[0].offset if task.plain else cache[0].layout.local_length(ring.rank),
+        cache=held_bytes(cache),
+        sent=ring.bytes_sent - sent,
+        prompt_tps=last.prompt_tps,
+        generation_tps=last.generation_tps,
+        events=trace.events,
+    )
+
+
+def _answer(
+    task: ReadingTask, model: Any, tokenizer: Any, ids: list[int], cache: list, callback: ProgressCallback
+) -> Iterator[Any]:
+    """Responses of mlx-lm, by plain mlx-lm or over the ring."""
+    options: dict = {"max_tokens": task.max_tokens, "prompt_cache": cache, "prompt_progress_callback": callback}
+    if task.plain:
+        return mlx_lm.stream_generate(model, tokenizer, ids, **options)
+    return lm.stream_generate(model, tokenizer, ids, prefill_step_size=task.chunk, **options)
+
+
+def main() -> None:
+    """Run the task of the folder that the command line names, and write the result there."""
+    folder = Path(sys.argv[1])
+    task = ReadingTask.read(folder)
+    with ra.init("solo" if task.plain else None) as ring:
+        if ring.size != max(1, task.ranks):
+            raise SystemExit(f"ringattn.demo.rank_program: started with {ring.size} ranks, expected {task.ranks}")
+        run(task, ring, ProgressFile(folder)).write(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The one module that knows mlx-lm from the inside: what the package imports, reads and patches there, and which
+versions of mlx-lm were tested.
+
+Other modules use only mlx-lm's documented interface directly: the functions that `mlx_lm` exports, and
+`mlx_lm.sample_utils`. This module does not import mlx-lm before a name from it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import mlx.nn as nn
+
+from ..errors import UnsupportedModelError
+
+OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
+BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
+
+ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
+
+# Names outside the documented interface, and the modules that have them.
+IMPORTED = {
+    "KVCache": "mlx_lm.models.cache",
+    "RotatingKVCache": "mlx_lm.models.cache",
+    "make_prompt_cache": "mlx_lm.models.cache",
+    ATTENTION: "mlx_lm.models.base",
+    "Llama": "mlx_lm.models.llama:Model",
+    "LlamaArgs": "mlx_lm.models.llama:ModelArgs",
+    "TokenizerWrapper": "mlx_lm.tokenizer_utils",
+    "BPEStreamingDetokenizer": "mlx_lm.tokenizer_utils",
+    "dequantize_model": "mlx_lm.utils",
+    "generate_step": "mlx_lm.generate",
+    "GenerationResponse": "mlx_lm.generate",
+    "TextStateMachine": "mlx_lm.generate",
+    "make_text_state_machine": "mlx_lm.generate",
+    "ToolCallFormatter": "mlx_lm.server",
+    "convert_chat": "mlx_lm.server",
+    "get_system_fingerprint": "mlx_lm.server",
+    "process_message_content": "mlx_lm.server",
+}
+
+# Parameters that calls name.
+PARAMETERS = {
+    ATTENTION: ("queries", "keys", "values", "cache", "scale", "mask", "sinks"),
+    "generate_step": ("max_tokens", "sampler", "logits_processors", "prompt_progress_callback", "prefill_step_size")
+    + ("prompt_cache",),
+    "GenerationResponse": ("text", "token", "logprobs", "finish_reason")
+    + ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
+    "ToolCallFormatter": ("tool_parser", "tools", "streaming"),
+}
+
+# Attributes of classes that are read or called.
+ATTRIBUTES = {
+    "KVCache": ("size", "update_and_fetch", "make_mask", "is_trimmable", "trim"),
+    "RotatingKVCache": ("size",),
+    "TextStateMachine": ("make_state", "split", "flush"),
+    "TokenizerWrapper": ("apply_chat_template", "add_eos_token", "eos_token_ids", "tool_parser", "has_thinking")
+    + ("rfind_think_start", "rfind_think_end", "response_initial_state"),
+}
+
+# Attention layers that `sharding.layer_adapters` runs itself, by module and class, and the attributes that it reads.
+LAYERS = {
+    ("mlx_lm.models.gemma2", "Attention"): ("q_proj", "k_proj", "v_proj", "o_proj", "rope", "scale")
+    + ("n_heads", "n_kv_heads", "attn_logit_softcapping"),
+    ("mlx_lm.models.deepseek_v3", "DeepseekV3Attention"): ("num_heads", "q_lora_rank", "qk_nope_head_dim")
+    + ("kv_lora_rank", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
+    + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
+}
+
+# Models whose attention cannot run over a sharded cache, and why.
+UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import one of the names of `IMPORTED` when it is used."""
+    if name not in IMPORTED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, there = IMPORTED[name].partition(":")
+    return getattr(import_module(module), there or name)
+
+
+def version_problem() -> str | None:
+    """One line that says that the installed mlx-lm was not tested; ``None`` where it was."""
+    found = version("mlx-lm")
+    if _numbers(OLDEST) <= _numbers(found) < _numbers(BOUND):
+        return None
+    return (
+        f"mlx-lm {found} is installed, and ringattn was tested with {OLDEST} and later versions below {BOUND}: "
+        f"pip install 'mlx-lm>={OLDEST},<{BOUND}'"
+    )
+
+
+def missing_names() -> list[str]:
+    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES` and `LAYERS` that the installed mlx-lm lacks."""
+    missing = []
+    for name, module in IMPORTED.items():
+        try:
+            found = __getattr__(name)
+        except (ImportError, AttributeError):
+            missing.append(f"{name} in {module}")
+            continue
+        parameters = inspect.signature(found).parameters if name in PARAMETERS else {}
+        missing += [f"parameter {one} of {name}" for one in PARAMETERS.get(name, ()) if one not in parameters]
+        missing += [f"attribute {one} of {name}" for one in ATTRIBUTES.get(name, ()) if not hasattr(found, one)]
+    for module, kind in LAYERS:
+        try:
+            getattr(import_module(module), kind)
+        except (ImportError, AttributeError):
+            missing.append(f"{kind} in {module}")
+    return missing
+
+
+def model_args(model: nn.Module) -> Any:
+    """The arguments that an mlx-lm model or a part of it was made from; ``None`` where it has none."""
+    return getattr(model, "args", None)
+
+
+def model_name(model: nn.Module) -> str:
+    """The name of a model's family, for messages."""
+    return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
+
+
+def layer_windows(model: nn.Module) -> Iterator[int | None]:
+    """The window of each layer in tokens, by the cache that the model itself makes for it; ``None``: no window.
+
+    Raises:
+        UnsupportedModelError: A layer has a cache of another kind.
+    """
+    full, rotating = __getattr__("KVCache"), __getattr__("RotatingKVCache")
+    for i, cache in enumerate(__getattr__("make_prompt_cache")(model)):
+        if type(cache) is full:
+            yield None
+        elif type(cache) is rotating and cache.keep == 0:
+            yield cache.max_size
+        else:
+            raise UnsupportedModelError(
+                f"model: {model_name(model)} has a {type(cache).__name__} at layer {i}, expected KVCache or "
+                "RotatingKVCache: its state cannot be spread over a ring"
+            )
+
+
+def defining_modules(model: nn.Module) -> list[ModuleType]:
+    """The modules of mlx-lm that define the model's parts, by name."""
+    names = {type(part).__module__ for part in model.modules()}
+    return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.")]
+
+
+def makes_mask_arrays(module: ModuleType) -> bool:
+    """Whether a model's code asks for its mask as an array of all columns, which no rank has."""
+    return "return_array=True" in inspect.getsource(module)
+
+
+def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put ``wrap(function)`` in the place of the function `name` of a module or class, unless that was done before."""
+    plain = getattr(owner, name)
+    if hasattr(plain, "plain"):
+        return
+    wrapped = wrap(plain)
+    wrapped.plain = plain
+    setattr(owner, name, wrapped)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers of a version's release; a pre-release counts as its release."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])

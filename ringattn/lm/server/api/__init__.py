@@ -1,0 +1,1 @@
+"""OpenAI's API: requests from JSON, and answers as JSON. Nothing here generates or opens a connection."""
