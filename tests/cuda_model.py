@@ -81,9 +81,8 @@ def _scores(d: dict[str, int], buffers: dict[str, np.ndarray], q: np.ndarray, k:
     if d["BAND"]:
         low, high = (int(x) for x in buffers["limits"])
         distance = buffers["key_at"][: k.shape[2]].astype(int) - buffers["query_at"][: q.shape[2], None].astype(int)
-        seen &= (distance >= (low if low != INT32.min else -1 << 40)) & (
-            distance <= (high if high != INT32.max else 1 << 40)
-        )
+        seen &= (distance >= low) | (low == INT32.min)
+        seen &= (distance <= high) | (high == INT32.max)
     if d["SEGMENTS"]:
         q_ids, k_ids = buffers["query_ids"][:, None, :, None], buffers["key_ids"][:, None, None]
         seen &= (q_ids == k_ids) & (q_ids >= 0)

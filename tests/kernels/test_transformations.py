@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from attention_cases import make, normal
+from attention_cases import BACKENDS, make, normal
 
 import ringattn as ra
 

@@ -1,8 +1,8 @@
 """Check the CUDA kernels on an NVIDIA GPU: ``python -m tools.nvidia.check``.
 
 This needs MLX with its CUDA backend. ``--kernels metal`` checks the Metal kernels instead: the source that a Mac
-compiles, with Metal's names defined in CUDA (``words.cuh``). Shuffles then multiply the matrices of a simdgroup, so that
-times say nothing about a Mac.
+compiles, with Metal's names defined in CUDA (``words.cuh``). Shuffles then multiply the matrices of a simdgroup, so
+that times say nothing about a Mac.
 """
 
 from __future__ import annotations

@@ -79,11 +79,22 @@ RA_FUNC void multiply_each_value(float (&acc)[RA_FRAGMENTS][BV / 8][4], const fl
   }
 }
 
+// Whether one of the numbers in four bytes is NaN or infinity: all bits of its exponent are set.
+RA_FUNC bool is_odd(unsigned word) {
+#if RA_MATRIX
+  constexpr unsigned exponent = RA_BFLOAT ? 0x7f80u : 0x7c00u;
+  return (word & exponent) == exponent || (word >> 16 & exponent) == exponent;
+#else
+  return (word & 0x7f800000u) == 0x7f800000u;
+#endif
+}
+
 // Whether this thread finds NaN or infinity in its part of a tile of values.
 RA_FUNC bool finds_odd(const RA_T* v) {
   bool odd = false;
-  for (int i = threadIdx.x; i < BK * BV; i += THREADS) {
-    odd |= !(fabsf(float(v[i / BV * LDV + i % BV])) < RA_INFINITY);
+  for (int i = threadIdx.x; i < BK * (BV / PART); i += THREADS) {
+    const uint4 part = *reinterpret_cast<const uint4*>(v + i / (BV / PART) * LDV + i % (BV / PART) * PART);
+    odd |= is_odd(part.x) | is_odd(part.y) | is_odd(part.z) | is_odd(part.w);
   }
   return odd;
 }
