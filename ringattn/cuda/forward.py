@@ -79,7 +79,7 @@ def forward_call(
         "STATE_IN": int(state is not None),
         **output_switches(output),
     }
-    parts = ("tiles", "softmax", "segments", *(["matrix"] if matrix else []), "scalar")
+    parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar")
     rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
     return _call(
         "forward",

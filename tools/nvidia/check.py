@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.bench.kernel import Shape, random_arrays, sampled_error
+from ringattn.bench.kernel import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
 from ringattn.verify.features import FEATURES
@@ -36,16 +36,19 @@ from ringattn.verify.variants import variants
 from .executor import cuda_executor, groups
 
 LARGE = [
-    Shape(mx.bfloat16, 128, (8, 2), 65_536, 65_536, True),
-    Shape(mx.float16, 64, (8, 8), 32_768, 32_768, False),
-    Shape(mx.float32, 256, (4, 2), 16_384, 16_384, True),
-    Shape(mx.bfloat16, 128, (32, 8), 1, 262_144, False),
-    Shape(mx.float16, 128, (8, 2), 8, 1_048_576, True),
+    AttentionShape(mx.bfloat16, 128, (8, 2), 65_536, 65_536, True),
+    AttentionShape(mx.float16, 64, (8, 8), 32_768, 32_768, False),
+    AttentionShape(mx.float32, 256, (4, 2), 16_384, 16_384, True),
+    AttentionShape(mx.bfloat16, 128, (32, 8), 1, 262_144, False),
+    AttentionShape(mx.float16, 128, (8, 2), 8, 1_048_576, True),
 ]
-SMALL = [Shape(mx.bfloat16, 128, (4, 2), 300, 300, True), Shape(mx.float16, 64, (4, 2), 3, 3000, True)]
-SMALL += [Shape(mx.float32, 256, (2, 1), 70, 90, True)]
-GRADIENT = Shape(mx.bfloat16, 128, (16, 4), 8192, 8192, True)
-SMALL_GRADIENT = Shape(mx.bfloat16, 64, (4, 2), 200, 200, True)
+SMALL = [
+    AttentionShape(mx.bfloat16, 128, (4, 2), 300, 300, True),
+    AttentionShape(mx.float16, 64, (4, 2), 3, 3000, True),
+]
+SMALL += [AttentionShape(mx.float32, 256, (2, 1), 70, 90, True)]
+GRADIENT = AttentionShape(mx.bfloat16, 128, (16, 4), 8192, 8192, True)
+SMALL_GRADIENT = AttentionShape(mx.bfloat16, 64, (4, 2), 200, 200, True)
 
 RANDOM = 200  # problems with a random choice of every feature
 
@@ -114,7 +117,7 @@ def random_problems(seeds: range) -> float:
     return largest
 
 
-def words(shape: Shape) -> str:
+def words(shape: AttentionShape) -> str:
     """Describe a shape."""
     name = str(shape.dtype).removeprefix("mlx.core.")
     heads = "{}/{}".format(*shape.heads)
@@ -122,7 +125,7 @@ def words(shape: Shape) -> str:
     return f"{name}, {heads} heads x {shape.head_dim}, {shape.queries} x {shape.keys}, {mask}"
 
 
-def check_large(shape: Shape) -> None:
+def check_large(shape: AttentionShape) -> None:
     """Compare sampled rows with float64, and the bits of five runs."""
     q, k, v = random_arrays(shape)
     mask = "causal" if shape.causal else None
@@ -143,7 +146,7 @@ def check_large(shape: Shape) -> None:
     report(words(shape), error <= 1 and same, what + ("" if same else ", OTHER BITS AGAIN"))
 
 
-def check_gradient(shape: Shape) -> None:
+def check_gradient(shape: AttentionShape) -> None:
     """Compare with MLX's gradient of its own attention in float32. Time that one in the kernels' dtype too."""
     arrays = random_arrays(shape)
     weights = mx.random.normal((1, shape.heads[0], shape.queries, shape.head_dim), key=mx.random.key(9))

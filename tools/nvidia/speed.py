@@ -16,35 +16,35 @@ import click
 import mlx.core as mx
 
 import ringattn as ra
-from ringattn.bench.kernel import Shape, random_arrays, sampled_error
+from ringattn.bench.kernel import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 
 REPEATS = 5
 SAMPLE = 0.03  # seconds of what is timed at once
 DECODE_KEYS = (16_384, 131_072)
 FORWARD = [
-    Shape(dtype, dim, (16, 4), tokens, tokens, causal, lse=True)
+    AttentionShape(dtype, dim, (16, 4), tokens, tokens, causal, lse=True)
     for dtype in (mx.bfloat16, mx.float16)
     for dim in (128, 64)
     for causal in (False, True)
     for tokens in ((4096, 16_384, 65_536) if dtype == mx.bfloat16 else (16_384,))
 ]
 OTHERS = [
-    Shape(mx.bfloat16, 256, (16, 4), 16_384, 16_384, True, lse=True),
-    Shape(mx.bfloat16, 80, (16, 4), 16_384, 16_384, True, lse=True),
-    Shape(mx.float32, 128, (16, 4), 8192, 8192, True, lse=True),
-    Shape(mx.float32, 64, (16, 4), 8192, 8192, False, lse=True),
+    AttentionShape(mx.bfloat16, 256, (16, 4), 16_384, 16_384, True, lse=True),
+    AttentionShape(mx.bfloat16, 80, (16, 4), 16_384, 16_384, True, lse=True),
+    AttentionShape(mx.float32, 128, (16, 4), 8192, 8192, True, lse=True),
+    AttentionShape(mx.float32, 64, (16, 4), 8192, 8192, False, lse=True),
 ]
 
 
-def words(shape: Shape) -> str:
+def words(shape: AttentionShape) -> str:
     """A shape in words."""
     name = str(shape.dtype).removeprefix("mlx.core.")
     mask = "causal" if shape.causal else "full"
     return f"{name}, head_dim {shape.head_dim}, {shape.queries} x {shape.keys}, {mask}"
 
 
-def torch_flash(shape: Shape) -> Callable[[], float] | None:
+def torch_flash(shape: AttentionShape) -> Callable[[], float] | None:
     """A function that returns the seconds of one call of PyTorch's FLASH backend, where it takes such a problem."""
     if importlib.util.find_spec("torch") is None or shape.dtype == mx.float32:
         return None
@@ -83,7 +83,7 @@ def _median_of(call: Callable[[], object], wait: Callable[[], object]) -> float:
     return medians({"": burst(count)}, REPEATS)[""] / count
 
 
-def attend(shape: Shape) -> Callable[..., tuple[mx.array, mx.array]]:
+def attend(shape: AttentionShape) -> Callable[..., tuple[mx.array, mx.array]]:
     """Our attention with the lse, compiled: without the time that Python takes for a call."""
     mask = "causal" if shape.causal else None
     return mx.compile(lambda q, k, v: ra.attention(q, k, v, mask=mask, backend="cuda", return_lse=True))
@@ -101,7 +101,7 @@ def per_call(call: Callable[[], object]) -> float:
     return medians({"": burst(count)}, REPEATS)[""] / count
 
 
-def forward(shape: Shape) -> bool:
+def forward(shape: AttentionShape) -> bool:
     """One line: milliseconds and TFLOP/s of all three, and ours as a fraction of theirs."""
     q, k, v = random_arrays(shape)
     ours, mask = attend(shape), "causal" if shape.causal else None
@@ -122,7 +122,7 @@ def forward(shape: Shape) -> bool:
 
 def decode(keys: int, bandwidth: float) -> bool:
     """One line: one query against a long cache; the bytes of K and V a second, as a fraction of a copy's."""
-    shape = Shape(mx.bfloat16, 128, (32, 8), 1, keys, False, lse=True)
+    shape = AttentionShape(mx.bfloat16, 128, (32, 8), 1, keys, False, lse=True)
     q, k, v = random_arrays(shape)
     error = sampled_error(shape, q, k, v, *ra.attention(q, k, v, backend="cuda", return_lse=True))
 
@@ -149,7 +149,7 @@ def copy_bandwidth() -> float:
 
 def window(size: int, tokens: int = 65_536) -> None:
     """One line: what a window leaves of the time of a causal mask, beside what it leaves of the pairs."""
-    q, k, v = random_arrays(Shape(mx.bfloat16, 128, (16, 4), tokens, tokens, True))
+    q, k, v = random_arrays(AttentionShape(mx.bfloat16, 128, (16, 4), tokens, tokens, True))
     causal, narrow = (
         _median_of(lambda o=options: mx.eval(ra.attention(q, k, v, backend="cuda", **o)), lambda: None)
         for options in ({"mask": "causal"}, {"window": size})

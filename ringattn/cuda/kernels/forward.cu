@@ -196,19 +196,12 @@
     }
 
     if (spoiled) {
-      float weights[RA_FRAGMENTS][BK / 8][4]; // a copy: that loop would move the scores themselves out of registers
-      RA_UNROLL
-      for (int e = 0; e < RA_FRAGMENTS * BK / 2; e++) {
-        weights[e / (BK / 2)][e / 4 % (BK / 8)][e % 4] = s[e / (BK / 2)][e / 4 % (BK / 8)][e % 4];
-      }
-      multiply_each_value<true>(acc, weights, seen, v_tile);
-    } else {
-#if RA_MATRIX
-      multiply_values(acc, s, v_tile);
-#else
-      multiply_each_value<false>(acc, s, seen, v_tile);
-#endif
+      add_odd_values(acc, seen, v_tile);
+      __syncthreads();
+      clear_odd(v_tile);
+      __syncthreads();
     }
+    multiply_values(acc, s, v_tile);
     kb = next;
   }
 

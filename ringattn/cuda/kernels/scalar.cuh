@@ -1,7 +1,5 @@
-// Products without matrix units, for float32, whose bits those would drop, and for tiles of values with NaN or infinity.
-// A lane holds the same numbers as in matrix.cuh.
+// Products without matrix units, for float32, whose bits those would drop. A lane holds the same numbers as in matrix.cuh.
 
-#if !RA_MATRIX
 // s += q k^T, of this warp's rows of `q`.
 RA_FUNC void multiply_keys(float (&s)[RA_FRAGMENTS][BK / 8][4], const RA_T* q, const RA_T* k) {
   const int lane = threadIdx.x % 32;
@@ -28,42 +26,34 @@ RA_FUNC void multiply_keys(float (&s)[RA_FRAGMENTS][BK / 8][4], const RA_T* q, c
     }
   }
 }
-#endif
 
-// acc += p v, key by key; if `CHECKED` only where a bit of `seen` says that the row sees the key. The keys of a tile are
-// added up before they are added to `acc`: one long chain of float32 sums would be less exact.
-template <bool CHECKED>
-RA_FUNC void multiply_each_value(float (&acc)[RA_FRAGMENTS][BV / 8][4], const float (&p)[RA_FRAGMENTS][BK / 8][4],
-                                 const unsigned (&seen)[RA_FRAGMENTS], const RA_T* v) {
+// acc += p v, key by key. The keys of a tile are added up before they are added to `acc`: one long chain of float32 sums
+// would be less exact.
+RA_FUNC void multiply_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const float (&p)[RA_FRAGMENTS][BK / 8][4],
+                             const RA_T* v) {
   constexpr int DIMS = 8; // of a lane at a time
   const int lane = threadIdx.x % 32, first = lane & ~3;
   v += lane % 4 * 2;
   RA_UNROLL
   for (int start = 0; start < BV / 4; start += DIMS) {
     float sums[ROWS][DIMS] = {};
-#if RA_MATRIX
-#pragma unroll 1
-#else
-#pragma unroll
-#endif
+    RA_UNROLL
     for (int j = 0; j < BK / 8; j++) {
 #pragma unroll 1
       for (int from = 0; from < 4; from++) {
         RA_UNROLL
         for (int c = 0; c < 2; c++) {
           float weight[ROWS];
-          bool sees[ROWS];
           RA_UNROLL
           for (int r = 0; r < ROWS; r++) {
             weight[r] = __shfl_sync(ALL_LANES, p[r / 2][j][r % 2 * 2 + c], first + from);
-            sees[r] = !CHECKED || __shfl_sync(ALL_LANES, seen[r / 2] >> (4 * j + r % 2 * 2 + c) & 1, first + from);
           }
           RA_UNROLL
           for (int n = 0; n < DIMS && start + n < BV / 4; n++) { // two neighbours of each 8 dims
-            const float value = float(v[(8 * j + 2 * from + c) * LDV + (start + n) / 2 * 8 + n % 2]);
+            const float value = v[(8 * j + 2 * from + c) * LDV + (start + n) / 2 * 8 + n % 2];
             RA_UNROLL
             for (int r = 0; r < ROWS; r++) {
-              sums[r][n] = sees[r] ? fmaf(weight[r], value, sums[r][n]) : sums[r][n];
+              sums[r][n] = fmaf(weight[r], value, sums[r][n]);
             }
           }
         }
@@ -77,24 +67,4 @@ RA_FUNC void multiply_each_value(float (&acc)[RA_FRAGMENTS][BV / 8][4], const fl
       }
     }
   }
-}
-
-// Whether one of the numbers in four bytes is NaN or infinity: all bits of its exponent are set.
-RA_FUNC bool is_odd(unsigned word) {
-#if RA_MATRIX
-  constexpr unsigned exponent = RA_BFLOAT ? 0x7f80u : 0x7c00u;
-  return (word & exponent) == exponent || (word >> 16 & exponent) == exponent;
-#else
-  return (word & 0x7f800000u) == 0x7f800000u;
-#endif
-}
-
-// Whether this thread finds NaN or infinity in its part of a tile of values.
-RA_FUNC bool finds_odd(const RA_T* v) {
-  bool odd = false;
-  for (int i = threadIdx.x; i < BK * (BV / PART); i += THREADS) {
-    const uint4 part = *reinterpret_cast<const uint4*>(v + i / (BV / PART) * LDV + i % (BV / PART) * PART);
-    odd |= is_odd(part.x) | is_odd(part.y) | is_odd(part.z) | is_odd(part.w);
-  }
-  return odd;
 }
