@@ -19,7 +19,7 @@ import numpy as np
 import ringattn as ra
 from launch.virtual import Cluster, unavailable
 from ringattn.bench.timing import turns
-from ringattn.launcher.rank_wrapper import available_cores
+from ringattn.launcher.processes import available_cores
 
 from .common import chunk_of, run_ranks, sampled_error, show, write_result
 from .ring import without_ring

@@ -7,7 +7,7 @@ import numpy as np
 
 import ringattn as ra
 from ringattn.core.masks import Band
-from ringattn.core.rules import Rules
+from ringattn.core.rules import ScoreRules
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal import set_executor
 from ringattn.metal.backend import MetalKernel
@@ -45,7 +45,7 @@ def compare(lengths: tuple[int, int], dim: int, dtype: mx.Dtype, causal: bool) -
     try:
         check(case, *ra.attention(q, k, v, backend="metal", return_lse=True, **case.options))
         runtime.reset()
-        rules = Rules(dim**-0.5, Band.of(causal, None))
+        rules = ScoreRules(dim**-0.5, Band.of(causal, None))
         inputs = KernelInputs(q, k, v, case.q_pos.astype(np.int32), case.k_pos.astype(np.int32), rules)
         MetalKernel().finish(inputs, OutputSpec(dtype, False))
         ours = work(runtime.counters)

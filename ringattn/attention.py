@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import mlx.core as mx
 
 from . import backends
-from .autograd.custom_function import opaque
+from .autograd.custom_function import custom_op
 from .core.gradients import Gradients
 from .core.options import Options, SharedOptions
 from .core.validation import Positions, check_flag, check_positions, check_qkv
@@ -140,5 +140,5 @@ def attention(
     if kernel.differentiable:
         out, lse = compute(*arrays)
     else:
-        out, lse = opaque(f"attention with backend {kernel.name!r}", compute, arrays, gradient)
+        out, lse = custom_op(f"attention with backend {kernel.name!r}", compute, arrays, gradient)
     return (out, lse) if return_lse else out

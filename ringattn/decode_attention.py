@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import backends
-from .autograd.custom_function import opaque, start_evaluation
+from .autograd.custom_function import custom_op, start_evaluation
 from .core.arrays import view
 from .core.intervals import positions
 from .core.online_softmax import State, finish, merge_states, normalise
@@ -17,10 +17,11 @@ from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
 from .kernels.interface import Kernel, KernelInputs
 from .layout import Layout
-from .ring.arguments import check_layout, check_ring
 from .ring.blocks import raw
-from .transport.base import Ring, timed
-from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, heard
+from .ring.call import check_layout, check_ring
+from .transport.base import Ring
+from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, raise_on_all_ranks
+from .transport.interface import Transport, timed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,9 +113,9 @@ def decode_attention(
         RingError: If a rank died, stalled or left, or another thread is using the ring.
         TransformError: If mx.grad, mx.compile, mx.vmap or mx.jvp is applied. They are not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
-        with heard(ring, WHAT):
+        with raise_on_all_ranks(ring, WHAT):
             check_qkv(q, k, v)
             check_layout("kv_layout", kv_layout, ring, {"k": k.shape[2]})
             options = Options.checked(
@@ -133,7 +134,7 @@ def decode_attention(
             first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
             check_int("start + q tokens", first + q.shape[2])
             call = _DecodeCall(ring, kv_layout, first, options, backends.select(backend))
-        out, lse = opaque(WHAT, call.run, (q, k, v, *options.arrays))
+        out, lse = custom_op(WHAT, call.run, (q, k, v, *options.arrays))
     return (out, lse) if return_lse else out
 
 
@@ -141,7 +142,7 @@ def decode_attention(
 class _DecodeCall:
     """One checked call on this rank."""
 
-    ring: Ring
+    ring: Transport
     kv_layout: Layout
     start: int
     options: Options
@@ -152,7 +153,7 @@ class _DecodeCall:
         options = self.options.bind(arrays)
         fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
         lazy = fits and self.kernel.lazy
-        with heard(self.ring, WHAT):
+        with raise_on_all_ranks(self.ring, WHAT):
             state = self._attend(q, k, v, options, lazy)
             fields = self._fields(q, k, v, options)
             payload = [] if lazy else [raw(x) for x in state]

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .core.intervals import Span, Spans, in_proportion, length, positions, tokens_at, union
-from .core.validation import check_int, told
+from .core.validation import check_int, format_value
 from .errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Layout:
     def extend(self, other: Layout) -> Layout:
         """Append `other`, which starts at the stop of this layout and has as many ranks."""
         if not isinstance(other, Layout):
-            raise ArgumentTypeError(f"other: {told(other)}, expected a Layout")
+            raise ArgumentTypeError(f"other: {format_value(other)}, expected a Layout")
         if other.size != self.size:
             raise ArgumentError(f"other: a layout of {other.size} ranks, expected {self.size}")
         if other.start != self.stop:
@@ -185,7 +185,7 @@ def _short(spans: tuple[Spans, ...]) -> str:
 
 def _sequence(name: str, value: object) -> Iterable:
     if not isinstance(value, Iterable):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected a sequence")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected a sequence")
     return value
 
 
@@ -195,7 +195,7 @@ def _checked_spans(rank: int, given: object) -> Spans:
     spans: list[Span] = []
     for span in _sequence(name, given):
         if not isinstance(span, (tuple, list)) or len(span) != 2:
-            raise ArgumentTypeError(f"{name}: {told(span)}, expected a pair (start, stop)")
+            raise ArgumentTypeError(f"{name}: {format_value(span)}, expected a pair (start, stop)")
         start, stop = check_int(name, span[0]), check_int(name, span[1])
         if stop < start:
             raise ArgumentError(f"{name}: ({start}, {stop}) descends, expected start <= stop")
@@ -222,11 +222,11 @@ def _checked_weights(weights: object) -> list[float]:
     values = list(_sequence("weights", weights))
     for weight in values:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-            raise ArgumentTypeError(f"weights: {told(weight)}, expected a number")
+            raise ArgumentTypeError(f"weights: {format_value(weight)}, expected a number")
         if not 0 <= weight < float("inf"):
             raise ArgumentError(f"weights: {weight}, expected a finite number of at least 0")
     if not any(values):
-        raise ArgumentError(f"weights: {told(values)}, expected at least one above 0")
+        raise ArgumentError(f"weights: {format_value(values)}, expected at least one above 0")
     exponent = math.frexp(max(values))[1]  # scale them, so that sums of large weights do not overflow
     return [math.ldexp(value, -exponent) for value in values]
 

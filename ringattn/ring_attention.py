@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
 
-from .autograd.custom_function import opaque
+from .autograd.custom_function import custom_op
 from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
-from .ring.arguments import check_ring
 from .ring.backward import backward
-from .ring.call import RingCall
+from .ring.call import RingCall, check_ring
 from .ring.loop import WHAT
 from .transport.base import Ring
-from .transport.consensus import heard
+from .transport.consensus import raise_on_all_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,9 +116,9 @@ def ring_attention(
         RingError: If a rank died, stalled or left, or another thread is using the ring.
         TransformError: If mx.compile, mx.vmap, mx.jvp or a second derivative is applied. They are not supported.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     with ring.call(WHAT):
-        with heard(ring, WHAT):
+        with raise_on_all_ranks(ring, WHAT):
             call = RingCall.checked(
                 ring,
                 layout,
@@ -138,7 +137,7 @@ def ring_attention(
                 segments=segments,
                 out_dtype=out_dtype,
             )
-        out, lse = opaque(
+        out, lse = custom_op(
             WHAT,
             lambda *arrays: loop.forward(call.bind(arrays)),
             call.arrays,

@@ -29,9 +29,9 @@ from .autograd.checkpointing import ResultRecord
 from .core.validation import check_array, check_int
 from .errors import ArgumentError
 from .layout import Layout
-from .ring.arguments import check_layout, check_ring
+from .ring.call import check_layout, check_ring
 from .transport.base import Ring
-from .transport.consensus import agree, heard
+from .transport.consensus import agree, raise_on_all_ranks
 
 __all__ = ["Batch", "checkpoint", "mean_loss", "shard_batch", "sum_gradients"]
 
@@ -70,7 +70,7 @@ def shard_batch(tokens: mx.array, layout: Layout, ring: Ring, *, segments: mx.ar
     Raises:
         ArgumentError: If shapes or dtypes do not fit.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     check_array("tokens", tokens)
     if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise ArgumentError(f"tokens: {tokens.dtype} {tokens.shape}, expected integers [batch, tokens]")
@@ -118,8 +118,8 @@ def mean_loss(losses: mx.array, ring: Ring, *, weights: mx.array | None = None) 
     Raises:
         ArgumentError: If shapes differ. Raised on every rank.
     """
-    check_ring(ring)
-    with ring.call("mean_loss"), heard(ring, "mean_loss"):
+    ring = check_ring(ring)
+    with ring.call("mean_loss"), raise_on_all_ranks(ring, "mean_loss"):
         check_array("losses", losses)
         if weights is not None:
             _check_like("weights", weights, "losses", losses)
@@ -148,10 +148,10 @@ def sum_gradients(gradients: Any, ring: Ring, *, bucket_bytes: int = BUCKET_BYTE
     Raises:
         ArgumentError: If the ranks' trees differ. Raised on every rank.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     named = _leaves(gradients)
     with ring.call("sum_gradients"):
-        with heard(ring, "sum_gradients"):
+        with raise_on_all_ranks(ring, "sum_gradients"):
             bucket_bytes = check_int("bucket_bytes", bucket_bytes, 1)
             for name, x in named:
                 check_array(f"gradients: {name}", x)

@@ -215,7 +215,7 @@ def picture_layers() -> Figure:
         ("kernels (interface)  |  transport (mpi, mlx, solo)", COLOURS[1]),
         ("autograd", COLOURS[0]),
         ("core (masks, softmax algebra, gradients)", COLOURS[0]),
-        ("errors · native · reporting", COLOURS[0]),
+        ("errors · native · rendezvous · reporting", COLOURS[0]),
     ]
     figure, ax = plt.subplots(figsize=(6.6, 5.4))
     blank(ax, 10, len(floors) * 0.8)

@@ -57,7 +57,7 @@ class ResultRecord:
 _record: ContextVar[ResultRecord | None] = ContextVar("ringattn_record", default=None)
 
 
-def kept(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
+def record_or_replay(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
     """Wrap `compute` so that an active `ResultRecord` records or replays its results."""
 
     def recorded(*arrays: mx.array) -> Arrays:

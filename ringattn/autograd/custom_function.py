@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..errors import RingAttentionError, TransformError
-from .checkpointing import kept
+from .checkpointing import record_or_replay
 
 Arrays = Sequence[mx.array]
 
 
-def opaque(
+def custom_op(
     what: str, compute: Callable[..., Arrays], arrays: Arrays, gradient: Callable[..., Arrays] | None = None
 ) -> Arrays:
     """Run `compute` on `arrays`, which it may evaluate. An unsupported transformation raises.
@@ -35,7 +35,7 @@ def opaque(
         TransformError: Under mx.compile, mx.vmap, mx.jvp, or a gradient that is not provided.
     """
     compute = _marked(compute)
-    function: Any = mx.custom_function(compute if gradient is None else kept(compute))
+    function: Any = mx.custom_function(compute if gradient is None else record_or_replay(compute))
 
     def unsupported(name: str) -> Callable:
         def refuse(*_):
@@ -48,7 +48,7 @@ def opaque(
         function.vjp(unsupported("a second derivative" if second else "the gradient (mx.grad, mx.vjp)"))
     else:
         of = gradient
-        function.vjp(lambda *given: opaque(f"the gradient of {what}", of, [x for arrays in given for x in arrays]))
+        function.vjp(lambda *given: custom_op(f"the gradient of {what}", of, [x for arrays in given for x in arrays]))
     function.jvp(unsupported("forward-mode differentiation (mx.jvp)"))
     function.vmap(unsupported("mx.vmap"))
     try:
@@ -67,7 +67,7 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
 
 
-def settled(arrays: Arrays) -> Arrays:
+def evaluated_copies(arrays: Arrays) -> Arrays:
     """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
 
     Inside a transformation MLX keeps the inputs of an array as long as the array lives, evaluated or not. Copies free
@@ -89,8 +89,8 @@ def _copy(x: mx.array) -> mx.array:
 _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)
 
 
-def outside() -> bool:
-    """Return whether an `opaque` computation is running. MLX then keeps nothing for a gradient."""
+def inside_custom_op() -> bool:
+    """Return whether an `custom_op` computation is running. MLX then keeps nothing for a gradient."""
     return _outside.get()
 
 
@@ -113,7 +113,7 @@ class InFlight:
 
     def add(self, outputs: Arrays) -> Arrays:
         """Start `outputs`, wait for the outputs before them, and return `settled` outputs."""
-        outputs = settled(outputs)
+        outputs = evaluated_copies(outputs)
         mx.eval(*self._last)
         self._last = outputs
         return outputs

@@ -16,8 +16,8 @@ import click
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..extras import require
-from ..transport.base import Ring
 from ..transport.environment import launched_by
+from ..transport.interface import Transport
 from . import leave
 from .progress_bar import is_visible
 from .session import Session
@@ -31,7 +31,11 @@ LONGEST_ERROR = 600  # characters of another library's message
 
 
 def run(
-    work: SessionWork, call: str, options: dict[str, Any], read: PromptReader | None = None, patient: bool = False
+    work: SessionWork,
+    call: str,
+    options: dict[str, Any],
+    read: PromptReader | None = None,
+    forward_sigint: bool = False,
 ) -> None:
     """Do `work` on a ring: on ranks that this command starts, on those of a launcher, or in this process alone.
 
@@ -40,22 +44,22 @@ def run(
         call: Name of the command in the errors of other ranks.
         options: Options of the command.
         read: Function that makes the session's `text` of the options, on rank 0 before the model is loaded.
-        patient: Whether the started ranks handle Ctrl-C themselves.
+        forward_sigint: Whether the started ranks handle Ctrl-C themselves.
     """
     placement = Placement.pop_from(options)
     if launched_by() == "solo" and placement.starts_ranks:
-        leave(_start_ranks(placement, patient))
+        leave(_start_ranks(placement, forward_sigint))
     leave(_join_ring(work, call, placement, options, read))
 
 
-def _start_ranks(placement: Placement, patient: bool) -> int:
+def _start_ranks(placement: Placement, forward_sigint: bool) -> int:
     """Run this command again on ranks under a launcher. Return the exit code."""
     require("mlx_lm", "ringattn[lm]")  # before processes start
     own = replace(placement, variables=(*placement.variables, f"{STARTED}=1"))
     if placement.hosts is None and placement.hostfile is None:
         own = replace(own, ranks=placement.ranks or 1)
     ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
-    return ranks.run(patient=patient, explained=True)
+    return ranks.run(forward_sigint=forward_sigint, explained=True)
 
 
 def _join_ring(
@@ -66,11 +70,12 @@ def _join_ring(
     An error on one rank is an error on all ranks. Rank 0 prints it.
     """
     from .. import init
-    from ..transport.consensus import agree, heard
+    from ..ring.call import check_ring
+    from ..transport.consensus import agree, raise_on_all_ranks
 
-    with init() as ring:
+    with check_ring(init()) as ring:
         try:
-            with heard(ring, call):
+            with raise_on_all_ranks(ring, call):
                 _check_placement(placement, ring)
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
@@ -79,7 +84,7 @@ def _join_ring(
             if ring.rank == 0 and is_visible():
                 click.echo(f"Loading {options['model']} ...", err=True)
             with _warnings_in_one_line(ring.rank == 0):
-                with heard(ring, call):
+                with raise_on_all_ranks(ring, call):
                     model, tokenizer = load_model(options)
                 agree(ring, call)
                 return work(Session(ring, model, tokenizer, options, text)) or 0
@@ -89,7 +94,7 @@ def _join_ring(
             return 1
 
 
-def _check_placement(placement: Placement, ring: Ring) -> None:
+def _check_placement(placement: Placement, ring: Transport) -> None:
     """Refuse placement options under a launcher, which has placed the ranks already."""
     if placement.given and STARTED not in os.environ and launched_by() != "solo":
         given = ", ".join(placement.given)

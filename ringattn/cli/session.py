@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ArgumentError
-from ..transport.base import Ring
+from ..transport.interface import Transport
 from .progress_bar import make_callback
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Session:
         text: Prompt that the command has read; ``None`` on ranks other than 0.
     """
 
-    def __init__(self, ring: Ring, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
+    def __init__(self, ring: Transport, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
         import mlx.core as mx
 
         from .. import lm
@@ -69,11 +69,11 @@ class Session:
         """
         from ..lm.conversation import reusable
         from ..transport.collectives import broadcast_bytes
-        from ..transport.consensus import heard
+        from ..transport.consensus import raise_on_all_ranks
 
         ids: list[int] = []
         known: bytes | None = None
-        with heard(self.ring, "broadcast"):
+        with raise_on_all_ranks(self.ring, "broadcast"):
             if self.is_first:
                 use_template = self.tokenizer.has_chat_template and not plain
                 ids = self.conversation.ask(text) if use_template else self._plain_tokens(text)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .rules import Rules
+from .rules import ScoreRules
 
 
 class Rows(NamedTuple):
@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
     mask: Any = None
 
     @classmethod
-    def zeros(cls, q: mx.array, k: mx.array, v: mx.array, rules: Rules) -> Gradients:
+    def zeros(cls, q: mx.array, k: mx.array, v: mx.array, rules: ScoreRules) -> Gradients:
         """Zeros in the shapes of the inputs."""
         additive = None if rules.mask is None or rules.mask.dtype == mx.bool_ else mx.zeros(rules.mask.shape)
         return cls(mx.zeros(q.shape), mx.zeros(k.shape), mx.zeros(v.shape), additive)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -87,3 +87,16 @@ def positions(spans: Spans) -> np.ndarray:
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths
     return (np.repeat(starts - before, lengths) + np.arange(lengths.sum())).astype(np.int32)
+
+
+def cut(positions: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
+    """Cut ascending positions into runs of at most `step` tokens, and wherever they jump by more than `step`.
+
+    A run with tokens from both ends of the sequence would make all the tiles between them partial.
+    """
+    if len(positions) <= 1:
+        yield from [(0, 1)] * len(positions)
+        return
+    jumps = np.flatnonzero(np.diff(positions) > step) + 1
+    for first, last in zip([0, *jumps], [*jumps, len(positions)]):
+        yield from ((start, min(start + step, last)) for start in range(int(first), int(last), step))

@@ -12,7 +12,7 @@ import numpy as np
 from . import validation
 from .gradients import Gradients, Rows
 from .masks import Band
-from .rules import Rules
+from .rules import ScoreRules
 
 
 class SharedOptions(TypedDict, total=False):
@@ -108,9 +108,9 @@ class Options:
                       for name, x in given.items() if x is not None]  # fmt: skip
         return [*(x.astype(dtype) for x in sums[:3]), *option_gradients, *map(mx.zeros_like, self.segments or ())]
 
-    def rules(self, columns: np.ndarray | None = None) -> Rules:
+    def rules(self, columns: np.ndarray | None = None) -> ScoreRules:
         """Make the rules of a kernel call."""
-        return Rules(self.scale, self.band, self.softcap, self.mask, columns, self.segments)
+        return ScoreRules(self.scale, self.band, self.softcap, self.mask, columns, self.segments)
 
     @property
     def _mask_text(self) -> str:

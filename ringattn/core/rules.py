@@ -1,4 +1,4 @@
-"""Rules of a kernel call: which keys a query sees, and how scores are computed."""
+"""ScoreRules of a kernel call: which keys a query sees, and how scores are computed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .masks import Band
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Rules of one kernel call: which keys a query sees, and how scores are computed.
+class ScoreRules:
+    """ScoreRules of one kernel call: which keys a query sees, and how scores are computed.
 
     Attributes:
         scale: The factor of q . k.

@@ -72,7 +72,9 @@ def check_window(window: Any) -> int | tuple[int, int] | None:
             raise ArgumentError(f"window: {window}, expected at least 1, or a pair (left, right)")
         return min(int(window), _FAR)
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(map(_is_int, window)):
-        raise ArgumentTypeError(f"window: {told(window)}, expected an int, a pair of ints (left, right), or None")
+        raise ArgumentTypeError(
+            f"window: {format_value(window)}, expected an int, a pair of ints (left, right), or None"
+        )
     if min(window) < 0:
         raise ArgumentError(f"window: {tuple(window)}, expected numbers of at least 0")
     return min(int(window[0]), _FAR), min(int(window[1]), _FAR)
@@ -161,7 +163,7 @@ def check_token_positions(name: str, x: Any, tokens: int) -> np.ndarray:
     try:
         x = np.asarray(x)
     except ValueError:
-        raise ArgumentTypeError(f"{name}: {told(x)}, expected int32 positions") from None
+        raise ArgumentTypeError(f"{name}: {format_value(x)}, expected int32 positions") from None
     if x.size == 0:
         x = x.astype(np.int32)
     if x.dtype.kind not in "iu":
@@ -180,27 +182,27 @@ def check_out_dtype(out_dtype: Any, default: mx.Dtype) -> mx.Dtype:
     if out_dtype is None:
         return default
     if out_dtype not in FLOATS:
-        raise ArgumentTypeError(f"out_dtype: {told(out_dtype)}, expected mx.float16, mx.bfloat16 or mx.float32")
+        raise ArgumentTypeError(f"out_dtype: {format_value(out_dtype)}, expected mx.float16, mx.bfloat16 or mx.float32")
     return out_dtype
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check for ``None`` or one of `choices`."""
     if value is not None and (not isinstance(value, str) or value not in choices):
-        raise ArgumentError(f"{name}: {told(value)}, expected one of {', '.join(map(repr, choices))}, or None")
+        raise ArgumentError(f"{name}: {format_value(value)}, expected one of {', '.join(map(repr, choices))}, or None")
 
 
 def check_flag(name: str, value: Any) -> bool:
     """Check for True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected True or False")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected True or False")
     return bool(value)
 
 
 def check_int(name: str, value: Any, least: int = -(2**31)) -> int:
     """Check for an int of at least `least` that fits 32 bits."""
     if not _is_int(value):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected an integer")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected an integer")
     if value < least:
         raise ArgumentError(f"{name}: {value}, expected at least {least}")
     if value >= 2**31:
@@ -208,7 +210,7 @@ def check_int(name: str, value: Any, least: int = -(2**31)) -> int:
     return int(value)
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format `value` for an error message: one line, without the contents of an array."""
     if isinstance(value, (mx.array, np.ndarray)):
         return f"array of shape {tuple(value.shape)}"
@@ -222,11 +224,11 @@ def _is_int(value: Any) -> bool:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ArgumentError(f"{name}: {told(value)}, expected a finite number")
+        raise ArgumentError(f"{name}: {format_value(value)}, expected a finite number")
     return number

@@ -19,9 +19,8 @@ from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
 from ..kernels.interface import KernelInputs
 from ..kernels.products import mark_nonfinite_rows, zero_nonfinite
-from ..kernels.tiles import Piece, WorkUnit
 from . import softmax
-from .tile_masks import zero_hidden
+from .tile_masks import Piece, WorkUnit, zero_hidden
 from .work_units import ROWS, WorkUnits, buffer, cap, numpy_views, run_on_threads
 
 CHAINS = 8  # at least, where there is enough work

@@ -16,8 +16,8 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, WorkUnit
 from . import softmax
+from .tile_masks import Piece, WorkUnit
 from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
 

@@ -5,14 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile, array_tile, segment_tile
-from ..core.rules import Rules
-from ..kernels.tiles import Piece, WorkUnit
+from ..core.rules import ScoreRules
+
+
+class Piece(NamedTuple):
+    """Queries ``q_start:q_stop`` x keys ``k_start:k_stop``, and their class under a mask."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    tile: Tile
+
+
+class WorkUnit(NamedTuple):
+    """Queries ``start:stop`` of key/value heads ``first:last`` of a batch entry, and the pieces that they see."""
+
+    batch: int
+    first: int
+    last: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def cost(self) -> int:
+        return (self.last - self.first) * sum(
+            (piece.q_stop - piece.q_start) * (piece.k_stop - piece.k_start) for piece in self.pieces
+        )
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,7 @@ class TileMask:
     k_ids: np.ndarray | None
 
     @classmethod
-    def of(cls, rules: Rules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
+    def of(cls, rules: ScoreRules, group: int, q_pos: np.ndarray, k_pos: np.ndarray) -> TileMask:
         """Evaluate the arrays of `rules` and make views of them."""
         q_ids, k_ids = rules.segments or (None, None)
         arrays = [x for x in (rules.mask, q_ids, k_ids) if x is not None]

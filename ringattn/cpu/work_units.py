@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import as_float32, view
+from ..core.intervals import cut
 from ..core.masks import Tile
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from ..kernels.interface import KernelInputs
-from ..kernels.tiles import Piece, WorkUnit, cut
 from ..native import blas
-from .tile_masks import TileMask
+from .tile_masks import Piece, TileMask, WorkUnit
 
 ROWS = 512  # query rows in a unit, all heads of a group together
 SCORES = ROWS * 1024  # scores in a tile: 2 MB
@@ -84,7 +84,7 @@ class WorkUnits:
     v: np.ndarray
     q_pos: np.ndarray
     k_pos: np.ndarray
-    rules: Rules
+    rules: ScoreRules
     tile_mask: TileMask
 
     tiles: ClassVar[int] = 1  # tiles of scores in memory at a time
@@ -147,7 +147,7 @@ class WorkUnits:
 
 def numpy_views(
     inputs: KernelInputs,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Rules, TileMask]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, ScoreRules, TileMask]:
     """Evaluate the arrays of `inputs` and return the fields of `WorkUnits`."""
     q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
     mx.eval(q, k, v)

@@ -1,6 +1,7 @@
-"""Whether every host can open a TCP connection to every other, asked before MPI, which would wait for it for ever.
+"""A test that every host can open a TCP connection to every other one, before MPI, which would wait for it for ever.
 
-Ranks that cannot talk to each other yet tell each other where they listen through the doctor, whom all can reach.
+The ranks have no connections to each other yet. They exchange the addresses at which they listen through the doctor,
+which all can reach.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ MESSAGE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FailedConnection:
-    """Failed TCP connection between two ranks.
+    """A connection between two ranks that could not be opened.
 
     Attributes:
         caller: The rank that tried.
         peer: The rank that it tried to reach.
-        why: In the system's words.
+        why: The system's error message.
     """
 
     caller: int
@@ -38,14 +39,14 @@ class FailedConnection:
 
 
 class Coordinator:
-    """The doctor's part: it hands what each rank says to all, round after round, until one has left.
+    """The doctor's side of `CoordinatorClient.gather`: sends the lists of all ranks to all, until a rank leaves.
 
     Args:
-        address: Of this machine, at which all ranks reach it.
-        size: How many ranks will come.
+        address: An address of this machine at which all ranks reach it.
+        size: The number of ranks.
 
     Attributes:
-        endpoint: For `CoordinatorClient`. It holds a secret.
+        endpoint: The argument for `CoordinatorClient`. It holds a secret.
     """
 
     def __init__(self, address: str, size: int) -> None:
@@ -64,23 +65,23 @@ class Coordinator:
             ranks[caller[0]] = Channel(caller[1], MESSAGE_BYTES)
         with ExitStack() as stack, suppress(OSError):
             for channel in ranks.values():
-                stack.callback(channel.close)  # which tells the others that a rank has left
+                stack.callback(channel.close)  # so that the others see that a rank has left
             while len(ranks) == self._size:
-                said = [take(ranks[rank].receive(), "said", list) for rank in range(self._size)]
+                lists = [take(ranks[rank].receive(), "list", list) for rank in range(self._size)]
                 for channel in ranks.values():
-                    channel.send(said)
+                    channel.send(lists)
 
 
 class CoordinatorClient:
-    """A rank's part. `RingError` where the doctor cannot be reached.
+    """A rank's connection to the doctor's `Coordinator`. `RingError` if the doctor cannot be reached.
 
     Args:
-        endpoint: Of the doctor's `Coordinator`.
+        endpoint: The endpoint of the `Coordinator`.
         rank: This rank.
 
     Attributes:
-        key: That all ranks of this run know.
-        own_address: At which others may reach this host as well.
+        key: The key of this run, which all its ranks know.
+        own_address: An address at which others may reach this host as well.
     """
 
     def __init__(self, endpoint: str, rank: int) -> None:
@@ -93,24 +94,24 @@ class CoordinatorClient:
         self.own_address: str = link.getsockname()[0]
 
     def gather(self, what: list) -> list[Any]:
-        """What all ranks say, lists of anything that JSON can hold. Collective."""
+        """Return the lists of all ranks, of values that JSON can hold. Collective."""
         try:
-            self._channel.send({"said": what})
-            said = self._channel.receive()
+            self._channel.send({"list": what})
+            lists = self._channel.receive()
         except OSError as error:
             raise RingError(f"the connection to the doctor was lost ({error})") from None
-        if said is None:
-            raise RingError("a rank left before all had said what they found")
-        return list(said)
+        if lists is None:
+            raise RingError("a rank left before all ranks had sent their results")
+        return list(lists)
 
     def close(self) -> None:
         self._channel.close()
 
 
 class AnsweringListener:
-    """Answers the ranks of the same run, and keeps no connection.
+    """A listener that answers the ranks of the same run, and closes each connection at once.
 
-    Whoever listens at the same address of another machine has another key: each rank has its own.
+    Each rank has a key of its own, so a listener at the same address of another machine is not mistaken for it.
     """
 
     def __init__(self, key: bytes, rank: int) -> None:
@@ -128,10 +129,10 @@ class AnsweringListener:
 
 
 def find_failed_connections(endpoint: str, rank: int, hosts: Sequence[str]) -> list[FailedConnection]:
-    """The ways between ranks on different hosts that are dead, the same list on all ranks. Collective.
+    """Find connections between ranks on different hosts that cannot be opened: the same list on all ranks. Collective.
 
     Args:
-        endpoint: Of the doctor's `Coordinator`.
+        endpoint: The endpoint of the doctor's `Coordinator`.
         rank: This rank.
         hosts: The address or name of every rank's host.
     """
@@ -142,11 +143,11 @@ def find_failed_connections(endpoint: str, rank: int, hosts: Sequence[str]) -> l
         with ThreadPoolExecutor(max(1, len(others))) as pool:
             tried = pool.map(lambda peer: _try(places[peer], client.key, rank, peer), others)
             mine = [(rank, peer, why) for peer, why in zip(others, tried) if why]
-        return [FailedConnection(*one) for dead in client.gather(mine) for one in dead]
+        return [FailedConnection(*one) for failed in client.gather(mine) for one in failed]
 
 
 def _try(addresses: Sequence[Address], key: bytes, rank: int, peer: int) -> str | None:
-    """Why none of the addresses led to the rank; ``None`` if one did."""
+    """The reason why the rank is at none of the addresses; ``None`` if it is at one."""
     try:
         connect([(address, port) for address, port in addresses], derive_key(key, f"rank {peer}"), rank).close()
     except ConnectionError as error:

@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 
 from ..errors import RingError
-from ..transport.base import Ring
+from ..transport.interface import Transport
 
 ROUNDS = 101  # of a few bytes, for the latency
 LATENCY_LIMIT = 0.5  # s after which no further round starts
@@ -55,7 +55,7 @@ def pairs(size: int) -> list[tuple[int, int]]:
     return [(rank, (rank + 1) % size) for rank in range(size if size > 2 else size - 1)]
 
 
-def measure_link(ring: Ring, ranks: tuple[int, int]) -> LinkSpeed | None:
+def measure_link(ring: Transport, ranks: tuple[int, int]) -> LinkSpeed | None:
     """Measure one link while all others are idle. Collective over `ring`.
 
     Returns:
@@ -73,16 +73,16 @@ def measure_link(ring: Ring, ranks: tuple[int, int]) -> LinkSpeed | None:
         raise RingError(f"{name}: {error}", host=error.host) from error
 
 
-def measure_hop(ring: Ring) -> float:
+def measure_hop(ring: Transport) -> float:
     """Bytes per second that every rank sends while all send, as in a hop. Collective.
 
     Ranks send to the right, or half each way where `ring_attention` does.
     """
     with ring.call("hop of all ranks"):
-        return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.apart else (1,))
+        return _bandwidth(ring, tuple(range(ring.size)), (1, -1) if ring.neighbours_on_other_hosts else (1,))
 
 
-def _latency(pair: Ring) -> float:
+def _latency(pair: Transport) -> float:
     """Median seconds of a message of a few bytes.
 
     Both ranks send at once and wait for the other's message. A round therefore takes as long as one message.
@@ -96,7 +96,7 @@ def _latency(pair: Ring) -> float:
     return _largest(pair, median(seconds))
 
 
-def _bandwidth(ring: Ring, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
+def _bandwidth(ring: Transport, senders: tuple[int, ...], steps: tuple[int, ...] = (1,)) -> float:
     """Bytes per second while `senders` send messages that take long enough to time."""
     size = LEAST
     seconds = _transfer(ring, senders, size, steps)
@@ -112,7 +112,7 @@ def next_size(size: int, seconds: float) -> int:
     return max(LEAST, min(MOST, int(size * TARGET / max(seconds, 1e-9))))
 
 
-def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
+def _transfer(ring: Transport, senders: tuple[int, ...], size: int, steps: tuple[int, ...]) -> float:
     """Seconds from the moment when all ranks are ready until the last rank has sent and received everything.
 
     An equal part of the bytes goes in each direction of `steps`.
@@ -131,6 +131,6 @@ def _transfer(ring: Ring, senders: tuple[int, ...], size: int, steps: tuple[int,
     return _largest(ring, time.perf_counter() - start)
 
 
-def _largest(ring: Ring, value: float) -> float:
+def _largest(ring: Transport, value: float) -> float:
     """Largest of all ranks' values. All ranks decide by it in the same way."""
     return max(json.loads(bytes(reply)) for reply in ring.exchange([memoryview(json.dumps(value).encode())]))

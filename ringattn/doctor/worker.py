@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..errors import RingAttentionError
 from ..launcher.rank_wrapper import launched_rank
+from ..ring.call import check_ring
 from ..transport import init
 from ..transport.environment import launched_by
 from .compute_speed import measure
@@ -61,7 +62,7 @@ def _measure_ring(rank: int) -> None:
     write_record(rank, doing="opening the ring", mpi=asdict(mpi))
     if mpi.threads != "multiple":
         return  # no ring can be opened, and the record has the reason
-    with init() as ring:
+    with check_ring(init()) as ring:
         for ranks in pairs(ring.size):
             write_record(rank, doing=f"measuring link {ranks[0]}-{ranks[1]}")
             link = measure_link(ring, ranks)

@@ -16,11 +16,11 @@ import numpy as np
 
 from ..autograd.custom_function import InFlight
 from ..core.gradients import Gradients, Rows
+from ..core.intervals import cut
 from ..core.masks import Tile, segment_tile
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from .interface import KernelInputs
 from .products import mark_nonfinite_rows, zero_nonfinite
-from .tiles import cut
 
 SCORES = 1 << 24  # in a block, all heads and batch entries together: 64 MB
 KEYS = 1024  # in a block
@@ -47,7 +47,7 @@ class Block:
     rows: Rows
     q_pos: np.ndarray
     k_pos: np.ndarray
-    rules: Rules
+    rules: ScoreRules
     partial: bool
 
     def part(self, most: int) -> Block:
@@ -178,7 +178,7 @@ class _Blocks:
         """Stack the rows of the heads of each group into one matrix: float32 ``[B, Hkv, group * queries, D]``."""
         return x.astype(mx.float32).reshape(x.shape[0], self.inputs.k.shape[1], -1, x.shape[3])
 
-    def _rules(self, a: Span, b: Span) -> Rules:
+    def _rules(self, a: Span, b: Span) -> ScoreRules:
         mask, segments = self.inputs.rules.mask, self.inputs.rules.segments
         if mask is not None:
             mask = mask if mask.shape[2] == 1 else mask[:, :, slice(*a)]

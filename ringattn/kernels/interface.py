@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.gradients import Gradients, Rows
 from ..core.online_softmax import State, finish
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class KernelInputs:
     v: mx.array
     q_pos: np.ndarray
     k_pos: np.ndarray
-    rules: Rules
+    rules: ScoreRules
 
     @property
     def group(self) -> int:

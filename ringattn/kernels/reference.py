@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..autograd.custom_function import outside, settled
+from ..autograd.custom_function import evaluated_copies, inside_custom_op
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
 from ..core.online_softmax import State, merge_states
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from . import blockwise_backward, products
 from .interface import Kernel, KernelInputs
 
@@ -89,14 +89,14 @@ def _rows(inputs: KernelInputs, state: State, rows: slice) -> State:
 
 def _settled(state: State) -> State:
     """Evaluate `state`, so that the scores of one chunk are in memory at a time. Skip it in mx.compile and mx.vmap."""
-    if outside():
-        return State(*settled(state))
+    if inside_custom_op():
+        return State(*evaluated_copies(state))
     with suppress(ValueError):
         mx.eval(*state)
     return state
 
 
-def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.array, mx.array | None]:
+def _scores(q, k, seen: mx.array | None, rules: ScoreRules, keys: slice) -> tuple[mx.array, mx.array | None]:
     """Compute scores ``[B, Hkv, group, Lq, keys]`` and which of them are visible. ``None`` means all."""
     batch, heads, q_len, dim = q.shape
     _, kv_heads, k_len, _ = k.shape
@@ -119,7 +119,7 @@ def _scores(q, k, seen: mx.array | None, rules: Rules, keys: slice) -> tuple[mx.
     return scores, seen
 
 
-def _seen(seen: mx.array | None, mask: mx.array | None, rules: Rules, keys: slice) -> mx.array | None:
+def _seen(seen: mx.array | None, mask: mx.array | None, rules: ScoreRules, keys: slice) -> mx.array | None:
     """Combine `seen`, which is by position, with segments and an array mask. The result broadcasts to the scores."""
     if rules.segments is not None:
         q_ids, k_ids = rules.segments[0][:, :, None], rules.segments[1][:, None, keys]
@@ -133,7 +133,7 @@ def _both(a: mx.array | None, b: mx.array) -> mx.array:
     return b if a is None else a & b
 
 
-def _columns(rules: Rules, keys: slice) -> mx.array:
+def _columns(rules: ScoreRules, keys: slice) -> mx.array:
     assert rules.mask is not None
     if rules.mask.shape[-1] == 1:
         return rules.mask

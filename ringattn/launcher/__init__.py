@@ -1,5 +1,5 @@
-"""Hosts and launching: everything that happens around the ranks, none of it inside them.
+"""Hosts and launching: the work around the ranks, outside their programs.
 
-`mpiexec` finds and describes the launcher of the installed MPI, `local` runs a program with it on this machine, and
-`rank` is the small process that every rank runs under.
+`hostfile` reads the hosts and `preflight` checks them. `mpiexec` finds the installed MPI's mpiexec and writes its
+command line. `supervisor` runs it, with a `rank_table` of the reports of every rank's `rank_wrapper`.
 """

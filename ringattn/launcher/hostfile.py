@@ -1,4 +1,4 @@
-"""Which hosts ranks run on: from the command line, MLX's host files, and those of MPICH and Open MPI."""
+"""Hosts that ranks run on, from the command line and the host files of MLX, MPICH and Open MPI."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from ..errors import LaunchError
 
-# What a host may be called: a name, an address, a user before it. Nothing that ssh or a shell would take for more.
+# A name or an address, perhaps with a user before it. No character that ssh or a shell would interpret.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What MLX's files may say. "rdma" is for mlx.launch's own transports, and nothing that MPI could use.
-_KEYS, _HOST_KEYS = ("hosts", "backend", "envs"), ("ssh", "ips", "rdma", "slots")
+# The keys of MLX's files. "rdma" is for mlx.launch's own transports; MPI cannot use it.
+_KEYS = ("hosts", "backend", "envs")
+_HOST_KEYS = ("ssh", "ips", "rdma", "slots")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Host:
     """A host and how many ranks it takes.
 
     Attributes:
-        ssh: What ssh takes: an address or a name, perhaps with a user before it.
-        slots: Ranks at most.
+        ssh: The destination for ssh: an address or a name, perhaps with a user before it.
+        slots: The number of ranks, at most.
     """
 
     ssh: str
@@ -38,18 +39,18 @@ class Host:
 
     @property
     def address(self) -> str:
-        """Without the user."""
+        """The address or name without the user."""
         return self.ssh.rpartition("@")[2]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """All hosts, in the order of the ring, and what a host file says beside them.
+    """All hosts, in the order of the ring, and the other settings of a host file.
 
     Attributes:
         hosts: At least one.
         variables: ``NAME=VALUE`` for the environment of all ranks.
-        backend: Over what ranks are to talk, in ``mlx.launch``'s words; ``None`` where nothing is said.
+        backend: The backend of the ranks' messages, as ``mlx.launch`` names it; ``None`` if none is given.
     """
 
     hosts: tuple[Host, ...]
@@ -62,19 +63,19 @@ class Cluster:
 
 
 def parse_hosts(text: str) -> Cluster:
-    """The hosts of ``a,b:2,user@c``.
+    """Parse hosts such as ``a,b:2,user@c``.
 
     Raises:
-        LaunchError: One of them is none, or there is one twice.
+        LaunchError: A part is no host, or a host is there twice.
     """
     return _distinct("--hosts", [_host("--hosts", part.strip()) for part in text.split(",")])
 
 
 def read_hostfile(path: str | Path) -> Cluster:
-    """The hosts of a file: MLX's JSON, or a line for each host, ``a``, ``a:2`` (MPICH) or ``a slots=2`` (Open MPI).
+    """Read a host file: MLX's JSON, or a line for each host, ``a``, ``a:2`` (MPICH) or ``a slots=2`` (Open MPI).
 
     Raises:
-        LaunchError: It cannot be read, or something in it is not as expected; the message names file and place.
+        LaunchError: The file cannot be read, or an entry is wrong; the message names file and place.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -91,7 +92,7 @@ def read_hostfile(path: str | Path) -> Cluster:
 
 
 def check_variable(name: str, text: str) -> str:
-    """`text` if it is ``NAME=VALUE``; `name` says where it was given."""
+    """Return `text` if it is ``NAME=VALUE``. `name` is the option or file that it comes from."""
     variable, equals, _ = text.partition("=")
     if not equals or not _VARIABLE.fullmatch(variable) or "\0" in text:
         raise LaunchError(f"{name}: {text!r}, expected NAME=VALUE")
@@ -99,7 +100,7 @@ def check_variable(name: str, text: str) -> str:
 
 
 def _host(where: str, text: str, slots: Any = None, default: int = 1) -> Host:
-    """The host of ``HOST`` or ``HOST:SLOTS``; `slots` is what was said of them elsewhere."""
+    """Parse ``HOST`` or ``HOST:SLOTS``. `slots` is their number as given elsewhere."""
     name, colon, number = text.partition(":")
     if ":" in number:
         why = "expected HOST or HOST:SLOTS; the host lists of MPI take no IPv6 address: use a name or an IPv4 address"
@@ -137,7 +138,8 @@ def _parse_json(path: str, text: str) -> Cluster:
         raise LaunchError(f"{path}: not JSON: {error}") from None
     table = found if isinstance(found, dict) else {"hosts": found}
     _check_keys(path, table, _KEYS)
-    entries, variables = table.get("hosts"), table.get("envs") or []
+    entries = table.get("hosts")
+    variables = table.get("envs") or []
     if not isinstance(entries, list) or not isinstance(variables, list):
         raise LaunchError(f"{path}: expected a list of hosts, or an object with 'hosts' and 'envs', which are lists")
     backend = table.get("backend", "")
@@ -152,7 +154,7 @@ def _parse_entry(where: str, entry: Any) -> Host:
     if not isinstance(entry, dict) or not isinstance(entry.get("ssh"), str):
         raise LaunchError(f"{where}: {entry!r}, expected an object with 'ssh'")
     _check_keys(where, entry, _HOST_KEYS)
-    return _host(where, _reached(where, entry), entry.get("slots"))
+    return _host(where, _destination(where, entry), entry.get("slots"))
 
 
 def _check_keys(where: str, table: dict[str, Any], known: Sequence[str]) -> None:
@@ -160,8 +162,8 @@ def _check_keys(where: str, table: dict[str, Any], known: Sequence[str]) -> None
         raise LaunchError(f"{where}: {unknown!r}, expected {', '.join(known)}")
 
 
-def _reached(where: str, entry: dict[str, Any]) -> str:
-    """What ssh takes: the first of the addresses, which is the one for the ranks' messages, or else the name."""
+def _destination(where: str, entry: dict[str, Any]) -> str:
+    """The destination for ssh: the first address, which is the one for the ranks' messages, or else the name."""
     addresses = entry.get("ips") or []
     if not isinstance(addresses, list) or not all(isinstance(one, str) for one in addresses):
         raise LaunchError(f"{where}: ips {addresses!r}, expected a list of addresses")

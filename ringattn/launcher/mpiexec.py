@@ -1,4 +1,4 @@
-"""Finding mpiexec, telling MPICH from Open MPI, and writing their command lines."""
+"""mpiexec: find it, distinguish MPICH from Open MPI, and write their command lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .hostfile import Host
 
 Flavour = Literal["MPICH", "Open MPI"]
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # ask for no password: nobody may be there to give it
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # ask for no password: the user may be away
 _NAMES = ("mpiexec", "mpiexec.hydra", "mpiexec.mpich", "mpiexec.openmpi")
 _WRAPPER = Path(__file__).with_name("rank_wrapper.py")
 
@@ -35,13 +35,13 @@ class Mpiexec:
 
 
 def find_mpiexec(path: str | None = None) -> Mpiexec:
-    """The mpiexec at `path`, or else the first one of the MPI that mpi4py loads, or else the first one at all.
+    """Find the mpiexec at `path`, or else the first one of the MPI that mpi4py loads, or else the first one at all.
 
-    They are looked for beside the library that mpi4py was told to load, beside this Python (where the PyPI wheels put
-    them), then on PATH. Two MPIs may share a folder and differ in the programs' names.
+    The search covers the folder beside the library in ``MPI4PY_LIBMPI``, the folder of this Python (where the PyPI
+    wheels put it), then PATH. Two MPIs may share a folder and differ in the programs' names.
 
     Raises:
-        LaunchError: There is none, or it is neither MPICH's nor Open MPI's.
+        LaunchError: No mpiexec is found, or it is neither MPICH's nor Open MPI's.
     """
     if path is not None:
         found = shutil.which(path)
@@ -58,7 +58,7 @@ def find_mpiexec(path: str | None = None) -> Mpiexec:
 
 
 def _find_candidates() -> list[str]:
-    """Every mpiexec of this machine, the preferred ones first."""
+    """Find every mpiexec of this machine, the preferred ones first."""
     library = os.environ.get("MPI4PY_LIBMPI", "")
     beside = os.path.realpath(os.path.join(library, "../../bin")) if os.path.isabs(library) else ""
     path = os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -80,28 +80,28 @@ def _flavour(path: str) -> Flavour:
         shown = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{path} --version does not answer: {error}") from None
-    return tell_flavour(path, shown.stdout + shown.stderr)
+    return parse_flavour(path, shown.stdout + shown.stderr)
 
 
-def tell_flavour(path: str, version: str) -> Flavour:
-    """Which MPI an mpiexec belongs to, by what ``mpiexec --version`` prints.
+def parse_flavour(path: str, version: str) -> Flavour:
+    """Find the MPI that an mpiexec belongs to, from the output of ``mpiexec --version``.
 
     Raises:
-        LaunchError: It is neither MPICH (or a relative that uses its launcher, Hydra) nor Open MPI.
+        LaunchError: The MPI is neither MPICH (or a relative that uses its launcher, Hydra) nor Open MPI.
     """
     if "HYDRA" in version.upper() or "Intel(R) MPI" in version:
         return "MPICH"
     if "Open MPI" in version or "OpenRTE" in version or "PRRTE" in version:
         return "Open MPI"
-    said = version.strip().partition("\n")[0] or "nothing"
-    raise LaunchError(f"{path} is neither MPICH's nor Open MPI's mpiexec; --version says {said[:80]!r}")
+    first_line = version.strip().partition("\n")[0] or "nothing"
+    raise LaunchError(f"{path} is neither MPICH's nor Open MPI's mpiexec; --version prints {first_line[:80]!r}")
 
 
 def library_flavour(environment: Mapping[str, str] | None = None, prefix: str | None = None) -> Flavour | None:
-    """The MPI whose library mpi4py will load, or ``None`` where the files do not tell.
+    """Find the MPI whose library mpi4py will load, or ``None`` if the file names do not show it.
 
-    It follows mpi4py's own search (its variables, then the environment's ``lib``) by file names only: loading the
-    library, as mpi4py does, would take longer than everything else the launcher does.
+    The search is mpi4py's own (its variables, then the environment's ``lib``), by file names alone: loading the
+    library, as mpi4py does, would take longer than all other work of the launcher.
     """
     environment = os.environ if environment is None else environment
     abi = environment.get("MPI4PY_MPIABI", "").lower().translate({ord(c): None for c in " -_"})
@@ -122,7 +122,7 @@ def _is_libmpi(name: str, number: int) -> bool:
 
 
 def mismatch(mpiexec: Mpiexec) -> str | None:
-    """One line for people if mpi4py will load another MPI than this mpiexec's: every rank would then be alone."""
+    """Return a warning if mpi4py will load another MPI than this mpiexec's: every rank would then be alone."""
     library = library_flavour()
     if library is None or library == mpiexec.flavour:
         return None
@@ -143,20 +143,20 @@ def build_command(
     variables: Iterable[str] = (),
     root: bool | None = None,
 ) -> list[str]:
-    """The command line that runs `command` on `ranks` ranks, each under its wrapper.
+    """Build the command line that runs `command` on `ranks` ranks, each under its wrapper.
 
-    Threads are left free to spread over all cores (no binding), and ranks may outnumber cores.
+    Threads may run on all cores (no binding), and there may be more ranks than cores.
 
     Args:
         mpiexec: From `find_mpiexec`.
         ranks: The number of ranks, at least 1.
         command: The program and its arguments. One that ends in ``.py``, and ``ringattn``, run under this Python.
-        hosts: Where they run, filled one after the other; none: on this machine.
+        hosts: The hosts of the ranks, filled one after the other; none: this machine.
         home: The address of this machine at which the hosts reach it.
-        interface: The network interface that the ranks' messages take (Open MPI; MPICH is told by the environment). Not
-            that of the launcher's, which leave from here, where it may have another name.
-        variables: Names of the environment's variables that ranks on other hosts get (Open MPI; MPICH gives all).
-        root: Whether the user is root, which Open MPI wants confirmed. Default: ask the system.
+        interface: The network interface for the ranks' messages (Open MPI; MPICH reads it from the environment). The
+            launcher's messages do not use it, because it may have another name on this machine.
+        variables: Names of the environment's variables to pass to other hosts (Open MPI; MPICH passes all).
+        root: Whether the user is root, which Open MPI allows only with an option. Default: ask the system.
     """
     line = [mpiexec.path]
     slots = ",".join(f"{host.ssh}:{host.slots}" for host in hosts)
@@ -175,19 +175,19 @@ def build_command(
 
 
 def _under_this_python(program: str) -> list[str]:
-    """How every host runs `program`: scripts and ringattn itself under the Python that is at the same path there."""
+    """The command for `program` on every host: scripts and ringattn run under the Python at the path of this one."""
     if program == "ringattn":
         return [sys.executable, "-m", "ringattn.cli"]
     return [sys.executable, program] if program.endswith(".py") else [program]
 
 
 def _escape(argument: str) -> str:
-    """A bare ``:`` starts another program for mpiexec; `rank.unescape` undoes this."""
+    """Escape a bare ``:``, which starts another program for mpiexec; `rank_wrapper.unescape` undoes this."""
     return "\\" + argument if argument.lstrip("\\") == ":" else argument
 
 
 def check_command(command: Sequence[str]) -> None:
-    """Raise `LaunchError` unless the program is there: one line now instead of one traceback per rank."""
+    """Raise `LaunchError` if the program does not exist: one line instead of one traceback per rank."""
     program = command[0]
     if program.endswith(".py"):
         if not os.path.isfile(program):
@@ -207,17 +207,17 @@ def build_environment(
     prefix: bool = False,
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The environment of the ranks: `base` (default: ours) and what the launcher adds.
+    """Build the environment of the ranks: `base` (default: that of this process) and the launcher's variables.
 
-    Each rank's wrapper adds the threads of its host, where nothing is said about them.
+    Each rank's wrapper sets the threads of its host if they are not set.
 
     Args:
-        threads: Threads per rank. What the user has set for BLAS and OpenMP stays.
-        timeout: Seconds without a sign of life after which a peer counts as dead.
-        interface: The network interface of those hosts that messages take.
+        threads: Threads per rank. The user's own settings for BLAS and OpenMP stay.
+        timeout: Seconds without a heartbeat after which a peer counts as dead.
+        interface: The network interface of those hosts for messages.
         remote: Whether ranks run on other hosts.
-        prefix: Put the rank before each line that it prints.
-        base: What the ranks inherit.
+        prefix: Print the rank before each line of its output.
+        base: The environment to start from.
     """
     environment = dict(os.environ if base is None else base)
     if threads is not None:
@@ -234,20 +234,20 @@ def build_environment(
     if prefix:
         environment["RINGATTN_LAUNCH_PREFIX"] = "1"
     elif sys.stderr.isatty():
-        environment["RINGATTN_TERMINAL"] = "1"  # where what the ranks write will be seen
+        environment["RINGATTN_TERMINAL"] = "1"  # a user sees what the ranks write
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault(tf32.VARIABLE, "0")
     return environment | {"RINGATTN_LAUNCH": "1"}
 
 
 def _choose_network(environment: dict[str, str], interface: str | None) -> None:
-    """Have MPICH talk over TCP where the user has chosen nothing else, and through `interface`.
+    """Make MPICH use TCP unless the user has chosen another network, and `interface`.
 
-    Its wheel for Linux prefers UCX, which that for macOS has not: they could not talk to each other. And UCX spreads
-    its messages over all interfaces, whatever address a host was named by.
+    Its wheel for Linux prefers UCX, which the wheel for macOS lacks: the two could not communicate. And UCX spreads its
+    messages over all interfaces, whichever address names a host.
     """
-    way = environment.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-    if way == "ofi":
+    network = environment.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+    if network == "ofi":
         environment.setdefault("FI_PROVIDER", "tcp")
     if interface is not None:
-        environment["UCX_NET_DEVICES" if way == "ucx" else "FI_TCP_IFACE"] = interface
+        environment["UCX_NET_DEVICES" if network == "ucx" else "FI_TCP_IFACE"] = interface

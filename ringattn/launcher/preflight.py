@@ -1,4 +1,4 @@
-"""Whether hosts can be reached and have what ranks need, asked of all of them at once before anything starts."""
+"""Checks before a start, on all hosts at once: this user can log in, and Python, ringattn and MPI are there."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import LaunchError
-from ..transport.mlx.bootstrap import own_address_towards
+from ..transport.addresses import is_here, own_address_towards
 from .hostfile import Host
 from .mpiexec import SSH_OPTIONS, Mpiexec
-from .rank_table import is_here
 
-PATIENCE = 15.0  # s for a host to answer
-_MARK = "ringattn-lacks:"  # before each answer: what a shell's own start-up files print is none
-_HELPERS = {"MPICH": "hydra_pmi_proxy", "Open MPI": "prted"}  # what mpiexec starts on every host, beside its own place
+ANSWER_TIMEOUT = 15.0  # s for a host to answer
+_MARK = "ringattn-lacks:"  # before each answer: a shell's own start-up files may print other lines
+_HELPERS = {"MPICH": "hydra_pmi_proxy", "Open MPI": "prted"}  # the program beside mpiexec that it starts on every host
 _WRAPPER = str(Path(__file__).with_name("rank_wrapper.py"))
-_OFF = "see whether it is on, and on this network"
-_REMEDIES = {  # what ssh says of a host -> what to do about it
+_OFF = "check that it is on, and on this network"
+_REMEDIES = {  # an error of ssh -> what the user can do
     r"Permission denied|Too many authentication": "'ssh {host}' must work without a password: ssh-copy-id {host}",
-    r"Host key verification": "call 'ssh {host}' once and look at its key: nothing may be asked later",
-    r"Could not resolve": "see whether the name is right, or give an address",
-    r"Connection refused": "see whether its sshd runs (on a Mac: System Settings > General > Sharing > Remote Login)",
+    r"Host key verification": "run 'ssh {host}' once and confirm its key: ssh may ask no question later",
+    r"Could not resolve": "check the name, or give an address",
+    r"Connection refused": "check that its sshd runs (on a Mac: System Settings > General > Sharing > Remote Login)",
     r"timed out|No route|is down|unreachable": _OFF,
 }
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What keeps ranks from running on a host.
+    """The reason why ranks cannot run on a host.
 
     Attributes:
-        host: Which.
-        what: What is wrong, in its or ssh's words.
-        remedy: What to do about it.
+        host: The host.
+        what: The problem, as the host or ssh describes it.
+        remedy: Advice for the user.
     """
 
     host: Host
@@ -58,20 +57,20 @@ class _Need(NamedTuple):
 
 
 def check_hosts(hosts: Sequence[Host], mpiexec: Mpiexec, interface: str | None = None) -> None:
-    """Raise `LaunchError`, in one line, where `find_troubles` finds any."""
+    """Raise `LaunchError`, in one line, if `find_troubles` finds any."""
     if troubles := find_troubles(hosts, mpiexec, interface):
         raise LaunchError("; ".join(map(str, troubles)))
 
 
 def find_troubles(hosts: Sequence[Host], mpiexec: Mpiexec, interface: str | None = None) -> list[Trouble]:
-    """At most one trouble for each host.
+    """Find at most one trouble for each host.
 
-    There is none where it lets this user in, and has Python, ringattn and MPI where they are here.
+    A host without one lets this user in, and has Python, ringattn and MPI at the same paths as this machine.
 
     Args:
-        hosts: At least one. This machine may be among them, and is not asked by ssh.
-        mpiexec: The one that will start the ranks.
-        interface: A network interface that every host has to have.
+        hosts: At least one. This machine may be among them; it is checked without ssh.
+        mpiexec: The mpiexec that will start the ranks.
+        interface: A network interface that every host must have.
     """
     needs = _needs(mpiexec, interface)
     with ThreadPoolExecutor(len(hosts)) as pool:
@@ -79,10 +78,10 @@ def find_troubles(hosts: Sequence[Host], mpiexec: Mpiexec, interface: str | None
 
 
 def home_address(hosts: Sequence[Host]) -> str:
-    """The address of this machine at which the hosts reach it. IPv4, as all that MPI is told.
+    """Find the address at which the hosts reach this machine. IPv4, as all addresses that MPI gets.
 
     Raises:
-        LaunchError: It cannot be found, though one of the hosts is another machine.
+        LaunchError: No address is found, though one of the hosts is another machine.
     """
     others = [host.address for host in hosts if not is_here(host.address)]
     found = [own_address_towards(address) for address in others or [host.address for host in hosts]]
@@ -99,42 +98,44 @@ def home_address(hosts: Sequence[Host]) -> str:
 def _needs(mpiexec: Mpiexec, interface: str | None) -> list[_Need]:
     needed = {sys.executable: "Python", _WRAPPER: "ringattn"}
     helper = os.path.join(os.path.dirname(mpiexec.path), _HELPERS[mpiexec.flavour])
-    if os.path.exists(helper):  # a system's own packages may keep it elsewhere
+    if os.path.exists(helper):  # packages of the system may have it elsewhere
         needed[helper] = mpiexec.flavour
     same = "install it at the same path as here"
     needs = [_Need(f"test -e {shlex.quote(path)}", f"no {what} at {path}", same) for path, what in needed.items()]
     if interface is not None:
         name = shlex.quote(interface)
-        # Linux has the first, macOS the second; ssh's PATH often lacks the folder of the second.
+        # Linux has the folder, macOS has ifconfig; ssh's PATH often lacks the folder of ifconfig.
         test = f"{{ test -e /sys/class/net/{name} || PATH=$PATH:/sbin:/usr/sbin ifconfig {name}; }} >/dev/null 2>&1"
-        remedy = "give the --interface that leads to the other hosts, which must have the same name on all"
+        remedy = "give the --interface that connects the hosts; it must have the same name on all of them"
         needs.append(_Need(test, f"no network interface {interface!r}", remedy))
     return needs
 
 
 def _ask(host: Host, needs: Sequence[_Need]) -> Trouble | None:
-    """What is wrong with a host, and what to do about it."""
+    """Check one host."""
     lines = [f"{need.test} || echo {_MARK}{number}" for number, need in enumerate(needs)]
     script = "\n".join([*lines, f"echo {_MARK}"])
     line = ["sh", "-c", script]
-    if not is_here(host.address):  # whichever shell its user has
+    if not is_here(host.address):  # sh, whichever shell the user has there
         line = ["ssh", *SSH_OPTIONS, "--", host.ssh, f"sh -c {shlex.quote(script)}"]
     try:
-        shown = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+        shown = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_TIMEOUT)
     except subprocess.TimeoutExpired:
-        return Trouble(host, f"no answer within {PATIENCE:g} s", _OFF)
+        return Trouble(host, f"no answer within {ANSWER_TIMEOUT:g} s", _OFF)
     except OSError as error:
         return Trouble(host, f"{line[0]}: {error.strerror}", f"install {line[0]} here")
     answers = [line.removeprefix(_MARK) for line in shown.stdout.splitlines() if line.startswith(_MARK)]
     if not answers:
-        return _not_asked(host, shown)
+        return _login_trouble(host, shown)
     lacking = next((needs[int(answer)] for answer in answers if answer), None)
     return lacking and Trouble(host, lacking.lacking, lacking.remedy)
 
 
-def _not_asked(host: Host, shown: subprocess.CompletedProcess[str]) -> Trouble:
-    """Why a host did not come to answer."""
-    said = (shown.stderr.strip() or shown.stdout.strip() or f"ssh ended with code {shown.returncode}").splitlines()[-1]
-    remedies = (remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, said))
-    remedy = next(remedies, "see what 'ssh {host} true' says")
-    return Trouble(host, said, remedy.format(host=host.ssh))
+def _login_trouble(host: Host, shown: subprocess.CompletedProcess[str]) -> Trouble:
+    """The reason why a host gave no answer, from the output of ssh."""
+    last_line = (
+        shown.stderr.strip() or shown.stdout.strip() or f"ssh ended with code {shown.returncode}"
+    ).splitlines()[-1]
+    remedies = (remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, last_line))
+    remedy = next(remedies, "run 'ssh {host} true' and read its message")
+    return Trouble(host, last_line, remedy.format(host=host.ssh))

@@ -1,8 +1,7 @@
-"""What the launcher knows of each rank, from what its wrapper says over the connection between them."""
+"""The launcher's table of ranks, from the reports of their wrappers."""
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -14,53 +13,64 @@ from typing import Any
 from ..rendezvous.channel import Channel, ProtocolError, take
 from ..rendezvous.client import format_endpoint
 from ..rendezvous.handshake import make_key
+from ..rendezvous.keepalive import keep_alive
 from ..rendezvous.listener import Listener
 from ..transport.failures.cause import Cause
-from ..transport.mlx.bootstrap import own_address_towards
-from .rank_wrapper import DEFAULT_TIMEOUT, keep_alive, signal_group, start_time
+from .processes import signal_group, start_time
+from .rank_wrapper import DEFAULT_TIMEOUT
 from .standard_input import StandardInput, own_descriptor
+
+_STATUS_TYPES = {
+    "rank": int,
+    "call": str,
+    "hop": int,
+    "broken": str,
+}  # of the values in a status file that are read here
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that no other can be mistaken for: a pid may be given out again, but not with the same start time."""
+    """A process, identified by pid and start time: the system may give the pid alone to another process later."""
 
     pid: int
     started: str
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs or is stopped; a zombie is dead."""
+        """Whether it runs or is stopped; a zombie is dead."""
         return bool(self.started) and start_time(self.pid) == self.started
 
     def signal(self, number: int) -> None:
-        """Signal it and the group that it leads."""
+        """Send a signal to it and the group that it leads."""
         if self.alive:
             signal_group(self.pid, number)
 
     def kill_group(self) -> None:
-        """Kill it, and what it has started and left behind in its group."""
-        if start_time(self.pid) in (None, self.started):  # a group keeps its dead leader's pid from being given out
+        """Kill it and all processes of its group."""
+        if start_time(self.pid) in (None, self.started):  # the pid of a dead leader stays taken while its group lives
             signal_group(self.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class End:
-    """How a rank's program ended.
+    """The end of a rank's program.
 
     Attributes:
-        code: The exit code; negative for a signal.
-        time: When the launcher heard of it, in seconds of ``time.monotonic()``.
-        asked: Whether a signal from MPI or the launcher asked for it, so that it is not the cause of anything.
-        caused: Whether another rank broke the ring before, so that this is what came of it.
-        line: One line for people.
+        cause: How it ended, with its exit code.
+        time: When the launcher got the report, in seconds of ``time.monotonic()``.
+        asked: Whether a signal from MPI or the launcher asked for it: then it is no failure.
+        consequence: Whether another rank had broken the ring before.
     """
 
-    code: int
+    cause: Cause
     time: float
     asked: bool
-    caused: bool
-    line: str
+    consequence: bool
+
+    @property
+    def code(self) -> int:
+        """The exit code; negative for a signal."""
+        return self.cause.exit_code
 
     @property
     def status(self) -> int:
@@ -74,14 +84,15 @@ class Connection:
     def __init__(self, link: socket.socket, timeout: float):
         link.setblocking(False)
         keep_alive(link, timeout)
-        self._link, self._channel = link, Channel(link)
+        self._link = link
+        self._channel = Channel(link)
         self.open = True
-        self.broken = False  # not closed by the wrapper, but given up: its host is out of reach, or speaks nonsense
-        # Whoever connects to an address of this machine from this machine has it itself.
+        self.broken = False  # closed here, because the wrapper's host is out of reach or it sent a wrong message
+        # A process of this machine that connects to one of its addresses has the same address.
         self.local = link.getpeername()[0] == link.getsockname()[0]
 
     def next(self) -> Any:
-        """The next message that has come, if one has; `open` says whether more may come."""
+        """The next message that has arrived, or ``None``; `open` tells whether more may arrive."""
         try:
             self._channel.flush()
             while self.open:
@@ -94,32 +105,33 @@ class Connection:
             self.give_up()
         return None
 
-    def say(self, **what: object) -> None:
-        """Send a message; to a wrapper that is gone it goes nowhere."""
+    def send(self, **what: object) -> None:
+        """Send a message; do nothing if the wrapper is gone."""
         with suppress(OSError):
             self._channel.send(what)
 
-    def let_go(self) -> None:
-        """The end of the leash: the wrapper ends its rank and leaves, and then `open` turns false."""
+    def release(self) -> None:
+        """Close this side: the wrapper ends its rank and itself, and then `open` turns false."""
         with suppress(OSError):
             self._link.shutdown(socket.SHUT_WR)
 
     def give_up(self) -> None:
-        """Close it because nothing more can be made of it."""
-        self.open, self.broken = False, True
+        """Close it because of an error."""
+        self.open = False
+        self.broken = True
         self._link.close()
 
     def close(self) -> None:
         self._link.close()
 
     def detach(self) -> socket.socket:
-        """The socket, for another use than messages."""
+        """Return the socket, for another use than messages."""
         return self._link
 
 
 @dataclass
-class Rank:
-    """One rank as far as it is known. Its processes are signalled directly here, and elsewhere by its wrapper."""
+class RankEntry:
+    """One rank that has reported. The launcher signals its processes on this host; on others its wrapper does so."""
 
     number: str
     host: str
@@ -128,9 +140,9 @@ class Rank:
     connection: Connection
     end: End | None = None
     stopped: bool = False
-    computing: bool = False  # its wrapper has just seen it compute although it sends no heartbeats
-    opening_since: float | None = None  # when it began to wait for the others to open a ring, if it does
-    missing_since: float | None = None  # when its wrapper was first seen dead, without a word about its end
+    computing: bool = False  # its wrapper has just seen it compute without heartbeats
+    opening_since: float | None = None  # when it began to wait for the others to open a ring, if it waits
+    missing_since: float | None = None  # when its wrapper was first seen dead without having reported its end
 
     def __str__(self) -> str:
         notes = [] if self.connection.local else [self.host]
@@ -139,47 +151,47 @@ class Rank:
 
     @property
     def here(self) -> list[Process]:
-        """Its processes, as far as they are this machine's."""
+        """Its processes, if they are on this machine."""
         return [self.child, self.wrapper] if self.connection.local else []
 
     @property
     def watched(self) -> bool:
-        """Whether its wrapper is there."""
+        """Whether its wrapper is alive."""
         return self.wrapper.alive if self.connection.local else self.connection.open
 
     @property
     def lost(self) -> bool:
-        """Whether its host cannot be reached any more."""
+        """Whether its host is out of reach."""
         return self.connection.broken and not self.connection.local
 
     @property
     def left(self) -> bool:
-        """Whether nothing of it is there any more, as far as this machine can tell."""
+        """Whether all its processes have ended, as far as this machine can tell."""
         return not any(process.alive for process in self.here) if self.connection.local else not self.connection.open
 
     def signal(self, number: int) -> None:
-        """Signal its program and the group that it leads."""
+        """Send a signal to its program and the group that it leads."""
         if self.connection.local:
             self.child.signal(number)
         else:
-            self.connection.say(signal=int(number))
+            self.connection.send(signal=int(number))
 
     def kill(self) -> None:
-        """Kill its program, and what that has left behind."""
+        """Kill its program and all processes of its group."""
         if self.connection.local:
             self.child.kill_group()
         else:
-            self.connection.say(signal=int(signal.SIGKILL))
+            self.connection.send(signal=int(signal.SIGKILL))
 
-    def hear(self) -> None:
-        """Take in what its wrapper has said."""
+    def read(self) -> None:
+        """Handle all received messages of its wrapper."""
         while (message := self.connection.next()) is not None:
             try:
-                self._take(message)
+                self._handle(message)
             except ProtocolError:
                 self.connection.give_up()
 
-    def _take(self, message: Any) -> None:
+    def _handle(self, message: Any) -> None:
         if "stopped" in message:
             self.stopped = take(message, "stopped", bool)
         elif "opening" in message:
@@ -192,59 +204,59 @@ class Rank:
 
     def _read_end(self, message: Any) -> End:
         code = take(message, "ended", int)
-        said = take(message, "known", dict)  # from a file that the program could write to
-        known = {name: value for name, value in said.items() if isinstance(value, (str, int))}
+        status = take(message, "known", dict)  # from a file that the program could write to
+        known = {name: value for name, value in status.items() if type(value) is _STATUS_TYPES.get(name)}
         try:
-            line = str(Cause.of_end(self.number, self.host, code, known))
+            cause = Cause.of_end(self.number, self.host, code, known)
         except ValueError as error:
             raise ProtocolError(f"ended: {error}") from None
-        return End(code, time.monotonic(), take(message, "asked", bool), known.get("broken") == "elsewhere", line)
+        return End(cause, time.monotonic(), take(message, "asked", bool), known.get("broken") == "elsewhere")
 
 
-class Ranks(dict[str, Rank]):
-    """The ranks that have reported, by number, and where others are expected.
+class RankTable(dict[str, RankEntry]):
+    """The ranks that have reported, by number, and the listener for the others.
 
     Args:
         addresses: The addresses of this machine at which ranks can reach it.
-        timeout: Seconds without a sign of life after which a host counts as gone.
+        timeout: Seconds without an answer after which a host counts as lost.
 
     Attributes:
-        endpoint: What a wrapper needs for its way here. It holds a secret.
+        endpoint: The addresses and the key with which a wrapper connects. It holds a secret.
     """
 
     def __init__(self, addresses: Sequence[str], timeout: float = DEFAULT_TIMEOUT):
         super().__init__()
         self._timeout = timeout
-        self._coming: dict[Connection, str] = {}  # without a word yet
+        self._pending: dict[Connection, str] = {}  # connected, but not reported
         self._input: StandardInput | None = None
         key = make_key()
         self._listener = Listener(list(dict.fromkeys(addresses)), lambda rank: key)
         self.endpoint = format_endpoint(self._listener.addresses, key)
 
-    def hear(self) -> None:
-        """Take in what has been said since the last time."""
+    def read(self) -> None:
+        """Handle all new connections and received messages."""
         while caller := self._listener.accept(0):
-            with suppress(OSError):  # it has gone already
-                self._coming[Connection(caller[1], self._timeout)] = str(caller[0])
-        for connection, number in list(self._coming.items()):
+            with suppress(OSError):  # the caller is gone already
+                self._pending[Connection(caller[1], self._timeout)] = str(caller[0])
+        for connection, number in list(self._pending.items()):
             if self._admit(connection, number):
-                del self._coming[connection]
+                del self._pending[connection]
         for rank in self.values():
-            rank.hear()
+            rank.read()
             if rank.computing:
                 rank.computing = False
                 for other in self.values():
-                    other.connection.say(computing=int(rank.number))
+                    other.connection.send(computing=int(rank.number))
 
     def close(self) -> None:
         self._listener.close()
         if self._input is not None:
             self._input.close()
-        for connection in [*self._coming, *(rank.connection for rank in self.values())]:
+        for connection in [*self._pending, *(rank.connection for rank in self.values())]:
             connection.close()
 
     def _admit(self, connection: Connection, number: str) -> bool:
-        """Make a rank of a wrapper once it has said what it runs; whether that is decided."""
+        """Enter a rank once its wrapper has reported its processes; whether `connection` is no longer pending."""
         message = connection.next()
         if message is None:
             return not connection.open
@@ -253,31 +265,16 @@ class Ranks(dict[str, Rank]):
             return True
         try:
             wrapper, child = (_read_process(one) for one in take(message, "processes", list))
-            self[number] = Rank(number, take(message, "host", str), wrapper, child, connection)
+            self[number] = RankEntry(number, take(message, "host", str), wrapper, child, connection)
         except (ProtocolError, ValueError):
             connection.give_up()
         return True
 
 
-def _read_process(told: Any) -> Process:
-    """The process of ``[pid, start time]``. No other number may be signalled: some stand for groups."""
-    if isinstance(told, list) and len(told) == 2:
-        pid, started = told
+def _read_process(pair: Any) -> Process:
+    """Read a process from ``[pid, start time]``. Refuse other numbers than pids: a signal to them may reach groups."""
+    if isinstance(pair, list) and len(pair) == 2:
+        pid, started = pair
         if type(pid) is int and 1 < pid < 1 << 31 and isinstance(started, str):
             return Process(pid, started)
     raise ProtocolError("process: expected a number above 1 and a start time")
-
-
-def own_addresses(hosts: Sequence[str]) -> list[str]:
-    """The addresses of this machine from which its ways to `hosts` begin; where there are none, its own to itself."""
-    return list(dict.fromkeys(filter(None, map(own_address_towards, hosts)))) or ["127.0.0.1"]
-
-
-def is_here(host: str) -> bool:
-    """Whether `host` is this machine."""
-    with suppress(OSError):
-        family, _, _, _, address = socket.getaddrinfo(host, 0)[0]
-        with socket.socket(family) as probe:
-            probe.bind(address)  # works with one's own addresses alone
-            return True
-    return host in ("localhost", os.uname().nodename)

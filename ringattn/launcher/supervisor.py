@@ -1,7 +1,7 @@
-"""Running a program on several ranks, here or on several hosts, and leaving nothing behind.
+"""The supervisor of a run: starts a program on several ranks, here or on several hosts, and ends all its processes.
 
-The ranks' wrappers (`rank`) tell what happens; this process hears it, decides, and reports. It, not MPI, ends the
-others when one rank fails: the survivors get a moment to notice and to say so themselves.
+The ranks' wrappers (`rank_wrapper`) report what happens; this process decides, and informs the user. It, not MPI, ends
+the other ranks when one fails, after they had time to notice and to print why.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from .rank_table import End, Process, Ranks, own_addresses
-from .rank_wrapper import signal_group, timeout_of
+from ..transport.addresses import own_addresses
+from ..transport.failures.cause import Cause
+from .processes import signal_group
+from .rank_table import End, Process, RankTable
+from .rank_wrapper import timeout_of
 
 POLL = 0.05  # seconds
-SURVIVORS = 2.0  # after a rank failed: for the others to end by themselves, which takes the library 1.5 s
+SURVIVOR_GRACE = 2.0  # after a rank failed: for the others to end by themselves, which takes the library 1.5 s
 TERM_GRACE = 1.5  # after that, from SIGTERM to SIGKILL
 SIGNAL_GRACE = 3.0  # from a signal to the launcher to SIGKILL
-STOPPED = 3.0  # how long the last ranks may be stopped when others have ended
-MISSING = 1.0  # how long a rank may be dead without a record before that counts as its end
-WRAPPER_GRACE = 1.0  # for the wrappers to leave once they are let go
-AT_ONCE = 1.0  # between two SIGINTs of which the second one ends patient ranks
-MPIEXEC_GRACE = 3.0  # for mpiexec to leave after its ranks, when something went wrong
+STOPPED = 3.0  # for which the last ranks may be stopped when others have ended
+MISSING = 1.0  # for which a rank may be dead without a report before that counts as its end
+WRAPPER_GRACE = 1.0  # for the wrappers to leave once they are released
+DOUBLE_SIGINT = 1.0  # between two SIGINTs of which the second one ends ranks that get the first one
+MPIEXEC_GRACE = 3.0  # for mpiexec to leave after its ranks, if the run failed
 
 
 def run(
@@ -38,29 +41,37 @@ def run(
     ranks: int,
     environment: Mapping[str, str],
     hosts: Sequence[str] = (),
-    patient: bool = False,
+    forward_sigint: bool = False,
     explained: bool = False,
 ) -> int:
-    """Run the command line of `mpiexec.build_command` and return the exit code for the whole.
-
-    `hosts` are the addresses of the hosts that ranks run on; none: this machine alone.
+    """Run the command line of `mpiexec.build_command` and return the exit code of the run.
 
     It is the code of the rank that failed first, 128 + signal for one that was killed, and 0 only if every rank gave 0.
-    SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal. With `patient`, the
-    ranks get a SIGINT to do with as they like, and it ends them only if one fails of it, or if it comes twice within a
-    second. With `explained`, the program says itself why it exits with an error code, and nothing is added.
+    SIGINT, SIGTERM and SIGHUP end every rank (at once when they come twice) and give 128 + signal.
 
     When this returns or raises, every process of the run is dead and its temporary directory is gone.
+
+    Args:
+        line: The command line.
+        ranks: The number of ranks.
+        environment: The environment of mpiexec.
+        hosts: The addresses of the hosts that ranks run on; none: this machine alone.
+        forward_sigint: Send the ranks each SIGINT, which then ends them only if one of them fails, or if a second
+            SIGINT comes within `DOUBLE_SIGINT` seconds.
+        explained: The program prints itself why it exits with an error code, and the launcher adds nothing.
     """
     timeout = timeout_of(environment)
-    job = Job(ranks, Ranks(own_addresses(hosts), timeout), timeout, patient, explained)
-    with _handled(job.interrupt), tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder:
+    supervisor = Supervisor(ranks, RankTable(own_addresses(hosts), timeout), timeout, forward_sigint, explained)
+    with (
+        _handled(supervisor.interrupt),
+        tempfile.TemporaryDirectory(prefix="ringattn-", ignore_cleanup_errors=True) as folder,
+    ):
         try:
-            job.start(line, environment, Path(folder))
-            job.watch()
+            supervisor.start(line, environment, Path(folder))
+            supervisor.watch()
         finally:
-            job.sweep()
-    return job.conclude()
+            supervisor.sweep()
+    return supervisor.conclude()
 
 
 @contextmanager
@@ -79,99 +90,106 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, old)
 
 
-class Job:
-    """One run: what is known of its ranks, and whether and when it has to end.
+class Supervisor:
+    """The state of one run, and the decision when it ends.
 
     Args:
-        size: How many ranks there are to be.
-        ranks: Those that have reported.
-        timeout: Seconds after which ranks that wait for a ring that cannot open any more are given up.
-        patient: Whether the ranks may go on after a SIGINT.
-        explained: Whether the program says itself why it exits with an error code.
+        size: The number of ranks.
+        ranks: The table of ranks that have reported.
+        timeout: Seconds after which ranks end that wait for a ring that can open no more.
+        forward_sigint: Whether the ranks may go on after a SIGINT.
+        explained: Whether the program prints itself why it exits with an error code.
     """
 
-    def __init__(self, size: int, ranks: Ranks, timeout: float, patient: bool = False, explained: bool = False) -> None:
-        self.size, self.ranks, self._timeout = size, ranks, timeout
-        self.signal = 0  # the one that the launcher got
+    def __init__(
+        self, size: int, ranks: RankTable, timeout: float, forward_sigint: bool = False, explained: bool = False
+    ) -> None:
+        self.size = size
+        self.ranks = ranks
+        self._timeout = timeout
+        self.signal = 0  # the number of the signal that ends the run
         self.kill_at = float("inf")
         self._explained = explained
-        self._patient, self._interrupted_at, self._interrupting = patient, -float("inf"), False
+        self._forward_sigint = forward_sigint
+        self._interrupted_at = -float("inf")
+        self._interrupting = False  # a SIGINT is to be forwarded
         self._term_at = float("inf")
         self._stopped_since: float | None = None
-        self._writing_at = 0.0  # when mpiexec was last seen to be allowed to write
+        self._writing_at = 0.0  # when mpiexec last had output to write
         self._reported = False
-        self._gave_up = False  # on ranks that waited for a ring
-        self._look_at = 0.0  # for missing ranks: not at every turn, since it costs a process per rank on a Mac
-        self._free: set[str] = set()  # ranks whose wrappers were told to leave
-        self._told: set[str] = set()  # ranks that were still running when we asked them to end
+        self._gave_up = False  # ended ranks that waited for a ring
+        self._look_at = 0.0  # next check for missing ranks: on a Mac it costs a process for each rank
+        self._released: set[str] = set()  # ranks whose wrappers may leave
+        self._asked: set[str] = set()  # ranks that were still running when they were asked to end
         self._mpiexec: subprocess.Popen[bytes] | None = None
 
     def interrupt(self, number: int, frame: FrameType | None = None) -> None:
-        """Take a signal: the first one is passed on to the ranks, the second one kills them."""
+        """Handle a signal: forward the first one to the ranks, kill them at the second one."""
         now = time.monotonic()
-        patient = self._patient and number == signal.SIGINT and not self.signal and len(self.ranks) == self.size
-        if patient and now - self._interrupted_at > AT_ONCE:
-            self._interrupted_at, self._interrupting = now, True
+        forward = self._forward_sigint and number == signal.SIGINT and not self.signal
+        if forward and len(self.ranks) == self.size and now - self._interrupted_at > DOUBLE_SIGINT:
+            self._interrupted_at = now
+            self._interrupting = True
             return
         self.kill_at = now if self.signal else min(self.kill_at, now + SIGNAL_GRACE)
         self.signal = self.signal or number
 
     def start(self, line: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
-        """Start mpiexec, out of reach of the terminal's Ctrl-C: only we decide who gets which signal."""
+        """Start mpiexec out of reach of the terminal's Ctrl-C: this object alone decides which rank gets a signal."""
         environment = {**environment, "RINGATTN_LAUNCH_DIR": str(folder), "RINGATTN_LAUNCHER": self.ranks.endpoint}
         self._mpiexec = subprocess.Popen(
             list(line), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )  # rank 0 gets our standard input through its wrapper
+        )  # rank 0 gets this process's standard input through its wrapper
 
     def watch(self) -> None:
-        """Return when every rank has ended, or when those left must be killed."""
+        """Return when every rank has ended, or when the rest must be killed."""
         while not self._finished():
             now = time.monotonic()
             self._look_for_missing(now)
-            self._interrupt_patient()
+            self._forward_interrupt()
             if self.signal:
-                self._pass_on(self.signal)
+                self._ask_to_end(self.signal)
             elif self._first_failure():
                 self._end_survivors(now)
             else:
-                self._mind_stopped(now)
-                self._mind_opening(now)
+                self._kill_if_all_stopped(now)
+                self._enforce_init_timeout(now)
             if now >= self.kill_at:
                 return
             time.sleep(POLL)
 
     def sweep(self) -> None:
-        """Kill what still lives and wait until all of it is gone."""
+        """Kill all processes that are left and wait until they are gone."""
         self._read()
-        self._let_go()
-        let_go = time.monotonic()
+        self._release_wrappers()
+        released_at = time.monotonic()
         while self._mpiexec and self._mpiexec.poll() is None:
             self._read()
-            self._let_go()  # a wrapper may have come after the first look
-            self._hurry(let_go)
+            self._release_wrappers()  # a wrapper may have connected meanwhile
+            self._kill_late_wrappers(released_at)
             time.sleep(POLL / 5)
         for process in self._processes():
             process.kill_group()
         self._await_death()
         self.ranks.close()
 
-    def _let_go(self) -> None:
-        """Kill the programs, and tell the wrappers to leave."""
+    def _release_wrappers(self) -> None:
+        """Kill the programs, and let the wrappers leave."""
         for number, rank in self.ranks.items():
-            if number not in self._free:
-                self._free.add(number)
+            if number not in self._released:
+                self._released.add(number)
                 rank.kill()
-                rank.connection.let_go()
+                rank.connection.release()
 
     def conclude(self) -> int:
-        """The exit code for the whole run, once it is over; a line on what MPI did where no rank has said anything."""
+        """Return the exit code of a finished run; print how mpiexec ended if no rank has failed."""
         if self.signal:
             return 128 + self.signal
         failure = self._first_failure()
         if failure:
-            known = failure.caused or (self._explained and failure.code > 0)
+            known = failure.consequence or (self._explained and failure.code > 0)
             if not self._reported and not known:
-                say(failure.line)
+                say(str(failure.cause))
             return failure.status
         if self._gave_up:
             return 1
@@ -179,12 +197,12 @@ class Job:
         if len(ends) == self.size and not any(end.code for end in ends):
             return 0
         code = self._mpiexec.returncode if self._mpiexec else 1  # MPI ended it: an abort, or it could not start
-        if code == -signal.SIGPIPE:  # whoever read the output wants no more of it
+        if code == -signal.SIGPIPE:  # the reader of the output is gone
             return 128 + signal.SIGPIPE
         say(f"mpiexec ended with code {code}; ranks that had not ended: {self._living() or 'none'}")
         if code:
             return code if code > 0 else 128 - code
-        return max((end.status for end in ends), default=0) or 1  # it may say 0 of ranks that were killed
+        return max((end.status for end in ends), default=0) or 1  # mpiexec may give 0 for ranks that were killed
 
     def _finished(self) -> bool:
         over = self._mpiexec is None or self._mpiexec.poll() is not None
@@ -192,27 +210,29 @@ class Job:
         return over or (len(self.ranks) == self.size and all(rank.end for rank in self.ranks.values()))
 
     def _read(self) -> None:
-        """Hear the wrappers, and report the first rank that failed if it was killed (others speak for themselves)."""
-        self.ranks.hear()
-        failure, now = self._first_failure(), time.monotonic()
+        """Read the wrappers' messages; print the first failure if that rank was killed: others print why they fail."""
+        self.ranks.read()
+        failure = self._first_failure()
+        now = time.monotonic()
         if failure and not self.signal and now - self._interrupted_at < SIGNAL_GRACE:
-            self.signal, self.kill_at = signal.SIGINT, now + SIGNAL_GRACE
+            self.signal = signal.SIGINT
+            self.kill_at = now + SIGNAL_GRACE
         elif failure and not self._reported and failure.code < 0:
             self._reported = True
-            say(failure.line)
+            say(str(failure.cause))
 
     def _look_for_missing(self, now: float) -> None:
-        """Give up ranks whose wrapper died, unless MPI killed them: then mpiexec ends too, with the code."""
+        """Record the end of ranks whose wrapper died. If MPI killed them, mpiexec ends too, with the exit code."""
         if now < self._look_at:
             return
         self._look_at = now + MISSING
         for rank in self.ranks.values():
             if rank.end is None and not rank.watched:
-                rank.kill()  # on a Mac it outlives its wrapper, and nobody would report its end
+                rank.kill()  # on a Mac it outlives its wrapper, and its end would not be reported
                 if rank.missing_since is not None or rank.lost:
-                    gone = "(its wrapper) was killed" if rank.here else f"({rank.host}): the connection to it was lost"
-                    line = f"rank {rank.number} {gone}"
-                    rank.end = End(-signal.SIGKILL, rank.missing_since or now, self._ending, False, line)
+                    kind = "unwatched" if rank.here else "lost"
+                    cause = Cause(kind, int(rank.number), rank.host, exit_code=-signal.SIGKILL)
+                    rank.end = End(cause, rank.missing_since or now, self._ending, False)
                 rank.missing_since = rank.missing_since or now
 
     @property
@@ -221,41 +241,44 @@ class Job:
 
     def _first_failure(self) -> End | None:
         """The cause: the first that failed without having been asked to end, and by itself if there is one."""
-        ends = (rank.end for rank in self.ranks.values() if rank.number not in self._told)
+        ends = (rank.end for rank in self.ranks.values() if rank.number not in self._asked)
         failed = (end for end in ends if end and end.code and not end.asked)
-        return min(failed, key=lambda end: (end.caused, end.time), default=None)
+        return min(failed, key=lambda end: (end.consequence, end.time), default=None)
 
-    def _interrupt_patient(self) -> None:
-        """Tell ranks that may go on of a SIGINT."""
+    def _forward_interrupt(self) -> None:
+        """Send a SIGINT to ranks that may go on after it."""
         if self._interrupting:
             self._interrupting = False
             for rank in self.ranks.values():
                 if rank.end is None:
                     rank.signal(signal.SIGINT)
 
-    def _pass_on(self, number: int) -> None:
+    def _ask_to_end(self, number: int) -> None:
+        """Send a signal that means "end" to all ranks, once."""
         for rank in self.ranks.values():
-            if rank.end is None and rank.number not in self._told:
+            if rank.end is None and rank.number not in self._asked:
                 rank.signal(number)
-                self._told.add(rank.number)
+                self._asked.add(rank.number)
 
     def _end_survivors(self, now: float) -> None:
         left = [rank for rank in self.ranks.values() if rank.end is None]
-        deaf = bool(left) and len(self.ranks) == self.size and all(rank.stopped for rank in left)
+        all_stopped = bool(left) and len(self.ranks) == self.size and all(rank.stopped for rank in left)
         if self._term_at == float("inf"):
-            self._term_at, self.kill_at = now + SURVIVORS, now + SURVIVORS + TERM_GRACE
-        if deaf:  # to all but SIGKILL
-            self._term_at, self.kill_at = min(self._term_at, now), min(self.kill_at, now)
-        if now >= self._term_at and not self._told:
+            self._term_at = now + SURVIVOR_GRACE
+            self.kill_at = self._term_at + TERM_GRACE
+        if all_stopped:  # SIGKILL alone ends them
+            self._term_at = min(self._term_at, now)
+            self.kill_at = min(self.kill_at, now)
+        if now >= self._term_at and not self._asked:
             failure = self._first_failure()
             assert failure is not None
-            cause = "" if self._reported else f"{failure.line}; "
+            cause = "" if self._reported else f"{failure.cause}; "
             self._reported = True
             say(f"{cause}ending the ranks still running: {self._living()}")
-            self._pass_on(signal.SIGTERM)
+            self._ask_to_end(signal.SIGTERM)
 
-    def _mind_stopped(self, now: float) -> None:
-        """End stopped ranks that are the last ones: those who could have continued them have left."""
+    def _kill_if_all_stopped(self, now: float) -> None:
+        """End the last ranks if all of them are stopped and no other is left to continue them."""
         left = [rank for rank in self.ranks.values() if rank.end is None]
         if len(left) == self.size or len(self.ranks) < self.size or not all(rank.stopped for rank in left):
             self._stopped_since = None
@@ -265,12 +288,12 @@ class Job:
             say(f"all other ranks have ended; killing the ranks left: {self._living()}")
             self.kill_at = now
 
-    def _mind_opening(self, now: float) -> None:
-        """End ranks that wait for a ring when nobody is left who could still come to open it."""
+    def _enforce_init_timeout(self, now: float) -> None:
+        """End ranks that wait for a ring if no rank is left that could still join it."""
         left = [rank for rank in self.ranks.values() if rank.end is None]
         since = [rank.opening_since for rank in left if not rank.stopped]
         if not since or any(start is None or now - start < self._timeout for start in since):
-            return  # one of them may come, however long its work before that takes
+            return  # a rank may join later, however long its work before `init` takes
         never = [str(number) for number in range(self.size) if str(number) not in self.ranks]
         absent = {
             "had ended": [str(rank) for rank in self.ranks.values() if rank.end],
@@ -280,10 +303,11 @@ class Job:
         why = ", ".join(f"{how}: {', '.join(sorted(who))}" for how, who in absent.items() if who)
         say(
             f"no ring within {self._timeout:g} s: ranks that wait for it in init: {self._living()}; "
-            + (why or "see what ringattn doctor says of the network between them")
+            + (why or "run ringattn doctor to check the network between them")
         )
-        self._gave_up, self._reported = True, True
-        self._told.update(rank.number for rank in left)
+        self._gave_up = True
+        self._reported = True
+        self._asked.update(rank.number for rank in left)
         self.kill_at = now
 
     def _living(self) -> str:
@@ -292,17 +316,17 @@ class Job:
     def _processes(self) -> list[Process]:
         return [process for rank in self.ranks.values() for process in rank.here]
 
-    def _hurry(self, let_go: float) -> None:
-        """Kill the wrappers, then mpiexec, when they do not leave; one that still writes output may take its time."""
+    def _kill_late_wrappers(self, released_at: float) -> None:
+        """Kill wrappers, then mpiexec, if they do not leave in time. Time in which mpiexec writes does not count."""
         now = time.monotonic()
-        if now - let_go > WRAPPER_GRACE:
+        if now - released_at > WRAPPER_GRACE:
             for process in self._processes():
                 process.kill_group()
         clean = not self._ending and all(rank.end and not rank.end.code for rank in self.ranks.values())
         if not self.signal and (clean or _output_blocked()):
             self._writing_at = now
         grace = 0.0 if any(rank.lost for rank in self.ranks.values()) else MPIEXEC_GRACE  # it would wait for ever
-        if now - max(let_go, self._writing_at) > WRAPPER_GRACE + grace and self._mpiexec:
+        if now - max(released_at, self._writing_at) > WRAPPER_GRACE + grace and self._mpiexec:
             signal_group(self._mpiexec.pid, signal.SIGKILL)
 
     def _await_death(self) -> None:
@@ -313,7 +337,7 @@ class Job:
 
 
 def _output_blocked() -> bool:
-    """Whether a reader such as ``less`` does not take what mpiexec has to write."""
+    """Whether a reader such as ``less`` does not read the output that mpiexec has to write."""
     try:
         return len(select.select([], [1, 2], [], 0)[1]) < 2
     except (OSError, ValueError):
@@ -321,6 +345,6 @@ def _output_blocked() -> bool:
 
 
 def say(line: str) -> None:
-    """One line to standard error, which may be gone already."""
+    """Print one line to standard error, which may be closed already."""
     with suppress(OSError, ValueError):
         print(f"ringattn: {line}", file=sys.stderr, flush=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..transport.base import Ring
-from ..transport.consensus import Fields, agree, heard
+from ..transport.consensus import Fields, agree, raise_on_all_ranks
+from ..transport.interface import Transport
 
 # Names of the collective calls, one for each kind of turn, so that a rank that left a text early is noticed.
 BEGIN = "stream_generate"
@@ -18,7 +18,7 @@ NEXT = "the next token of stream_generate"
 Sampler = Callable[[mx.array], mx.array]
 
 
-def agreed(ring: Ring, what: str, fields: Fields = (), own: np.ndarray | None = None) -> np.ndarray:
+def agreed(ring: Transport, what: str, fields: Fields = (), own: np.ndarray | None = None) -> np.ndarray:
     """Agree with the other ranks; return the int32 numbers that rank 0 gave as `own`."""
     payload = [] if own is None else [memoryview(own.tobytes())]
     with ring.call(what):
@@ -38,7 +38,7 @@ class Choice:
 
     def __init__(
         self,
-        ring: Ring,
+        ring: Transport,
         sampler: Sampler,
         stopped: Callable[[], bool] | None,
         progress: Callable[[int, int], None] | None,
@@ -53,7 +53,7 @@ class Choice:
         """Sample on rank 0; return the token ``[1]`` on every rank."""
         own: np.ndarray | None = None
         if self._ring.rank == 0:
-            with heard(self._ring, NEXT):
+            with raise_on_all_ranks(self._ring, NEXT):
                 sample = self._sampler(logprobs).reshape(1).item()
                 own = np.array([sample, self._end()], np.int32)
         token, ended = agreed(self._ring, NEXT, own=own).tolist()
@@ -63,7 +63,7 @@ class Choice:
     def progress(self, done: int, total: int) -> None:
         """Handle mlx-lm's call after each round of prefill, also the last one. StoppedError ends the text."""
         own: np.ndarray | None = None
-        with heard(self._ring, ROUND):
+        with raise_on_all_ranks(self._ring, ROUND):
             if self._progress is not None:
                 self._progress(done, total)
             if self._ring.rank == 0:

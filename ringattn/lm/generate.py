@@ -11,8 +11,8 @@ import numpy as np
 
 from ..core.validation import check_int
 from ..errors import ArgumentError
-from ..transport.base import Ring
-from ..transport.consensus import heard
+from ..transport.consensus import raise_on_all_ranks
+from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
@@ -82,7 +82,7 @@ def stream_generate(
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     ring = model.ring
     ids: np.ndarray | None = None
-    with heard(ring, BEGIN):
+    with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
         held = _checked_tokens(model, prompt_cache)
@@ -142,11 +142,11 @@ def _checked_tokens(model: Sharded, cache: Sequence[ShardedKVCache] | None) -> n
     return cache[0].tokens.reshape(-1)
 
 
-def _with_history(ring: Ring, held: np.ndarray, processor: Processor) -> Processor:
+def _with_history(ring: Transport, held: np.ndarray, processor: Processor) -> Processor:
     """A `processor` that also gets the tokens `held` before the prompt. Its errors are raised on all ranks."""
     before = mx.array(held)
 
-    @heard(ring, NEXT)
+    @raise_on_all_ranks(ring, NEXT)
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         return processor(mx.concatenate([before, tokens]), logits)
 

@@ -11,8 +11,9 @@ import mlx.nn as nn
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..layout import Layout
-from ..ring.arguments import check_ring
+from ..ring.call import check_ring
 from ..transport.base import Ring
+from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
 from .sharding.attention import dispatching
@@ -29,7 +30,7 @@ EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 class Sharded:
     """The class that `shard` puts before a model's own class."""
 
-    ring: Ring
+    ring: Transport
     weights: tuple[float, ...]
     cost: Cost
     windows: list[int | None]
@@ -90,7 +91,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     Raises:
         UnsupportedModelError: A layer or cache of the model cannot be sharded; the message names it.
     """
-    check_ring(ring)
+    ring = check_ring(ring)
     weights = (1.0,) * ring.size if weights is None else tuple(map(float, weights))
     if len(weights) != ring.size or not all(0 < w < float("inf") for w in weights):
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")

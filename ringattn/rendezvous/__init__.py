@@ -1,8 +1,8 @@
-"""TCP connections between processes that share a key: the launcher or the doctor and its ranks, and rank and rank.
+"""TCP connections between processes that share a key: the launcher or the doctor and its ranks, or two ranks.
 
-`listener` accepts callers that prove that they know the key, `client` calls, `handshake` holds the proofs,
-`key_exchange` gives two ranks a key, and `channel` carries messages afterwards. No key is ever sent, and nothing that a
-stranger sends is parsed. What travels after the handshake is neither encrypted nor signed.
+`listener` accepts callers that prove that they know the key, `client` connects, `handshake` has the proofs,
+`key_exchange` gives two ranks a key, `channel` carries messages afterwards, and `keepalive` ends lost connections. No
+key is ever sent, and no data of a stranger are parsed. Messages after the handshake are neither encrypted nor signed.
 
-Standard library only, and nothing of ringattn: the process that every rank runs under imports it by path.
+Standard library only, and no other module of ringattn: the wrapper of every rank imports it by path.
 """

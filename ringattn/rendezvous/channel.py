@@ -1,7 +1,7 @@
-"""Messages over a connection whose other side has proved who it is: four bytes of length, then JSON.
+"""Messages over a connection whose other side has proved its identity: four bytes of length, then JSON.
 
-The length is bounded and what a parser makes of the rest can be an error, never more: the other side is trusted, but
-may be another version, or broken.
+The length is limited, and a message that is no JSON raises an error: the other side is trusted, but may be another
+version, or broken.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 
 class ProtocolError(ConnectionError):
-    """The other side has sent something else than was agreed on."""
+    """A message of the other side is not as the protocol requires."""
 
 
 class Channel:
-    """Messages, which are JSON objects or lists, in both directions over one socket.
+    """A channel for messages, which are JSON objects or lists, in both directions over one socket.
 
-    Where the socket blocks, so do `send` and `read`. Where it does not, `send` keeps what the system does not take, and
-    `flush` sends it later.
+    If the socket blocks, so do `send` and `read`. If it does not, `send` keeps the bytes that the system does not
+    accept, and `flush` sends them later.
 
     Args:
         link: The socket.
-        most: Bytes of one message, at most, either way.
+        most: The largest number of bytes of one message, in either direction.
     """
 
     def __init__(self, link: socket.socket, most: int = MESSAGE_BYTES) -> None:
@@ -48,7 +48,7 @@ class Channel:
         """Send a message.
 
         Raises:
-            ProtocolError: It is too long, or the other side has not taken what was sent before.
+            ProtocolError: It is too long, or the other side does not read earlier messages.
             OSError: The connection has ended.
         """
         text = json.dumps(message).encode()
@@ -60,7 +60,7 @@ class Channel:
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the system takes it; `OSError` where the connection has ended."""
+        """Send waiting bytes, as many as the system accepts; `OSError` if the connection has ended."""
         try:
             while self._unsent:
                 del self._unsent[: self._link.send(self._unsent)]
@@ -68,10 +68,10 @@ class Channel:
             pass
 
     def read(self) -> bool:
-        """Read once what has come; false at the end of the connection.
+        """Read received bytes once; false at the end of the connection.
 
         Raises:
-            BlockingIOError: The socket does not block, and nothing has come.
+            BlockingIOError: The socket does not block, and no byte has arrived.
             OSError: The connection has ended without having been closed.
         """
         part = self._link.recv(_READ_BYTES)
@@ -79,7 +79,7 @@ class Channel:
         return bool(part)
 
     def next(self) -> Any:
-        """The next message that has been read in full, ``None`` if there is none.
+        """Return the next message that has been read in full, ``None`` if there is none.
 
         Raises:
             ProtocolError: It is too long, or no message.
@@ -97,7 +97,7 @@ class Channel:
         return _parse(text)
 
     def receive(self) -> Any:
-        """Wait for the next message; ``None`` at the end of the connection."""
+        """Wait for the next message and return it; ``None`` at the end of the connection."""
         while (message := self.next()) is None:
             if not self.read():
                 return None
@@ -108,10 +108,10 @@ class Channel:
 
 
 def take(message: Any, name: str, kind: type[T]) -> T:
-    """The value of `name` in a message.
+    """Return the value of `name` in a message.
 
     Raises:
-        ProtocolError: The message has no such value of just this type.
+        ProtocolError: The message has no such value of exactly this type.
     """
     value = message.get(name) if isinstance(message, dict) else None
     if type(value) is not kind:

@@ -1,4 +1,4 @@
-"""Calling a listener."""
+"""Connection to a listener."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .handshake import (
 
 Address = tuple[str, int]  # an IP address or a name, and a port
 
-_RETRY = 0.05  # s before calling again a listener that has dropped the connection, as it does when strangers flood it
+_RETRY = 0.05  # s until the next attempt after a listener dropped the connection, as it does when strangers flood it
 
 
 def format_endpoint(addresses: Sequence[Address], key: bytes) -> str:
-    """One text for an environment variable: where a listener is, and its key. Never for a command line."""
+    """Format a listener's addresses and key for an environment variable. Never for a command line."""
     return " ".join([*(f"{address},{port}" for address, port in addresses), key.hex()])
 
 
@@ -44,13 +44,13 @@ def connect(addresses: Sequence[Address], key: bytes, rank: int, seconds: float 
     """Return a connection to the listener with this key, blocking and without a timeout.
 
     Args:
-        addresses: Where it may be; they are tried in order.
-        key: That both sides know.
-        rank: Of the caller, 0 to 2 ** 32 - 1.
-        seconds: For each address, until both sides have proved that they know the key.
+        addresses: Addresses of the listener, tried in order.
+        key: The key that both sides know.
+        rank: The rank of the caller, 0 to 2 ** 32 - 1.
+        seconds: Time for each address, until both sides have proved that they know the key.
 
     Raises:
-        ConnectionError: It is at none of the addresses. The message gives the reason for each.
+        ConnectionError: The listener is at none of the addresses. The message gives the reason for each.
     """
     reasons = []
     for address, port in addresses:
@@ -79,7 +79,7 @@ def _call(address: Address, key: bytes, rank: int, deadline: float) -> socket.so
 
 
 def _prove(link: socket.socket, key: bytes, rank: int, deadline: float) -> None:
-    """The caller's side of the handshake."""
+    """Do the caller's side of the handshake."""
     if _read(link, len(GREETING), deadline) != GREETING:
         raise OSError("another program answers there")
     theirs = _read(link, NONCE_BYTES, deadline)

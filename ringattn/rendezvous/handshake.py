@@ -4,8 +4,8 @@
     caller -> listener    rank of the caller, nonce of the caller, proof of the caller
     listener -> caller    proof of the listener; zeros where the proof of the caller is wrong
 
-A proof covers the side that makes it, so the other side cannot send it back as its own. The listener proves nothing to
-a caller that has not proved anything.
+A proof includes the side that makes it, so the other side cannot send it back as its own. The listener sends its proof
+only after the caller's proof is right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hmac
 import os
 import struct
 
-HANDSHAKE_SECONDS = 5.0  # for the whole of it
+HANDSHAKE_SECONDS = 5.0  # for the whole handshake
 KEY_BYTES = 32
 NONCE_BYTES = 32
 GREETING = b"ringattn rendezvous 1\n"
@@ -28,17 +28,17 @@ _LISTENER = b"listener"
 
 
 def make_key() -> bytes:
-    """A new key."""
+    """Make a new key."""
     return os.urandom(KEY_BYTES)
 
 
 def make_nonce() -> bytes:
-    """Random bytes for one handshake."""
+    """Make random bytes for one handshake."""
     return os.urandom(NONCE_BYTES)
 
 
 def derive_key(key: bytes, purpose: str) -> bytes:
-    """The key for one purpose: two listeners with keys of their own cannot be taken for each other."""
+    """Derive the key for one purpose: a listener with a key of its own cannot be mistaken for another."""
     return hmac.digest(key, purpose.encode(), "sha256")
 
 
@@ -53,5 +53,5 @@ def listener_proof(key: bytes, rank: int, listener_nonce: bytes, caller_nonce: b
 
 
 def _proof(key: bytes, side: bytes, rank: int, listener_nonce: bytes, caller_nonce: bytes) -> bytes:
-    said = GREETING + side + struct.pack("!I", rank) + listener_nonce + caller_nonce
-    return hmac.digest(key, said, "sha256")
+    message = GREETING + side + struct.pack("!I", rank) + listener_nonce + caller_nonce
+    return hmac.digest(key, message, "sha256")

@@ -1,7 +1,7 @@
-"""Diffie-Hellman: a key for two ranks that have nothing but a channel on which others may read along.
+"""Diffie-Hellman key exchange between two ranks over a channel that others may read.
 
-The group is number 14 of RFC 3526, 2048 bits. It keeps the key from who reads, not from who alters what the ranks send:
-such a one alters their blocks as well.
+The group is number 14 of RFC 3526, 2048 bits. It protects the key from a reader, but not from an attacker who alters
+messages, who could alter the ranks' blocks as well.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BYTES = 256
 
 
 class KeyExchange:
-    """One rank's part.
+    """One rank's side of the exchange.
 
     Attributes:
-        public: For all others to see, in hexadecimal digits.
+        public: The number to send to all other ranks, in hexadecimal digits.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class KeyExchange:
         self.public = f"{pow(2, self._private, _PRIME):x}"
 
     def key_with(self, public: str) -> bytes:
-        """The key that this rank and the one with this `public` share, 32 bytes.
+        """Return the key that this rank shares with the rank that has this `public`, 32 bytes.
 
         Raises:
-            ValueError: `public` is no such number.
+            ValueError: `public` is no number of the group.
         """
         theirs = int(public, 16)
-        if not 1 < theirs < _PRIME - 1:  # else anybody could guess the key
+        if not 1 < theirs < _PRIME - 1:  # otherwise the key could be guessed
             raise ValueError(f"public: {public[:20]!r}, expected a number of the group")
         return hashlib.sha256(pow(theirs, self._private, _PRIME).to_bytes(_BYTES, "big")).digest()

@@ -1,4 +1,4 @@
-"""Accepting callers that prove to know a key, whatever strangers do at the same port."""
+"""A listener for callers that prove that they know a key, whatever strangers do at the same port."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Listener:
     """A listening socket at each of `addresses`, and a thread that does all handshakes at once.
 
     A caller gets `HANDSHAKE_SECONDS` for the whole handshake. When more than `MOST_PENDING` are under way, the oldest
-    is dropped; a true caller calls again.
+    is dropped; a caller with the key connects again.
 
     Args:
-        addresses: Of this machine; ``""`` is all of them. Each gets a port that the system chooses.
-        find_key: Gives the key of the caller with this rank. ``None``: there is none as yet; the caller calls again.
+        addresses: Addresses of this machine; ``""`` is all of them. Each gets a port that the system chooses.
+        find_key: Returns the key of the caller with this rank. ``None``: no key yet; the caller connects again.
 
     Attributes:
-        addresses: Where it listens.
+        addresses: The addresses and ports at which it listens.
 
     Raises:
-        OSError: The system does not let it listen at an address.
+        OSError: The system does not allow to listen at an address.
     """
 
     def __init__(self, addresses: Sequence[str], find_key: Callable[[int], bytes | None]) -> None:
@@ -75,7 +75,7 @@ class Listener:
         self._thread.start()
 
     def accept(self, timeout: float | None = None) -> tuple[int, socket.socket] | None:
-        """Return the rank of a caller that knows the key, and the connection to it, which blocks.
+        """Return the rank of a caller that knows the key, and the connection to it, which is blocking.
 
         Args:
             timeout: Seconds to wait for one; ``None`` waits until the listener is closed.
@@ -89,7 +89,7 @@ class Listener:
             return None
 
     def close(self) -> None:
-        """Listen no more. Connections that `accept` has returned stay open."""
+        """Stop listening. Connections that `accept` has returned stay open."""
         self._waker.close()
         self._thread.join()
         while caller := self.accept(0):
@@ -106,7 +106,7 @@ class Listener:
         self._selector.close()
 
     def _woken_by(self, events: list[tuple[selectors.SelectorKey, int]]) -> bool:
-        """Handle what has come; whether `close` was called."""
+        """Handle events; whether `close` was called."""
         for key, _ in events:
             if key.data is None:
                 return True
@@ -128,11 +128,11 @@ class Listener:
         self._selector.register(link, selectors.EVENT_READ, partial(self._advance, handshake))
         if len(self._pending) > MOST_PENDING:
             self._drop_oldest()
-        with suppress(OSError):  # the caller has gone, which reading tells
+        with suppress(OSError):  # the caller is gone, which the next read shows
             link.send(CHALLENGE.pack(GREETING, handshake.nonce))
 
     def _advance(self, handshake: _Handshake) -> None:
-        """Read on; accept or refuse the caller once all is there."""
+        """Read; accept or refuse the caller once its response is complete."""
         link = handshake.link
         try:
             part = link.recv(RESPONSE.size - len(handshake.received))
@@ -148,7 +148,8 @@ class Listener:
 
     def _decide(self, handshake: _Handshake) -> None:
         rank, nonce, proof = RESPONSE.unpack(handshake.received)
-        link, key = handshake.link, self._find_key(rank)
+        link = handshake.link
+        key = self._find_key(rank)
         if key is None:
             self._drop(link)
             return
@@ -163,7 +164,7 @@ class Listener:
         self._accepted.put((rank, link))
 
     def _next_deadline(self) -> float | None:
-        """Seconds until the oldest handshake has taken too long; ``None`` where there is none."""
+        """Seconds until the oldest handshake expires; ``None`` if there is none."""
         oldest = next(iter(self._pending.values()), None)
         return None if oldest is None else max(0.0, oldest.deadline - time.monotonic())
 

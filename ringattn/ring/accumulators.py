@@ -15,9 +15,9 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, length, locate, tokens_at
 from ..core.online_softmax import State, merge_states
-from ..transport.base import Gate, Ring, Transfer, Way
+from ..transport.interface import Direction, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens
-from .buffers import Slots
+from .relay import Slots
 from .schedule import Schedule
 
 TAGS = 4096  # the first tag of results; the tag of a block is its hop
@@ -83,22 +83,22 @@ def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
 class ResultHop:
     """Results that one hop receives, adds to and sends on."""
 
-    def __init__(self, way: Way, slots: Slots, spans: Spans, tag: int, wanted: Spans):
+    def __init__(self, direction: Direction, slots: Slots, spans: Spans, tag: int, wanted: Spans):
         """Post the receive of the results at `spans` under `tag`. The results at `wanted` go on."""
-        self._allowed = Gate()
-        self.arrival = slots.recv(way, spans, tag, [self._allowed])
+        self._allowed = Signal()
+        self.arrival = slots.recv(direction, spans, tag, [self._allowed])
         self.wanted = wanted
         self.sent: Transfer | None = None
-        self._added = Gate()
+        self._added = Signal()
         self._loads = list[Callable]()
 
     def allow_receive(self) -> None:
         """Allow the receive to start. Call it when this rank has done the hop before: then the sender may have too."""
         self._allowed.open()
 
-    def send(self, way: Way, tag: int) -> None:
+    def send(self, direction: Direction, tag: int) -> None:
         """Post the send. It starts with `send_total`."""
-        self.sent = way.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
+        self.sent = direction.send(lambda: self._loads.pop()(), tag=tag, after=(self._added,))
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
 
@@ -121,16 +121,16 @@ class ResultHop:
         return total
 
 
-def post_results(ring: Ring, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
+def post_results(ring: Transport, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
     """Post all messages of the results: one for each hop, and at the end the one that returns home."""
-    way = Way(ring, schedule.step)
+    direction = Direction(ring, schedule.step)
     slots = Slots(
         accumulator.block(accumulator.zeros(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home]
     )
     results = []
     for h, hop in enumerate(schedule.hops):
-        result = ResultHop(way, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
+        result = ResultHop(direction, slots, hop.returning, TAGS + h - 1, hop.state if h else schedule.own)
         if h and hop.state:
-            result.send(way, TAGS + h)
+            result.send(direction, TAGS + h)
         results.append(result)
-    return [*results, ResultHop(way, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]
+    return [*results, ResultHop(direction, slots, schedule.home, TAGS + ring.size - 1, schedule.own)]

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import length
-from ..transport.consensus import agree, heard
+from ..transport.consensus import agree, raise_on_all_ranks
 from .accumulators import Accumulator, add_sums
 from .blocks import Block
 from .call import RingCall
@@ -19,12 +19,12 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
     """Compute the gradients with respect to `call.arrays`. Collective."""
     ring = call.ring
     with ring.call(GRADIENT):
-        with heard(ring, GRADIENT):
+        with raise_on_all_ranks(ring, GRADIENT):
             mx.eval(*call.arrays, dout, dlse)
             rows = call.kernel.rows(out, lse, dout, dlse)
             fields = call.fields()
         agree(ring, GRADIENT, fields)
-        with ring.committed():
+        with ring.break_ring_on_error():
             sums = (_pass_q if call.chosen(gradient=True) == "pass_q" else _pass_kv)(call, rows)
             found = call.options.gradients(sums, rows, call.arrays[0].dtype)
             mx.eval(found)

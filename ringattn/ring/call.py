@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
 from .. import backends
-from ..autograd.custom_function import settled
+from ..autograd.custom_function import evaluated_copies
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import positions
 from ..core.online_softmax import State
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
+from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
-from ..transport.base import Ring, Transfer, timed
+from ..transport.base import Ring
 from ..transport.consensus import Fields
-from .arguments import check_layout
+from ..transport.interface import Transfer, Transport, timed
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
@@ -26,7 +28,7 @@ from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Size
 class RingCall:
     """One checked call on this rank. `arrays` are q, k, v and the arrays of the options."""
 
-    ring: Ring
+    ring: Transport
     layout: Layout
     kv_layout: Layout
     options: Options
@@ -76,7 +78,7 @@ class RingCall:
         chosen = self.chosen(gradient)
         where = (self.layout, self.kv_layout, self.options.band)
         routes: tuple[Route, ...] = BOTH_WAYS if self.ring.both_ways else (TO_THE_RIGHT,)
-        if self.ring.both_ways is None and self.ring.apart:
+        if self.ring.both_ways is None and self.ring.neighbours_on_other_hosts:
             routes = choose_routes(*where, chosen, self._sizes(gradient)[chosen == "pass_q"], gradient)
         return [plan(*where, chosen, self.ring.rank, gradient, route) for route in routes]
 
@@ -127,7 +129,7 @@ class RingCall:
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
         with timed(self.ring, "compute", hop):
-            state = State(*settled(self.kernel.forward(self._inputs(queries, keys, 1), state)))
+            state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             mx.eval(*state)
         return state
 
@@ -136,7 +138,7 @@ class RingCall:
         rows = Rows(*queries.arrays[1:4])
         with timed(self.ring, "compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
-            sums = Gradients(*settled([x for x in sums if x is not None]))
+            sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
             mx.eval(*sums[:3])
         return sums
 
@@ -174,3 +176,23 @@ class RingCall:
         if not all(transfer.done for transfer in waiting):
             with timed(self.ring, "wait", hop):
                 self.ring.wait(*waiting)
+
+
+def check_ring(ring: Any) -> Transport:
+    """Check for a ring, and return it with the methods of the library. Without one no check can be collective."""
+    if not isinstance(ring, Transport):
+        raise ArgumentTypeError(f"ring: {type(ring).__name__}, expected a ring from ringattn.init()")
+    return ring
+
+
+def check_layout(name: str, layout: object, ring: Ring, tokens: dict[str, int]) -> Layout:
+    """Check for a layout of the ring's size that gives this rank as many tokens as its arrays have."""
+    if not isinstance(layout, Layout):
+        raise ArgumentTypeError(f"{name}: {type(layout).__name__}, expected a Layout")
+    if layout.size != ring.size:
+        raise ArgumentError(f"{name}: for {layout.size} ranks, expected {ring.size}, the size of the ring")
+    expected = layout.local_length(ring.rank)
+    for array, n in tokens.items():
+        if n != expected:
+            raise ArgumentError(f"{array}: {n} tokens, expected {expected}, what {name} gives to rank {ring.rank}")
+    return layout

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
 from ..core.online_softmax import State, finish
-from ..transport.consensus import agree, heard
+from ..transport.consensus import agree, raise_on_all_ranks
 from .accumulators import Accumulator, add_states, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
@@ -29,13 +29,13 @@ Arrays = Sequence[mx.array]
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
     """Agree with the other ranks, run the schedule, and compute ``(out, lse)``."""
-    with heard(call.ring, WHAT):
+    with raise_on_all_ranks(call.ring, WHAT):
         # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
         mx.eval(*call.keys().arrays)
         start_evaluation(*call.arrays)
         fields = call.fields()
     agree(call.ring, WHAT, fields)
-    with call.ring.committed():
+    with call.ring.break_ring_on_error():
         state = _STRATEGIES[call.chosen()](call)
         out, lse = finish(state, call.options.sinks, call.options.out_dtype)
         del state
@@ -50,7 +50,7 @@ def _pass_kv(call: RingCall) -> State:
     state = None
     h = 0
     for h, hop, arrival in arrivals:
-        call.ring.at(WHAT, h)
+        call.ring.set_progress(WHAT, h)
         if hop.compute:
             call.wait(h, arrival.transfer)
             state = call.attend(h, queries, arrival.block, state)
@@ -64,7 +64,7 @@ def _gather(call: RingCall) -> State:
     schedules = call.schedules()
     whole = collect(call.ring, call.keys(), schedules)
     hops = max(len(schedule.hops) for schedule in schedules)
-    call.ring.at(WHAT, hops)
+    call.ring.set_progress(WHAT, hops)
     return call.attend(hops, call.queries(), whole, None)
 
 
@@ -91,7 +91,7 @@ def round_trip(
     home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
-        call.ring.at(WHAT, h)
+        call.ring.set_progress(WHAT, h)
         added = None
         if hop.compute:
             call.wait(h, arrival.transfer)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from ..core.validation import told
-from ..errors import ArgumentError
-from .base import Event, Gate, Ring, Transfer
+from ..core.validation import format_value
+from ..errors import ArgumentError, RingError
+from .base import Event, Ring
 from .environment import launched_by, read_timeout
 from .failures.status_file import status
+from .interface import Signal, Transfer
 
-__all__ = ["Event", "Gate", "Ring", "Transfer", "init"]
+__all__ = ["Event", "Signal", "Ring", "Transfer", "init"]
 
 _BACKENDS = ("mpi", "mlx", "solo")
 
@@ -20,11 +22,11 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
 
     Args:
         backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
-            ``"solo"`` for a ring of one; ``None`` for what the launcher's environment says, and ``"solo"`` where there
-            is no launcher. Over ``"mlx"`` there is no `split`.
+            ``"solo"`` for a ring of one. ``None`` chooses by the launcher's environment, ``"solo"`` without a
+            launcher. Over ``"mlx"`` there is no `split`.
         comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
         timeout: Seconds without a heartbeat after which a rank counts as dead. A long computation is not a stall: a
-            thread of its own sends the heartbeats. It cannot while one call keeps Python's global interpreter lock
+            thread of its own sends the heartbeats. It sends none while one call keeps Python's global interpreter lock
             (a regular expression, arithmetic of very large integers, ``json.loads`` of a large text). Under
             ``ringattn launch`` such a rank counts as alive as long as it computes, if `timeout` is at least 2.
             Under ``mpiexec`` and ``mlx.launch`` alone, choose a timeout longer than the longest such call. Default:
@@ -43,13 +45,26 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
 
         return SoloRing(read_timeout(timeout))
     with status.opening():
-        if backend == "mlx":
-            from .mlx.ring import open_ring as open_mlx_ring
+        return _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
 
-            return open_mlx_ring(timeout)
-        from .mpi.ring import open_ring as open_mpi_ring
 
-        return open_mpi_ring(comm, timeout)
+def _open_mlx_ring(timeout: float | None) -> Ring:
+    from .mlx.backend import launched_size
+    from .mlx.ring import open_ring
+
+    MPI = sys.modules.get("mpi4py.MPI")
+    if launched_size() > 1 and MPI is not None and MPI.Is_initialized():
+        raise RingError("backend 'mlx': this process has started MPI, and only one of the two can be; use 'mpi'")
+    return open_ring(timeout)
+
+
+def _open_mpi_ring(comm: Any, timeout: float | None) -> Ring:
+    from .mlx.process import is_open
+    from .mpi.ring import open_ring
+
+    if is_open():
+        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
+    return open_ring(comm, timeout)
 
 
 def _choose(backend: str | None, comm: Any) -> str:
@@ -58,7 +73,9 @@ def _choose(backend: str | None, comm: Any) -> str:
             return "mpi"
         backend = launched_by()
     if not isinstance(backend, str) or backend not in _BACKENDS:
-        raise ArgumentError(f"backend: {told(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None")
+        raise ArgumentError(
+            f"backend: {format_value(backend)}, expected one of {', '.join(map(repr, _BACKENDS))}, or None"
+        )
     if comm is not None and backend != "mpi":
         raise ArgumentError(f"comm: given with backend {backend!r}, expected backend 'mpi' with it")
     return backend

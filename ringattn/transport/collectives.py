@@ -1,4 +1,4 @@
-"""broadcast and all_reduce, on top of what every transport can do."""
+"""broadcast and all_reduce, built on the methods that every transport has."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..autograd.custom_function import opaque
+from ..autograd.custom_function import custom_op
 from ..core.validation import check_array, check_int
 from ..errors import ArgumentError
-from .base import Ring, Transfer
-from .consensus import agree, heard
+from .base import Ring
+from .consensus import agree, raise_on_all_ranks
+from .interface import Transfer, Transport
 
 SMALL_BYTES = 1 << 15  # up to here the data travel in the round that the agreement takes anyway
 PIECE_BYTES = 4 << 20  # of a broadcast: a rank passes one on while it receives the next
 
-# Sends slice i of the first list to rank i, and fills the second one with what rank i sends; lengths are agreed on.
+# Send slice i of the first list to rank i, and fill slice i of the second one from rank i; lengths are agreed on.
 Swap = Callable[[Sequence[memoryview], Sequence[memoryview]], None]
-# Sends the same bytes to every rank, and fills the list with what each rank sends; it has its own in it already.
+# Send the same bytes to every rank, and fill the list with the bytes of each rank; this rank's are in it already.
 Share = Callable[[memoryview, Sequence[memoryview]], None]
 
 
 def check_rank(name: str, rank: Any, size: int) -> int:
-    """An index of a rank."""
+    """Return `rank` if it is the index of a rank."""
     rank = check_int(name, rank, 0)
     if rank >= size:
         raise ArgumentError(f"{name}: {rank}, expected less than {size}, the size of the ring")
@@ -35,12 +36,12 @@ def check_rank(name: str, rank: Any, size: int) -> int:
 
 
 def check_color(color: Any) -> int | None:
-    """A colour to split by: any int, or ``None``."""
+    """Return `color` if it is a colour to split by: an int, or ``None``."""
     return None if color is None else check_int("color", color)
 
 
 def to_bytes(x: mx.array) -> memoryview:
-    """The bytes of `x` in row order, shared where its storage allows; the view keeps the memory alive."""
+    """The bytes of `x` in row order, shared where its storage allows. The view keeps the memory alive."""
     if x.size == 0:
         return memoryview(b"")
     x = mx.contiguous(x)
@@ -59,39 +60,38 @@ def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
     return x, (_view(x) if x.size else memoryview(bytearray()))
 
 
-def broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
-    """See `Ring.broadcast`. Large arrays go round the ring in pieces, each passed on while the next arrives."""
-    with heard(ring, "broadcast"):
+def broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
+    """See `Ring.broadcast`. Large arrays travel around the ring in pieces, each passed on while the next arrives."""
+    with raise_on_all_ranks(ring, "broadcast"):
         root = check_rank("root", root, ring.size)
         if ring.rank == root:
             check_array("x", x)
     if x is None or ring.rank != root:
         return _broadcast(ring, None, root)
-    return opaque("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
+    return custom_op("broadcast", lambda x: (_broadcast(ring, x, root),), (x,))[0]
 
 
-def _broadcast(ring: Ring, x: mx.array | None, root: int) -> mx.array:
+def _broadcast(ring: Transport, x: mx.array | None, root: int) -> mx.array:
     payload: list[memoryview] = []
     if x is not None:
-        with heard(ring, "broadcast"):
+        with raise_on_all_ranks(ring, "broadcast"):
             data = to_bytes(x)
         about = json.dumps([_name(x.dtype), x.shape, len(data)]).encode()
         payload = [memoryview(about.ljust(256)), data if len(data) <= SMALL_BYTES else memoryview(b"")]
-    told = agree(ring, "broadcast", (("root", str(root)),), None, payload)[root]
-    name, shape, length = json.loads(bytes(told[:256]))
+    reply = agree(ring, "broadcast", (("root", str(root)),), None, payload)[root]
+    name, shape, length = json.loads(bytes(reply[:256]))
     y, into = empty(shape, getattr(mx, name)) if x is None else (x, data)
     if length > SMALL_BYTES:
-        with ring.committed():
-            _pass_round(ring, into, root)
+        with ring.break_ring_on_error():
+            _pass_along(ring, into, root)
     elif x is None:
-        into[:] = told[256:]
+        into[:] = reply[256:]
     return y
 
 
 def broadcast_bytes(ring: Ring, data: bytes | None) -> bytes:
-    """The bytes that rank 0 gives, on every rank."""
-    told = ring.broadcast(None if data is None else mx.array(np.frombuffer(data, np.uint8)))
-    return bytes(to_bytes(told))
+    """Return the bytes of rank 0 on every rank."""
+    return bytes(to_bytes(ring.broadcast(None if data is None else mx.array(np.frombuffer(data, np.uint8)))))
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -99,10 +99,10 @@ def _name(dtype: mx.Dtype) -> str:
     return "bool_" if name == "bool" else name
 
 
-def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
+def _pass_along(ring: Transport, data: memoryview, root: int) -> None:
     transfers: list[Transfer] = []
-    for tag, at in enumerate(range(0, len(data), PIECE_BYTES)):
-        piece = [data[at : at + PIECE_BYTES]]
+    for tag, start in enumerate(range(0, len(data), PIECE_BYTES)):
+        piece = [data[start : start + PIECE_BYTES]]
         arrival: list[Transfer] = []
         if ring.rank != root:
             arrival = [ring.recv(piece, tag=tag)]
@@ -112,15 +112,15 @@ def _pass_round(ring: Ring, data: memoryview, root: int) -> None:
     ring.wait(*transfers)
 
 
-def all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
+def all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
     """See `Ring.all_reduce`. Summed in rank order: 16-bit floats in float32, with one cast at the end."""
-    with heard(ring, "all_reduce"):
+    with raise_on_all_ranks(ring, "all_reduce"):
         check_array("x", x)
-    return opaque("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
+    return custom_op("all_reduce", lambda x: (_all_reduce(ring, x, swap, share),), (x,))[0]
 
 
-def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
-    with heard(ring, "all_reduce"):
+def _all_reduce(ring: Transport, x: mx.array, swap: Swap, share: Share) -> mx.array:
+    with raise_on_all_ranks(ring, "all_reduce"):
         data = to_bytes(x)
     fields = (("dtype", _name(x.dtype)), ("shape", str(x.shape)))
     small = len(data) <= SMALL_BYTES
@@ -131,7 +131,7 @@ def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
     if small:
         into[:] = _sum(replies, x.dtype)
         return y
-    with ring.committed():
+    with ring.break_ring_on_error():
         # Each rank sums one slice for all: 2 * (size - 1) / size of the bytes cross a rank's link, whatever the size.
         cuts = [x.size * i // ring.size * x.dtype.size for i in range(ring.size + 1)]
         theirs = [memoryview(bytearray(cuts[ring.rank + 1] - cuts[ring.rank])) for _ in range(ring.size)]
@@ -143,8 +143,8 @@ def _all_reduce(ring: Ring, x: mx.array, swap: Swap, share: Share) -> mx.array:
     return y
 
 
-def swap_along(ring: Ring, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
-    """A `Swap` by neighbours alone: at each step a rank passes on what it holds for ranks further along."""
+def swap_along(ring: Transport, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
+    """Do a `Swap` between neighbours alone: at each step a rank passes on the slices for ranks further along."""
     rank, size = ring.rank, ring.size
     held = {(rank + far) % size: out[(rank + far) % size] for far in range(1, size)}
     for step in range(1, size):
@@ -156,8 +156,8 @@ def swap_along(ring: Ring, out: Sequence[memoryview], into: Sequence[memoryview]
         held = {target: coming[target] for target in targets[1:]}
 
 
-def share_along(ring: Ring, own: memoryview, into: Sequence[memoryview]) -> None:
-    """A `Share` by neighbours alone: each piece goes all the way round, and is passed on as it arrives."""
+def share_along(ring: Transport, own: memoryview, into: Sequence[memoryview]) -> None:
+    """Do a `Share` between neighbours alone: each piece travels around the whole ring, passed on as it arrives."""
     transfers: list[Transfer] = []
     arrival: list[Transfer] = []
     for step in range(1, ring.size):
@@ -169,7 +169,7 @@ def share_along(ring: Ring, own: memoryview, into: Sequence[memoryview]) -> None
 
 
 def _sum(parts: Sequence[memoryview], dtype: mx.Dtype) -> memoryview:
-    """The bytes of the sum of arrays of `dtype` given as bytes."""
+    """Sum arrays of `dtype`, given and returned as bytes."""
     if len(parts[0]) == 0:
         return memoryview(b"")
     wide = mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype

@@ -1,8 +1,8 @@
-"""How ranks make sure that they are in the same call with the same arguments, before any data moves.
+"""Agreement of all ranks that they are in the same call with the same arguments, before any data moves.
 
 Every collective begins with one `Ring.exchange` whose payload starts with a *head* of fixed size: this rank's verdict
-on its own arguments and a digest of the call. All ranks see all heads, so all come to the same conclusion: go on, raise
-the error that one of them found, or exchange the calls in full to say where they differ.
+on its own arguments and a digest of the call. All ranks read all heads, so all decide the same: go on, raise the
+error that one of them found, or exchange full descriptions of their calls and report the first difference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArgumentError
-from .base import Ring
+from .interface import Transport
 from .shared_input import TAG_BYTES, SharedInput
 
-__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "heard"]
+__all__ = ["Fields", "agree", "agree_in_graph", "fits_in_graph", "raise_on_all_ranks"]
 
 Fields = tuple[tuple[str, str], ...]  # what describes a call: (argument, short text of its value)
 
-IN_GRAPH = 256  # calls in MLX's graph that may be unchecked: the layers of two tokens, of which one is computed now
+IN_GRAPH = 256  # calls in MLX's graph that may be unchecked: the layers of two tokens
 _HEAD_BYTES = 64
 _HEAD = struct.Struct("<4sBxxxI24s")  # magic, verdict, bytes of error text, digest and tag; zeros up to _HEAD_BYTES
 _TAG = slice(12 + 16, 12 + 16 + TAG_BYTES)  # of the ring's shared input, behind the digest of the call
@@ -35,7 +35,7 @@ _LONGEST_TEXT = 4096
 
 
 def agree(
-    ring: Ring,
+    ring: Transport,
     what: str,
     fields: Fields = (),
     error: BaseException | None = None,
@@ -43,16 +43,16 @@ def agree(
     *,
     apart: bool = False,
 ) -> list[memoryview]:
-    """Make sure that every rank is in the same call with the same `fields`, and learn every rank's `payload`.
+    """Check that every rank is in the same call with the same `fields`, and return every rank's `payload`.
 
     Args:
         ring: The ring whose ranks must agree.
         what: The name of the call.
-        fields: What has to be equal on all ranks, as ``(name, short text)`` pairs.
-        error: What this rank found wrong with its own arguments.
-        payload: Bytes for all other ranks to know; their lengths may differ.
-        apart: Whether the payload goes in a round of its own, because a rank that does not agree might not take part in
-            one that carries so much. All must say the same or disagree.
+        fields: Values that must be equal on all ranks, as ``(name, short text)`` pairs.
+        error: The error in this rank's own arguments, if any.
+        payload: Bytes for all other ranks; their lengths may differ.
+        apart: Whether the payload travels in a round of its own, because a rank that does not agree might not take part
+            in a round of that size. All ranks must pass the same value or disagree otherwise.
 
     Returns:
         The payload of every rank, in rank order.
@@ -62,7 +62,7 @@ def agree(
             ring still works.
     """
     try:
-        ring.settle()
+        ring.check_pending()
     except ArgumentError as late:
         error = error or late
     own = [memoryview(_head(ring, what, fields, error))]
@@ -71,36 +71,35 @@ def agree(
     return ring.exchange(payload) if apart else replies
 
 
-def fits_in_graph(ring: Ring, count: int) -> bool:
+def fits_in_graph(ring: Transport, count: int) -> bool:
     """Whether `agree_in_graph` can carry a payload of `count` bytes."""
     return _HEAD_BYTES + count <= ring.in_graph_bytes
 
 
-def agree_in_graph(ring: Ring, what: str, fields: Fields, payload: mx.array) -> mx.array:
-    """`agree` without waiting, all in MLX's graph, for a `payload` of one shape and dtype everywhere that fits.
+def agree_in_graph(ring: Transport, what: str, fields: Fields, payload: mx.array) -> mx.array:
+    """Agree without waiting, in MLX's graph. `payload` has the same shape and dtype on every rank, and fits.
 
     Returns:
-        The payloads of all ranks, flat, as rows, of the same dtype; all NaN where a rank does not agree, and then a
-        later call of the ring raises what `agree` would have raised.
+        The payloads of all ranks, flat, as rows, of the same dtype. All are NaN where a rank does not agree; a later
+        call of the ring then raises the error that `agree` would have raised.
     """
     try:
-        ring.settle(keep=IN_GRAPH)
+        ring.check_pending(keep=IN_GRAPH)
     except ArgumentError as late:
-        agree(ring, what, fields, late)  # the others may not know
+        agree(ring, what, fields, late)  # the other ranks may not have seen it
     own = mx.array(np.frombuffer(_good_head(what, fields), np.uint8))
     shared = ring.shared_input
     if shared is not None:
         own = mx.concatenate([own[: _TAG.start], shared.tag, own[_TAG.stop :]])
     data = mx.concatenate([own, payload.reshape(-1).view(mx.uint8)])
-    replies = ring.exchange_in_graph(data, lambda told: _check(ring, what, fields, None, told, shared))
+    replies = ring.exchange_in_graph(data, lambda heads: _check(ring, what, fields, None, heads, shared))
     same = mx.all(replies[:, :_HEAD_BYTES] == own)
     return mx.where(same, mx.contiguous(replies[:, _HEAD_BYTES:]).view(payload.dtype), mx.nan)
 
 
 @contextmanager
-def heard(ring: Ring, what: str) -> Iterator[None]:
-    """The part of a call in which this rank is on its own: whatever goes wrong in it, all others hear of at their
-    agreement, and then it is raised."""
+def raise_on_all_ranks(ring: Transport, what: str) -> Iterator[None]:
+    """Run local checks. An exception raised here is raised on every rank."""
     try:
         yield
     except Exception as error:
@@ -108,8 +107,8 @@ def heard(ring: Ring, what: str) -> Iterator[None]:
         raise
 
 
-def _head(ring: Ring, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
-    """What a rank puts before its payload: `_HEAD_BYTES` bytes, and the text of `error` if there is one."""
+def _head(ring: Transport, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:
+    """The bytes before a rank's payload: a head of `_HEAD_BYTES`, and the text of `error` if there is one."""
     if error is not None:
         text = str(error).encode(errors="backslashreplace")[:_LONGEST_TEXT]
         return _HEAD.pack(_MAGIC, _ERROR, len(text), b"").ljust(_HEAD_BYTES, b"\0") + text
@@ -129,14 +128,14 @@ def _describe(what: str, fields: Sequence[tuple[str, ...]]) -> bytes:
 
 
 def _check(
-    ring: Ring,
+    ring: Transport,
     what: str,
     fields: Fields,
     error: BaseException | None,
     replies: Sequence[memoryview],
     shared: SharedInput | None,
 ) -> list[memoryview]:
-    """Read the heads of all ranks' `replies`; see `agree` for the arguments, the result and what it raises."""
+    """Read the heads of all ranks' `replies`. Arguments, result and errors are those of `agree`."""
     if error is not None:
         raise error
     own = bytes(replies[ring.rank][:_HEAD_BYTES])
@@ -159,7 +158,7 @@ def _check(
 
 
 def _difference(calls: list[list]) -> str:
-    """The first thing in which `calls`, one ``[what, fields]`` per rank, differ, and its remedy if it has one."""
+    """The first difference between `calls`, one ``[what, fields]`` per rank, and its remedy if it has one."""
     names = [call[0] for call in calls]
     if len(set(names)) > 1:
         return ", ".join(f"{_ranks(ranks)} called {name}" for name, ranks in _group(names).items())

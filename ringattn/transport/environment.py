@@ -1,4 +1,4 @@
-"""What a launcher and the user's environment say about a job."""
+"""Settings of a job in the environment: the launcher's and the user's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.validation import told
+from ..core.validation import format_value
 from ..errors import ArgumentError, ArgumentTypeError
 
 _MPI_LAUNCHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # set by Hydra, PMIx and Open MPI
@@ -16,7 +16,7 @@ SLURM_TASKS = "SLURM_STEP_NUM_TASKS"  # how many processes srun started
 
 
 def launched_by() -> str:
-    """The backend that goes with the launcher of this process; ``"solo"`` without one."""
+    """The backend for the launcher that started this process; ``"solo"`` without one."""
     if any(name in os.environ for name in _MPI_LAUNCHERS):
         return "mpi"
     if any(name in os.environ for name in _MLX_LAUNCHERS):
@@ -25,7 +25,7 @@ def launched_by() -> str:
 
 
 def read_count(environment: Mapping[str, str], name: str) -> int | None:
-    """The number that a launcher has set, ``None`` where it has not."""
+    """The number that a launcher has set in `name`, or ``None``."""
     text = environment.get(name, "")
     return int(text) if text.isdecimal() else None
 
@@ -41,7 +41,7 @@ def read_timeout(timeout: float | None) -> float:
         except ValueError:
             raise ArgumentError(f"{name}: {value!r}, expected a number of seconds") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name}: {told(value)}, expected a number of seconds")
+        raise ArgumentTypeError(f"{name}: {format_value(value)}, expected a number of seconds")
     if not (math.isfinite(value) and value > 0):
         raise ArgumentError(f"{name}: {value}, expected a positive, finite number of seconds")
     return float(value)

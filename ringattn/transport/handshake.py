@@ -1,4 +1,4 @@
-"""What ranks say of themselves before a ring is opened: what is wrong with one of them is an error on all."""
+"""Introduction of the ranks before a ring is opened: an error on one of them is an error on all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .environment import read_timeout
 from .failures.heartbeats import Member
 from .failures.status_file import status
 
-DIFFERS = "ringattn differs between ranks: "  # how the error begins that the doctor tells from others
+DIFFERS = "ringattn differs between ranks: "  # the beginning of the error that the doctor recognises
 
 
 def introduce(timeout: float | None, exchange: Callable[[list], list]) -> list[Member]:
-    """All ranks of a new ring.
+    """Introduce this rank to all others and return all ranks of a new ring.
 
     Args:
-        timeout: This rank's, as a user gives it.
-        exchange: Gives every rank what this one says, which JSON can hold, and returns what all have said.
+        timeout: The timeout that the user gives on this rank.
+        exchange: Sends a list that JSON can hold to every rank, and returns the lists of all ranks.
 
     Raises:
         ArgumentError: A timeout is wrong, here or on another rank.
@@ -33,13 +33,14 @@ def introduce(timeout: float | None, exchange: Callable[[list], list]) -> list[M
         seconds = read_timeout(timeout)
     except ArgumentError as wrong:
         error = wrong
-    told = exchange([__version__, None if error is None else str(error), platform.node(), seconds, status.job_rank])
+    verdict = None if error is None else str(error)
+    introductions = exchange([__version__, verdict, platform.node(), seconds, status.job_rank])
     if error is not None:
         raise error
-    versions = [one[0] for one in told]  # whatever else another version says may mean something else
+    versions = [one[0] for one in introductions]  # in another version the other fields may have another meaning
     if len(set(versions)) > 1:
         raise RingError(f"{DIFFERS}{by_rank(versions)}; install the same version on all")
-    for rank, (_, text, *_) in enumerate(told):
+    for rank, (_, text, *_) in enumerate(introductions):
         if text is not None:
             raise ArgumentError(f"rank {rank}: {text}")
-    return [Member(*about) for _, _, *about in told]
+    return [Member(*about) for _, _, *about in introductions]

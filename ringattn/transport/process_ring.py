@@ -1,4 +1,4 @@
-"""What rings of several processes have in common: they live, break and are left in the same way."""
+"""Rings of several processes: how they open, break and close, whatever moves their bytes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .base import Ring
 from .consensus import agree
 from .failures.bandwidth import LinkRate
 from .failures.cause import Cause
-from .failures.control_channel import Post
+from .failures.control_channel import ControlChannel
 from .failures.heartbeats import GRACE, Liveness, Member, Place
-from .failures.stall_timer import Moving, Watch
+from .failures.stall_timer import Moving, StallTimer
 from .failures.status_file import status
+from .interface import Transport
 
 
-class PeerRing(Ring):
-    """A ring whose ranks are other processes, of which each may die.
+class ProcessRing(Transport):
+    """A ring whose ranks are other processes, any of which may die.
 
     Attributes:
-        _foreign: The exceptions that the transport's library raises.
+        _library_errors: The exceptions that the transport's library raises.
 
     Args:
-        post: A post for signs of life.
+        channel: Carries heartbeats, goodbyes and failures.
         rank: This rank.
         members: All ranks; their timeouts may differ.
     """
 
-    _foreign: tuple[type[BaseException], ...] = ()
+    _library_errors: tuple[type[BaseException], ...] = ()
 
-    def __init__(self, post: Post, rank: int, members: Sequence[Member]):
+    def __init__(self, channel: ControlChannel, rank: int, members: Sequence[Member]):
         super().__init__()
         self.rank = rank
         self.size = len(members)
@@ -44,18 +44,18 @@ class PeerRing(Ring):
         self._members = members
         self._place: Place = ("", 0)
         self._closed = False
-        # Often enough for the most impatient rank.
+        # Often enough for the rank with the shortest timeout.
         self._interval = min(1.0, min(member.timeout for member in members) / 10)
         self._life = Liveness(
-            post,
+            channel,
             rank,
             members,
             self._interval,
             lambda: self._place,
-            self._told_of,
+            self._in_flight_with,
             lambda cause: status.broken(here=cause.rank in (None, rank)),
         )
-        self._watch_links = Watch(self._interval)
+        self._stall_timer = StallTimer(self._interval)
         status.opened(self.rank, self.size)
 
     # What users call
@@ -88,25 +88,25 @@ class PeerRing(Ring):
     # What the library calls
 
     def await_cause(self, error: BaseException) -> None:  # noqa: B027  (most errors are their own cause)
-        """Let the news arrive that explains `error`, where that may only be what came of another rank's death."""
+        """Wait for the message that explains `error`, which may be a mere consequence of another rank's death."""
 
     def fail(self, error: BaseException) -> None:
         self.await_cause(error)
-        if isinstance(error, RingError) and error.rank is not None:  # it says all itself
+        if isinstance(error, RingError) and error.rank is not None:  # its text is complete
             self._life.fail(Cause("other", error.rank, error.host, hop=error.hop, detail=str(error)), error)
         else:
             self._life.fail(Cause.of_exception(error, self.rank, self.hosts[self.rank], *self._place))
 
-    def at(self, what: str, hop: int) -> None:
+    def set_progress(self, what: str, hop: int) -> None:
         if self._life.error is None:  # a broken ring stays where it broke
             self._place = (what, hop)
             status.write(what, hop)
 
-    # What leaving.py asks
+    # What failures/shutdown.py calls
 
     @property
     def error(self) -> RingError | None:
-        """What broke the ring."""
+        """The error that broke the ring, or ``None``."""
         return self._life.error
 
     @property
@@ -115,12 +115,12 @@ class PeerRing(Ring):
 
     @property
     def exit_code(self) -> int:
-        """Of a process that ends because the ring broke: that of the rank that broke it, and never 0."""
+        """The exit code of a process that ends because the ring broke: that of the rank that broke it, never 0."""
         return self._life.cause.exit_code if self._life.cause else 1
 
     @property
     def retired(self) -> bool:
-        """Whether this ring is closed on all ranks, or on those that live."""
+        """Whether this ring is closed on all ranks, or on those that are alive."""
         return self._closed and self._life.everybody_left()
 
     @property
@@ -128,19 +128,19 @@ class PeerRing(Ring):
         """The call and the hop that this rank is in."""
         return self._place
 
-    def hear(self) -> None:
-        """Take in what the others have said."""
-        self._life.hear()
+    def process_messages(self) -> None:
+        """Handle all received messages."""
+        self._life.process_messages()
 
     @abc.abstractmethod
     def free(self) -> None:
-        """Give back what a retired ring holds."""
+        """Free the resources of a retired ring."""
 
     @abc.abstractmethod
     def abort(self) -> None:
-        """End this process with `exit_code`, and those that will not end by themselves where the transport can."""
+        """End this process with `exit_code`, and the other processes of the job where the transport can."""
 
-    # Waiting with open eyes
+    # Waits that check peers
 
     def _check(self) -> None:
         if self._life.error is not None:
@@ -148,32 +148,32 @@ class PeerRing(Ring):
         if self._closed:
             raise RingError("this ring is closed")
 
-    def _looking(self, missing: Callable[[], set[int]]) -> Callable[[], None]:
-        """What to call now and then in a wait: it raises when the ranks that are `missing` will not come any more."""
-        since: dict[int, float] = {}  # when a rank that is missing was first seen to have left
+    def _peer_check(self, missing: Callable[[], set[int]]) -> Callable[[], None]:
+        """A function to call now and then in a wait: it raises if a rank that is `missing` has left or is dead."""
+        since: dict[int, float] = {}  # when a missing rank was first seen to have left
 
-        def look() -> None:
-            self._life.hear()
+        def check() -> None:
+            self._life.process_messages()
             self._check()
             now = time.monotonic()
             for peer in missing() & self._life.left:
-                # What it sent before it left may still be on the way.
+                # Messages that it sent before it left may still be on the way.
                 if now - since.setdefault(peer, now) > GRACE:
                     raise Cause("left", peer, self.hosts[peer], *self._place, f"rank {self.rank}").error
 
-        return look
+        return check
 
-    def _told_of(self, peer: int) -> list[list]:
-        """What `peer` is to know of the messages between it and this rank; see `Liveness`."""
+    def _in_flight_with(self, peer: int) -> list[list]:
+        """The messages under way between this rank and `peer`; see `Liveness`."""
         return []
 
-    def _judge_link(self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = ()) -> dict[object, float]:
-        """Break the ring when something of `found` has not moved for longer than its bytes take at a tenth of `rate`.
+    def _check_links(self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = ()) -> dict[object, float]:
+        """Break the ring when a message of `found` is overdue: its bytes take longer than at a tenth of `rate`.
 
         Returns:
-            The seconds since each of these, and of `more`, was first seen.
+            The seconds since each of these messages, and of the keys in `more`, was first seen.
         """
-        ages = self._watch_links.look([*(one.key for one in found), *more])
+        ages = self._stall_timer.look([*(one.key for one in found), *more])
         for one in found:
             allowed = rate.deadline(one.bytes, self.timeout)
             if ages[one.key] > allowed:
@@ -184,11 +184,11 @@ class PeerRing(Ring):
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
-        """Whatever goes wrong in here breaks the ring; what the transport raises comes out as the ring's error."""
+        """Break the ring if an exception is raised here; an error of the transport's library becomes the ring's."""
         try:
             yield
         except BaseException as error:
             self.fail(error)
-            if isinstance(error, self._foreign):
+            if isinstance(error, self._library_errors):
                 self._check()
             raise

@@ -1,4 +1,4 @@
-"""An input that all ranks must have in common in a series of calls, such as the token ids of a model's call."""
+"""An input that must be the same on all ranks in a series of calls, such as the token ids of a model's call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class SharedInput:
     """An array of integers that is the same on every rank.
 
     Args:
-        name: What an error calls it.
+        name: The name of the input in error messages.
         values: Integers, any shape; evaluated only where a rank has to wait anyway.
-        remedy: What to do where ranks differ.
+        remedy: Advice for the user where ranks differ.
     """
 
     def __init__(self, name: str, values: mx.array, remedy: str):
@@ -29,21 +29,21 @@ class SharedInput:
 
     @cached_property
     def tag(self) -> mx.array:
-        """A hash of the values ``[TAG_BYTES]``, uint8, in MLX's graph; another one where a single value differs."""
+        """A hash of the values ``[TAG_BYTES]``, uint8, in MLX's graph. Any one value that differs changes it."""
         numbers = self._values.astype(mx.uint32) + 1
         sums = [mx.sum(numbers * powers) for powers in _powers(self._values.size)]
         return mx.stack(sums).view(mx.uint8)
 
     @cached_property
     def tag_bytes(self) -> bytes:
-        """`tag`, evaluated: in NumPy, which is done with a few values before MLX would have begun."""
+        """The bytes of `tag`, computed by NumPy: for a few values it finishes before MLX would begin."""
         numbers = np.array(self._values).astype(np.uint32) + np.uint32(1)
         sums = [np.sum(numbers * powers, dtype=np.uint32) for powers in _host_powers(self._values.size)]
         return np.array(sums, np.uint32).tobytes()
 
     @property
     def field(self) -> tuple[str, str, str]:
-        """Name, value in words, remedy."""
+        """The name, a short text of the values, and the remedy."""
         values = np.array(self._values)
         shown = ", ".join(map(str, values[:SHOWN].tolist()))
         if len(values) > SHOWN:

@@ -1,4 +1,4 @@
-"""The ring of one process: nothing moves, and everything else behaves as in a larger one."""
+"""The ring of one process: no data moves, and everything else behaves as in a larger ring."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .base import Buffers, Gate, Ring, Transfer
-from .consensus import agree, heard
+from .consensus import agree, raise_on_all_ranks
 from .failures.status_file import status
+from .interface import Buffers, Signal, Transfer, Transport
 
 
-class SoloRing(Ring):
+class SoloRing(Transport):
     """A ring of one rank."""
 
     backend = "solo"
 
     def __init__(self, timeout: float):
         super().__init__()
-        self.rank, self.size = 0, 1
+        self.rank = 0
+        self.size = 1
         self.hosts = (platform.node(),)
         self.timeout = timeout
         self._error: RingError | None = None
         status.opened(0, 1)
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 color = collectives.check_color(color)
             agree(self, "split")
             return None if color is None else SoloRing(self.timeout)
@@ -54,11 +55,11 @@ class SoloRing(Ring):
         return [memoryview(b"".join(payload))]
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to send to")
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         raise RingError("a ring of one rank has no neighbour to receive from")
 
     def wait(self, *transfers: Transfer) -> None:
@@ -67,7 +68,7 @@ class SoloRing(Ring):
     def fail(self, error: BaseException) -> None:
         self._error = self._error or RingError(f"the ring broke: {type(error).__name__}: {error}", rank=0)
 
-    def at(self, what: str, hop: int) -> None:
+    def set_progress(self, what: str, hop: int) -> None:
         status.write(what, hop)
 
     def _check(self) -> None:

@@ -18,6 +18,7 @@ from .. import backends
 from ..attention import attention
 from ..decode_attention import decode_attention
 from ..layout import Layout
+from ..ring.call import check_ring
 from ..ring.schedule import STRATEGIES
 from ..ring_attention import ring_attention
 from ..transport import init
@@ -48,12 +49,13 @@ def verify_ring(ring: Ring) -> Results:
     Returns:
         Largest fractions over the ranks, the same on all ranks.
     """
+    transport = check_ring(ring)
     results: Results = {}
     for name, make in FEATURES.items():
         case = make()
         mine = {strategy: _ring(ring, case, strategy) for strategy in STRATEGIES}
         mine["decode"] = _decode(ring, case)
-        gathered = [json.loads(bytes(reply)) for reply in ring.exchange([memoryview(json.dumps(mine).encode())])]
+        gathered = [json.loads(bytes(reply)) for reply in transport.exchange([memoryview(json.dumps(mine).encode())])]
         results[name] = {key: max(fractions[key] for fractions in gathered) for key in mine}
     return results
 

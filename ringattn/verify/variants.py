@@ -16,7 +16,7 @@ from .. import backends
 from ..attention import attention
 from ..core.masks import Band
 from ..core.online_softmax import State, finish
-from ..core.rules import Rules
+from ..core.rules import ScoreRules
 from ..kernels.interface import KernelInputs
 from .findings import Check, Findings
 from .oracle import FLOATS, Case, GradientCase, ratios
@@ -59,8 +59,12 @@ def _attend(case: Case, backend: str) -> float:
 
 def _chain(case: Case, backend: str) -> float:
     """Check the state that one kernel call returns and the next one starts from, as in the hops of a ring."""
+<<<<<<< HEAD
     kernel = backends.select(backend)
     rules = Rules(case.q.shape[3] ** -0.5, Band(high=0))
+=======
+    rules = ScoreRules(case.q.shape[3] ** -0.5, Band(high=0))
+>>>>>>> main
     half = case.k.shape[2] // 2
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):

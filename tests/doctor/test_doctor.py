@@ -539,7 +539,7 @@ def test_a_rank_that_leaves_is_told_to_the_others():
     with closing(connectivity.Coordinator("127.0.0.1", 2)) as coordinator:
         first, second = (connectivity.CoordinatorClient(coordinator.endpoint, rank) for rank in range(2))
         second.close()
-        with closing(first), pytest.raises(RingError, match="^a rank left before all had said what they found$"):
+        with closing(first), pytest.raises(RingError, match="^a rank left before all ranks had sent their results$"):
             first.gather(["x"])
 
 

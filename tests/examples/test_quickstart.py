@@ -32,12 +32,12 @@ x = mx.random.normal((1, 4, layout.local_length(ring.rank), 64))
 
 def fault(rank, hop):
     "What happens to `rank` when it comes to `hop`."
-    at = ring.at
+    at = ring.set_progress
     def wrapped(what, now):
         at(what, now)
         if ring.rank == rank and what == "ring_attention" and now == hop:
             FAULT
-    ring.at = wrapped
+    ring.set_progress = wrapped
 
 calls = 0
 while True:

@@ -11,10 +11,10 @@ import pytest
 from attention_cases import BACKENDS as ALONE
 
 import ringattn as ra
-from ringattn.autograd.custom_function import opaque
+from ringattn.autograd.custom_function import custom_op
 from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
-from ringattn.core.rules import Rules
+from ringattn.core.rules import ScoreRules
 from ringattn.cpu import work_units
 from ringattn.kernels import blockwise_backward
 from ringattn.kernels.interface import KernelInputs
@@ -337,7 +337,7 @@ def test_blocks_bound_the_memory(monkeypatch):
     monkeypatch.setattr(blockwise_backward, "KEYS", 512)
     case = long_case(4096)
     results = ra.attention(case.q, case.k, case.v, backend="host", return_lse=True)
-    rules = Rules(0.25, Band())
+    rules = ScoreRules(0.25, Band())
 
     def gradient(q, k, v, dout, dlse, out, lse):
         rows = ReferenceKernel().rows(out, lse, dout, dlse)
@@ -345,7 +345,7 @@ def test_blocks_bound_the_memory(monkeypatch):
         return ReferenceKernel().backward(inputs, rows, Gradients.zeros(q, k, v, rules))[:3]
 
     def loss(*x):
-        return opaque("test", lambda *x: results, x, gradient)[0].sum()
+        return custom_op("test", lambda *x: results, x, gradient)[0].sum()
 
     arrays = [case.q, case.k, case.v]
     mx.eval(arrays, results)

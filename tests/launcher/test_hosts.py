@@ -25,9 +25,7 @@ from ringattn.errors import LaunchError
 from ringattn.launcher import mpiexec, preflight
 from ringattn.launcher.hostfile import Host, parse_hosts, read_hostfile
 from ringattn.launcher.mpiexec import Mpiexec, find_mpiexec
-from ringattn.launcher.rank_wrapper import start_time
-
-pytestmark = pytest.mark.ranks
+from ringattn.launcher.processes import start_time
 
 # Names
 
@@ -175,12 +173,12 @@ def test_the_way_home_is_never_a_hosts_own_loopback(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "said, remedy",
     [
-        ("ssh: connect to host mac1 port 22: Connection refused", "see whether its sshd runs"),
-        ("ssh: connect to host mac1 port 22: No route to host", "see whether it is on, and on this network"),
-        ("ssh: connect to host mac1 port 22: Operation timed out", "see whether it is on, and on this network"),
+        ("ssh: connect to host mac1 port 22: Connection refused", "check that its sshd runs"),
+        ("ssh: connect to host mac1 port 22: No route to host", "check that it is on, and on this network"),
+        ("ssh: connect to host mac1 port 22: Operation timed out", "check that it is on, and on this network"),
         ("me@mac1: Permission denied (publickey,password).", "'ssh me@mac1' must work without a password"),
-        ("No key is known\nHost key verification failed.", "call 'ssh me@mac1' once"),
-        ("Connection closed by mac1", "see what 'ssh me@mac1 true' says"),
+        ("No key is known\nHost key verification failed.", "run 'ssh me@mac1' once"),
+        ("Connection closed by mac1", "run 'ssh me@mac1 true' and read its message"),
     ],
 )
 def test_each_trouble_with_ssh_has_its_remedy(

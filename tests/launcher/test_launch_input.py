@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spawn import ROOT
 
-from ringattn.launcher import rank_wrapper
-from ringattn.launcher.rank_wrapper import Prefixer
+from ringattn.launcher import program_streams
+from ringattn.launcher.program_streams import Prefixer
 
 READ_ALL = (
     "import sys, time; time.sleep({seconds}); read = sys.stdin.buffer.read(); print(len(read), sum(read), flush=True)"
@@ -53,7 +53,7 @@ def test_a_line_goes_on_after_a_part_of_it_was_flushed():
 @pytest.mark.parametrize("part", [1, 100, 5000])
 def test_a_line_without_an_end_is_not_kept(monkeypatch, part):
     """At most one piece is held: so time is linear in the line's length, and memory does not depend on it."""
-    monkeypatch.setattr(rank_wrapper, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(program_streams, "_LONGEST_LINE", 1000)
     lines = Prefixer(b"[0] ")
     fed = returned = 0
     for _ in range(20_000 // part):
@@ -64,7 +64,7 @@ def test_a_line_without_an_end_is_not_kept(monkeypatch, part):
 
 
 def test_a_long_line_among_others_is_passed_on_in_order(monkeypatch):
-    monkeypatch.setattr(rank_wrapper, "_LONGEST_LINE", 10)
+    monkeypatch.setattr(program_streams, "_LONGEST_LINE", 10)
     lines = Prefixer(b"> ")
     assert lines.feed(b"a\nbb") == b"> a\n"
     assert lines.feed(b"c" * 10) == b"> bbcccccccccc"

@@ -10,7 +10,7 @@ import pytest
 
 from ringattn.core.masks import Band
 from ringattn.core.online_softmax import State
-from ringattn.core.rules import Rules
+from ringattn.core.rules import ScoreRules
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal.forward import forward_call
 from ringattn.metal.tiling import Tiling
@@ -44,7 +44,7 @@ def test_the_last_tile_of_the_last_head(ends, tokens_first):
     assert buffers["keys"].size > 1 << 31 and buffers["keys"].nbytes > 1 << 32
     like = mx.broadcast_to(mx.zeros((1,), mx.float16), (1, HEADS, TOKENS, DIM))
     positions = np.arange(TOKENS, dtype=np.int32)
-    inputs = KernelInputs(like, like, like, positions, positions, Rules(DIM**-0.5, Band.of(True, WINDOW)))
+    inputs = KernelInputs(like, like, like, positions, positions, ScoreRules(DIM**-0.5, Band.of(True, WINDOW)))
     state = None
     if ends == "state":
         rows = mx.broadcast_to(mx.zeros((1,)), (1, HEADS, TOKENS))

@@ -9,7 +9,7 @@ from metal_executor import restore_executor, usual_executor
 
 import ringattn as ra
 from ringattn.core.masks import Band, Tile
-from ringattn.core.rules import Rules
+from ringattn.core.rules import ScoreRules
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal import device, dispatch, set_executor
 from ringattn.metal.backend import MetalKernel
@@ -185,7 +185,7 @@ def test_without_lse_there_is_no_trace_of_it():
     set_executor(runtime)
     for with_lse in (False, True):
         positions = np.arange(70, dtype=np.int32)
-        inputs = KernelInputs(x, x, x, positions, positions, Rules(0.125, Band()))
+        inputs = KernelInputs(x, x, x, positions, positions, ScoreRules(0.125, Band()))
         out, lse = MetalKernel().finish(inputs, OutputSpec(x.dtype, with_lse))
         assert (lse is not None) is with_lse
         counted.append(runtime.last)
@@ -260,6 +260,6 @@ def test_an_executor_is_a_function():
 
 def test_plan_fills_the_gpu_with_runs_of_keys():
     case = case_of(1, 5000, heads=4, kv_heads=1)
-    inputs = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, Rules(0.125, Band()))
+    inputs = KernelInputs(case.q, case.k, case.v, case.q_pos, case.k_pos, ScoreRules(0.125, Band()))
     plan = Plan.of(inputs, Device(10, 10**12))
     assert plan.group == 4 and plan.splits(inputs) == 5000 // dispatch.LEAST_KEYS

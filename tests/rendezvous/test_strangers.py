@@ -27,8 +27,8 @@ from ringattn.doctor import connectivity, runner
 from ringattn.errors import RingError
 from ringattn.launcher import mpiexec, rank_wrapper
 from ringattn.launcher.hostfile import parse_hosts
-from ringattn.launcher.rank_table import Ranks
-from ringattn.launcher.rank_wrapper import start_time
+from ringattn.launcher.processes import start_time
+from ringattn.launcher.rank_table import RankTable
 from ringattn.rendezvous.channel import Channel
 from ringattn.rendezvous.client import connect, parse_endpoint
 from ringattn.rendezvous.handshake import RESPONSE
@@ -50,14 +50,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 @contextmanager
 def launcher_port() -> Iterator[Port]:
-    ranks = Ranks([HERE])
+    ranks = RankTable([HERE])
     addresses, key = parse_endpoint(ranks.endpoint)
 
     def enter() -> None:
         with connect(addresses, key, 1) as link:
             Channel(link).send(hello())
             while "1" not in ranks:
-                ranks.hear()
+                ranks.read()
         assert ranks["1"].host == "mac1"
 
     yield addresses[0], lambda: seconds(enter)
@@ -227,30 +227,45 @@ def say(link: socket.socket, said: list) -> None:
 @given(said=SAID, introduced=st.booleans())
 def test_whatever_a_wrapper_says(said: list, introduced: bool) -> None:
     """The launcher goes on hearing, and may signal nobody else."""
-    ranks = Ranks([HERE])
+    ranks = RankTable([HERE])
     addresses, key = parse_endpoint(ranks.endpoint)
     with connect(addresses, key, 0) as link:
         say(link, [hello(), *said] if introduced else said)
     end = time.monotonic() + 10
-    ranks.hear()
-    while time.monotonic() < end and (ranks._coming or any(rank.connection.open for rank in ranks.values())):
-        ranks.hear()
-    assert not ranks._coming and not any(rank.connection.open for rank in ranks.values())
+    ranks.read()
+    while time.monotonic() < end and (ranks._pending or any(rank.connection.open for rank in ranks.values())):
+        ranks.read()
+    assert not ranks._pending and not any(rank.connection.open for rank in ranks.values())
     assert all(process.pid > 1 for rank in ranks.values() for process in rank.here)
-    assert all(isinstance(rank.end.status, int) and str(rank.end.line) for rank in ranks.values() if rank.end)
+    assert all(isinstance(rank.end.status, int) and str(rank.end.cause) for rank in ranks.values() if rank.end)
+    ranks.close()
+
+
+@pytest.mark.parametrize(
+    "known", [{"call": 5}, {"hop": "x"}, {"rank": [0]}, {"broken": 1}, {"call": True, "hop": None}]
+)
+def test_a_status_of_other_types_is_ignored(known: dict) -> None:
+    ranks = RankTable([HERE])
+    addresses, key = parse_endpoint(ranks.endpoint)
+    with connect(addresses, key, 0) as link:
+        say(link, [hello(), {"ended": 3, "asked": False, "known": known}])
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not any(rank.end for rank in ranks.values()):
+            ranks.read()
+    assert str(ranks["0"].end.cause) == "rank 0 (mac1) exited with code 3"
     ranks.close()
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 1, 2**31, 2.0, "2", None])
 def test_no_other_number_than_a_pid_is_signalled(pid: object) -> None:
     """Some stand for groups, or for all processes of the user."""
-    ranks = Ranks([HERE])
+    ranks = RankTable([HERE])
     addresses, key = parse_endpoint(ranks.endpoint)
     with connect(addresses, key, 0) as link:
         say(link, [{**hello(), "processes": [[pid, "1"], [2**22 + 1, "1"]]}])
         end = time.monotonic() + 10
         while not link_is_closed(link) and time.monotonic() < end:
-            ranks.hear()
+            ranks.read()
         assert link_is_closed(link) and not ranks
     ranks.close()
 
@@ -367,8 +382,8 @@ def test_the_doctor_keeps_its_secrets_off_the_command_line(monkeypatch: pytest.M
     monkeypatch.setattr(runner, "_run", look)
     monkeypatch.setattr(runner, "find_troubles", lambda *_: [])
     hosts = parse_hosts(f"{HERE}:2")
-    where = runner.Where(2, type(hosts)(hosts.hosts, ("HF_TOKEN=hush",)), None, None)
-    examination = runner._examine(where, mpiexec.Mpiexec("/x/mpiexec", "MPICH"), hosts.hosts, ["worker"], 5.0)
+    target = runner.Target(2, type(hosts)(hosts.hosts, ("HF_TOKEN=hush",)), None, None)
+    examination = runner._examine(target, mpiexec.Mpiexec("/x/mpiexec", "MPICH"), hosts.hosts, ["worker"], 5.0)
     token, endpoint = seen["file"]["envs"]
     assert token == "HF_TOKEN=hush" and endpoint.startswith(f"{connectivity.ENDPOINT}={HERE},")
     assert seen["file"]["hosts"] == [{"ssh": HERE, "slots": 2}] and seen["mode"] == 0o700
@@ -379,19 +394,19 @@ def test_the_doctor_keeps_its_secrets_off_the_command_line(monkeypatch: pytest.M
 # The wrapper of a rank, on a host where others have been busy in the shared temporary folder
 
 
-def wrap(tmp_path: Path, folder: Path | str, command: list[str]) -> tuple[subprocess.CompletedProcess, Ranks]:
+def wrap(tmp_path: Path, folder: Path | str, command: list[str]) -> tuple[subprocess.CompletedProcess, RankTable]:
     """Run a wrapper as mpiexec does, with a launcher that lets go once the program has ended."""
-    ranks = Ranks([HERE])
+    ranks = RankTable([HERE])
     changed = {"RINGATTN_LAUNCHER": ranks.endpoint, "RINGATTN_LAUNCH_DIR": str(folder), "TMPDIR": str(tmp_path)}
     line = [sys.executable, "-IS", rank_wrapper.__file__, "--", *command]
     environment = {**os.environ, **changed}
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 20
         while process.poll() is None and time.monotonic() < end:
-            ranks.hear()
+            ranks.read()
             for one in ranks.values():
                 if one.end:
-                    one.connection.let_go()
+                    one.connection.release()
             time.sleep(0.01)
         out, err = process.communicate(timeout=10)
     ranks.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringattn.errors import ArgumentError, ArgumentTypeError, RingError, TransformError
-from ringattn.transport import Gate, init
+from ringattn.transport import Signal, init
 from ringattn.transport.collectives import SMALL_BYTES
 from ringattn.transport.consensus import agree
 from ringattn.transport.environment import launched_by
@@ -100,14 +100,14 @@ def test_blocks_move_while_the_main_thread_is_away(ring):
         pytest.skip("no neighbour")
     block = np.full(1 << 20, ring.rank, np.uint8)
     into = np.full((ring.size, 1 << 20), 255, np.uint8)
-    gate = Gate()
+    signal = Signal()
     first = ring.recv([memoryview(into[1])], tag=1)
-    sends = [ring.send(lambda: [memoryview(block)], tag=1, after=[gate])]
+    sends = [ring.send(lambda: [memoryview(block)], tag=1, after=[signal])]
     transfers = [first]
     for hop in range(2, ring.size):
         sends.append(ring.send(lambda hop=hop: [memoryview(into[hop - 1])], tag=hop, after=[transfers[-1]]))
         transfers.append(ring.recv([memoryview(into[hop])], tag=hop))
-    gate.open()
+    signal.open()
     assert wait_until(lambda: all(t.done for t in transfers + sends))
     for hop in range(1, ring.size):
         assert np.all(into[hop] == (ring.rank - hop) % ring.size)
@@ -118,13 +118,13 @@ def test_recv_after_gate_leaves_its_buffer_alone(ring):
     if ring.size == 1:
         pytest.skip("no neighbour")
     for _ in range(20):
-        into, gate = np.zeros(100_000, np.uint8), Gate()
-        transfer = ring.recv([memoryview(into)], tag=3, after=[gate])
+        into, signal = np.zeros(100_000, np.uint8), Signal()
+        transfer = ring.recv([memoryview(into)], tag=3, after=[signal])
         send = ring.send(lambda: [memoryview(np.ones(100_000, np.uint8))], tag=3)
         ring.barrier()  # everybody has sent
         time.sleep(5e-3)
         assert not transfer.done and not into.any()
-        gate.open()
+        signal.open()
         ring.wait(transfer, send)
         assert into.all()
 
@@ -132,18 +132,18 @@ def test_recv_after_gate_leaves_its_buffer_alone(ring):
 def test_send_after_several(ring):
     if ring.size == 1:
         pytest.skip("no neighbour")
-    loaded, gates = [], [Gate(), Gate()]
+    loaded, signals = [], [Signal(), Signal()]
 
     def load():
         loaded.append(time.monotonic())
         return [memoryview(b"abc")]
 
     into = memoryview(bytearray(3))
-    transfers = [ring.send(load, tag=0, after=gates), ring.recv([into], tag=0)]
-    gates[1].open()
+    transfers = [ring.send(load, tag=0, after=signals), ring.recv([into], tag=0)]
+    signals[1].open()
     time.sleep(5e-3)
     assert not loaded
-    gates[0].open()
+    signals[0].open()
     ring.wait(*transfers)
     assert len(loaded) == 1 and bytes(into) == b"abc"
 

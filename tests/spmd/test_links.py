@@ -48,4 +48,4 @@ def test_a_hop_uses_all_links(ring, monkeypatch):
         trace, ring.trace = ring.trace, None
         assert ring.bytes_sent - before >= link_speed.REPEATS * link_speed.LEAST
         first = [event.bytes for event in trace if event.kind == "send"][:2]
-        assert first[0] == (link_speed.LEAST // 2 if ring.apart else link_speed.LEAST)
+        assert first[0] == (link_speed.LEAST // 2 if ring.neighbours_on_other_hosts else link_speed.LEAST)

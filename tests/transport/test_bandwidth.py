@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringattn.transport.failures.bandwidth import LONGEST_POLL, LOOK_BYTES, POLL, TELLING_BYTES, LinkRate
+from ringattn.transport.failures.bandwidth import LONGEST_POLL, POLL, POLL_BYTES, TIMED_BYTES, LinkRate
 
 MB = 1 << 20
 
@@ -17,31 +17,31 @@ def after(*messages: tuple[int, float]) -> LinkRate:
 
 
 def test_an_unknown_link_is_looked_at_often() -> None:
-    assert after().nap([64 * MB]) == POLL
-    assert after((TELLING_BYTES - 1, 10.0)).nap([64 * MB]) == POLL, "a short message tells of latency alone"
+    assert after().poll_interval([64 * MB]) == POLL
+    assert after((TIMED_BYTES - 1, 10.0)).poll_interval([64 * MB]) == POLL, "a short message tells of latency alone"
 
 
 @pytest.mark.parametrize("rate", [1e6, 2e7, 1e8, 1e9, 1e10])
 def test_no_more_gathers_than_buffers_hold(rate: float) -> None:
-    nap = after((64 * MB, 64 * MB / rate)).nap([64 * MB])
+    nap = after((64 * MB, 64 * MB / rate)).poll_interval([64 * MB])
     assert POLL <= nap <= LONGEST_POLL
-    assert nap * rate <= LOOK_BYTES * 1.001 or nap == POLL
+    assert nap * rate <= POLL_BYTES * 1.001 or nap == POLL
 
 
 def test_a_slow_link_costs_few_looks_and_a_short_message_is_not_late() -> None:
     link = after((20 * MB, 1.0))
-    assert link.nap([64 * MB]) > 2e-3
-    assert link.nap([64 * MB, 4096]) == POLL
-    assert link.nap([]) == POLL
+    assert link.poll_interval([64 * MB]) > 2e-3
+    assert link.poll_interval([64 * MB, 4096]) == POLL
+    assert link.poll_interval([]) == POLL
 
 
 def test_one_late_message_does_not_make_the_link_slow() -> None:
-    fast = after((64 * MB, 0.064)).nap([64 * MB])
+    fast = after((64 * MB, 0.064)).poll_interval([64 * MB])
     link = after((64 * MB, 0.064), (64 * MB, 60.0))
-    assert link.nap([64 * MB]) == fast == POLL
+    assert link.poll_interval([64 * MB]) == fast == POLL
     for _ in range(10):  # but a link that has become slow is
         link.learn(64 * MB, 60.0)
-    assert link.nap([64 * MB]) == LONGEST_POLL
+    assert link.poll_interval([64 * MB]) == LONGEST_POLL
 
 
 def test_a_deadline_grows_with_the_bytes_and_the_link_that_was_seen() -> None:

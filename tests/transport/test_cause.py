@@ -25,6 +25,8 @@ CAUSES = {
         "stuck", 1, "mac1", *PLACE, "8 bytes to", ": look"
     ),
     "rank 1 (mac1) exited with code 7 in init": Cause.of_end("1", "mac1", 7, {"call": "init"}),
+    "rank 1 (mac1): its wrapper was killed": Cause("unwatched", 1, "mac1"),
+    "rank 1 (mac1): the connection to it was lost": Cause("lost", 1, "mac1"),
     "all is lost": Cause("other", None, None, detail="all is lost"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringattn.transport.failures.stall_timer import Watch
+from ringattn.transport.failures.stall_timer import StallTimer
 from ringattn.transport.mpi import progress
 from ringattn.transport.mpi.progress import Engine, Message
 
@@ -40,7 +40,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, list[Request], list
 
 def test_only_what_the_other_end_moves_too(posted) -> None:
     engine, _, _ = posted
-    assert engine.told_of(1) == [["recv", 3]] and engine.told_of(2) == []
+    assert engine.in_flight_with(1) == [["recv", 3]] and engine.in_flight_with(2) == []
     assert engine.moving({}) == engine.moving({1: [["recv", 3]]}) == engine.moving({1: [["send", 4]]}) == []
     (one,) = engine.moving({1: [["send", 3]]})
     assert (one.sending, one.peer, one.bytes) == (False, 1, 4)
@@ -61,8 +61,8 @@ def test_a_piece_that_has_passed_starts_the_time_anew(posted) -> None:
 def test_time_counts_while_a_thing_is_there_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("ringattn.transport.failures.stall_timer.time.monotonic", lambda: now)
-    watch = Watch(interval=1.0)
+    timer = StallTimer(interval=1.0)
     ages = []
     for now, keys in ((1.0, "a"), (2.0, "ab"), (3.0, "b"), (4.0, "ab"), (14.0, "ab")):  # noqa: B007
-        ages.append(watch.look(keys))
+        ages.append(timer.look(keys))
     assert ages == [{"a": 0}, {"a": 1, "b": 0}, {"b": 1}, {"a": 0, "b": 2}, {"a": 2, "b": 4}], "awake for 2 of 10 s"

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from spawn import ROOT, Result, spawn_mlx
-from test_faults import START
+from test_faults import START, since_ready
 
 pytestmark = pytest.mark.ranks
 
@@ -33,7 +34,9 @@ CAUSES = {
 
 
 def run(program: str, *, timeout: float = TIMEOUT, **options) -> list[Result]:
-    return spawn_mlx(3, ["-c", START.format(timeout=timeout) + program], timeout=30, **options)
+    begin = time.time()
+    results = spawn_mlx(3, ["-c", START.format(timeout=timeout) + program], timeout=30, **options)
+    return since_ready(results, begin)
 
 
 def text(results: list[Result]) -> str:

@@ -1,4 +1,4 @@
-"""Rules of Metal that clang does not know, checked on the text.
+"""ScoreRules of Metal that clang does not know, checked on the text.
 
 The compilation of a kernel checks two more: casts that change the address space, and conversion of a wider type to
 bfloat without a cast.

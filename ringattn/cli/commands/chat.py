@@ -30,7 +30,7 @@ def chat(**options: Any) -> None:
     Ctrl-C during an answer ends the answer, and at the prompt the conversation, like 'q'. A second Ctrl-C right after
     it ends all ranks. Under ringattn launch, Ctrl-C ends all ranks after at most 3 s, and the conversation may be lost.
     """
-    run(_chat, "chat", options, patient=True)
+    run(_chat, "chat", options, forward_sigint=True)
 
 
 class InterruptHandler:

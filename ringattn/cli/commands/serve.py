@@ -71,7 +71,7 @@ def serve(**options: Any) -> None:
 def _serve(session: Session) -> int:
     """Listen on rank 0, and answer on all ranks until a signal arrives. Return the exit code."""
     from ...lm.server import Engine, Settings, open_server
-    from ...transport.consensus import heard
+    from ...transport.consensus import raise_on_all_ranks
 
     options = session.options
     settings = Settings(
@@ -91,7 +91,7 @@ def _serve(session: Session) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     if session.is_first:
-        with heard(session.ring, "broadcast"):
+        with raise_on_all_ranks(session.ring, "broadcast"):
             server = _listen(partial(open_server, engine, settings), options["host"], options["port"])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host, port = server.server_address[:2]

@@ -1,4 +1,4 @@
-"""Everything that is known of a cluster before the diagnosis, and the findings that the diagnosis makes of it."""
+"""Facts about a cluster before the diagnosis, and the findings that the diagnosis makes of them."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes, to_bytes
-from ...transport.consensus import heard
+from ...transport.consensus import raise_on_all_ranks
+from ...transport.interface import Transport
 from ..mlx_lm_compat import model_args
 
 SAMPLES = 8  # values along each axis of a parameter that the digest covers: cheap for any size
@@ -41,11 +41,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def shared_fingerprint(ring: Ring, model: nn.Module) -> dict[str, Any]:
+def shared_fingerprint(ring: Transport, model: nn.Module) -> dict[str, Any]:
     """Rank 0's fingerprint, on every rank: machines that converted weights may differ in the last bits."""
     own: bytes | None = None
     if ring.rank == 0:
-        with heard(ring, "broadcast"):
+        with raise_on_all_ranks(ring, "broadcast"):
             own = json.dumps(fingerprint(model)).encode()
     found: dict[str, Any] = json.loads(broadcast_bytes(ring, own))
     return found

@@ -21,9 +21,9 @@ import numpy as np
 from ...core.intervals import intersection, positions
 from ...errors import ArgumentError, CacheFileError
 from ...layout import Layout
-from ...transport.base import Ring
 from ...transport.collectives import broadcast_bytes
-from ...transport.consensus import agree, heard
+from ...transport.consensus import agree, raise_on_all_ranks
+from ...transport.interface import Transport
 from ..shard import Sharded
 from ..sharding.history import TokenHistory
 from ..sharding.sharded_cache import ShardedKVCache, pick
@@ -59,7 +59,7 @@ def save_cache(
     ring = _ring_of(model)
     made_by = shared_fingerprint(ring, model)
     with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
             part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
             own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
@@ -67,11 +67,11 @@ def save_cache(
             layers = tuple(map(Layer.of, cache))
         replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
         files = tuple(File(**reply["file"]) for reply in replies)
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
         agree(ring, SAVE, (("path", path.name),))  # every rank's file is on disk
         part.complete = True
-        with heard(ring, SAVE):
+        with raise_on_all_ranks(ring, SAVE):
             part.publish()
         agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
     with suppress(CacheFileError, OSError):  # the cache is saved already
@@ -96,7 +96,7 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
     ring = _ring_of(model)
     path = Path(path)
     expected = shared_fingerprint(ring, model)
-    with heard(ring, LOAD):
+    with raise_on_all_ranks(ring, LOAD):
         manifest = Manifest.read(path)
         cache = model.make_cache()
         manifest.check_model(path, expected, cache)
@@ -109,14 +109,14 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
     return cache, dict(manifest.metadata)
 
 
-def _ring_of(model: nn.Module) -> Ring:
+def _ring_of(model: nn.Module) -> Transport:
     """The ring of a sharded model."""
     if not isinstance(model, Sharded):
         raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
     return model.ring
 
 
-def _arrays(path: Path, manifest: Manifest, ring: Ring) -> list[dict[str, mx.array] | None]:
+def _arrays(path: Path, manifest: Manifest, ring: Transport) -> list[dict[str, mx.array] | None]:
     """Read the arrays of each file that this rank needs; ``None`` for the others."""
     count = len(manifest.files)
     wanted = [ring.rank] if count == ring.size else range(count)
@@ -147,7 +147,7 @@ def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
 
 
 def _part(
-    layer: int, manifest: Manifest, ring: Ring, arrays: Sequence[dict[str, mx.array] | None]
+    layer: int, manifest: Manifest, ring: Transport, arrays: Sequence[dict[str, mx.array] | None]
 ) -> tuple[Layout, mx.array, mx.array]:
     """The layout of a layer over `ring`, and this rank's keys and values."""
     held = manifest.layers[layer].layout
@@ -167,7 +167,7 @@ def _part(
     return layout, keys, values
 
 
-def _generation(ring: Ring) -> str:
+def _generation(ring: Transport) -> str:
     """Draw a new random name, the same on every rank."""
     return broadcast_bytes(ring, None if ring.rank else secrets.token_bytes(6)).hex()
 

@@ -57,7 +57,7 @@ def cache_of_keys(keys: mx.array) -> ShardedKVCache | None:
 
 
 class ShardedKVCache:
-    """This rank's keys and values of one layer. mlx-lm calls it as it calls its own `KVCache`.
+    """Cache of one layer with this rank's keys and values. mlx-lm calls it as it calls its own `KVCache`.
 
     A model that went through `ringattn.lm.shard` calls `begin` before its layers run.
 

@@ -1,15 +1,15 @@
-"""What a ring has learnt of how fast its link is, and what follows from it."""
+"""The measured bandwidth of a ring's links, and the poll intervals and deadlines that follow from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-POLL = 2e-4  # s between two looks at messages under way, as long as nothing is known of the link
+POLL = 2e-4  # s between two polls of messages under way, until the link's rate is known
 LONGEST_POLL = 4e-3  # s
-LOOK_BYTES = 64 << 10  # that may gather between two looks: less than any system buffers for a connection
-TELLING_BYTES = 1 << 20  # of a message whose time is that of its bytes
-UNKNOWN = 1e7  # bytes/s, until one has passed: a tenth of the slowest cable
-SLOWER = 10  # times slower than before a link may be, and counts as alive
+POLL_BYTES = 64 << 10  # that may arrive between two polls: less than any system buffers for a connection
+TIMED_BYTES = 1 << 20  # of a message long enough for its time to depend on its bytes
+UNKNOWN = 1e7  # bytes/s, until a message has been timed: a tenth of the slowest cable
+SLOWER = 10  # times slower than before a link may be without counting as dead
 
 
 class LinkRate:
@@ -19,20 +19,20 @@ class LinkRate:
         self._rate = 0.0
 
     def learn(self, count: int, seconds: float) -> None:
-        """A message of `count` bytes has taken `seconds`, perhaps because its other end was late."""
-        if count >= TELLING_BYTES:
+        """Record that a message of `count` bytes took `seconds`, perhaps because its other end was late."""
+        if count >= TIMED_BYTES:
             self._rate = max(count / max(seconds, 1e-6), self._rate / 2)
 
-    def nap(self, counts: Iterable[int]) -> float:
-        """How often to look at messages of so many bytes for a thread that another one computes beside: seconds.
+    def poll_interval(self, counts: Iterable[int]) -> float:
+        """Seconds between two polls of messages of so many bytes, while another thread computes.
 
-        The two share a core for all it knows, a look costs tens of microseconds, and a slow link needs few.
+        The two threads may share a core, and a poll costs tens of microseconds. A slow link needs few.
         """
         if not self._rate:
             return POLL
-        least = min(counts, default=0) / 8  # a short one is worth nothing late
-        return min(max(POLL, min(LOOK_BYTES, least) / self._rate), LONGEST_POLL)
+        least = min(counts, default=0) / 8  # a short message must not wait long for its poll
+        return min(max(POLL, min(POLL_BYTES, least) / self._rate), LONGEST_POLL)
 
     def deadline(self, count: int, timeout: float) -> float:
-        """Seconds after which `count` bytes that both ends are moving will not arrive any more."""
+        """Seconds after which `count` bytes that both ends are moving count as stuck."""
         return timeout + SLOWER * count / (self._rate or UNKNOWN)

@@ -1,6 +1,7 @@
-"""Why a ring broke or a rank ended: one record, which heartbeats, the status file and the launcher pass on.
+"""The cause of a failure: why a ring broke or a rank ended, as one record.
 
-Everybody who tells people of a failure makes the sentence from it, so all say the same.
+Heartbeats, the status file and the launcher pass it on. Every message about a failure is made from it, so that all say
+the same.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ _SENTENCES = {
     "left": "{who} left the ring while {detail} waited for it {where}",
     "stuck": "{detail} {who} are stuck {where}{note}",
     "ended": "{who} {detail} {where}",
+    "unwatched": "{who}: its wrapper was killed",
+    "lost": "{who}: the connection to it was lost",
     "other": "{detail}",
 }
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a ring broke or a rank ended.
+    """The reason why a ring broke or a rank ended.
 
     Attributes:
         kind: A key of the sentences above.
         rank: The rank that caused it, or ``None`` where that is not known.
         host: Its host name, or ``None``.
-        call: The call it was in, ``"after ..."`` between calls and empty before the first; ``None``: not known.
+        call: The call it was in, ``"after NAME"`` between calls and empty before the first; ``None``: not known.
         hop: The hop it was in, or ``None``.
         detail: The part of the sentence that the other fields do not say.
-        note: What to add to the sentence.
-        exit_code: That of the rank, negative for a signal. All ranks end with it, for any may be the first to be seen.
+        note: Text to add to the sentence.
+        exit_code: The exit code of the rank, negative for a signal. All ranks end with it, because the launcher may see
+            any of them end first.
     """
 
     kind: str
@@ -64,37 +68,37 @@ class Cause:
 
     @property
     def error(self) -> RingError:
-        """The exception that says so."""
+        """An exception with this cause."""
         return RingError(str(self), rank=self.rank, host=self.host, hop=self.hop)
 
     def encode(self) -> bytes:
-        """As bytes for another rank."""
+        """Encode as bytes for another rank."""
         return json.dumps({**asdict(self), "detail": self.detail[:_LONGEST_DETAIL]}).encode()
 
     @classmethod
     def decode(cls, encoded: bytes) -> Cause:
-        """The inverse of `encode`."""
+        """Undo `encode`."""
         return cls(**json.loads(encoded))
 
     @classmethod
     def of_exception(cls, error: BaseException, rank: int, host: str, call: str, hop: int) -> Cause:
-        """Why `error`, raised on a rank that is in a call, breaks its ring."""
+        """The cause for a ring that `error` breaks, raised on a rank that is in a call."""
         return cls("failed", rank, host, call, hop, f"{type(error).__name__}: {error}", exit_code=exit_code_of(error))
 
     @classmethod
     def of_end(cls, rank: str, host: str, code: int, known: Mapping[str, Any]) -> Cause:
-        """How a process ended, as its wrapper saw it; `known` is what its status file said."""
+        """The cause for a process whose wrapper saw it end; `known` is the content of its status file."""
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         call, hop = known.get("call"), known.get("hop")
         return cls("ended", known.get("rank", int(rank)), host, call, hop, how, exit_code=code)
 
 
 def name_rank(rank: int | None, host: str | None) -> str:
-    """A rank in words."""
+    """Name a rank and its host in a message."""
     return f"rank {rank} ({host})"
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What Python ends with after `error`; 1 where that is 0, for the other ranks have been left."""
+    """The exit code of a Python process after `error`; 1 where that is 0, because the other ranks cannot go on."""
     code = error.code if isinstance(error, SystemExit) else 1
     return (code & 255 or 1) if isinstance(code, int) else 1

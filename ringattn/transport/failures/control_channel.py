@@ -1,33 +1,34 @@
-"""Small messages between any two ranks, beside the blocks: what `Liveness` needs of a transport."""
+"""Control messages: small messages between any two ranks, which travel beside the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-BEAT, BYE, FAIL, LOST = 1, 2, 3, 4  # kinds of message; nobody sends the last one: the connection to the rank was lost
+BEAT, BYE, FAIL, LOST = 1, 2, 3, 4  # kinds of message; no rank sends LOST: the connection to the rank was lost
 
 Sent = Callable[[], bool]  # whether a message has left
 
 
-class Post(Protocol):
-    """Messages arrive in the order in which a rank sent them."""
+class ControlChannel(Protocol):
+    """A way for small messages. They arrive in the order in which a rank sends them."""
 
     def send(self, peer: int, kind: int, note: bytes) -> Sent:
-        """Begin to send; never waits, whatever the peer does."""
+        """Begin to send. Never wait, whatever the peer does."""
 
     def take(self) -> tuple[int, int, bytes] | None:
-        """The next message that has come: its sender, kind and note; ``None`` if there is none."""
+        """The next message that has arrived: its sender, kind and note; ``None`` if there is none."""
 
 
-class MpiPost:
-    """Post over an MPI communicator of its own.
+class MpiControlChannel:
+    """A control channel over an MPI communicator of its own.
 
-    Nothing is posted in advance (messages are probed for), so nothing has to be cancelled when a process ends.
+    It probes for messages and posts no receive in advance, so none has to be cancelled when a process ends.
     """
 
     def __init__(self, comm: Any, status: Any):
-        self._comm, self._status = comm, status
+        self._comm = comm
+        self._status = status
 
     def send(self, peer: int, kind: int, note: bytes) -> Sent:
         request = self._comm.Isend(note, peer, kind)
@@ -42,7 +43,8 @@ class MpiPost:
         message = self._comm.Improbe(status=self._status)
         if message is None:
             return None
-        sender, kind = self._status.Get_source(), self._status.Get_tag()
+        sender = self._status.Get_source()
+        kind = self._status.Get_tag()
         note = bytearray(self._status.Get_count())
         message.Recv(note)
         return sender, kind, bytes(note)

@@ -1,7 +1,7 @@
-"""Who is alive: heartbeats, goodbyes and news of failures, by a post of their own.
+"""Heartbeats, goodbyes and reports of failures, over a control channel of their own.
 
-Every rank's helper thread sends every other rank a small message now and then, so that a rank that computes for an hour
-is known to be alive and one that stopped is not.
+Every rank's helper thread sends every other rank a heartbeat at a fixed interval. So a rank that computes for an hour
+is known to be alive, and one that stopped is found dead.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 from ...errors import RingError
 from .cause import Cause, name_rank
-from .control_channel import BEAT, BYE, FAIL, LOST, Post, Sent
-from .status_file import Computing
+from .control_channel import BEAT, BYE, FAIL, LOST, ControlChannel, Sent
+from .status_file import ComputingRanks
 
 UNWATCHED = (
     ". It stopped or is out of reach, or a call kept Python's global interpreter lock for that long: then raise timeout"
 )
 GRACE = 0.2  # s in which messages may still arrive that a rank sent before its goodbye
 
-Place = tuple[str, int]  # what a rank is doing: (call, hop)
+Place = tuple[str, int]  # where a rank is: (call, hop)
 
 
 class Member(NamedTuple):
@@ -31,8 +31,8 @@ class Member(NamedTuple):
 
     Attributes:
         host: The name of its host.
-        timeout: Seconds without a sign of life after which it takes another rank for dead.
-        job_rank: Its rank in the launcher's job, which a part of a ring does not change; -1 without such a launcher.
+        timeout: Seconds without a heartbeat after which it takes another rank for dead.
+        job_rank: Its rank in the launcher's job, the same in every ring of a split; -1 without such a launcher.
     """
 
     host: str
@@ -41,21 +41,21 @@ class Member(NamedTuple):
 
 
 class Liveness:
-    """What this rank knows about the others, and what it tells them.
+    """Liveness of the other ranks, as this rank sees it, and the heartbeats that it sends.
 
     Args:
-        post: Where messages go and come from.
+        channel: Carries the messages.
         rank: This rank.
         members: All ranks.
         interval: Seconds between two heartbeats.
-        place: Says what this rank is doing.
-        moving: Says which messages to or from a rank are under way here, in lists that JSON can hold.
-        on_broken: Called with what broke the ring, once.
+        place: Returns the call and hop that this rank is in.
+        moving: Returns the messages to and from a rank that are under way here, as lists that JSON can hold.
+        on_broken: Called once, with the cause that broke the ring.
     """
 
     def __init__(
         self,
-        post: Post,
+        channel: ControlChannel,
         rank: int,
         members: Sequence[Member],
         interval: float,
@@ -64,21 +64,21 @@ class Liveness:
         on_broken: Callable[[Cause], None],
     ):
         self.cause: Cause | None = None
-        self.error: RingError | None = None  # which says it
+        self.error: RingError | None = None  # made from `cause`
         self.left: set[int] = set()
-        self._post = post
+        self._channel = channel
         self._members = members
         self._timeout = members[rank].timeout
         self._interval = interval
         self._place = place
-        self._me = rank
+        self._rank = rank
         self._moving = moving
         self._on_broken = on_broken
         self._peers = [peer for peer in range(len(members)) if peer != rank]
-        self._computing = Computing({peer: members[peer].job_rank for peer in self._peers})
+        self._computing = ComputingRanks({peer: members[peer].job_rank for peer in self._peers})
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
-        self.moving: dict[int, list[list]] = {}  # what each rank has said last of its messages to and from this one
+        self.moving: dict[int, list[list]] = {}  # each rank's latest report on its messages to and from this one
         self._sending: dict[int, Sent] = {}
         self._outbox: list[Sent] = []  # goodbyes and failures still leaving
         self._said_bye = False
@@ -88,27 +88,27 @@ class Liveness:
     def name(self, rank: int) -> str:
         return name_rank(rank, self._members[rank].host)
 
-    # What the helper thread does
+    # Calls of the helper thread
 
     def beat(self) -> None:
-        """Hear the others, tell them that this rank lives, and judge who does not."""
+        """Handle received messages, send heartbeats, and declare silent ranks dead."""
         with self._lock:
-            self.hear()
+            self.process_messages()
             for peer in [] if self._said_bye else self._peers:
-                # One that does not drain its messages gets no more of them.
+                # A rank that does not receive its heartbeats gets no more of them.
                 if peer not in self._sending or self._sending[peer]():
                     note = [*self._place(), self._moving(peer)]
-                    self._sending[peer] = self._post.send(peer, BEAT, json.dumps(note).encode())
-            self._judge()
+                    self._sending[peer] = self._channel.send(peer, BEAT, json.dumps(note).encode())
+            self._check_silence()
 
-    def _judge(self) -> None:
+    def _check_silence(self) -> None:
         now = time.monotonic()
-        # A process that was itself stopped or suspended finds everybody silent: only its waking time counts.
+        # A process that was itself stopped or suspended finds all others silent: only its waking time counts.
         awake = min(now - self._ticked, 2 * self._interval)
         self._ticked = now
         for peer in self._computing.look():
             self._silent[peer] = 0.0
-            self.moving.pop(peer, None)  # nothing moves there until it can send heartbeats again
+            self.moving.pop(peer, None)  # it moves no message until it can send heartbeats again
         for peer in self._peers:
             self._silent[peer] += awake
             if self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
@@ -118,23 +118,23 @@ class Liveness:
     def _declare_dead(self, kind: str, peer: int, detail: str = "", note: str = "") -> None:
         self.fail(Cause(kind, peer, self._members[peer].host, *self._places[peer], detail, note))
 
-    # What both threads do
+    # Calls of both threads
 
-    def hear(self) -> None:
-        """Take in what the others have said."""
+    def process_messages(self) -> None:
+        """Handle all received messages."""
         if not self._lock.acquire(blocking=False):
-            return  # the other thread is at it
+            return  # the other thread handles them
         try:
-            while (message := self._post.take()) is not None:
-                self._take(*message)
+            while (message := self._channel.take()) is not None:
+                self._handle(*message)
         finally:
             self._lock.release()
 
-    def _take(self, sender: int, kind: int, note: bytes) -> None:
+    def _handle(self, sender: int, kind: int, note: bytes) -> None:
         if kind == LOST:
             if sender not in self.left:
                 self._declare_dead("disconnected", sender)
-            self.left.add(sender)  # it will say no goodbye any more
+            self.left.add(sender)  # no goodbye can come from it
             return
         self._silent[sender] = 0.0
         if kind == BEAT:
@@ -146,13 +146,13 @@ class Liveness:
             self._break(self._reviewed(Cause.decode(note), sender))
 
     def _reviewed(self, cause: Cause, sender: int) -> Cause:
-        """What `sender` says, with what this rank knows better of one that is accused of silence."""
+        """The cause that `sender` reports; a note says where this rank hears from a rank that is reported silent."""
         rank = cause.rank
         if cause.kind != "silent" or rank is None:
             return cause
-        if rank != self._me and self._silent[rank] >= 4 * self._interval:
+        if rank != self._rank and self._silent[rank] >= 4 * self._interval:
             return cause
-        seen = "is alive" if rank == self._me else f"is heard by {self.name(self._me)}"
+        seen = "is alive" if rank == self._rank else f"is heard by {self.name(self._rank)}"
         why = f" ({self.name(sender)} says so, but it {seen}: look at the way between the two)"
         return replace(cause, note=cause.note + why)
 
@@ -162,33 +162,33 @@ class Liveness:
         self._on_broken(cause)
 
     def fail(self, cause: Cause, error: RingError | None = None) -> None:
-        """Break the ring because of `cause`, of which `error` is raised, and tell everybody. The first one stands."""
+        """Break the ring because of `cause`, raise `error` on this rank, and report to all. Only the first counts."""
         with self._lock:
             if self.error is None:
                 self._break(cause, error)
-                self._tell(cause.encode(), FAIL)
+                self._send_all(cause.encode(), FAIL)
 
-    def met(self, place: Place) -> None:
-        """All ranks were seen at `place`, later than any heartbeat could say."""
+    def set_all_places(self, place: Place) -> None:
+        """Record that all ranks are at `place`; this is newer than the last heartbeats."""
         self._places = dict.fromkeys(self._peers, place)
 
     def seen(self, peer: int) -> None:
-        """Something of `peer` has arrived: it lives, however many bytes its heartbeats wait behind."""
+        """Record that data of `peer` has arrived: it is alive, even if its heartbeats wait behind its data."""
         self._silent[peer] = 0.0
 
     def say_bye(self, patience: float) -> None:
-        """Tell everybody that this rank leaves, and see to it for at most `patience` seconds that they are told."""
+        """Send all a goodbye, and wait for at most `patience` seconds until the messages have left."""
         with self._lock:
             self._said_bye = True  # the last message, so that the others know when nothing more will come
-            self._tell(b"null", BYE)
+            self._send_all(b"null", BYE)
         until = time.monotonic() + patience
         while not all(sent() for sent in self._outbox) and time.monotonic() < until:
             time.sleep(1e-3)
 
-    def _tell(self, note: bytes, kind: int) -> None:
-        self._outbox += [self._post.send(peer, kind, note) for peer in self._peers]
+    def _send_all(self, note: bytes, kind: int) -> None:
+        self._outbox += [self._channel.send(peer, kind, note) for peer in self._peers]
 
     def everybody_left(self) -> bool:
-        """Whether no rank is left to wait for: each has said goodbye or, in a broken ring, has long been silent."""
+        """Whether every rank has said goodbye or, in a broken ring, has been silent for its timeout."""
         broken = self.error is not None
         return all(peer in self.left or (broken and self._silent[peer] > self._timeout) for peer in self._peers)

@@ -1,4 +1,4 @@
-"""What both ends of a link are moving, and for how long nothing of it has moved."""
+"""A timer for messages that both ends of a link are moving, but of which no byte moves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Moving(NamedTuple):
-    """A message, or what is left of it, that both ends are moving.
+    """A message, or the rest of one, that both ends are moving.
 
     Attributes:
-        key: What it is known by; another one as soon as some of it has passed.
+        key: Identifies it; changes as soon as a part of it has passed.
         sending: Whether this rank sends it.
         peer: The other rank.
-        bytes: How much of it comes next.
+        bytes: The size of its next part.
     """
 
     key: object
@@ -23,20 +23,22 @@ class Moving(NamedTuple):
     bytes: int
 
 
-class Watch:
-    """Takes the time, of which this process was awake, since each of several things was first seen.
+class StallTimer:
+    """Measures how long each key has been present, in seconds that this process was awake.
 
     Args:
-        interval: Seconds between two looks. One that comes later than twice that was held up.
+        interval: Seconds between two calls of `look`. Of a later call only twice that counts.
     """
 
     def __init__(self, interval: float):
-        self._interval, self._looked = interval, time.monotonic()
+        self._interval = interval
+        self._looked = time.monotonic()
         self._ages: dict[object, float] = {}
 
     def look(self, keys: Iterable[object]) -> dict[object, float]:
-        """The seconds since each of `keys` was first there without a break."""
+        """The seconds for which each of `keys` has been present in every call."""
         now = time.monotonic()
-        awake, self._looked = min(now - self._looked, 2 * self._interval), now
+        awake = min(now - self._looked, 2 * self._interval)
+        self._looked = now
         self._ages = {key: self._ages.get(key, -awake) + awake for key in keys}
         return self._ages

@@ -1,4 +1,4 @@
-"""A small file by which this process and its launcher tell each other what they see. Either may be killed or blocked.
+"""The status file: this process and its launcher exchange what they observe. Either may be killed or blocked.
 
 The launcher makes one file per process and names it in the environment variable ``RINGATTN_STATUS``. The file has
 three parts. The first 256 bytes, written here, are one object of JSON, padded with zero bytes, such as::
@@ -10,10 +10,10 @@ for the others to join it in a ring, ``call`` is ``"init"`` and there is no rank
 is ``"here"`` or ``"elsewhere"`` and says whether this rank was the cause.
 
 The next 16 bytes, written here, are the process id and the time of the monotonic clock by which a thread will write
-them again. This thread needs nothing but Python's global interpreter lock: if it is late, a long call keeps the lock.
+them again. This thread needs only Python's global interpreter lock: if it is late, a long call keeps the lock.
 
-The rest, written by the launcher, is one counter for each rank of the job, modulo 256. It rises when that rank was seen
-to compute in such a call: then a heartbeat that does not come is no sign of death.
+The rest, written by the launcher, is one counter for each rank of the job, modulo 256. It rises when the launcher sees
+that rank compute in such a call: then a missing heartbeat does not mean that the rank is dead.
 
 The file is mapped into memory, so an update costs about a microsecond and survives a SIGKILL.
 """
@@ -38,7 +38,7 @@ _PULSE_EVERY = 0.2  # s
 
 
 class Status:
-    """This process's status file, or nothing at all where the launcher asked for none."""
+    """The status file of this process; without effect where the launcher asked for none."""
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
@@ -48,7 +48,7 @@ class Status:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Say that this process waits for the others, until its first ring is open or could not be opened."""
+        """Write that this process waits for the others, until its first ring is open or could not be opened."""
         first = not self._who
         if first:
             self._open()
@@ -60,7 +60,7 @@ class Status:
                 self.write("", 0)
 
     def opened(self, rank: int, size: int) -> None:
-        """Say which rank this process is; the first ring of a process decides."""
+        """Write which rank this process is; the first ring of a process decides."""
         if not self._who:
             self._who = (("rank", rank), ("size", size))
             self._open()
@@ -79,18 +79,18 @@ class Status:
             return  # the variable came from another host, or the launcher has gone: nobody will read it
         with open(descriptor, "r+b") as file:
             found = os.fstat(descriptor)
-            # On another host somebody else may have put something at that path: a link, also a hard one, to our files.
+            # On another host another user may have made a link at that path, also a hard one, to this user's files.
             if (found.st_uid, found.st_nlink) == (os.geteuid(), 1):
                 file.truncate(FILE_BYTES)
                 self._map = mmap.mmap(descriptor, FILE_BYTES)
 
     def write(self, what: str, hop: int) -> None:
-        """Where this rank is."""
+        """Write the call and the hop that this rank is in."""
         self._place = (what, hop)
         self._put()
 
     def broken(self, here: bool) -> None:
-        """Say that the ring broke, because of this rank or of another."""
+        """Write that the ring broke, because of this rank or of another."""
         self._put(("broken", "here" if here else "elsewhere"))
 
     def _put(self, *more: tuple[str, str]) -> None:
@@ -99,7 +99,7 @@ class Status:
 
     @staticmethod
     def _pulse(into: mmap.mmap) -> None:
-        """Say again and again that threads of this process get the interpreter lock."""
+        """Write at a fixed interval that threads of this process get the interpreter lock."""
         while True:
             PULSE.pack_into(into, LINE_BYTES, os.getpid(), time.monotonic() + _PULSE_EVERY)
             time.sleep(_PULSE_EVERY)
@@ -110,9 +110,9 @@ class Status:
         return -1 if self._map is None else int(os.environ.get("RINGATTN_RANK", "-1"))
 
     def computing(self, job_rank: int) -> int:
-        """The counter of a rank of the job: whenever it rises, that rank was seen to compute."""
-        at = _COUNTERS + job_rank
-        return self._map[at] if self._map is not None and _COUNTERS <= at < FILE_BYTES else 0
+        """The counter of a rank of the job: it rises when the launcher sees that rank compute."""
+        place = _COUNTERS + job_rank
+        return self._map[place] if self._map is not None and _COUNTERS <= place < FILE_BYTES else 0
 
 
 @lru_cache(maxsize=1024)  # once per token and layer, the same few again and again
@@ -123,8 +123,8 @@ def _encode(*known: tuple[str, object]) -> bytes:
 status = Status()
 
 
-class Computing:
-    """Finds out which ranks compute although they send no heartbeats, where a launcher tells.
+class ComputingRanks:
+    """Finds ranks that compute although they send no heartbeats, where a launcher reports them.
 
     Args:
         job_ranks: For each rank, its rank in the launcher's job.

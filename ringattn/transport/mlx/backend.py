@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -22,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import RingError
-from ..base import Buffers
-from .bootstrap import own_address_towards
+from ..addresses import own_address_towards
+from ..interface import Buffers
 
 PIECE_BYTES = 4 << 20  # of a message: while one piece moves, another is copied
 
@@ -39,7 +38,6 @@ class Group:
     """
 
     def __init__(self) -> None:
-        _check_mpi_is_not_there()
         backend = chosen_backend()
         if not mx.distributed.is_available(backend):
             needs = " (it needs macOS 26.2 and Thunderbolt 5)" if backend == "jaccl" else ""
@@ -194,9 +192,3 @@ def _addresses(backend: str, rank: int) -> list[str]:
     if not all(address is None or address.startswith("127.") for address in found):
         found.append(own_address_towards("192.0.2.1"))  # TEST-NET-1, which no host has: the default route
     return list(dict.fromkeys(address for address in found if address))
-
-
-def _check_mpi_is_not_there() -> None:
-    MPI = sys.modules.get("mpi4py.MPI")
-    if MPI is not None and MPI.Is_initialized():
-        raise RingError("backend 'mlx': this process has started MPI, and only one of the two can be; use 'mpi'")

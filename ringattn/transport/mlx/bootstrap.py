@@ -90,14 +90,3 @@ def _connect(rank: int, peer: int, endpoint: Endpoint, key: bytes) -> socket.soc
             f"({error}); every rank must be able to open a TCP connection to every other one, besides the links that "
             "blocks travel on"
         ) from None
-
-
-def own_address_towards(address: str) -> str | None:
-    """The address that this machine uses to reach `address`; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((address, 9))
-        except OSError:
-            return None
-        name: str = sock.getsockname()[0]
-        return name

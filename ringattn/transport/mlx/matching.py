@@ -1,4 +1,4 @@
-"""Rules by which the two ends of a link agree on the next message. Pure: no sockets, no threads, no MLX.
+"""ScoreRules by which the two ends of a link agree on the next message. Pure: no sockets, no threads, no MLX.
 
 `mx.distributed` has no tags: the next message that one end sends is the next one that the other end must receive. So
 both ends name a message before it moves. One end of each link *leads*, the other *follows*. The follower offers every
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...errors import RingError
-from ..base import Buffers, Gate, Transfer
+from ..interface import Buffers, Signal, Transfer
 
 Key = tuple[int, int]  # the channel of a ring, and a tag
 
@@ -46,7 +46,7 @@ class PendingMessage(Transfer):
         peer: int,
         key: Key,
         load: Callable[[], Buffers],
-        after: Sequence[Transfer | Gate],
+        after: Sequence[Transfer | Signal],
         on_done: Callable[[PendingMessage], None],
     ):
         self.sending = sending

@@ -33,7 +33,7 @@ class RingMember(Protocol):
     def beat(self) -> None:
         """Send heartbeats and judge those of the others."""
 
-    def hear(self) -> None:
+    def process_messages(self) -> None:
         """Handle all received messages."""
 
     def fail(self, error: BaseException) -> None:
@@ -118,9 +118,9 @@ class ProcessLinks:
         """Stop the heartbeats of a ring that is closed on all ranks."""
         self._rings.pop(channel, None)
 
-    def post(self, channel: int) -> TcpPost:
-        """Return the post of a ring."""
-        return TcpPost(self._sockets, channel, self._inboxes[channel])
+    def control_channel(self, channel: int) -> TcpControlChannel:
+        """Return the control channel of a ring."""
+        return TcpControlChannel(self._sockets, channel, self._inboxes[channel])
 
     def _send_note(self, peer: int, kind: int, note: bytes) -> None:
         self._sockets.send(peer, _PROCESS_CHANNEL, kind, note)
@@ -160,7 +160,7 @@ class ProcessLinks:
     def _notify(self, channel: int) -> None:
         """Let a ring handle its new messages, and wake the threads that wait."""
         if channel in self._rings:
-            self._rings[channel].hear()
+            self._rings[channel].process_messages()
         with self.scheduler.lock:
             self.scheduler.changed.notify_all()
 
@@ -171,8 +171,8 @@ class ProcessLinks:
             ring.fail(error)
 
 
-class TcpPost:
-    """A `Post` on one channel of the sockets."""
+class TcpControlChannel:
+    """A `ControlChannel` on one channel of the sockets."""
 
     def __init__(self, sockets: ControlSockets, channel: int, inbox: deque[tuple[int, int, bytes]]):
         self._sockets = sockets

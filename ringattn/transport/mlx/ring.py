@@ -22,15 +22,16 @@ import numpy as np
 
 from ...errors import RingError
 from .. import collectives
-from ..base import Buffers, Event, Gate, Ring, Transfer
-from ..consensus import agree, heard
+from ..base import Event, Ring
+from ..consensus import agree, raise_on_all_ranks
 from ..environment import read_timeout
 from ..failures import shutdown
 from ..failures.bandwidth import LinkRate
 from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
-from ..process_ring import PeerRing
+from ..interface import Buffers, Signal, Transfer, Transport
+from ..process_ring import ProcessRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
 from .backend import launched_size
@@ -51,30 +52,30 @@ def open_ring(timeout: float | None) -> Ring:
     return MlxRing(links, introduce(timeout, links.exchange_json))
 
 
-class MlxRing(PeerRing):
+class MlxRing(ProcessRing):
     """A ring of the processes of `mx.distributed`."""
 
     backend = "mlx"
     in_graph_bytes = INLINE_BYTES
-    _foreign = (RuntimeError,)
+    _library_errors = (RuntimeError,)
 
     def __init__(self, links: ProcessLinks, members: Sequence[Member]):
         self._links = links
         self._scheduler = links.scheduler
         self._channel = links.new_channel()
-        super().__init__(links.post(self._channel), links.rank, members)
+        super().__init__(links.control_channel(self._channel), links.rank, members)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
         self._broken_since: float | None = None
         self.duplex = self._scheduler.group.duplex
         self._rate = LinkRate()
         links.add_ring(self._channel, self)
-        shutdown.watch_over(self)
+        shutdown.register_ring(self)
 
     # Called by users
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 collectives.check_color(color)
             agree(self, "split")
             raise RingError("split: mx.distributed cannot divide its ranks; use backend 'mpi', under mpiexec")
@@ -84,7 +85,7 @@ class MlxRing(PeerRing):
             return
         try:
             if not self.broken:
-                self.settle()  # other ranks may need this one for the gathers in MLX's graph
+                self.check_pending()  # other ranks may need this one for the gathers in MLX's graph
         finally:
             self._scheduler.announce_finished_epoch()
             super().close()
@@ -95,7 +96,7 @@ class MlxRing(PeerRing):
         self._check()
         with self._breaking():
             replies = self._scheduler.exchange(self._channel, payload, self._wait_for(self._scheduler.gather_peers))
-        self._life.met(self._place)
+        self._life.set_all_places(self._place)
         return replies
 
     def exchange_in_graph(self, payload: mx.array, check: Callable[[list[memoryview]], object]) -> mx.array:
@@ -107,7 +108,7 @@ class MlxRing(PeerRing):
         self._unchecked.append((heads, check))
         return mx.depends([replies], [heads])[0]  # both are evaluated together, so the frames can be freed
 
-    def settle(self, keep: int = 0) -> None:
+    def check_pending(self, keep: int = 0) -> None:
         self._check()
         while len(self._unchecked) > keep:
             heads, check = self._unchecked.popleft()
@@ -122,21 +123,21 @@ class MlxRing(PeerRing):
         collectives.share_along(self, own, into)
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         return self._add(True, (self.rank + step) % self.size, tag, load, after)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         return self._add(False, (self.rank - step) % self.size, tag, lambda: buffers, after)
 
     def _add(
-        self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]
+        self, sending: bool, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Signal]
     ) -> Transfer:
         self._check()
         message = PendingMessage(sending, peer, (self._channel, tag), load, after, self._on_message_done)
-        for gate in after:
-            if isinstance(gate, Gate):
-                gate.watch(self._scheduler.advance)
+        for signal in after:
+            if isinstance(signal, Signal):
+                signal.watch(self._scheduler.advance)
         with self._breaking():
             self._scheduler.add(message)
         self._check()
@@ -163,11 +164,11 @@ class MlxRing(PeerRing):
             deadline = time.monotonic() + _CAUSE_WAIT
             while not self.broken and time.monotonic() < deadline:
                 time.sleep(5e-3)
-                self.hear()
+                self.process_messages()
 
     def _wait_for(self, peers: Callable[[], set[int]]) -> Wait:
         """Return a wait that raises when one of `peers` breaks the ring or leaves it."""
-        check = self._looking(peers)
+        check = self._peer_check(peers)
         return lambda condition: self._scheduler.wait(condition, check)
 
     # Called by the thread of `ProcessLinks`
@@ -181,19 +182,19 @@ class MlxRing(PeerRing):
         """Send heartbeats, judge peers and links, and end a process that cannot end by itself."""
         self._life.beat()
         self._scheduler.announce_epoch()
-        self._judge_links()
+        self._check_all_links()
         if not self.broken:
             return
         now = time.monotonic()
         self._broken_since = now if self._broken_since is None else self._broken_since
         if self._scheduler.pending and now - self._broken_since > _ABORT_AFTER:
-            shutdown.abandon(self)
+            shutdown.abort_from_helper(self)
 
-    def _judge_links(self) -> None:
+    def _check_all_links(self) -> None:
         """Break the ring if a transfer that all its ends have started is stuck. Heartbeats go another way."""
         messages = [Moving(m, m.sending, m.peer, m.bytes) for m in self._scheduler.moving(self._channel)]
         gather = self._scheduler.gather_moving
-        ages = self._judge_link(messages, self._rate, [] if gather is None else [gather])
+        ages = self._check_links(messages, self._rate, [] if gather is None else [gather])
         if gather is not None and ages[gather] > self._rate.deadline(0, self.timeout):
             raise RingError(f"a round is stuck: all ranks have been in it for {self.timeout:g} s; look at the cables")
 

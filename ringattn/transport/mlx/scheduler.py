@@ -34,7 +34,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..base import Buffers
+from ..interface import Buffers
 from . import all_gather
 from .backend import Group
 from .matching import Key, Link, Offer, PendingMessage, leads

@@ -1,21 +1,21 @@
-"""Rounds in which every rank sends something to every other one."""
+"""Rounds in which every rank sends bytes to every other one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..base import Buffers
+from ..interface import Buffers
 from . import progress
 
 ROUND_TAG, SWAP_TAG = 0, 1
 
 
 class Round:
-    """Every rank's bytes to every other rank, of lengths that only the sender knows.
+    """A round in which every rank sends a payload to every other one. Only the sender knows its length.
 
-    A payload goes as messages of `CHUNK_BYTES`, of which the last is shorter, and so says that it is the last.
-    Messages are probed for, never posted, so that a length that nobody expects is seen and not cut off.
+    A payload travels as messages of `CHUNK_BYTES`; a shorter one is the last. The receiver probes for messages and
+    posts no receive in advance, so that it gets messages of any length whole.
     """
 
     def __init__(
@@ -27,20 +27,22 @@ class Round:
         payload: Buffers,
         on_arrival: Callable[[int], None],
     ):
-        self._comm, self._status, self._on_arrival = comm, status, on_arrival
-        self._mine = mine = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
+        self._comm = comm
+        self._status = status
+        self._on_arrival = on_arrival
+        mine = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
         pieces = [mine]
         if len(mine) >= progress.CHUNK_BYTES:
-            cuts = range(0, len(mine) + 1, progress.CHUNK_BYTES)
-            pieces = [mine[at : at + progress.CHUNK_BYTES] for at in cuts]
+            starts = range(0, len(mine) + 1, progress.CHUNK_BYTES)
+            pieces = [mine[start : start + progress.CHUNK_BYTES] for start in starts]
         self._sending = [(peer, comm.Isend(piece, peer, ROUND_TAG)) for peer in peers for piece in pieces]
         self._parts: dict[int, list[memoryview]] = {peer: [] for peer in peers}
         self._parts[rank] = [mine]
-        self._expected = list(peers)  # ranks whose last message has not been seen
+        self._expected = list(peers)  # ranks whose last message has not come
         self._arriving: list[tuple[int, Any]] = []
 
     def poll(self) -> bool:
-        """Move what can be moved; whether all has arrived and left."""
+        """Receive and send what is ready; whether all has arrived and left."""
         if self._expected:
             self._expected = [peer for peer in self._expected if not self._probe(peer)]
         if self._arriving:
@@ -51,7 +53,7 @@ class Round:
         return not self._sending
 
     def _probe(self, peer: int) -> bool:
-        """Begin to receive what has come from `peer`; whether that was its last message."""
+        """Begin to receive a message of `peer`; whether it is the last one."""
         message = self._comm.Improbe(peer, ROUND_TAG, self._status)
         if message is None:
             return False
@@ -65,7 +67,7 @@ class Round:
 
     @property
     def missing(self) -> set[int]:
-        """The ranks that have something to do yet."""
+        """The ranks whose messages have not all passed."""
         return {*self._expected, *(peer for peer, _ in self._arriving + self._sending)}
 
     @property
@@ -76,7 +78,7 @@ class Round:
 
 
 class Swap:
-    """Pieces of lengths that both sides know: `out[i]` goes to rank i, `into[i]` is filled by it."""
+    """A round of slices whose lengths both sides know: `out[i]` goes to rank i, which fills `into[i]`."""
 
     def __init__(
         self,
@@ -88,10 +90,11 @@ class Swap:
     ):
         self._coming = [(p, comm.Irecv(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([into[p]])]
         self._leaving = [(p, comm.Isend(c, p, SWAP_TAG)) for p in peers for c in progress.chunks([out[p]])]
-        self._alive, self._on_arrival = (out, into), on_arrival  # MPI does not keep the memory alive
+        self._alive = (out, into)  # MPI does not keep the memory alive
+        self._on_arrival = on_arrival
 
     def poll(self) -> bool:
-        """Move what can be moved; whether all is done."""
+        """Receive and send what is ready; whether all is done."""
         arrived = [(peer, request) for peer, request in self._coming if request.Test()]
         for one in arrived:
             self._on_arrival(one[0])
@@ -101,5 +104,5 @@ class Swap:
 
     @property
     def missing(self) -> set[int]:
-        """The ranks that have something to do yet."""
+        """The ranks whose messages have not all passed."""
         return {peer for peer, _ in self._coming + self._leaving}

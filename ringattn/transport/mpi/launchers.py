@@ -1,6 +1,6 @@
-"""The launcher's word on how many processes it started against what the MPI library sees.
+"""Comparison of the number of processes that the launcher started with the number that the MPI library sees.
 
-Under the mpiexec of another MPI every process would be a ring of its own, and compute a wrong answer in silence.
+Under the mpiexec of another MPI every process would be a ring of its own, and compute a wrong answer without an error.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _RANKS = ("PMIX_RANK", "PALS_RANKID")  # from launchers that may give a rank wit
 
 @dataclass(frozen=True)
 class _Launcher:
-    """A launcher that says how many processes it started, in a variable of their environment.
+    """A launcher that sets the number of processes in their environment.
 
     Attributes:
         variable: The number of processes.
-        name: For people.
-        mpi: The MPI that it belongs to; ``None``: it can be told to serve any.
+        name: Its name in messages.
+        mpi: The MPI that it belongs to; ``None``: it can serve any.
         mark: A variable that this launcher alone sets, so that a library of another MPI cannot talk to it.
     """
 
@@ -81,7 +81,7 @@ def refuse_other_size(library: str, size: int, environment: Mapping[str, str] | 
 
 
 def _started(environment: Mapping[str, str]) -> Sequence[tuple[_Launcher, int]]:
-    """The launchers that say how many processes they started. Slurm counts where no other came between."""
+    """The launchers that set a number of processes, with that number. Slurm counts only where no other has."""
     for launchers in (_LAUNCHERS, (_SLURM,)):
         found = [(one, count) for one in launchers if (count := read_count(environment, one.variable)) is not None]
         if found:

@@ -1,4 +1,4 @@
-"""The MPI library of this process. Asking for it starts MPI."""
+"""The MPI library of this process. Loading it starts MPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Library:
     """The MPI that a process runs with.
 
     Attributes:
-        version: In its own words.
+        version: The library's own description.
         flavour: ``"MPICH"``, ``"Open MPI"`` or another.
         threads: The level of support, of `LEVELS`; rings need ``"multiple"``.
         size: Processes of the job.
@@ -29,7 +29,7 @@ class Library:
 
 
 def load_mpi() -> Any:
-    """mpi4py's ``MPI``, started.
+    """Return mpi4py's ``MPI``, started.
 
     Raises:
         RingError: mpi4py is missing, it found no MPI library, or the launcher belongs to another MPI.
@@ -51,14 +51,16 @@ def _import() -> Any:
     """Import mpi4py's ``MPI`` without starting it: a library may end the process if its launcher is another MPI's."""
     import mpi4py
 
-    before = mpi4py.rc.initialize, mpi4py.rc.finalize
+    initialize = mpi4py.rc.initialize
+    finalize = mpi4py.rc.finalize
     mpi4py.rc.initialize = False
     if mpi4py.rc.finalize is None:
         mpi4py.rc.finalize = True
     try:
         from mpi4py import MPI
     finally:
-        mpi4py.rc.initialize, mpi4py.rc.finalize = before
+        mpi4py.rc.initialize = initialize
+        mpi4py.rc.finalize = finalize
     return MPI
 
 
@@ -71,7 +73,7 @@ def _start(MPI: Any) -> None:
 
 
 def library() -> Library:
-    """What MPI this process runs with; `RingError` where there is none."""
+    """Describe the MPI that this process runs with; `RingError` where there is none."""
     MPI = load_mpi()
     known = {getattr(MPI, f"THREAD_{name.upper()}"): name for name in LEVELS}
     version = " ".join(MPI.Get_library_version().partition("\n")[0].split())

@@ -1,7 +1,7 @@
 """Messages to and from the neighbours, and the helper thread that moves them while the main thread computes.
 
 Large MPI messages move only while somebody calls MPI. While the main thread computes, the helper polls with short
-sleeps, which leaves it the core; while the main thread waits, it polls at full speed itself and the helper rests.
+sleeps, which leaves it the core; while the main thread waits, it polls at full speed itself and the helper sleeps.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import RingError
-from ..base import Buffers, Gate, Transfer
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
+from ..interface import Buffers, Signal, Transfer
 
 # The longest single message. Its arrival is a sign of life of its sender, whose heartbeats wait behind its data on a
 # slow link; and some MPIs refuse more than 2**31 bytes.
@@ -24,8 +24,10 @@ CHUNK_BYTES = 4 << 20
 class Message(Transfer):
     """One send or receive: blocked until all of `after` are done, then active, then done."""
 
-    def __init__(self, kind: str, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Gate]):
-        self.kind, self.peer, self.tag = kind, peer, tag
+    def __init__(self, kind: str, peer: int, tag: int, load: Callable[[], Buffers], after: Sequence[Transfer | Signal]):
+        self.kind = kind
+        self.peer = peer
+        self.tag = tag
         self.after = list(after)
         self.bytes = 0
         self.started = 0.0
@@ -45,20 +47,20 @@ class Message(Transfer):
         return not self.after
 
     @property
-    def gated(self) -> bool:
-        """Whether it waits for a gate that somebody has still to open."""
-        return any(isinstance(a, Gate) and not a.done for a in self.after)
+    def waits_for_signal(self) -> bool:
+        """Whether it waits for a signal that is not open."""
+        return any(isinstance(a, Signal) and not a.done for a in self.after)
 
     def start(self, post: Callable[[memoryview, int, int], Any]) -> None:
         assert self._load is not None
         self.started = time.time()
         self._chunks = chunks(self._load())
-        self._load = None  # what it holds on to can go
+        self._load = None  # frees the arrays that it refers to
         self.bytes = sum(len(chunk) for chunk in self._chunks)
         self._requests = [post(chunk, self.peer, self.tag) for chunk in self._chunks]
 
     def poll(self, status: Any, byte: Any, on_arrival: Callable[[int], None]) -> bool:
-        """Ask MPI once how far it is. Chunks are matched in order, so the first one not there ends the look."""
+        """Test its requests; whether all are done. Chunks arrive in order, so the first missing one ends the test."""
         while self._requests:
             if not self._test(status):
                 return False
@@ -75,13 +77,13 @@ class Message(Transfer):
 
     @property
     def left(self) -> list[int]:
-        """The bytes of each chunk that has not passed."""
+        """The bytes of each chunk that is not done."""
         return [len(chunk) for chunk in self._chunks]
 
     def _test(self, status: Any) -> bool:
         try:
             done: bool = self._requests[0].Test(status)
-        except Exception as error:  # MPI says so when the other side is gone; it is that rank's end that matters
+        except Exception as error:  # MPI raises this when the other process is gone: name that rank
             way = "to" if self.kind == "send" else "from"
             lines = str(error).splitlines()
             raise RingError(f"a message {way} rank {self.peer} broke off ({lines[-1]})", rank=self.peer) from error
@@ -89,12 +91,12 @@ class Message(Transfer):
 
 
 def chunks(buffers: Buffers) -> list[memoryview]:
-    """`buffers` cut into messages of at most `CHUNK_BYTES`; an empty buffer makes none."""
-    return [buffer[at : at + CHUNK_BYTES] for buffer in buffers for at in range(0, len(buffer), CHUNK_BYTES)]
+    """Cut `buffers` into messages of at most `CHUNK_BYTES`; an empty buffer makes none."""
+    return [buffer[start : start + CHUNK_BYTES] for buffer in buffers for start in range(0, len(buffer), CHUNK_BYTES)]
 
 
 class Engine:
-    """Starts and finishes messages. Any thread may `step` it; one at a time does.
+    """The engine that starts and finishes messages. Any thread may call `step`; one at a time runs it.
 
     Args:
         post_send: Starts to send a buffer to a rank under a tag and returns the request.
@@ -102,7 +104,7 @@ class Engine:
         new_status: Makes an MPI status object.
         byte: MPI's type of a byte.
         on_done: Called with every message that has finished.
-        on_arrival: Called with the rank that something has come from.
+        on_arrival: Called with the rank from which a message has arrived.
     """
 
     def __init__(
@@ -115,7 +117,10 @@ class Engine:
         on_arrival: Callable[[int], None],
     ):
         self._post = {"send": post_send, "recv": post_recv}
-        self._status, self._byte, self._on_done, self._on_arrival = new_status(), byte, on_done, on_arrival
+        self._status = new_status()
+        self._byte = byte
+        self._on_done = on_done
+        self._on_arrival = on_arrival
         self._fresh: list[Message] = []  # appended by the main thread without a lock
         self._blocked: list[Message] = []
         self._active: list[Message] = []
@@ -126,36 +131,36 @@ class Engine:
         self._fresh.append(message)
 
     @property
-    def resting(self) -> bool:
-        """Whether nothing can happen until somebody adds a message or opens a gate."""
-        return not self._active and all(message.gated for message in [*self._fresh, *self._blocked])
+    def idle(self) -> bool:
+        """Whether no message can move until one is added or a signal opens."""
+        return not self._active and all(message.waits_for_signal for message in [*self._fresh, *self._blocked])
 
     @property
-    def nap(self) -> float:
-        """Seconds that may pass until the next step while the main thread computes."""
-        return self.rate.nap([message.bytes for message in list(self._active)])
+    def poll_interval(self) -> float:
+        """Seconds until the next step while the main thread computes."""
+        return self.rate.poll_interval([message.bytes for message in list(self._active)])
 
-    def told_of(self, peer: int) -> list[list]:
-        """The messages between this rank and `peer` that are under way here, as the other's `moving` takes them."""
+    def in_flight_with(self, peer: int) -> list[list]:
+        """The messages between this rank and `peer` that are under way here, in the form that `moving` reads there."""
         return [[message.kind, message.tag] for message in list(self._active) if message.peer == peer]
 
-    def moving(self, told: Mapping[int, list[list]]) -> list[Moving]:
-        """The messages that are under way at both ends, by what the other ranks have told."""
+    def moving(self, reports: Mapping[int, list[list]]) -> list[Moving]:
+        """The messages that are under way at both ends, according to the other ranks' `reports`."""
         other_end = {"send": "recv", "recv": "send"}
         found = []
         for message in list(self._active):
             left = message.left
-            if left and [other_end[message.kind], message.tag] in told.get(message.peer, ()):
+            if left and [other_end[message.kind], message.tag] in reports.get(message.peer, ()):
                 found.append(Moving((message, len(left)), message.kind == "send", message.peer, left[0]))
         return found
 
     @property
     def peers(self) -> set[int]:
-        """The ranks that have to do something for an active message to finish."""
+        """The ranks at the other ends of active messages."""
         return {message.peer for message in list(self._active)}
 
     def step(self, wait: bool = True) -> None:
-        """Move whatever can be moved now. Without `wait`, leave it to the thread that is at it already."""
+        """Start and finish what is ready. Without `wait`, return at once if another thread is doing so."""
         if not self._turn.acquire(blocking=wait):
             return
         try:
@@ -183,15 +188,15 @@ class Engine:
         return bool(ready)
 
 
-class Helper:
-    """The one helper thread of a ring: steps the engine while messages are under way, and beats.
+class ProgressThread:
+    """The helper thread of a ring: steps the engine while messages are under way, and sends heartbeats.
 
     Args:
-        engine: What to step.
+        engine: The engine to step.
         beat: Called every `interval` seconds.
-        interval: See there.
-        on_error: Called with what the engine raised; the thread goes on beating.
-        retired: Asked whenever the thread wakes; it ends when this says True.
+        interval: Seconds between two heartbeats.
+        on_error: Called with an exception of the engine; the thread goes on with the heartbeats.
+        retired: Called whenever the thread wakes; the thread ends when it returns ``True``.
     """
 
     def __init__(
@@ -202,24 +207,27 @@ class Helper:
         on_error: Callable[[BaseException], None],
         retired: Callable[[], bool],
     ):
-        self._engine, self._beat, self._interval, self._on_error = engine, beat, interval, on_error
+        self._engine = engine
+        self._beat = beat
+        self._interval = interval
+        self._on_error = on_error
         self._retired = retired
-        self._bell = threading.Condition()
-        self._resting = False  # asleep on the bell
-        self.broken = False  # nothing moves any more
-        self.relieved = False  # the main thread waits, and steps the engine itself
+        self._work_added = threading.Condition()
+        self._sleeping = False  # until work is added
+        self.broken = False  # the engine moves no message any more
+        self.main_thread_polls = False  # the main thread waits, and steps the engine itself
         self._thread = threading.Thread(target=self._run, name="ringattn", daemon=True)
         self._thread.start()
 
-    def ring(self) -> None:
-        """Wake the thread: there is something to do."""
-        if self._resting:
-            with self._bell:
-                self._bell.notify()
+    def wake(self) -> None:
+        """Wake the thread because there is work for it."""
+        if self._sleeping:
+            with self._work_added:
+                self._work_added.notify()
 
     def join(self) -> None:
-        """Wait for the end of the thread, which must have reason to retire; it holds no MPI call afterwards."""
-        self.ring()
+        """Wait for the end of the thread of a retired ring; it makes no MPI call afterwards."""
+        self.wake()
         self._thread.join()
 
     def _run(self) -> None:
@@ -228,23 +236,23 @@ class Helper:
             if time.monotonic() >= due:
                 self._guard(self._beat)
                 due = time.monotonic() + self._interval
-            if not self._rest(due):
+            if not self._sleep_if_idle(due):
                 self._guard(self._engine.step)
-                time.sleep(self._engine.nap)
+                time.sleep(self._engine.poll_interval)
 
-    def _rest(self, due: float) -> bool:
-        with self._bell:
-            # Raised before the look at the engine: whoever adds a message after the look sees it and rings.
-            self._resting = True
-            idle = self.broken or self.relieved or self._engine.resting
+    def _sleep_if_idle(self, due: float) -> bool:
+        with self._work_added:
+            # Set before the engine is read: a thread that adds a message after the read sees it and calls `wake`.
+            self._sleeping = True
+            idle = self.broken or self.main_thread_polls or self._engine.idle
             if idle:
-                self._bell.wait(max(0.0, due - time.monotonic()))
-            self._resting = False
+                self._work_added.wait(max(0.0, due - time.monotonic()))
+            self._sleeping = False
         return idle
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever it is, it must reach the main thread and the peers
+        except Exception as error:  # any exception must reach the main thread and the peers
             self.broken = True
             self._on_error(error)

@@ -9,26 +9,24 @@ from typing import Any
 
 from ...errors import ArgumentTypeError, RingError
 from .. import collectives
-from ..base import Buffers, Event, Gate, Ring, Transfer
-from ..consensus import agree, heard
+from ..base import Event, Ring
+from ..consensus import agree, raise_on_all_ranks
 from ..failures import shutdown
-from ..failures.control_channel import MpiPost
+from ..failures.control_channel import MpiControlChannel
 from ..failures.heartbeats import Member
 from ..handshake import introduce
-from ..mlx import process
-from ..process_ring import PeerRing
+from ..interface import Buffers, Signal, Transfer, Transport
+from ..process_ring import ProcessRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
 from .polling import wait_until
-from .progress import Engine, Helper, Message
+from .progress import Engine, Message, ProgressThread
 
-FIRST_TAG = 16  # MPI tag of message 0; those below are for rounds
+FIRST_TAG = 16  # MPI tag of message 0; lower tags are for rounds
 
 
 def open_ring(comm: Any, timeout: float | None) -> Ring:
     """The ring of all ranks of `comm`, or of the whole job; see `ringattn.init`."""
-    if process.is_open():
-        raise RingError("backend 'mpi': this process is connected by mx.distributed, and only one of the two can be")
     MPI = _load()
     if comm is None:
         comm = MPI.COMM_WORLD
@@ -47,17 +45,19 @@ def _load() -> Any:
     return MPI
 
 
-class MpiRing(PeerRing):
-    """A ring of MPI processes. It has two communicators of its own: one for data, one for signs of life."""
+class MpiRing(ProcessRing):
+    """A ring of MPI processes. It has two communicators of its own: one for data, one for control messages."""
 
     backend = "mpi"
 
     def __init__(self, MPI: Any, comm: Any, members: Sequence[Member]):
-        self._MPI, self._comm, self._life_comm = MPI, comm.Dup(), comm.Dup()
-        self._foreign = (MPI.Exception,)
-        for own in (self._comm, self._life_comm):
-            own.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
-        super().__init__(MpiPost(self._life_comm, MPI.Status()), comm.Get_rank(), members)
+        self._MPI = MPI
+        self._comm = comm.Dup()
+        self._control_comm = comm.Dup()
+        self._library_errors = (MPI.Exception,)
+        for own in (self._comm, self._control_comm):
+            own.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns a returned error into an exception
+        super().__init__(MpiControlChannel(self._control_comm, MPI.Status()), comm.Get_rank(), members)
         # Each rank begins with its right neighbour, so that they do not all send to the same one first.
         self._peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
         self._status = MPI.Status()
@@ -65,18 +65,18 @@ class MpiRing(PeerRing):
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
-        self._helper = Helper(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
-        shutdown.watch_over(self)
+        self._progress = ProgressThread(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
+        shutdown.register_ring(self)
 
     # What users call
 
-    def split(self, color: int | None) -> Ring | None:
+    def split(self, color: int | None) -> Transport | None:
         with self.call("split"):
-            with heard(self, "split"):
+            with raise_on_all_ranks(self, "split"):
                 color = collectives.check_color(color)
-            told = agree(self, "split", payload=[memoryview(json.dumps(color).encode())])
-            colors = [json.loads(bytes(reply)) for reply in told]
-            with self.committed():
+            replies = agree(self, "split", payload=[memoryview(json.dumps(color).encode())])
+            colors = [json.loads(bytes(reply)) for reply in replies]
+            with self.break_ring_on_error():
                 ordered = sorted({c for c in colors if c is not None})  # MPI's colours are small and not negative
                 mine = self._MPI.UNDEFINED if color is None else ordered.index(color)
                 self._stuck = True
@@ -93,38 +93,38 @@ class MpiRing(PeerRing):
     def exchange(self, payload: Buffers) -> list[memoryview]:
         self._check()
         round_ = Round(self._comm, self._status, self.rank, self._peers, payload, self._life.seen)
-        self._watch(round_.poll, lambda: round_.missing)
-        self._life.met(self._place)
+        self._wait_until(round_.poll, lambda: round_.missing)
+        self._life.set_all_places(self._place)
         return round_.replies
 
     def _swap(self, out: Sequence[memoryview], into: Sequence[memoryview]) -> None:
         self._check()
         swap = Swap(self._comm, self._peers, out, into, self._life.seen)
-        self._watch(swap.poll, lambda: swap.missing, bulk=True)
+        self._wait_until(swap.poll, lambda: swap.missing, bulk=True)
 
     def _share(self, own: memoryview, into: Sequence[memoryview]) -> None:
         self._swap([own] * self.size, into)
 
     def send(
-        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1
+        self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1
     ) -> Transfer:
         return self._add(Message("send", (self.rank + step) % self.size, tag, load, after))
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Gate] = (), step: int = 1) -> Transfer:
+    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
         return self._add(Message("recv", (self.rank - step) % self.size, tag, lambda: buffers, after))
 
     def _add(self, message: Message) -> Message:
         self._check()
-        for gate in message.after:
-            if isinstance(gate, Gate):
-                gate.watch(self._helper.ring)
+        for signal in message.after:
+            if isinstance(signal, Signal):
+                signal.watch(self._progress.wake)
         self._engine.add(message)
         try:
-            self._engine.step(wait=False)  # at once, if it can go: waking the helper takes longer
+            self._engine.step(wait=False)  # starts it at once if possible: waking the helper takes longer
         except BaseException as error:
             self.fail(error)
             raise
-        self._helper.ring()
+        self._progress.wake()
         return message
 
     def _moved(self, message: Message) -> None:
@@ -142,39 +142,39 @@ class MpiRing(PeerRing):
             self._engine.step()
             return all(transfer.done for transfer in transfers)
 
-        self._helper.relieved = True
+        self._progress.main_thread_polls = True
         try:
-            self._watch(poll, lambda: self._engine.peers, bulk=True)
+            self._wait_until(poll, lambda: self._engine.peers, bulk=True)
         finally:
-            self._helper.relieved = False
-            self._helper.ring()
+            self._progress.main_thread_polls = False
+            self._progress.wake()
 
     def fail(self, error: BaseException) -> None:
         super().fail(error)
-        self._helper.broken = True
+        self._progress.broken = True
 
-    # What leaving.py asks
+    # What failures/shutdown.py calls
 
     def free(self) -> None:
-        """Give a retired ring's communicators back, of which MPI has few."""
-        self._helper.join()
+        """Free the communicators of a retired ring, because MPI has few."""
+        self._progress.join()
         self._comm.Free()
-        self._life_comm.Free()
+        self._control_comm.Free()
 
     def abort(self) -> None:
         """End all processes of the job."""
         self._comm.Abort(self.exit_code)
 
-    def _told_of(self, peer: int) -> list[list]:
-        return self._engine.told_of(peer)
+    def _in_flight_with(self, peer: int) -> list[list]:
+        return self._engine.in_flight_with(peer)
 
     def _beat(self) -> None:
         self._life.beat()
-        self._judge_link(self._engine.moving(self._life.moving), self._engine.rate)
+        self._check_links(self._engine.moving(self._life.moving), self._engine.rate)
         if self.broken and self._stuck:
-            shutdown.abandon(self)
+            shutdown.abort_from_helper(self)
 
-    def _watch(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
-        """Wait until `poll` says True; `missing` are the ranks that this depends on."""
+    def _wait_until(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
+        """Wait until `poll` returns ``True``; `missing` returns the ranks for which it waits."""
         with self._breaking():
-            wait_until(poll, self._looking(missing), bulk)
+            wait_until(poll, self._peer_check(missing), bulk)

@@ -1,4 +1,4 @@
-"""Rules for the fields of a request: each takes a field's name and value, and returns the value to use."""
+"""ScoreRules for the fields of a request: each takes a field's name and value, and returns the value to use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ Rule = Callable[[str, Any], Any]
 
 LARGEST_WHOLE = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
+LARGEST_REPETITION_PENALTY = 1e6  # a factor: "never again" is a fair wish
 LARGEST_PENALTY = 100.0  # OpenAI's limit of logit_bias; float16 logits stay finite
 GREEDY = 1e-6  # lower temperatures count as 0: dividing by them overflows float32
 MOST_STOP_WORDS = 64

@@ -23,7 +23,7 @@ SAMPLING: dict[str, Rule] = {
 }
 PROCESSORS: dict[str, Rule] = {
     "logit_bias": fields.logit_bias,
-    "repetition_penalty": fields.number(0, fields.LARGEST_PENALTY),
+    "repetition_penalty": fields.number(0, fields.LARGEST_REPETITION_PENALTY),
     "repetition_context_size": fields.whole(1, fields.LARGEST_WHOLE),
     "presence_penalty": fields.number(-fields.LARGEST_PENALTY, fields.LARGEST_PENALTY),
     "presence_context_size": fields.whole(1, fields.LARGEST_WHOLE),
