@@ -59,12 +59,8 @@ def _attend(case: Case, backend: str) -> float:
 
 def _chain(case: Case, backend: str) -> float:
     """Check the state that one kernel call returns and the next one starts from, as in the hops of a ring."""
-<<<<<<< HEAD
     kernel = backends.select(backend)
-    rules = Rules(case.q.shape[3] ** -0.5, Band(high=0))
-=======
     rules = ScoreRules(case.q.shape[3] ** -0.5, Band(high=0))
->>>>>>> main
     half = case.k.shape[2] // 2
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):
