@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from .cpu.backend import HostKernel
@@ -20,7 +22,7 @@ _KERNELS: dict[str, type[Kernel]] = {
     "reference": ReferenceKernel,
 }
 NAMES = tuple(_KERNELS)
-_GPUS = {"metal": ("an Apple GPU", launch.available), "cuda": ("an NVIDIA GPU", cuda_launch.available)}
+_GPUS: dict[str, tuple[str, Any]] = {"metal": ("an Apple GPU", launch), "cuda": ("an NVIDIA GPU", cuda_launch)}
 
 
 def select(name: str | None) -> Kernel:
@@ -41,7 +43,7 @@ def select(name: str | None) -> Kernel:
 
 def available() -> list[str]:
     """List the names of the kernels that run on this machine."""
-    return [name for name in NAMES if name not in _GPUS or _GPUS[name][1]()]
+    return [name for name in NAMES if name not in _GPUS or _GPUS[name][1].available()]
 
 
 def _best() -> str:
