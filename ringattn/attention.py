@@ -93,7 +93,8 @@ def attention(
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
         backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU),
-            ``"reference"`` (plain mx operations), or ``None`` for the best one on the default device.
+            ``"cuda"`` (fused, on an NVIDIA GPU), ``"reference"`` (plain mx operations), or ``None`` for the best one on
+            the default device.
 
     Returns:
         `out` ``[batch, heads, q tokens, value head_dim]``; with `return_lse` the pair ``(out, lse)`` with `lse`

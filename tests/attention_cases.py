@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import ringattn as ra
+from ringattn.cuda import launch
 from ringattn.verify.oracle import Case
 
-BACKENDS = ("host", "metal", "reference")
+BACKENDS = ("host", "metal", "reference", *(["cuda"] if launch.gpu() else []))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

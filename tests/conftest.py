@@ -46,9 +46,12 @@ def one_blas_thread(worker_id: str) -> Iterator[None]:
 
 
 def _choose_device(config: pytest.Config) -> None:
-    """Compute on the CPU, or on the GPU that runs the Metal kernels. On the GPU a fallback is an error."""
+    """Compute on the CPU, or on the GPU that runs the kernels. On the GPU a fallback is an error.
+
+    ``RINGATTN_TEST_CUDA=1`` chooses an NVIDIA GPU.
+    """
     try:
-        gpu = metal_executor.on_gpu()
+        gpu = metal_executor.on_gpu() or os.environ.get("RINGATTN_TEST_CUDA") == "1"
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     if gpu:

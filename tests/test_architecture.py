@@ -18,6 +18,7 @@ FLOORS = [
     {"autograd"},
     {"kernels", "transport"},
     {"cpu", "metal"},
+    {"cuda"},  # plans and tries its kernels with what metal has for that
     {"backends", "layout", "launcher"},
     {"attention", "ring", "rope"},
     {"ring_attention", "decode_attention", "training"},

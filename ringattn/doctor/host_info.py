@@ -113,7 +113,7 @@ def fingerprint(folder: Path) -> str:
     C files do not count: a checkout has them, an installed package has not.
     """
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".metal", ".cu", ".cuh")):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return total.hexdigest()[:12]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..cuda import self_test as cuda_self_test
 from ..errors import KernelWarning
 from ..metal import self_test
 from ..reporting.one_line import in_one_line
@@ -43,8 +44,9 @@ class Findings:
 def run_check(check: Check) -> tuple[float, str]:
     """Run a check. Return its error as a fraction and "", or infinity and the problem in one line.
 
-    A Metal kernel that was replaced by plain operations is a problem, even if the answer is right.
+    A GPU kernel that was replaced by plain operations is a problem, even if the answer is right.
     """
+    cuda_self_test.forget()
     self_test.forget()  # otherwise no warning comes for a kernel that an earlier check needed too
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)

@@ -1,4 +1,4 @@
-"""Checks of the variants of the Metal kernels, each by a problem that needs the variant.
+"""Checks of the variants of a GPU's kernels, each by a problem that needs the variant.
 
 Masks, windows, segments, softcap and sinks are variants too. `feature_checks` checks these on every backend.
 """
@@ -12,12 +12,12 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from .. import backends
 from ..attention import attention
 from ..core.masks import Band
 from ..core.online_softmax import State, finish
 from ..core.rules import ScoreRules
 from ..kernels.interface import KernelInputs
-from ..metal.backend import MetalKernel
 from .findings import Check, Findings
 from .oracle import FLOATS, Case, GradientCase, ratios
 
@@ -52,35 +52,36 @@ class Variant:
         return f"{self.what}, {self.dtype}"
 
 
-def _attend(case: Case) -> float:
-    out, lse = attention(case.q, case.k, case.v, backend="metal", return_lse=True, **case.options)
+def _attend(case: Case, backend: str) -> float:
+    out, lse = attention(case.q, case.k, case.v, backend=backend, return_lse=True, **case.options)
     return max(ratios(case, out, lse))
 
 
-def _chain(case: Case) -> float:
+def _chain(case: Case, backend: str) -> float:
     """Check the state that one kernel call returns and the next one starts from, as in the hops of a ring."""
+    kernel = backends.select(backend)
     rules = ScoreRules(case.q.shape[3] ** -0.5, Band(high=0))
     half = case.k.shape[2] // 2
     state: State | None = None
     for keys in (slice(0, half), slice(half, None)):
         k = case.k[:, :, keys]
         v = case.v[:, :, keys]
-        state = MetalKernel().forward(KernelInputs(case.q, k, v, case.q_pos, case.k_pos[keys], rules), state)
+        state = kernel.forward(KernelInputs(case.q, k, v, case.q_pos, case.k_pos[keys], rules), state)
     assert state is not None
     return max(ratios(case, *finish(state, None, case.q.dtype)))
 
 
-def _gradient(case: Case) -> float:
+def _gradient(case: Case, backend: str) -> float:
     problem = GradientCase.random(case)
 
     def function(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return list(attention(q, k, v, backend="metal", return_lse=True, **case.options))
+        return list(attention(q, k, v, backend=backend, return_lse=True, **case.options))
 
     _, gradients = mx.vjp(function, [case.q, case.k, case.v], [problem.dout, problem.dlse])
     return max(problem.ratios(dict(zip("qkv", gradients))).values())
 
 
-VARIANTS: dict[str, tuple[Callable[[Case], float], ProblemSize]] = {
+VARIANTS: dict[str, tuple[Callable[[Case, str], float], ProblemSize]] = {
     **{f"head_dim {dim}": (_attend, ProblemSize(dim, dim)) for dim in (64, 80, 96, 128, 192, 256)},
     "head_dim 44, padded": (_attend, ProblemSize(44, 44)),
     "head_dim 192, values 128": (_attend, ProblemSize(192, 128)),
@@ -94,11 +95,11 @@ VARIANTS: dict[str, tuple[Callable[[Case], float], ProblemSize]] = {
 }
 
 
-def variants() -> Iterator[Variant]:
-    """Yield every variant, ordered by dtype."""
+def variants(backend: str = "metal") -> Iterator[Variant]:
+    """Yield every variant of a backend's kernels, ordered by dtype."""
     for dtype in FLOATS:
         for what, (check, size) in VARIANTS.items():
-            yield Variant(what, _name(dtype), partial(_run, check, dtype, size))
+            yield Variant(what, _name(dtype), partial(_run, check, backend, dtype, size))
 
 
 def verify_variants(progress: Callable[[Variant], None] = lambda variant: None) -> Findings:
@@ -114,12 +115,12 @@ def verify_variants(progress: Callable[[Variant], None] = lambda variant: None) 
     return findings
 
 
-def _run(check: Callable[[Case], float], dtype: mx.Dtype, size: ProblemSize) -> float:
+def _run(check: Callable[[Case, str], float], backend: str, dtype: mx.Dtype, size: ProblemSize) -> float:
     r = np.random.default_rng(size.dim + size.v_dim)
     shapes = (4, size.q_len, size.dim), (2, size.k_len, size.dim), (2, size.k_len, size.v_dim)
     q, k, v = (mx.array(r.standard_normal((1, *shape)).astype(np.float32)).astype(dtype) for shape in shapes)
     q_pos = np.arange(size.k_len - size.q_len, size.k_len, dtype=np.int32)
-    return check(Case(q, k, v, q_pos, np.arange(size.k_len, dtype=np.int32), {"mask": "causal"}))
+    return check(Case(q, k, v, q_pos, np.arange(size.k_len, dtype=np.int32), {"mask": "causal"}), backend)
 
 
 def _name(dtype: mx.Dtype) -> str:

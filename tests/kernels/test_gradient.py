@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_cases import BACKENDS as ALONE
 
 import ringattn as ra
 from ringattn.autograd.custom_function import custom_op
@@ -21,7 +22,7 @@ from ringattn.kernels.reference import ReferenceKernel
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, to64
 
-BACKENDS = ("host", "metal", "reference", "blocked")
+BACKENDS = (*ALONE, "blocked")
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 

@@ -1,7 +1,8 @@
-"""Check of the Metal kernels on an NVIDIA GPU, translated to CUDA by rules: `python -m tools.nvidia.check`.
+"""Checks of the CUDA kernels, and of the Metal kernels translated to CUDA by rules: `python -m tools.nvidia.check`.
 
-It shows whether the kernels are right at sizes that no emulator reaches, whether they race, and whether they leave
-their buffers. It does not show whether Apple's compiler accepts them, how an Apple GPU rounds, or how fast they are.
+The translation shows whether the kernels are right at sizes that no emulator reaches, whether they race, and whether
+they leave their buffers. It does not show whether Apple's compiler accepts them, how an Apple GPU rounds, or how fast
+they are.
 """
 
 from tools.nvidia.executor import cuda_executor, translate

@@ -1,7 +1,8 @@
-"""Run the Metal kernels on an NVIDIA GPU and check their results: ``python -m tools.nvidia.check``.
+"""Check the CUDA kernels on an NVIDIA GPU: ``python -m tools.nvidia.check``.
 
-This needs MLX with its CUDA backend. The kernels' source is the one that a Mac compiles, with Metal's names defined in
-CUDA (``words.cuh``). Shuffles multiply the matrices of a simdgroup, so that times say nothing about a Mac.
+This needs MLX with its CUDA backend. ``--kernels metal`` checks the Metal kernels instead: the source that a Mac
+compiles, with Metal's names defined in CUDA (``words.cuh``). Shuffles then multiply the matrices of a simdgroup, so
+that times say nothing about a Mac.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,28 +25,34 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.bench.kernel import Shape, random_arrays, sampled_error
+from ringattn.bench.kernel import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
 from ringattn.verify.features import FEATURES
 from ringattn.verify.findings import Check, run_check
-from ringattn.verify.oracle import Case, GradientCase, ratios
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, ratios
 from ringattn.verify.variants import variants
 
 from .executor import cuda_executor, groups
 
 LARGE = [
-    Shape(mx.bfloat16, 128, (8, 2), 65_536, 65_536, True),
-    Shape(mx.float16, 64, (8, 8), 32_768, 32_768, False),
-    Shape(mx.float32, 256, (4, 2), 16_384, 16_384, True),
-    Shape(mx.bfloat16, 128, (32, 8), 1, 262_144, False),
-    Shape(mx.float16, 128, (8, 2), 8, 1_048_576, True),
+    AttentionShape(mx.bfloat16, 128, (8, 2), 65_536, 65_536, True),
+    AttentionShape(mx.float16, 64, (8, 8), 32_768, 32_768, False),
+    AttentionShape(mx.float32, 256, (4, 2), 16_384, 16_384, True),
+    AttentionShape(mx.bfloat16, 128, (32, 8), 1, 262_144, False),
+    AttentionShape(mx.float16, 128, (8, 2), 8, 1_048_576, True),
 ]
-SMALL = [Shape(mx.bfloat16, 128, (4, 2), 300, 300, True), Shape(mx.float16, 64, (4, 2), 3, 3000, True)]
-SMALL += [Shape(mx.float32, 256, (2, 1), 70, 90, True)]
-GRADIENT = Shape(mx.bfloat16, 128, (16, 4), 8192, 8192, True)
-SMALL_GRADIENT = Shape(mx.bfloat16, 64, (4, 2), 200, 200, True)
+SMALL = [
+    AttentionShape(mx.bfloat16, 128, (4, 2), 300, 300, True),
+    AttentionShape(mx.float16, 64, (4, 2), 3, 3000, True),
+]
+SMALL += [AttentionShape(mx.float32, 256, (2, 1), 70, 90, True)]
+GRADIENT = AttentionShape(mx.bfloat16, 128, (16, 4), 8192, 8192, True)
+SMALL_GRADIENT = AttentionShape(mx.bfloat16, 64, (4, 2), 200, 200, True)
 
+RANDOM = 200  # problems with a random choice of every feature
+
+kernels = "cuda"
 failed: list[str] = []
 threadgroups = [0, 0]  # calls, and their threadgroups
 
@@ -86,15 +94,30 @@ def feature(make: Callable[[], Case]) -> float:
     def function(*arrays: mx.array) -> list[mx.array]:
         given = dict(zip(named, arrays))
         q, k, v = (given.pop(name) for name in "qkv")
-        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend="metal", return_lse=True)
+        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend=kernels, return_lse=True)
         return [out, mx.where(lse == -mx.inf, 0.0, lse)]
 
     _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
-    results = ra.attention(case.q, case.k, case.v, **case.options, backend="metal", return_lse=True)
+    results = ra.attention(case.q, case.k, case.v, **case.options, backend=kernels, return_lse=True)
     return max(*ratios(case, *results), *problem.ratios(dict(zip(named, found))).values())
 
 
-def words(shape: Shape) -> str:
+def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
+    """Make a problem with q, k and v in another dtype."""
+    case = make()
+    return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))
+
+
+def random_problems(seeds: range) -> float:
+    """Compute the largest error of small problems with a random choice of every feature."""
+    largest = 0.0
+    for case in map(random_case, seeds):
+        results = ra.attention(case.q, case.k, case.v, **case.options, backend=kernels, return_lse=True)
+        largest = max(largest, *ratios(case, *results))
+    return largest
+
+
+def words(shape: AttentionShape) -> str:
     """Describe a shape."""
     name = str(shape.dtype).removeprefix("mlx.core.")
     heads = "{}/{}".format(*shape.heads)
@@ -102,14 +125,14 @@ def words(shape: Shape) -> str:
     return f"{name}, {heads} heads x {shape.head_dim}, {shape.queries} x {shape.keys}, {mask}"
 
 
-def check_large(shape: Shape) -> None:
+def check_large(shape: AttentionShape) -> None:
     """Compare sampled rows with float64, and the bits of five runs."""
     q, k, v = random_arrays(shape)
     mask = "causal" if shape.causal else None
     before = list(threadgroups)
 
     def attend() -> list[mx.array]:
-        results = list(ra.attention(q, k, v, mask=mask, backend="metal", return_lse=True))
+        results = list(ra.attention(q, k, v, mask=mask, backend=kernels, return_lse=True))
         mx.eval(results)
         return results
 
@@ -118,11 +141,12 @@ def check_large(shape: Shape) -> None:
     seconds = timed(attend)
     error = sampled_error(shape, q, k, v, *first)
     same = all(mx.array_equal(a, b).item() for _ in range(4) for a, b in zip(first, attend()))
-    what = f"{error:.2f} of the budget, {calls} calls, {many} threadgroups, {seconds:.2f} s"
+    what = f"{error:.2f} of the budget, {seconds:.4f} s"
+    what += f", {calls} calls, {many} threadgroups" if calls else ""
     report(words(shape), error <= 1 and same, what + ("" if same else ", OTHER BITS AGAIN"))
 
 
-def check_gradient(shape: Shape) -> None:
+def check_gradient(shape: AttentionShape) -> None:
     """Compare with MLX's gradient of its own attention in float32. Time that one in the kernels' dtype too."""
     arrays = random_arrays(shape)
     weights = mx.random.normal((1, shape.heads[0], shape.queries, shape.head_dim), key=mx.random.key(9))
@@ -137,7 +161,7 @@ def check_gradient(shape: Shape) -> None:
         return list(found)
 
     def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return ra.attention(q, k, v, mask=mask, backend="metal")
+        return ra.attention(q, k, v, mask=mask, backend=kernels)
 
     def theirs(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.head_dim**-0.5, mask=mask)
@@ -162,7 +186,7 @@ def sanitize() -> None:
         click.echo("compute-sanitizer: not found on PATH or in /usr/local/cuda/bin; nothing was checked with it")
         return
     for checker in ("memcheck", "racecheck"):
-        lines = _under(tool, checker, "-m", "tools.nvidia.check", "--quick")
+        lines = _under(tool, checker, "-m", "tools.nvidia.check", "--quick", "--kernels", kernels)
         ours = [line for line in lines if "ringattn" in line]  # cuBLAS, which the references use, has hazards too
         summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), " ".join(lines)[-300:])
         right = "all checks passed" in lines and not ours
@@ -188,26 +212,39 @@ def _under(tool: str, checker: str, *program: str) -> list[str]:
 
 
 @click.command(help=__doc__)
+@click.option("--kernels", "chosen", type=click.Choice(["cuda", "metal"]), default="cuda", show_default=True)
 @click.option("--quick", is_flag=True, help="Small problems only.")
 @click.option("--sanitizer", is_flag=True, help="Small problems under compute-sanitizer.")
 @click.option("--share", default="0/1", help="i/n: every n-th check from i on.")
-def main(quick: bool, sanitizer: bool, share: str) -> None:
+def main(chosen: str, quick: bool, sanitizer: bool, share: str) -> None:
+    global kernels
+    kernels = chosen
     if not mx.cuda.is_available():
         raise click.ClickException("no NVIDIA GPU that MLX can use: pip install 'mlx[cuda13]'")
     if sanitizer:
         sanitize()
     else:
         mx.set_default_device(mx.gpu)
-        set_executor(counted)
+        if kernels == "metal":
+            set_executor(counted)
         checks = [partial(check_large, shape) for shape in (SMALL if quick else SMALL + LARGE)]
         checks.append(partial(check_gradient, SMALL_GRADIENT if quick else GRADIENT))
         if not quick:
-            checks += [partial(check_variant, one.name, one.check) for one in variants()]
-            checks += [partial(check_variant, name, partial(feature, make)) for name, make in FEATURES.items()]
+            checks += [partial(check_variant, one.name, one.check) for one in variants(kernels)]
+            checks += [
+                partial(check_variant, f"{name}, in {dtype}", partial(feature, partial(in_dtype, make, dtype)))
+                for name, make in FEATURES.items()
+                for dtype in FLOATS
+            ]
+            checks += [
+                partial(check_variant, f"random problems from {i} on", partial(random_problems, range(i, i + 25)))
+                for i in range(0, RANDOM, 25)
+            ]
         first, step = map(int, share.split("/"))
         for check in checks[first::step]:
             check()
-        click.echo(f"{threadgroups[0]} calls, {threadgroups[1]} threadgroups")
+        if kernels == "metal":
+            click.echo(f"{threadgroups[0]} calls, {threadgroups[1]} threadgroups")
     click.echo(f"FAILED: {'; '.join(failed)}" if failed else "all checks passed")
     raise SystemExit(1 if failed else 0)
 

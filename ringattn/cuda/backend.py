@@ -1,0 +1,53 @@
+"""The fused kernels for NVIDIA GPUs; what they do not do goes to plain mx operations."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+import mlx.core as mx
+
+from ..core.gradients import Gradients, Rows
+from ..core.online_softmax import State
+from ..kernels.interface import Kernel, KernelInputs, OutputSpec
+from ..kernels.reference import ReferenceKernel
+from .dispatch import attend
+from .self_test import UnusableError
+from .tiling import MOST_BLOCKS, MOST_DIMS
+
+
+class CudaKernel(Kernel):
+    """Fused kernels; larger head dims, and inputs without a token, go to plain mx operations.
+
+    The gradient is taken block by block, by matrix products of MLX.
+    """
+
+    name = "cuda"
+
+    def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        if _fused(inputs):
+            with suppress(UnusableError):
+                return State(*attend(inputs, state, None))
+        return _reference.forward(inputs, state)
+
+    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
+        if _fused(inputs):
+            sinks = None if output.sinks is None else mx.contiguous(output.sinks.astype(mx.float32))
+            with suppress(UnusableError):
+                out, *lse = attend(inputs, None, replace(output, sinks=sinks))
+                return out, lse[0] if lse else None
+        return _reference.finish(inputs, output)
+
+    def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        return _reference.backward(inputs, rows, sums)
+
+
+_reference = ReferenceKernel()
+
+
+def _fused(inputs: KernelInputs) -> bool:
+    """Whether the kernels can do this."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if max(q.shape[3], v.shape[3]) > MOST_DIMS or max(q.shape[:2]) > MOST_BLOCKS:
+        return False
+    return 0 not in (q.size, k.size, v.size)

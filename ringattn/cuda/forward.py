@@ -1,0 +1,161 @@
+"""The forward kernels: a problem turned into calls."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.masks import Band, Tile
+from ..core.online_softmax import State
+from ..kernels.interface import KernelInputs, OutputSpec
+from ..metal.forward import band_buffers, output_arguments, output_switches
+from ..metal.tiling import key_tile_ranges
+from . import source
+from .launch import KernelCall
+from .tiling import Tiling
+
+COMBINE_THREADS = 128
+KEPT = 256  # small arrays, the layers of a model share theirs,
+LARGEST_KEPT = 1 << 14  # bytes of one
+
+
+def forward_call(
+    inputs: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, output: OutputSpec | None
+) -> KernelCall:
+    """The call of `forward.cu`.
+
+    Args:
+        inputs: `whole` inputs with at least one query and one key.
+        tiling: Its tiling.
+        group: Query heads that are rows of one tile: 1, or all that share a key/value head.
+        splits: In how many runs each tile's keys are cut; more than one needs ``output=None``.
+        state: What earlier keys left, or ``None``.
+        output: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
+    """
+    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    batch, heads, _ = inputs.rows
+    tiles = key_tile_ranges(rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, group, tiling.BK)
+    buffers = {
+        "queries": q,
+        "keys": k,
+        "values": v,
+        "numbers": _on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
+        "reach": _on_gpu(tiles),
+    }
+    band = _needed(inputs)
+    if band is not None:
+        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
+    if rules.segments is not None:
+        buffers |= _segments(*rules.segments, tiling, group, len(tiles))
+    if rules.mask is not None:
+        buffers["mask"] = rules.mask
+        if rules.columns is not None:
+            buffers["mask_columns"] = mx.array(rules.columns.astype(np.int32))
+    if state is not None:
+        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    matrix = q.dtype.size == 2
+    defines: dict[str, int | str] = {
+        "T": source.TYPES[q.dtype],
+        "OUT": source.TYPES[mx.float32 if output is None else output.dtype],
+        "MATRIX": int(matrix),
+        "BFLOAT": int(q.dtype == mx.bfloat16),
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "BD": tiling.BD,
+        "BV": tiling.BV,
+        "BK": tiling.BK,
+        "WARPS": tiling.warps,
+        "FRAGMENTS": tiling.fragments,
+        "G": group,
+        "SOFTCAP": int(rules.softcap is not None),
+        "BAND": int(band is not None),
+        "SEGMENTS": int(rules.segments is not None),
+        "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
+        "COLUMNS": int("mask_columns" in buffers),
+        "STATE_IN": int(state is not None),
+        **output_switches(output),
+    }
+    parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar")
+    rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
+    return _call(
+        "forward",
+        parts,
+        defines,
+        buffers,
+        blocks=(len(tiles) * splits, heads // group, batch),
+        threads=tiling.threads,
+        shared_memory=tiling.shared_memory,
+        **output_arguments(output, rows, v.shape[3]),
+    )
+
+
+def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
+    """The call of `combine.cu` for the states of several runs, whose arrays have a first axis `runs`."""
+    _, batch, heads, q_len, value_dim = states.acc.shape
+    buffers = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
+    if output is not None and output.sinks is not None:
+        buffers["sinks"] = output.sinks
+    outputs = output_arguments(output, (batch, heads, q_len), value_dim)
+    defines: dict[str, int | str] = {
+        "OUT": source.TYPES[outputs["output_dtypes"][0]],
+        "DV": value_dim,
+        **output_switches(output),
+    }
+    blocks = -(-batch * heads * q_len * value_dim // COMBINE_THREADS), 1, 1
+    return _call("combine", ("softmax",), defines, buffers, blocks=blocks, threads=COMBINE_THREADS, **outputs)
+
+
+def _call(kernel: str, parts: tuple[str, ...], defines: dict, buffers: dict[str, mx.array], **others) -> KernelCall:
+    # MLX declares the buffers by their dtypes, so these belong to the text as well
+    dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in buffers.items())
+    header = source.header(parts, (*defines.items(), *dtypes))
+    return KernelCall(
+        name=source.name(kernel, header),
+        input_names=list(buffers),
+        source=source.text(f"{kernel}.cu"),
+        header=header,
+        inputs=list(buffers.values()),
+        **others,
+    )
+
+
+def _on_gpu(x: np.ndarray) -> mx.array:
+    """`x` as an array of MLX; a small one is kept, because the first use of new memory by the GPU is slow."""
+    return mx.array(x) if x.nbytes > LARGEST_KEPT else _kept(x.tobytes(), x.dtype.str, x.shape)
+
+
+@lru_cache(KEPT)
+def _kept(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    return mx.array(np.frombuffer(data, dtype).reshape(shape))
+
+
+def _needed(inputs: KernelInputs) -> Band | None:
+    """The band, or ``None`` where it lets every query see every key."""
+    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
+    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
+
+
+def _segments(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:
+    """Ids, and the smallest and the largest of each tile ``[B, tiles, 2]``."""
+    if group == 1:
+        q_bounds = _bounds(q_ids, tiling.BQ)
+    else:  # a few queries, whose heads share tiles
+        whole = _bounds(q_ids, q_ids.shape[1])
+        q_bounds = mx.contiguous(mx.broadcast_to(whole, (whole.shape[0], q_tiles, 2)))
+    return {
+        "query_ids": mx.contiguous(q_ids),
+        "key_ids": mx.contiguous(k_ids),
+        "query_bounds": q_bounds,
+        "key_bounds": _bounds(k_ids, tiling.BK),
+    }
+
+
+def _bounds(ids: mx.array, tile: int) -> mx.array:
+    tiles = -(-ids.shape[1] // tile)
+    ids = mx.pad(ids, [(0, 0), (0, tiles * tile - ids.shape[1])], constant_values=-1)
+    ids = ids.reshape(ids.shape[0], tiles, tile)
+    return mx.stack([ids.min(axis=-1), ids.max(axis=-1)], -1)

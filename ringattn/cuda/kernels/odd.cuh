@@ -1,0 +1,56 @@
+// NaN and infinity in a tile of values
+
+// Whether one of the numbers in four bytes is NaN or infinity: all bits of its exponent are set.
+RA_FUNC bool is_odd(unsigned word) {
+#if RA_MATRIX
+  constexpr unsigned exponent = RA_BFLOAT ? 0x7f80u : 0x7c00u;
+  return (word & exponent) == exponent || (word >> 16 & exponent) == exponent;
+#else
+  return (word & 0x7f800000u) == 0x7f800000u;
+#endif
+}
+
+// Whether this thread finds NaN or infinity in its part of a tile of values.
+RA_FUNC bool finds_odd(const RA_T* v) {
+  bool odd = false;
+  for (int i = threadIdx.x; i < BK * (BV / PART); i += THREADS) {
+    const uint4 part = *reinterpret_cast<const uint4*>(v + i / (BV / PART) * LDV + i % (BV / PART) * PART);
+    odd |= is_odd(part.x) | is_odd(part.y) | is_odd(part.z) | is_odd(part.w);
+  }
+  return odd;
+}
+
+RA_FUNC bool is_odd(RA_T x) {
+  return !(fabsf(float(x)) < RA_INFINITY);
+}
+
+// Add NaN and infinity to the sums of the rows that see them, by the bits of `seen`.
+RA_FUNC void add_odd_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const unsigned (&seen)[RA_FRAGMENTS], const RA_T* v) {
+  const int lane = threadIdx.x % 32, first = lane & ~3;
+  v += lane % 4 * 2;
+#pragma unroll 1
+  for (int key = 0; key < BK; key++) {
+    bool sees[ROWS];
+    RA_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const unsigned bits = __shfl_sync(ALL_LANES, seen[r / 2], first + key % 8 / 2);
+      sees[r] = bits >> (key / 8 * 4 + r % 2 * 2 + key % 2) & 1;
+    }
+    RA_UNROLL
+    for (int i = 0; i < BV / 4; i++) { // two neighbours of each 8 dims
+      const RA_T value = v[key * LDV + i / 2 * 8 + i % 2];
+      RA_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        acc[r / 2][i / 2][r % 2 * 2 + i % 2] += sees[r] && is_odd(value) ? float(value) : 0.0f;
+      }
+    }
+  }
+}
+
+// Put zeros in the place of NaN and infinity: 0 * NaN is NaN, also in the rows that do not see it.
+RA_FUNC void clear_odd(RA_T* v) {
+  for (int i = threadIdx.x; i < BK * BV; i += THREADS) {
+    RA_T& x = v[i / BV * LDV + i % BV];
+    x = is_odd(x) ? RA_T(0.0f) : x;
+  }
+}

@@ -1,0 +1,70 @@
+"""How a kernel cuts its work: the sizes of tiles, and the shared memory and registers that they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+MOST_DIMS = 256
+MOST_BLOCKS = 65_535  # of a grid in y and in z
+SHARED_BYTES = 101_376  # that a block can have on every GPU of compute capability 8.0 and later
+WARP = 32  # threads
+FRAGMENT = 16  # rows of a product of the matrix units
+MULTIPROCESSORS = 132  # of an H100; on a smaller GPU a few more blocks wait
+SMALL_BLOCKS, LARGE_BLOCKS = 5, 2  # that fit on a multiprocessor, of one warp and of four
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tile of one thread block; upper-case names are those in the kernel.
+
+    Attributes:
+        warps: Warps along the query rows.
+        fragments: Fragments of 16 rows for each warp.
+        BK: Keys in a tile.
+        BD: head_dim, padded to whole fragments.
+        BV: The values' head_dim, padded likewise.
+        item: Bytes of a number.
+    """
+
+    warps: int
+    fragments: int
+    BK: int
+    BD: int
+    BV: int
+    item: int
+
+    @classmethod
+    def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, rows: int) -> Tiling:
+        """The tiling for `rows` query rows that share their keys.
+
+        Half precision: 128 x 64 while the output's sums fit in the registers of four warps, beside the scores; above
+        128 dims a warp has 16 rows and 32 keys. float32 has no matrix units: smaller tiles.
+        """
+        BD, BV = (-(-dim // FRAGMENT) * FRAGMENT for dim in (head_dim, value_dim))
+        wide, half = max(BD, BV) > 128, dtype.size == 2
+        most = 4 if half or not wide else 2
+        warps = next(n for n in (1, 2, 4) if rows <= FRAGMENT * n or n == most)
+        fragments = 2 if half and not wide and rows > FRAGMENT * most else 1
+        return cls(warps, fragments, (64 if half else 32) // (2 if wide else 1), BD, BV, dtype.size)
+
+    @property
+    def BQ(self) -> int:  # noqa: N802
+        """Query rows in a tile."""
+        return FRAGMENT * self.warps * self.fragments
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of Q, K and V; rows are padded by 16 bytes."""
+        return (self.BQ + self.BK) * (self.BD * self.item + 16) + self.BK * (self.BV * self.item + 16)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks fill the GPU."""
+        return MULTIPROCESSORS * (LARGE_BLOCKS if self.warps > 1 else SMALL_BLOCKS)
