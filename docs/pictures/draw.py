@@ -211,7 +211,7 @@ def picture_layers() -> Figure:
         ("ring_attention · decode_attention · training", COLOURS[3]),
         ("attention · ring (schedule, relay, loop)", COLOURS[3]),
         ("layout · backends · launcher", COLOURS[2]),
-        ("cpu · metal", COLOURS[1]),
+        ("cpu · metal · cuda", COLOURS[1]),
         ("kernels (interface)  |  transport (mpi, mlx, solo)", COLOURS[1]),
         ("autograd", COLOURS[0]),
         ("core (masks, softmax algebra, gradients)", COLOURS[0]),
