@@ -30,7 +30,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Block:
+class ScoreBlock:
     """Inputs of the elementwise work on one block.
 
     Attributes:
@@ -50,7 +50,7 @@ class Block:
     rules: ScoreRules
     partial: bool
 
-    def part(self, most: int) -> Block:
+    def part(self, most: int) -> ScoreBlock:
         """Cut out the first `most` rows and keys of the first head."""
         rules = self.rules
         mask = self.rules.mask
@@ -59,7 +59,7 @@ class Block:
             mask = mask[:1, :1, :most, :most]
         if segments is not None:
             segments = segments[0][:1, :most], segments[1][:1, :most]
-        return Block(
+        return ScoreBlock(
             self.scores[:1, :1, :most, :most],
             self.dweights[:1, :1, :most, :most],
             Rows(*(x[:1, :1, :most] for x in self.rows)),
@@ -78,7 +78,7 @@ class Weights(NamedTuple):
     dmask: mx.array | None
 
 
-Elementwise = Callable[[Block], Weights]
+Elementwise = Callable[[ScoreBlock], Weights]
 
 
 def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients, elementwise: Elementwise) -> Gradients:
@@ -154,7 +154,7 @@ class _Blocks:
         heads = (q.shape[0], self.inputs.q.shape[1], a[1] - a[0])
         scores, dweights = ((x @ y.swapaxes(-1, -2)).reshape(*heads, -1) for x, y in ((q, k), (dout, v)))
         found = self.elementwise(
-            Block(
+            ScoreBlock(
                 scores,
                 dweights,
                 per_query,

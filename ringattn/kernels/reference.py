@@ -39,7 +39,7 @@ class ReferenceKernel(Kernel):
         return blockwise_backward.gradient(inputs, rows, sums, elementwise)
 
 
-def elementwise(block: blockwise_backward.Block) -> blockwise_backward.Weights:
+def elementwise(block: blockwise_backward.ScoreBlock) -> blockwise_backward.Weights:
     """Compute the elementwise work of a block of the gradient."""
     rules = block.rules
     additive = rules.mask is not None and rules.mask.dtype != mx.bool_

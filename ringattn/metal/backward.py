@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..core.gradients import Rows
 from ..kernels import reference
-from ..kernels.blockwise_backward import Block, Weights
+from ..kernels.blockwise_backward import ScoreBlock, Weights
 from . import launch, self_test, shader_source
 from .forward import band_buffers
 from .launch import KernelCall
@@ -35,7 +35,7 @@ def delta_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> 
     )
 
 
-def weights_call(block: Block) -> KernelCall:
+def weights_call(block: ScoreBlock) -> KernelCall:
     """Build the call of `weights.metal`."""
     rules = block.rules
     shape = block.scores.shape
@@ -73,7 +73,7 @@ def weights_call(block: Block) -> KernelCall:
     )
 
 
-def weights(block: Block) -> Weights:
+def weights(block: ScoreBlock) -> Weights:
     """Compute the weights of a block with the kernel, or with plain mx operations if its self-test fails."""
     if launch.default() and not _works(block):
         return reference.elementwise(block)
@@ -81,7 +81,7 @@ def weights(block: Block) -> Weights:
     return Weights(found[0], found[1], found[2] if len(found) > 2 else None)
 
 
-def _works(block: Block) -> bool:
+def _works(block: ScoreBlock) -> bool:
     """Test the kernel on the first rows and keys of `block`."""
     call = weights_call(block)
     few = block.part(TRIAL)

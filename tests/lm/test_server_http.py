@@ -67,7 +67,7 @@ class Script:
         self.waiting -= 1
 
     def pieces(self, answer: Any, check_client: Any, progress: Any) -> Iterator[Any]:
-        from ringattn.lm.server.engine import Piece
+        from ringattn.lm.server.engine import AnswerPiece
 
         progress(0, len(answer.ids))
         for i, text in enumerate(self.script, 1):
@@ -76,7 +76,7 @@ class Script:
                 raise text
             logprob = None if answer.request.logprobs is None else -float(i)
             top = [(65 + k, -float(k) - 0.5) for k in range(answer.request.logprobs or 0)]
-            yield Piece(text, 64 + i, logprob, top, self.finish if i == len(self.script) else None)
+            yield AnswerPiece(text, 64 + i, logprob, top, self.finish if i == len(self.script) else None)
 
 
 class Client:

@@ -6,7 +6,7 @@ import pytest
 
 from ringattn.transport.failures.stall_timer import StallTimer
 from ringattn.transport.mpi import progress
-from ringattn.transport.mpi.progress import Engine, Message
+from ringattn.transport.mpi.progress import Message, MessageEngine
 
 
 class Request:
@@ -22,7 +22,7 @@ class Status:
 
 
 @pytest.fixture
-def posted(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, list[Request], list[int]]:
+def posted(monkeypatch: pytest.MonkeyPatch) -> tuple[MessageEngine, list[Request], list[int]]:
     """An engine with a receive of two pieces from rank 1 under tag 3."""
     monkeypatch.setattr(progress, "CHUNK_BYTES", 4)
     requests: list[Request] = []
@@ -32,7 +32,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, list[Request], list
         requests.append(Request())
         return requests[-1]
 
-    engine = Engine(post, post, Status, None, lambda message: None, arrived.append)
+    engine = MessageEngine(post, post, Status, None, lambda message: None, arrived.append)
     engine.add(Message("recv", 1, 3, lambda: [memoryview(bytearray(8))], ()))
     engine.step()
     return engine, requests, arrived

@@ -29,7 +29,7 @@ MOST_WAITING = 192  # requests in the queue
 
 
 @dataclass
-class Piece:
+class AnswerPiece:
     """The part of an answer that one token adds.
 
     Attributes:
@@ -120,7 +120,7 @@ class Engine:
 
     def pieces(
         self, answer: Answer, check_client: Callable[[], None], progress: Callable[[int, int], None]
-    ) -> Iterator[Piece]:
+    ) -> Iterator[AnswerPiece]:
         """Yield the pieces of an answer as they come. `check_client` raises if the client has left."""
         checked = time.monotonic()
         while True:
@@ -238,7 +238,7 @@ class Engine:
             if top is not None and not ends:
                 logprob = response.logprobs[response.token].item()
                 likeliest = _likeliest(response.logprobs, top)
-            answer.replies.put(Piece(text, response.token, logprob, likeliest, finish_reason))
+            answer.replies.put(AnswerPiece(text, response.token, logprob, likeliest, finish_reason))
         except Exception as error:
             answer.replies.put(error)
             answer.left = True

@@ -17,7 +17,7 @@ from .api.answers import AnswerParser, Delta
 from .api.fields import RequestError
 from .api.requests import read_json, read_request
 from .api.responses import Responses, error_object, usage_object
-from .engine import Answer, Engine, Piece
+from .engine import Answer, AnswerPiece, Engine
 from .listener import DeadlineReader, Server
 from .service import Service, Settings
 
@@ -158,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         """Send an answer in chunks as it is generated."""
         self._head(200, "text/event-stream", {"Cache-Control": "no-cache"})
         count = 0
-        waiting: list[Piece] = []  # pieces whose text is held back
+        waiting: list[AnswerPiece] = []  # pieces whose text is held back
         for piece in self._pieces(answer):
             count += 1
             waiting += [piece] if piece.logprob is not None else []
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             self._event(responses.usage_chunk(usage_object(len(answer.ids), count, answer.cached)))
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def _pieces(self, answer: Answer) -> Iterator[Piece]:
+    def _pieces(self, answer: Answer) -> Iterator[AnswerPiece]:
         return self._service.engine.pieces(answer, self._check_client, self._progress)
 
     def _progress(self, done: int, total: int) -> None:

@@ -95,7 +95,7 @@ def chunks(buffers: Buffers) -> list[memoryview]:
     return [buffer[start : start + CHUNK_BYTES] for buffer in buffers for start in range(0, len(buffer), CHUNK_BYTES)]
 
 
-class Engine:
+class MessageEngine:
     """The engine that starts and finishes messages. Any thread may call `step`; one at a time runs it.
 
     Args:
@@ -201,7 +201,7 @@ class ProgressThread:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: MessageEngine,
         beat: Callable[[], None],
         interval: float,
         on_error: Callable[[BaseException], None],

@@ -20,7 +20,7 @@ from ..process_ring import ProcessRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
 from .polling import wait_until
-from .progress import Engine, Message, ProgressThread
+from .progress import Message, MessageEngine, ProgressThread
 
 FIRST_TAG = 16  # MPI tag of message 0; lower tags are for rounds
 
@@ -64,7 +64,7 @@ class MpiRing(ProcessRing):
         self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
-        self._engine = Engine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
+        self._engine = MessageEngine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
         self._progress = ProgressThread(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
         shutdown.register_ring(self)
 

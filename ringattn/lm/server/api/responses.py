@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine import Piece
+from ..engine import AnswerPiece
 from .answers import Delta
 from .fields import RequestError
 
@@ -47,13 +47,15 @@ class Responses:
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, delta: Delta, finish_reason: str, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(
+        self, delta: Delta, finish_reason: str, pieces: Sequence[AnswerPiece], usage: dict[str, Any]
+    ) -> dict[str, Any]:
         """Build a whole answer. `pieces` are those with log-probabilities in it."""
         message = {"role": "assistant", "content": None if delta.tool_calls and not delta.content else delta.content}
         choice = {"message": {**message, **_extras(delta)}} if self._chat else {"text": delta.content}
         return {**self._common, "choices": [self._choice(choice, finish_reason, pieces)], "usage": usage}
 
-    def chunk(self, delta: Delta, finish_reason: str | None, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def chunk(self, delta: Delta, finish_reason: str | None, pieces: Sequence[AnswerPiece]) -> dict[str, Any]:
         """Build one chunk of an answer. `pieces` are those with log-probabilities in it."""
         choice: dict[str, Any] = {"text": delta.content}
         if self._chat:
@@ -67,11 +69,13 @@ class Responses:
         """Build the last chunk of a stream with the usage."""
         return {**self._common, "choices": [], "usage": usage}
 
-    def _choice(self, content: dict[str, Any], finish_reason: str | None, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _choice(
+        self, content: dict[str, Any], finish_reason: str | None, pieces: Sequence[AnswerPiece]
+    ) -> dict[str, Any]:
         logprobs = self._logprobs(pieces) if pieces else None
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _logprobs(self, pieces: Sequence[AnswerPiece]) -> dict[str, Any]:
         """Log-probabilities in the form for chats; for a text also in the older form of its endpoint."""
         content = [
             {
