@@ -16,6 +16,7 @@ import numpy as np
 
 import ringattn as ra
 from ringattn.launcher.rank_wrapper import launched_rank
+from ringattn.transport import handshake
 
 WRONG = 99
 SECONDS = 30  # without a fault
@@ -26,7 +27,7 @@ def main() -> None:
     fault = sys.argv[2]
     victim = int(sys.argv[3])
     if fault == "another version" and int(launched_rank()) == victim:
-        ra.__version__ = "0.0.1"
+        handshake.__version__ = "0.0.1"
     with ra.init() as ring:
         (folder / f"{ring.rank}.pid").write_text(str(os.getpid()))
         begin = time.monotonic()

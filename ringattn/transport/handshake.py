@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
+from .._version import __version__
 from ..errors import ArgumentError, RingError
 from .consensus import by_rank
 from .environment import read_timeout
@@ -25,7 +26,6 @@ def introduce(timeout: float | None, exchange: Callable[[list], list]) -> list[M
         ArgumentError: A timeout is wrong, here or on another rank.
         RingError: The ranks run different versions of ringattn.
     """
-    from .._version import __version__
 
     error: ArgumentError | None = None
     seconds = 0.0

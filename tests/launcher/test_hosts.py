@@ -351,7 +351,7 @@ def test_a_cable_pulled(cluster: Cluster, running: subprocess.Popen, said: bool)
     [
         (
             "nowhere.invalid",
-            "host nowhere.invalid: ssh: Could not resolve hostname nowhere.invalid: Name or service not known; see",
+            "host nowhere.invalid: ssh: Could not resolve hostname nowhere.invalid: Name or service not known; check",
         ),
         ("a;b", "--hosts: host: 'a;b', expected a name"),
     ],

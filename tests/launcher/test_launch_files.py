@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,13 +162,24 @@ def cabled(size: int) -> Iterator[Cluster]:
                 ip("-n", space, "addr", "add", str(address), "dev", name)
                 ip("-n", space, "link", "set", name, "up")
         for space, text in zip(spaces, texts):
+            for name in addresses(text):
+                wait_until_up(space, name)  # before, MPI does not take the interface
             for destination, gateway in routes(text).items():
                 ip("-n", space, "route", "add", destination, "via", gateway)
         yield cluster
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+def ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+    return done.stdout
+
+
+def wait_until_up(space: str, name: str) -> None:
+    """Wait until the system has seen that a cable's other end is up, too."""
+    end = time.monotonic() + 20
+    while "state UP" not in ip("-n", space, "link", "show", "dev", name):
+        assert time.monotonic() < end, f"{name} of {space} has no carrier"
+        time.sleep(0.02)
 
 
 def write_ssh(folder: Path, hosts: Sequence[str], real: str) -> None:
