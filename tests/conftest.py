@@ -75,7 +75,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Group the tests that need more than this process, or skip them where that is missing."""
     markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
-    if markers and not item.get_closest_marker("xdist_group"):  # one after the other, since they measure times
+    if markers:  # one after the other, since they measure times
         item.add_marker(pytest.mark.xdist_group("ranks"))
     for reason in filter(None, map(lacking, markers)):
         item.add_marker(pytest.mark.skip(reason=reason))

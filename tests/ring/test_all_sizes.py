@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from spawn import ROOT, spawn, spawn_mlx
 
-# A worker of their own: they take long, and measure no times.
-pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("spmd")]
+pytestmark = pytest.mark.ranks
 
 
 # What depends on the number of ranks. Two and three ranks cover every way in which the other tests can fail.
