@@ -38,11 +38,11 @@ def hops(count, at=lambda hop: None):
             into = memoryview(bytearray(100_000))
             ring.wait(ring.send(lambda: [block], tag=hop), ring.recv([into], tag=hop))
 
-def format_value(work):
+def report_error(work):
     try:
         work()
     except RingError as error:
-        print(f"told: rank={{error.rank}} hop={{error.hop}} host={{bool(error.host)}} text={{error}}", flush=True)
+        print(f"error: rank={{error.rank}} hop={{error.hop}} host={{bool(error.host)}} text={{error}}", flush=True)
         try:
             ring.barrier()
         except RingError as again:
@@ -64,8 +64,8 @@ def since_ready(results: list[Result], begin: float) -> list[Result]:
     return [result._replace(seconds=result.seconds - late) for result in results]
 
 
-def lines_told(result: Result) -> list[str]:
-    return re.findall(r"told: (.*)", result.output)
+def error_lines(result: Result) -> list[str]:
+    return re.findall(r"error: (.*)", result.output)
 
 
 @pytest.mark.parametrize("net", ["shared memory", "tcp"])
@@ -75,12 +75,12 @@ def stop(hop):
     if ring.rank == 1 and hop == 3:
         time.sleep(0.5)  # let a heartbeat say where
         os.kill(os.getpid(), signal.SIGSTOP)
-format_value(lambda: hops(6, stop))
+report_error(lambda: hops(6, stop))
 """
     env = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "MPIR_CVAR_NOLOCAL": "1"} if net == "tcp" else {}
     result = run(4, program, ring_timeout=3, timeout=20, env=env)
     assert result.seconds < 3 + 5 + 2, str(result)  # the last 2 are for starting Python
-    lines = lines_told(result)
+    lines = error_lines(result)
     assert len(lines) == 3, str(result)
     for line in lines:
         assert re.match(r"rank=1 hop=3 host=True text=rank 1 \(.+\) gave no sign of life for 3 s; ", line), str(result)
@@ -115,11 +115,11 @@ def bad(hop):
     if ring.rank == 2 and hop == 2:
         raise ValueError("boom")
 """
-    in_call, between = "format_value(lambda: hops(4, bad))", "hops(2); bad(2); format_value(lambda: hops(4))"
+    in_call, between = "report_error(lambda: hops(4, bad))", "hops(2); bad(2); report_error(lambda: hops(4))"
     result = run(3, program + (in_call if how == "in a call" else between))
     assert result.code not in (0, None) and result.seconds < 8, str(result)
     where = "in ring_attention, hop 2" if how == "in a call" else "after ring_attention"
-    lines = lines_told(result)
+    lines = error_lines(result)
     assert len(lines) == 2, str(result)
     for line in lines:
         expected = rf"rank=2 hop=\d host=True text=rank 2 \(.+\) failed {where}: ValueError: boom$"
@@ -130,9 +130,9 @@ def bad(hop):
 
 @pytest.mark.parametrize("leave", ["sys.exit(0)", "ring.close(); time.sleep(30)"])
 def test_rank_that_leaves(leave: str) -> None:
-    result = run(3, f"if ring.rank == 1: {leave}\nelse: format_value(ring.barrier)")
+    result = run(3, f"if ring.rank == 1: {leave}\nelse: report_error(ring.barrier)")
     assert result.code not in (0, None) and result.seconds < 8, str(result)
-    lines = lines_told(result)
+    lines = error_lines(result)
     assert len(lines) == 2, str(result)
     for line in lines:
         assert re.search(r"text=rank 1 \(.+\) left the ring while rank [02] waited for it in barrier, hop 0$", line)
@@ -184,7 +184,7 @@ if ring.rank == 1:
     ring.barrier()
 elif ring.rank == 0:
     time.sleep(1.5)
-format_value(ring.barrier)
+report_error(ring.barrier)
 """
     result = run(3, program)
     assert result.code not in (0, None) and result.seconds < 8, str(result)
@@ -202,7 +202,7 @@ def test_failure_in_part_of_the_ring() -> None:
     program = """
 part = ring.split(ring.rank % 2)
 if ring.rank == 2: raise ValueError("boom")
-format_value(part.barrier if ring.rank == 0 else ring.barrier)
+report_error(part.barrier if ring.rank == 0 else ring.barrier)
 """
     result = run(4, program)
     assert result.code not in (0, None) and result.seconds < 8, str(result)
@@ -243,10 +243,10 @@ if ring.rank == 1:
     ra.ring_attention(x, x, x, ring=ring, layout=layout)
     {end}
 else:
-    format_value(lambda: mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout).sum())(x))
+    report_error(lambda: mx.grad(lambda x: ra.ring_attention(x, x, x, ring=ring, layout=layout).sum())(x))
 """
     result = run(3, program, ring_timeout=2, timeout=20)
-    lines = lines_told(result)
+    lines = error_lines(result)
     assert result.seconds < 8 and len(lines) == 2, str(result)
     where = "waited for it in the gradient of ring_attention" if how == "leaves" else "gave no sign of life for 2 s"
     assert all(line.startswith("rank=1 ") and where in line for line in lines), str(result)

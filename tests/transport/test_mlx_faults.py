@@ -58,17 +58,17 @@ def test_a_rank_in_a_hop(how: str, one_way: str) -> None:
 def end(hop):
     if ring.rank == 1 and hop == 3:
         {ENDS[how]}
-told(lambda: hops(6, end))
+report_error(lambda: hops(6, end))
 """
     results = run(program, env={"RINGATTN_MLX_ONE_WAY": one_way}, but=[1])
     assert_cause(results, CAUSES[how])
-    lines = re.findall("told: (.*)", text([r for i, r in enumerate(results) if i != 1]))
+    lines = re.findall("error: (.*)", text([r for i, r in enumerate(results) if i != 1]))
     assert len(lines) == 2 and all(line.startswith("rank=1 ") for line in lines), text(results)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_a_rank_in_a_gather(how: str) -> None:
-    program = f"if ring.rank == 1: {ENDS[how]}\nelse: told(ring.barrier)"
+    program = f"if ring.rank == 1: {ENDS[how]}\nelse: report_error(ring.barrier)"
     assert_cause(run(program, but=[1]), r"rank 1 \(.+\) (died|gave no sign of life)")
 
 
@@ -102,13 +102,13 @@ def test_a_stuck_link_while_heartbeats_arrive(what: str) -> None:
 from ringattn.transport.mlx.backend import Group
 ring.barrier()
 if ring.rank == 1: Group.{name} = lambda *_: time.sleep(60)
-told(lambda: {call})
+report_error(lambda: {call})
 """
     assert_cause(run(program), cause, bad=-1)
 
 
 def test_a_rank_that_leaves() -> None:
-    results = run("if ring.rank == 1: sys.exit(0)\nelse: told(ring.barrier)")
+    results = run("if ring.rank == 1: sys.exit(0)\nelse: report_error(ring.barrier)")
     assert_cause(results, r"rank 1 \(.+\) left the ring while rank [02] waited for it in barrier, hop 0")
 
 
@@ -131,7 +131,7 @@ if ring.rank == 1:
     ring.barrier()
 elif ring.rank == 0:
     time.sleep(4)  # long enough for the signal on a busy machine
-told(ring.barrier)
+report_error(ring.barrier)
 """
     assert_cause(run(program), r"rank 1 \(.+\) failed in barrier, hop 0: KeyboardInterrupt")
 
@@ -142,9 +142,9 @@ def test_under_mlx_launch() -> None:
     for ending, expected in (("", False), ("if ring.rank == 1: raise ValueError('boom')\nring.barrier()", True)):
         options = ["-n", "2", "--backend", "ring", "--env", f"PYTHONPATH={ROOT}"]
         command = [str(LAUNCH), *options, "--", sys.executable, "-c", program + ending]
-        told = output(command)
-        assert "0 of 2" in told and "1 of 2" in told, told
-        assert ("ValueError: boom" in told) == expected, told
+        shown = output(command)
+        assert "0 of 2" in shown and "1 of 2" in shown, shown
+        assert ("ValueError: boom" in shown) == expected, shown
 
 
 MPI = "from mpi4py import MPI\n"
@@ -164,11 +164,11 @@ def test_unusable_is_one_line(why: str, tmp_path: Path) -> None:
         pytest.importorskip("mpi4py")
     hosts = tmp_path / "hosts"
     hosts.write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
-    told = output([sys.executable, "-c", f"{prologue}from ringattn.transport import init\ninit('mlx')"], {
+    shown = output([sys.executable, "-c", f"{prologue}from ringattn.transport import init\ninit('mlx')"], {
         name: str(hosts) if value == "HOSTS" else value for name, value in env.items()
     })  # fmt: skip
-    last = told.strip().splitlines()[-1]
-    assert last.startswith("ringattn.errors.RingError: ") and message in last, told
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith("ringattn.errors.RingError: ") and message in last, shown
 
 
 def test_mpi_after_mlx_is_one_line() -> None:
