@@ -1,0 +1,99 @@
+"""The states of a linear recurrence over a ring of any size are those of one process."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ringattn import ArgumentError, Layout, Ring
+from ringattn.core.affine import AffineMap, states_of_spans
+from ringattn.ring.states import Recurrence, chain_states
+
+LAYOUTS = {
+    "contiguous": lambda size: Layout.contiguous(40, size),
+    "zigzag": lambda size: Layout.zigzag(40, size),
+    "later": lambda size: Layout.contiguous(40, size, start=7),
+    "one rank without tokens": lambda size: Layout(((), *Layout.contiguous(40, max(1, size - 1)).spans)[:size], 0),
+}
+
+
+def problem(rng: np.random.Generator, layout: Layout, matrix: bool) -> tuple[mx.array, list[tuple], list[AffineMap]]:
+    """The state before the sequence, all spans with their ranks in order, and their maps."""
+    spans = sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
+    state = mx.array(rng.standard_normal((2, 3, 5, 4)), mx.float32)
+    shape = (2, 3, 4, 4) if matrix else (2, 3, 1, 4)
+    maps = [
+        AffineMap(
+            mx.array(rng.standard_normal(shape) / 2, mx.float32),
+            mx.array(rng.standard_normal((2, 3, 5, 4)), mx.float32),
+        )
+        for _ in spans
+    ]
+    maps[0] = AffineMap(None, maps[0].offset + (state @ maps[0].transition if matrix else state * maps[0].transition))
+    return state, spans, maps
+
+
+@pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "decay"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_states(ring: Ring, rng: np.random.Generator, name: str, matrix: bool) -> None:
+    layout = LAYOUTS[name](ring.size)
+    if not layout.length:
+        pytest.skip("no rank has a token")
+    state, spans, maps = problem(rng, layout, matrix)
+    exact = states_of_spans(state, maps, matrix)
+    own = [i for i, (_, rank) in enumerate(spans) if rank == ring.rank]
+    recurrence = Recurrence("test", layout, (2, 3, 4, 4) if matrix else (2, 3, 1, 4), matrix)
+    before, after = chain_states(ring, recurrence, state, [maps[i] for i in own])
+    assert mx.array_equal(after, exact[-1]).item()
+    assert len(before) == len(own) and all(mx.array_equal(x, exact[i]).item() for x, i in zip(before, own))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradient(ring: Ring, rng: np.random.Generator, name: str) -> None:
+    """The gradient is that of the sum of all ranks' losses."""
+    layout = LAYOUTS[name](ring.size)
+    if not layout.length:
+        pytest.skip("no rank has a token")
+    state, spans, maps = problem(rng, layout, True)
+    weights = [mx.array(rng.standard_normal(state.shape), mx.float32) for _ in range(len(spans) + 1)]
+    flat = [x for step in maps for x in step if x is not None]
+
+    def rebuilt(arrays: list[mx.array]) -> list[AffineMap]:
+        given = iter(arrays)
+        return [AffineMap(None if step.transition is None else next(given), next(given)) for step in maps]
+
+    def loss_of_all(arrays: list[mx.array]) -> mx.array:
+        states = states_of_spans(state, rebuilt(arrays), True)
+        return sum((x * w).sum() for x, w in zip(states[:-1], weights)) + ring.size * (states[-1] * weights[-1]).sum()
+
+    expected = mx.grad(loss_of_all)(flat)
+    own = [i for i, (_, rank) in enumerate(spans) if rank == ring.rank]
+    recurrence = Recurrence("test", layout, (2, 3, 4, 4), True)
+    link = mx.zeros(1)
+
+    def loss(arrays: list[mx.array], link: mx.array) -> mx.array:
+        all_maps = rebuilt(arrays)
+        before, after = chain_states(ring, recurrence, state, [all_maps[i] for i in own], (link,))
+        return sum((x * weights[i]).sum() for x, i in zip(before, own)) + (after * weights[-1]).sum()
+
+    found, _ = mx.grad(loss, argnums=(0, 1))(flat, link)
+    at = [sum(1 if step.transition is None else 2 for step in maps[:i]) for i in range(len(maps) + 1)]
+    for i in own:
+        for x, y in zip(found[at[i] : at[i + 1]], expected[at[i] : at[i + 1]]):
+            np.testing.assert_allclose(np.array(x), np.array(y), rtol=1e-4, atol=1e-5)
+
+
+def test_states_that_differ_between_ranks(ring: Ring, rng: np.random.Generator) -> None:
+    layout = Layout.contiguous(40, ring.size)
+    state, spans, maps = problem(rng, layout, True)
+    recurrence = Recurrence("test", layout, (2, 3, 4, 4), True)
+    own = [maps[i] for i, (_, rank) in enumerate(spans) if rank == ring.rank]
+    if ring.size == 1:
+        pytest.skip("one rank")
+    other = state * (2.0 if ring.rank == 1 else 1.0)
+    with pytest.raises(
+        ArgumentError, match=r"^test: state differs between ranks: of norm [\d.]+ on ranks? 0.*, of norm"
+    ):
+        chain_states(ring, recurrence, other, own)
+    chain_states(ring, recurrence, state, own)  # the ring still works
