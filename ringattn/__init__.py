@@ -23,6 +23,7 @@ from .core.online_softmax import merge
 from .decode_attention import decode_attention
 from .errors import ArgumentError, ArgumentTypeError, RingAttentionError, RingError, TransformError
 from .layout import Layout
+from .linear_attention import linear_attention
 from .ring_attention import ring_attention
 from .rope import rope
 from .transport import init
@@ -54,6 +55,7 @@ __all__ = [
     "attention",
     "decode_attention",
     "init",
+    "linear_attention",
     "merge",
     "ring_attention",
     "rope",

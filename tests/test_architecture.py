@@ -16,11 +16,11 @@ FLOORS = [
     {"errors", "_version", "native", "rendezvous", "reporting"},
     {"core", "extras"},
     {"autograd"},
-    {"kernels", "transport"},
+    {"kernels", "linear", "transport"},
     {"cpu", "metal"},
     {"cuda"},  # plans and tries its kernels with what metal has for that
     {"backends", "layout", "launcher"},
-    {"attention", "ring", "rope"},
+    {"attention", "linear_attention", "ring", "rope"},
     {"ring_attention", "decode_attention", "training"},
     {"__init__"},
     {"lm", "verify"},
