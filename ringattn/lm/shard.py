@@ -113,7 +113,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         ("ring", ring),
         ("weights", weights),
         ("kinds", kinds),
-        ("cost", cost_of(model)),
+        ("cost", cost_of(model, kinds)),
         ("longest", longest_context(calls)),
     ):
         object.__setattr__(model, name, value)  # not as parameters
@@ -180,9 +180,10 @@ def _adapted_call(adapter: Any, plain: Any) -> Any:
     return call
 
 
-def cost_of(model: nn.Module) -> Cost:
-    """Operations of one layer on a token: two for each weight that it meets, and those of a score and its value."""
-    args = compat.model_args(model)
+def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:
+    """Operations of a mean layer on a token: two for each weight that it meets, and those of a score and its value."""
+    described = (compat.model_args(part) for part in (model, *model.modules()))
+    args = next((args for args in described if hasattr(args, "num_attention_heads")), None)
     layers = max(1, len(model.layers))
     experts = getattr(args, "num_experts_per_tok", None) or EXPERTS
     linear = 0.0
@@ -193,4 +194,5 @@ def cost_of(model: nn.Module) -> Cost:
             linear += 2 * size * (experts / weight.shape[0] if weight.ndim == 3 else 1)
     heads = getattr(args, "num_attention_heads", 0) or 0
     dim = getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) // heads if heads else 0)
-    return Cost(linear / layers, 4.0 * heads * dim)
+    attending = sum(isinstance(cache, ShardedKVCache) for kind in kinds for cache in flat([kind.make_tracing()]))
+    return Cost(linear / layers, 4.0 * heads * dim * attending / layers)

@@ -22,6 +22,7 @@ from ringattn import lm
 from ringattn.lm.sharding.forward_pass import flat
 
 STEPS = (100, 1, 1, 3, 131, 5, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
+OTHERS = ((37, 63, 5, 131, 6), (1, 99, 71, 71), (22,) * 11, (11,) * 22)  # pieces in which mlx-lm reads them too
 ULPS = 32  # of the largest logit, float32
 
 
@@ -39,7 +40,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, name: str) -> None:
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
     scale = mx.abs(expected).max().item()
-    others = [logits(model, ids, steps) for steps in ((37, 63, 5, 131, 6), (1, 99, 71, 71))]
+    others = [logits(model, ids, steps) for steps in OTHERS]
     own = max(mx.abs(other - expected).max().item() / scale for other in others)
     lm.shard(model, ring)
     cache = make_prompt_cache(model)
