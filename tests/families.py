@@ -26,6 +26,36 @@ BASE: dict[str, Any] = {
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 TURNS = "{% for m in messages %}{{ m['content'] }} w57 {% endfor %}"
 CHAT_TEMPLATE = TURNS + "{% if add_generation_prompt %}w58 {% endif %}"
+DELTA = {  # of gated delta nets
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 3,
+    "num_hidden_layers": 5,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1e4,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "shared_expert_intermediate_size": 24,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 24,
+}
+MAMBA = {  # Mamba 2
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 2,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -93,6 +123,159 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
         },
     ),
 }
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("qwen3_next", {**DELTA, **EXPERTS}),
+    "qwen3_5": ("qwen3_5", {"text_config": {**BASE, **DELTA, "model_type": "qwen3_5"}}),
+    "qwen3_5_moe": ("qwen3_5_moe", {"text_config": {**BASE, **DELTA, **EXPERTS, "model_type": "qwen3_5_moe"}}),
+    "lfm2": (
+        "lfm2",
+        {
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_dim": 48,
+            "block_ff_dim": 64,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": False,
+            "full_attn_idxs": [1, 3],
+            "rope_theta": 1e4,
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "use_expert_bias": True,
+            "num_dense_layers": 1,
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "full_attn_idxs": [1, 3],
+            "rope_theta": 1e4,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {
+            "num_heads": 6,
+            "head_dim": 16,
+            "state_size": 16,
+            "num_hidden_layers": 3,
+            "layer_norm_epsilon": 1e-5,
+            "conv_kernel": 4,
+            "n_groups": 2,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "tie_word_embeddings": False,
+            "time_step_limit": (0.001, 100.0),
+            "time_step_rank": "auto",
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **MAMBA,
+            "attention_bias": False,
+            "mamba_hidden_act": "silu",
+            "conv_kernel": 4,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "time_step_limit": (0.001, 100.0),
+            "mlp_bias": False,
+            "mlp_hidden_act": "relu2",
+            "layer_norm_epsilon": 1e-5,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "hybrid_override_pattern": ["M", "*", "-", "M", "*"],
+            "num_hidden_layers": 5,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **MAMBA,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 0.25,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "attention_bias": False,
+            "rope_theta": 1e4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {**MAMBA, "mamba_d_ssm": 48, "mamba_rms_norm": True, "num_hidden_layers": 2, "rope_theta": 1e4},
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "linear_attn_config": {
+                "kda_layers": [1, 2, 4],
+                "full_attn_layers": [3],
+                "num_heads": 4,
+                "head_dim": 12,
+                "short_conv_kernel_size": 4,
+            },
+            "num_experts": 0,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "rope_theta": 1e4,
+            "model_max_length": 4096,
+        },
+    ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        {
+            **DELTA,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 4,
+            "linear_allow_neg_eigval": True,
+            "attention_bias": False,
+            "rope_parameters": {"rope_theta": 1e4},
+        },
+    ),
+    "bailing_moe_linear": (
+        "bailing_moe_linear",
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 2,
+            "rope_theta": 1e4,
+            "first_k_dense_replace": 1,
+            "layer_group_size": 2,
+            "group_norm_size": 2,
+            "topk_group": 1,
+        },
+    ),
+    "plamo2": (
+        "plamo2",
+        {
+            "hidden_size_per_head": 16,
+            "mamba_d_state": 16,
+            "mamba_num_heads": 4,
+            "full_attention_idx": [1, 3],
+            "attention_window_size": 4096,
+        },
+    ),
+}
+ALL = {**FAMILIES, **RECURRENT}
 
 
 def words() -> Any:
@@ -116,7 +299,7 @@ def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
 
     `more` are further changes of its configuration.
     """
-    module, changes = FAMILIES[name]
+    module, changes = ALL[name]
     return build_other(module, {**changes, **more}, seed)
 
 

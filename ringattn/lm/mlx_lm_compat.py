@@ -10,15 +10,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import mlx.nn as nn
-
-from ..errors import UnsupportedModelError
 
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
@@ -29,12 +27,15 @@ ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base
 IMPORTED = {
     "KVCache": "mlx_lm.models.cache",
     "RotatingKVCache": "mlx_lm.models.cache",
+    "ArraysCache": "mlx_lm.models.cache",
+    "CacheList": "mlx_lm.models.cache",
     "make_prompt_cache": "mlx_lm.models.cache",
     ATTENTION: "mlx_lm.models.base",
     "Llama": "mlx_lm.models.llama:Model",
     "LlamaArgs": "mlx_lm.models.llama:ModelArgs",
     "TokenizerWrapper": "mlx_lm.tokenizer_utils",
     "BPEStreamingDetokenizer": "mlx_lm.tokenizer_utils",
+    "compute_dt": "mlx_lm.models.ssm",
     "dequantize_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
@@ -125,25 +126,6 @@ def model_args(model: nn.Module) -> Any:
 def model_name(model: nn.Module) -> str:
     """The name of a model's family, for messages."""
     return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
-
-
-def layer_windows(model: nn.Module) -> Iterator[int | None]:
-    """The window of each layer in tokens, by the cache that the model itself makes for it; ``None``: no window.
-
-    Raises:
-        UnsupportedModelError: A layer has a cache of another kind.
-    """
-    full, rotating = __getattr__("KVCache"), __getattr__("RotatingKVCache")
-    for i, cache in enumerate(__getattr__("make_prompt_cache")(model)):
-        if type(cache) is full:
-            yield None
-        elif type(cache) is rotating and cache.keep == 0:
-            yield cache.max_size
-        else:
-            raise UnsupportedModelError(
-                f"model: {model_name(model)} has a {type(cache).__name__} at layer {i}, expected KVCache or "
-                "RotatingKVCache: its state cannot be spread over a ring"
-            )
 
 
 def defining_modules(model: nn.Module) -> list[ModuleType]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,15 @@ from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
 from .sharding.attention import dispatching
+from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
+from .sharding.forward_pass import ShardedCache, flat, step_through
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import ADAPTERS
 from .sharding.partition import Cost, Step, next_step
+from .sharding.recurrences import RECURRENCES, over_ring
 from .sharding.ropes import RopeCall, longest_context, recorded_ropes
-from .sharding.sharded_cache import ShardedKVCache, TracingCache, step_through
+from .sharding.sharded_cache import ShardedKVCache
+from .sharding.short_convolution import patch_convolutions
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
@@ -33,7 +37,7 @@ class Sharded:
     ring: Transport
     weights: tuple[float, ...]
     cost: Cost
-    windows: list[int | None]
+    kinds: list[Kind]  # of the layers' caches
     longest: float  # tokens of context
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **rest: Any) -> mx.array:
@@ -42,10 +46,10 @@ class Sharded:
         Returns:
             The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all.
         """
-        sharded = [c for c in cache or () if isinstance(c, ShardedKVCache)]
+        sharded = [c for c in flat(cache or ()) if isinstance(c, ShardedCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
-        # The few tokens of a layer with a window say little about which rank has room.
+        # The few tokens of a layer with a window, or none of a recurrent one, say little about which rank has room.
         fullest = max((c.layout for c in sharded), key=lambda layout: layout.length)
         step = next_step(fullest, inputs.shape[1], self.weights, self.cost)
         if step.new.stop > self.longest:
@@ -67,21 +71,24 @@ class Sharded:
         with self.ring.sharing(shared), step_through(sharded, step):
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
-    def make_cache(self) -> list[ShardedKVCache]:
+    def make_cache(self) -> list[Any]:
         """An empty cache, one for each layer."""
         history = TokenHistory()
-        return [ShardedKVCache(self.ring, window, history) for window in self.windows]
+        return [kind.make(self.ring, history) for kind in self.kinds]
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
     """Spread the context of `model` over `ring`: each rank keeps a part of the keys and values, and all the weights.
+
+    The states of recurrent layers are the same on every rank, and do not grow with the context.
 
     The model is changed in place, as by mlx-lm's own `model.shard`. Its `make_cache` then returns sharded caches. A
     call with such a cache is collective, and every rank passes the same tokens. Many tokens are cut into one chunk a
     rank; few tokens are computed by every rank. With other caches, or none, the model works as before.
 
     Args:
-        model: An mlx-lm model whose layers call mlx-lm's attention. Its weights are the same on every rank.
+        model: An mlx-lm model whose layers call mlx-lm's attention and recurrences. Its weights are the same on every
+            rank.
         ring: The ring, of `ringattn.init`.
         weights: The speed of each rank, one number a rank: its share of prefill and of the cache. Default: all equal.
 
@@ -95,48 +102,47 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     weights = (1.0,) * ring.size if weights is None else tuple(map(float, weights))
     if len(weights) != ring.size or not all(0 < w < float("inf") for w in weights):
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
-    windows = list(_windows(model))
-    _patch_attention(model)
-    longest = longest_context(_trace(model, windows))
+    kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
+    patch_convolutions(model)
+    _patch_functions(model)
+    calls, kinds = _trace(model, kinds)
     kind = type(model)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
     for name, value in (
         ("ring", ring),
         ("weights", weights),
-        ("windows", windows),
-        ("cost", cost_of(model)),
-        ("longest", longest),
+        ("kinds", kinds),
+        ("cost", cost_of(model, kinds)),
+        ("longest", longest_context(calls)),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
 
 
-def _windows(model: nn.Module) -> Iterator[int | None]:
-    """The window of each layer, also of a model that was sharded before."""
-    return iter(model.windows) if isinstance(model, Sharded) else compat.layer_windows(model)
-
-
-def _trace(model: nn.Module, windows: Sequence[int | None]) -> list[RopeCall]:
-    """Check that each layer attends to the keys of its own or of another layer's cache; return the calls of ropes.
+def _trace(model: nn.Module, kinds: Sequence[Kind]) -> tuple[list[RopeCall], list[Kind]]:
+    """Check that each layer attends to the keys of its own or of another layer's cache, or keeps a known state.
 
     Nothing is evaluated.
+
+    Returns:
+        The calls of ropes, and the kinds of caches with what the layers keep in them.
     """
     name = compat.model_name(model)
     if type(model).__module__ in compat.UNSUITABLE:
         raise UnsupportedModelError(f"model: {name} {compat.UNSUITABLE[type(model).__module__]}")
-    caches = [TracingCache(window) for window in windows]
+    caches = [kind.make_tracing() for kind in kinds]
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
     try:
-        with recorded_ropes(model) as calls, step_through(caches, Step(Layout((((0, 2),),)), False)):
+        with recorded_ropes(model) as calls, step_through(flat(caches), Step(Layout((((0, 2),),)), False)):
             kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
     except ArgumentError as error:
         raise UnsupportedModelError(f"model: {name} has a layer of another kind: {error}") from None
-    return calls
+    return calls, traced_kinds(model, kinds, caches)
 
 
-def _patch_attention(model: nn.Module) -> None:
-    """Replace the attention of the model's layers, in the modules of mlx-lm that define them.
+def _patch_functions(model: nn.Module) -> None:
+    """Replace the attention and the recurrences of the model's layers, in the modules of mlx-lm that define them.
 
     Calls without a sharded cache go on to mlx-lm's own function.
     """
@@ -146,6 +152,10 @@ def _patch_attention(model: nn.Module) -> None:
         compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
     found = bool(adapted)
     for module in compat.defining_modules(model):
+        for name, run in RECURRENCES.items():
+            if hasattr(module, name):
+                compat.patch(module, name, over_ring(name, run))
+                found = True
         if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
             continue
         if compat.makes_mask_arrays(module):
@@ -170,9 +180,10 @@ def _adapted_call(adapter: Any, plain: Any) -> Any:
     return call
 
 
-def cost_of(model: nn.Module) -> Cost:
-    """Operations of one layer on a token: two for each weight that it meets, and those of a score and its value."""
-    args = compat.model_args(model)
+def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:
+    """Operations of a mean layer on a token: two for each weight that it meets, and those of a score and its value."""
+    described = (compat.model_args(part) for part in (model, *model.modules()))
+    args = next((args for args in described if hasattr(args, "num_attention_heads")), None)
     layers = max(1, len(model.layers))
     experts = getattr(args, "num_experts_per_tok", None) or EXPERTS
     linear = 0.0
@@ -183,4 +194,5 @@ def cost_of(model: nn.Module) -> Cost:
             linear += 2 * size * (experts / weight.shape[0] if weight.ndim == 3 else 1)
     heads = getattr(args, "num_attention_heads", 0) or 0
     dim = getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) // heads if heads else 0)
-    return Cost(linear / layers, 4.0 * heads * dim)
+    attending = sum(isinstance(cache, ShardedKVCache) for kind in kinds for cache in flat([kind.make_tracing()]))
+    return Cost(linear / layers, 4.0 * heads * dim * attending / layers)

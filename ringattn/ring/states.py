@@ -1,34 +1,37 @@
-"""States of a linear recurrence over the ring: one round in which all ranks learn the maps of all spans of tokens."""
+"""Linear recurrences over the ring: the states before each span of tokens, and the inputs just before it.
+
+Both take one round, in which all ranks learn what each span leaves behind: the map of its state
+(`ringattn.core.affine`), and its last inputs. The bytes do not depend on the number of tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isclose, prod
+from math import isclose
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..autograd.custom_function import custom_op
 from ..core.affine import AffineMap, states_of_spans
 from ..errors import ArgumentError
 from ..layout import Layout
-from ..transport.consensus import Fields, agree, by_rank, raise_on_all_ranks
+from ..transport.consensus import Fields, by_rank
 from ..transport.interface import Transport
-from .blocks import raw
+from .parts import Part, gather_parts
 
 NEAR = 1e-3  # relative difference of the norms of states that count as equal: machines may round differently
 
 
-class States(NamedTuple):
-    """The states that a rank needs: before each of its spans, and after the whole sequence."""
+class BeforeAndAfter(NamedTuple):
+    """Arrays that a rank needs: before each of its spans, in order, and after the whole sequence."""
 
     before: list[mx.array]
     after: mx.array
 
 
 class Recurrence(NamedTuple):
-    """The form of the maps of a layer, the same on every rank.
+    """A collective call of a recurrent layer, the same on every rank.
 
     Attributes:
         what: The name of the call, for messages.
@@ -42,11 +45,10 @@ class Recurrence(NamedTuple):
     transition: tuple[int, ...]
     matrix: bool
 
-    @property
-    def owners(self) -> list[int]:
-        """The rank of each span, in the order of the tokens."""
-        spans = [(span, rank) for rank, held in enumerate(self.layout.spans) for span in held]
-        return [rank for _, rank in sorted(spans)]
+
+def owners(layout: Layout) -> list[int]:
+    """The rank of each span, in the order of the tokens."""
+    return [rank for _, rank in sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)]
 
 
 def is_first(layout: Layout, rank: int, index: int) -> bool:
@@ -61,111 +63,72 @@ def chain_states(
     maps: Sequence[AffineMap],
     inputs: Sequence[mx.array] = (),
     fields: Fields = (),
-) -> States:
+) -> BeforeAndAfter:
     """Find the states before this rank's spans, and after all tokens. Collective; the caller holds the ring.
 
-    The bytes sent do not depend on the number of tokens. Every rank composes the same maps in the same order, so all
-    ranks of equal machines end with the same bits. Differentiable: the gradient is that of the sum of all ranks'
-    losses, and collective too.
+    Every rank composes the same maps in the same order, so all ranks of equal machines end with the same bits. The
+    gradient is that of the sum of all ranks' losses, and collective too.
 
     Args:
         ring: The ring.
         recurrence: The form of the maps.
         state: The state before the whole sequence ``[..., value dim, key dim]``, float32, equal on all ranks.
-        maps: The maps of this rank's spans. The first span of the sequence has no transition.
-        inputs: Arrays of which a rank without tokens computed nothing; they keep it part of a gradient.
+        maps: The maps of this rank's spans, float32. The first span of the sequence has no transition.
+        inputs: Float32 arrays of which a rank without tokens computed nothing; they keep it part of a gradient.
         fields: More values that all ranks must agree on.
 
     Raises:
         ArgumentError: On every rank, if the ranks differ in their arguments or in the state.
     """
-    whole = _gathered(ring, recurrence, state, maps, inputs, fields)
-    states = states_of_spans(state, whole, recurrence.matrix)
-    own = [i for i, rank in enumerate(recurrence.owners) if rank == ring.rank]
-    return States([states[i] for i in own], states[-1])
+    what, layout, transition, matrix = recurrence
+    of_spans = owners(layout)
+    parts = [Part(rank, ()) for rank in range(ring.size)]
+    for i, rank in enumerate(of_spans):
+        parts += [Part(rank, tuple(transition))] if i else []
+        parts += [Part(rank, tuple(state.shape))]
+    norm = mx.sqrt(mx.sum(mx.stop_gradient(state) ** 2))
+    own = [norm, *(x for step in maps for x in step if x is not None)]
+    found = gather_parts(ring, what, parts, own, (("layout", layout.summary), *fields), inputs)
+    _check_norms(what, np.array(mx.stack(found[: ring.size])).tolist())
+    arrays = [None, *found[ring.size :]]
+    maps = [AffineMap(transition, offset) for transition, offset in zip(arrays[::2], found[ring.size :: 2])]
+    states = states_of_spans(state, maps, matrix)
+    return BeforeAndAfter([states[i] for i, rank in enumerate(of_spans) if rank == ring.rank], states[-1])
 
 
-def _gathered(
+def chain_inputs(
     ring: Transport,
-    recurrence: Recurrence,
+    what: str,
+    layout: Layout,
     state: mx.array,
-    maps: Sequence[AffineMap],
-    inputs: Sequence[mx.array],
-    fields: Fields,
-) -> list[AffineMap]:
-    """The maps of all spans, in the order of the tokens."""
-    what = recurrence.what
-    own = [x for step in maps for x in step if x is not None]
-    parts = _parts(recurrence, state.shape)
-    about = (
-        ("layout", recurrence.layout.summary),
-        ("state", f"{state.dtype} {state.shape}"),
-        ("transition", str(recurrence.transition)),
-        *fields,
-    )
+    x: mx.array,
+    fields: Fields = (),
+) -> BeforeAndAfter:
+    """Find the last inputs before each of this rank's spans, and before the end: the halo of a short convolution.
 
-    def gather(state: mx.array, *arrays: mx.array) -> list[mx.array]:
-        with raise_on_all_ranks(ring, what):
-            sent = _packed(arrays[: len(own)])
-            norm = np.float64(mx.sqrt(mx.sum(state * state)).item()).tobytes()
-        replies = _exchange(ring, what, about, [memoryview(norm), *sent])
-        _check_norms(what, [float(np.frombuffer(reply[:8], np.float64)[0]) for reply in replies])
-        return _unpack([reply[8:] for reply in replies], parts)
+    Args:
+        ring: The ring.
+        what: The name of the call, for messages.
+        layout: The tokens of each rank; a span may have fewer tokens than a halo.
+        state: The inputs before the whole sequence ``[batch, halo, channels]``, equal on all ranks.
+        x: This rank's inputs ``[batch, local tokens, channels]``, of the same dtype.
+        fields: More values that all ranks must agree on.
 
-    def gradient(*arrays: mx.array) -> list[mx.array]:
-        given, cotangents = arrays[: 1 + len(own) + len(inputs)], arrays[1 + len(own) + len(inputs) :][: len(parts)]
-        name = f"the gradient of {what}"
-        with raise_on_all_ranks(ring, name):
-            sent = _packed([x.astype(mx.float32) for x in cotangents])
-        replies = _exchange(ring, name, about, sent)
-        total = memoryview(sum(np.frombuffer(reply, np.float32) for reply in replies)).cast("B")
-        sums = _unpack([total] * ring.size, [Part(0, shape) for _, shape in parts])
-        mine = [x for x, part in zip(sums, parts) if part.rank == ring.rank]
-        return [mx.zeros_like(given[0]), *mine, *(mx.zeros_like(x) for x in given[1 + len(own) :])]
-
-    found = list(custom_op(what, gather, (state, *own, *inputs), gradient))
-    rest = iter(found[1:])
-    return [AffineMap(None, found[0]), *(AffineMap(transition, offset) for transition, offset in zip(rest, rest))]
-
-
-class Part(NamedTuple):
-    """One array of a map: the rank that sends it, and its shape."""
-
-    rank: int
-    shape: tuple[int, ...]
-
-
-def _parts(recurrence: Recurrence, state: Sequence[int]) -> list[Part]:
-    """The arrays of all spans, in the order of the tokens. The first span has no transition."""
-    parts = []
-    for i, rank in enumerate(recurrence.owners):
-        parts += [Part(rank, recurrence.transition)] if i else []
-        parts += [Part(rank, tuple(state))]
-    return parts
-
-
-def _packed(arrays: Sequence[mx.array]) -> list[memoryview]:
-    packed = [mx.contiguous(x) for x in arrays]
-    mx.eval(*packed)
-    return [raw(x) for x in packed]
-
-
-def _exchange(ring: Transport, what: str, fields: Fields, payload: Sequence[memoryview]) -> list[memoryview]:
-    """Give every rank the bytes of all ranks, and count those that this rank sends."""
-    replies = agree(ring, what, fields, payload=payload)
-    ring.bytes_sent += (ring.size - 1) * sum(part.nbytes for part in payload)
-    return replies
-
-
-def _unpack(replies: Sequence[memoryview], parts: Sequence[Part]) -> list[mx.array]:
-    """The arrays `parts` from the bytes of all ranks. Each rank's arrays follow each other in its bytes."""
-    read = [0] * len(replies)
-    arrays = []
-    for rank, shape in parts:
-        stop = read[rank] + 4 * prod(shape)
-        arrays.append(mx.array(np.frombuffer(replies[rank][read[rank] : stop], np.float32).reshape(shape)))
-        read[rank] = stop
-    return arrays
+    Returns:
+        Arrays of the shape of `state`.
+    """
+    batch, halo, channels = state.shape
+    spans = sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
+    parts = [Part(rank, (batch, min(halo, stop - start), channels)) for (start, stop), rank in spans]
+    own = []
+    at = 0
+    for start, stop in layout.spans[ring.rank]:
+        at += stop - start
+        own.append(x[:, at - min(halo, stop - start) : at])
+    states = [state]
+    for tail in gather_parts(ring, what, parts, own, (("layout", layout.summary), *fields), [x]):
+        states.append(mx.concatenate([states[-1], tail], axis=1)[:, tail.shape[1] :])
+    return BeforeAndAfter([states[i] for i, (_, rank) in enumerate(spans) if rank == ring.rank], states[-1])
 
 
 def _check_norms(what: str, norms: Sequence[float]) -> None:

@@ -39,6 +39,7 @@ def sharded_attention(
     assert cache.step is not None
     dtype = mx.result_type(q, k, v)
     if isinstance(cache, TracingCache):
+        cache.attended = True
         return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))  # as in mlx-lm: some layers have wider queries than keys
     options: dict[str, Any] = {

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ...core.intervals import length, locate, positions
 from ...errors import ArgumentError
 from ...layout import Layout
 from ...transport.base import Ring
 from ...transport.solo import SoloRing
+from .forward_pass import ShardedCache, current, flat
 from .history import TokenHistory
 from .partition import Step, extended, within
 
@@ -33,33 +31,14 @@ class CausalMask(str):
         return mask
 
 
-_forward_pass = threading.local()  # has the caches of the forward pass that this thread is in
-
-
-@contextmanager
-def step_through(caches: Sequence[ShardedKVCache], step: Step) -> Iterator[None]:
-    """Run a forward pass: the tokens of `step` through the layers of `caches`."""
-    for cache in caches:
-        cache.begin(step)
-    before = getattr(_forward_pass, "caches", ())
-    _forward_pass.caches = caches
-    try:
-        yield
-    finally:
-        _forward_pass.caches = before
-        for cache in caches:
-            cache.end()
-
-
 def cache_of_keys(keys: mx.array) -> ShardedKVCache | None:
     """The cache that returned `keys` to a layer in this forward pass."""
-    return next((cache for cache in getattr(_forward_pass, "caches", ()) if cache.fetched_keys is keys), None)
+    caches = (cache for cache in current.caches if isinstance(cache, ShardedKVCache))
+    return next((cache for cache in caches if cache.fetched_keys is keys), None)
 
 
-class ShardedKVCache:
+class ShardedKVCache(ShardedCache):
     """Cache of one layer with this rank's keys and values. mlx-lm calls it as it calls its own `KVCache`.
-
-    A model that went through `ringattn.lm.shard` calls `begin` before its layers run.
 
     Args:
         ring: The ring, of `ringattn.init`.
@@ -73,25 +52,15 @@ class ShardedKVCache:
     """
 
     def __init__(self, ring: Ring, window: int | None = None, history: TokenHistory | None = None):
-        self.ring = ring
+        super().__init__(ring, history)
         self.window = window
-        self.history = history or TokenHistory()
-        self.layout = Layout(((),) * ring.size, 0)
-        self.offset = 0
-        self.step: Step | None = None
         self.fetched_keys: mx.array | None = None  # the keys that the layer got in this forward pass
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
-    def begin(self, step: Step) -> None:
-        """Set the positions for a forward pass of the tokens of `step`."""
-        self.step = step
-        own = step.new.spans[self.ring.rank]
-        self.offset = own[0][0] if step.shared else step.new.start
-
     def end(self) -> None:
         """Clear the state of the forward pass."""
-        self.offset = self.layout.stop
+        super().end()
         self.fetched_keys = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -137,15 +106,6 @@ class ShardedKVCache:
         """A causal mask; `return_array` makes no difference, since no rank has all columns."""
         return CausalMask(window_size or self.window)
 
-    def size(self) -> int:
-        """The number of tokens in the context, on all ranks together."""
-        return self.layout.stop
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The ids of the context's tokens, also of those that a window has dropped: ``[batch, tokens]``, int32."""
-        return self.history.read(self.size())
-
     def empty(self) -> bool:
         """Whether no token was ever cached on this rank."""
         return self.keys is None
@@ -156,6 +116,11 @@ class ShardedKVCache:
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the tokens that this rank holds."""
+        return _bytes_of_tokens(self, self.held)
+
+    @property
     def state(self) -> Sequence[Any]:
         """Keys and values of this rank, as mlx-lm's caches return them; nothing while it is empty."""
         return [] if self.keys is None else list(self.keys_and_values())
@@ -163,6 +128,10 @@ class ShardedKVCache:
     def is_trimmable(self) -> bool:
         """Whether tokens can be removed at the end: not once a window has dropped some."""
         return self.layout.start == 0
+
+    def restorable(self, size: int) -> int:
+        """The largest number of first tokens, at most `size`, that `trim` can leave in the cache."""
+        return min(size, self.size()) if size >= self.size() or self.is_trimmable() else 0
 
     def trim(self, n: int) -> int:
         """Remove the last `n` tokens; return how many were removed. Every rank calls it."""
@@ -204,22 +173,33 @@ class ShardedKVCache:
 
 
 class TracingCache(ShardedKVCache):
-    """A cache for a trial pass that shows how the layers of a model use theirs. Attention over it computes nothing."""
+    """A cache for a trial pass that shows how the layers of a model use theirs. Attention over it computes nothing.
+
+    Attributes:
+        attended: Whether a layer has attended to its keys over the ring.
+    """
+
+    attended = False
 
     def __init__(self, window: int | None = None):
         super().__init__(SoloRing(60.0), window)
 
 
 def held_bytes(caches: Sequence[Any]) -> int:
-    """Bytes of the tokens that a prompt cache of mlx-lm's `KVCache` or of `ShardedKVCache` holds on this rank.
+    """Bytes of the context that the caches of a model, sharded or mlx-lm's own, hold on this rank.
 
     Room for more tokens counts in ``nbytes``, but not here: caches grow in steps.
     """
-    return sum(_held_bytes(cache) for cache in caches)
+    return sum(_held_bytes(cache) for cache in flat(caches))
 
 
 def _held_bytes(cache: Any) -> int:
-    tokens = cache.held if isinstance(cache, ShardedKVCache) else cache.size()
+    if isinstance(cache, ShardedCache):
+        return cache.held_bytes
+    return _bytes_of_tokens(cache, cache.size()) if hasattr(cache, "keys") else int(cache.nbytes)
+
+
+def _bytes_of_tokens(cache: Any, tokens: int) -> int:
     return sum(x.nbytes // max(1, x.shape[2]) * tokens for x in (cache.keys, cache.values) if x is not None)
 
 

@@ -1,0 +1,111 @@
+"""A forward pass of a sharded model, and what all of its caches have in common."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ...layout import Layout
+from ...ring.call import check_ring
+from ...transport.base import Ring
+from .history import TokenHistory
+from .partition import Step
+
+
+class ForwardPass(threading.local):
+    """The forward pass that this thread is in.
+
+    Attributes:
+        caches: The caches of the layers.
+        reading: The cache that a layer has read last. A recurrent layer reads its state before it computes anything
+            from it, so this is the cache of the layer that runs.
+    """
+
+    caches: Sequence[ShardedCache] = ()
+    reading: ShardedCache | None = None
+
+
+current = ForwardPass()
+
+
+class ShardedCache:
+    """Cache of one layer of a sharded model. mlx-lm calls it as it calls its own caches.
+
+    A model that went through `ringattn.lm.shard` calls `begin` before its layers run.
+
+    Args:
+        ring: The ring, of `ringattn.init`.
+        history: The ids of the tokens, one object for all layers of a model.
+
+    Attributes:
+        layout: The tokens of the context that each rank holds.
+        offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
+        step: The tokens of the forward pass; ``None`` before the first one.
+    """
+
+    def __init__(self, ring: Ring, history: TokenHistory | None = None):
+        self.ring = check_ring(ring)
+        self.history = history or TokenHistory()
+        self.layout = Layout(((),) * ring.size, 0)
+        self.offset = 0
+        self.step: Step | None = None
+
+    def begin(self, step: Step) -> None:
+        """Set the positions for a forward pass of the tokens of `step`."""
+        self.step = step
+        own = step.new.spans[self.ring.rank]
+        self.offset = own[0][0] if step.shared else step.new.start
+
+    def end(self) -> None:
+        """Clear the state of the forward pass."""
+        self.offset = self.layout.stop
+
+    def size(self) -> int:
+        """The number of tokens in the context, on all ranks together."""
+        return self.layout.stop
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The ids of the context's tokens, also of those that a window has dropped: ``[batch, tokens]``, int32."""
+        return self.history.read(self.size())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the context takes on this rank, without the room for more tokens."""
+        raise NotImplementedError
+
+    def restorable(self, size: int) -> int:
+        """The largest number of first tokens, at most `size`, that `trim` can leave in the cache."""
+        raise NotImplementedError
+
+
+@contextmanager
+def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
+    """Run a forward pass: the tokens of `step` through the layers of `caches`."""
+    for cache in caches:
+        cache.begin(step)
+    before = current.caches, current.reading
+    current.caches, current.reading = caches, None
+    try:
+        yield
+    finally:
+        current.caches, current.reading = before
+        for cache in caches:
+            cache.end()
+
+
+def flat(caches: Iterable[Any]) -> list[Any]:
+    """The caches of all layers, in order; a layer may have several, in mlx-lm's `CacheList`."""
+    return [leaf for cache in caches for leaf in (flat(cache.caches) if hasattr(cache, "caches") else [cache])]
+
+
+def restorable(caches: Iterable[ShardedCache], size: int) -> int:
+    """The largest number of first tokens, at most `size`, that all of `caches` can be trimmed to."""
+    leaves = flat(caches)
+    while (least := min(cache.restorable(size) for cache in leaves)) < size:
+        size = least
+    return size

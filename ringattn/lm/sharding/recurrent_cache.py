@@ -1,0 +1,191 @@
+"""The state of a recurrent layer: the same on every rank between two forward passes, however long the context is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ...errors import ArgumentError
+from ...layout import Layout
+from ...transport.base import Ring
+from ...transport.solo import SoloRing
+from .forward_pass import ShardedCache, current
+from .history import TokenHistory
+
+INPUTS = "inputs"  # the last inputs of a short convolution
+STATE = "state"  # the state of a recurrence
+
+
+class Slot(NamedTuple):
+    """One of the arrays that a recurrent layer keeps.
+
+    Attributes:
+        kind: `INPUTS` or `STATE`.
+        order: For `INPUTS`, which one of the layer's convolutions reads it.
+        shape: The shape for a batch of one.
+        dtype: The dtype.
+    """
+
+    kind: str
+    order: int
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class RecurrentCache(ShardedCache):
+    """Cache of a recurrent layer. mlx-lm calls it as it calls its own `ArraysCache`.
+
+    A state cannot be trimmed. Instead the cache keeps the states from before and after the last prompt (MLX's arrays
+    do not change, so this is no copy), and can go back to these.
+
+    Args:
+        ring: The ring, of `ringattn.init`.
+        slots: The arrays that the layer keeps.
+        history: The ids of the tokens, one object for all layers of a model.
+    """
+
+    lengths = None  # of batches with padding, which a ring does not have
+    left_padding = None
+
+    def __init__(self, ring: Ring, slots: Sequence[Slot], history: TokenHistory | None = None):
+        super().__init__(ring, history)
+        self.slots = tuple(slots)
+        self.arrays: list[mx.array | None] = [None] * len(slots)
+        self.convolutions = 0  # that have run in this forward pass
+        self._kept: dict[int, list[mx.array | None]] = {}  # arrays by the number of tokens before them
+        self._prompt = False  # whether the last forward pass read more than one token
+
+    def begin(self, step: Any) -> None:
+        """Set the positions for a forward pass of the tokens of `step`."""
+        if step.new.length > 1 and not self._prompt:
+            self._kept = {self.size(): list(self.arrays)}
+        self._prompt = step.new.length > 1
+        self.convolutions = 0
+        super().begin(step)
+
+    def end(self) -> None:
+        """Clear the state of the forward pass."""
+        assert self.step is not None
+        self.layout = Layout(((),) * self.ring.size, self.step.new.stop)
+        if self._prompt:
+            first = next(iter(self._kept.items()))
+            self._kept = dict([first, (self.size(), list(self.arrays))])
+        super().end()
+
+    @property
+    def shared(self) -> bool:
+        """Whether each rank computes its own tokens in this forward pass."""
+        return self.step is not None and self.step.shared
+
+    def __getitem__(self, i: int) -> mx.array | None:
+        current.reading = self
+        return self.arrays[i]
+
+    def __setitem__(self, i: int, value: mx.array | None) -> None:
+        if self.shared and self.slots[i].kind == INPUTS:
+            return  # a layer knows only its own tokens' inputs: `store_inputs` has those of the last ones
+        self.arrays[i] = value
+
+    def __iter__(self) -> Iterator[mx.array | None]:
+        return (self[i] for i in range(len(self.arrays)))
+
+    def store_inputs(self, order: int, value: mx.array) -> None:
+        """Keep the last inputs of all ranks' tokens for the layer's convolution `order`."""
+        self.arrays[next(i for i, s in enumerate(self.slots) if (s.kind, s.order) == (INPUTS, order))] = value
+
+    def advance(self, n: int) -> None:
+        """Do nothing; mlx-lm's cache counts padding here."""
+
+    def make_mask(self, n: int) -> None:
+        """Return no mask: there is no padding."""
+
+    def empty(self) -> bool:
+        """Whether no token was ever read."""
+        return all(x is None for x in self.arrays)
+
+    @property
+    def state(self) -> Sequence[Any]:
+        """The arrays, as mlx-lm's caches return them; nothing while the cache is empty."""
+        return [] if self.empty() else list(self.arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, and of the earlier states that are kept."""
+        kept = {id(x): x.nbytes for arrays in (self.arrays, *self._kept.values()) for x in arrays if x is not None}
+        return sum(kept.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the state on this rank; every rank has all of it."""
+        return sum(x.nbytes for x in self.arrays if x is not None)
+
+    def is_trimmable(self) -> bool:
+        """Return False: a state has no tokens that could be removed."""
+        return False
+
+    def restorable(self, size: int) -> int:
+        """The largest number of first tokens, at most `size`, whose state is kept."""
+        return max((n for n in (0, self.size(), *self._kept) if n <= size), default=0)
+
+    def trim(self, n: int) -> int:
+        """Go back to the state before the last `n` tokens, which must be kept; return `n`. Every rank calls it."""
+        n = min(n, self.size())
+        left = self.size() - n
+        if self.restorable(left) != left:
+            raise ArgumentError(f"n: {n} tokens to remove, expected a number that leaves one of {[0, *self._kept]}")
+        if n:
+            self.arrays = list(self._kept[left]) if left in self._kept else [None] * len(self.slots)
+            self.layout = Layout(((),) * self.ring.size, left)
+            self.offset = left
+            self._kept = {at: arrays for at, arrays in self._kept.items() if at <= left}
+            self._prompt = False
+        return n
+
+    def restore(self, size: int, arrays: Sequence[mx.array], history: TokenHistory) -> None:
+        """Hold the state after `size` tokens."""
+        self.layout = Layout(((),) * self.ring.size, size)
+        self.offset = size
+        self.arrays = list(arrays)
+        self.history = history
+
+
+class TracingRecurrentCache(RecurrentCache):
+    """A cache for a trial pass that finds out what the layer keeps in each of its slots."""
+
+    def __init__(self, count: int):
+        super().__init__(SoloRing(60.0), [Slot(STATE, 0, (), mx.float32)] * count)
+        self._states: list[mx.array] = []  # that recurrences have returned
+        self._inputs: list[tuple[int, ...]] = []  # shapes of the last inputs of convolutions
+
+    def note_state(self, state: mx.array) -> None:
+        """Note a state that a known recurrence returns."""
+        self._states.append(state)
+
+    def note_inputs(self, shape: tuple[int, ...]) -> None:
+        """Note the shape of the last inputs that a convolution needs."""
+        self._inputs.append(shape)
+
+    def found_slots(self) -> tuple[Slot, ...]:
+        """The slots that the layer has filled.
+
+        Raises:
+            ArgumentError: Something is kept that is neither the state of a known recurrence nor the inputs of a short
+                convolution.
+        """
+        slots = []
+        left = list(enumerate(self._inputs))
+        for i, x in enumerate(self.arrays):
+            if x is None:
+                raise ArgumentError(f"it keeps nothing in place {i} of its cache")
+            state = any(x is one for one in self._states)
+            match = next((one for one in left if one[1] == x.shape), None)
+            if not state and match is None:
+                raise ArgumentError(f"it keeps an array of shape {x.shape}, which is no state of a known recurrence")
+            if match is not None and not state:
+                left.remove(match)
+            slots.append(Slot(STATE if state else INPUTS, 0 if state or match is None else match[0], x.shape, x.dtype))
+        if left:
+            raise ArgumentError(f"it has {len(self._inputs)} convolutions, but keeps the inputs of fewer")
+        return tuple(slots)
