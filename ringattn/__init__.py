@@ -25,6 +25,8 @@ from .errors import ArgumentError, ArgumentTypeError, RingAttentionError, RingEr
 from .layout import Layout
 from .linear_attention import linear_attention
 from .ring_attention import ring_attention
+from .ring_linear_attention import ring_linear_attention
+from .ring_short_conv import ring_short_conv
 from .rope import rope
 from .transport import init
 from .transport.base import Ring
@@ -58,5 +60,7 @@ __all__ = [
     "linear_attention",
     "merge",
     "ring_attention",
+    "ring_linear_attention",
+    "ring_short_conv",
     "rope",
 ]

@@ -21,7 +21,7 @@ FLOORS = [
     {"cuda"},  # plans and tries its kernels with what metal has for that
     {"backends", "layout", "launcher"},
     {"attention", "linear_attention", "ring", "rope"},
-    {"ring_attention", "decode_attention", "training"},
+    {"ring_attention", "ring_linear_attention", "ring_short_conv", "decode_attention", "training"},
     {"__init__"},
     {"lm", "verify"},
     {"bench", "demo"},

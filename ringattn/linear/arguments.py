@@ -23,6 +23,13 @@ class LinearOptions(TypedDict, total=False):
     out_dtype: mx.Dtype | None
 
 
+def check_float(name: str, x: Any) -> None:
+    """Check for an mx.array of a float dtype."""
+    check_array(name, x)
+    if x.dtype not in FLOATS:
+        raise ArgumentTypeError(f"{name}: {x.dtype}, expected {_FLOAT_NAMES}")
+
+
 def check_recurrence(q: Any, k: Any, v: Any, *, log_decay: Any, beta: Any, scale: Any) -> Recurrence:
     """Check the arrays of the tokens, without evaluating them.
 
@@ -30,7 +37,7 @@ def check_recurrence(q: Any, k: Any, v: Any, *, log_decay: Any, beta: Any, scale
         ArgumentError: If an argument is wrong; the message names the first one.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_float(name, x)
+        check_float(name, x)
         if x.ndim != 4:
             raise ArgumentError(f"{name}: shape {x.shape}, expected 4 dimensions [batch, heads, tokens, head_dim]")
         if x.dtype != q.dtype:
@@ -65,13 +72,7 @@ def check_state(state: Any, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32
     return state
 
 
-def _check_float(name: str, x: Any) -> None:
-    check_array(name, x)
-    if x.dtype not in FLOATS:
-        raise ArgumentTypeError(f"{name}: {x.dtype}, expected {_FLOAT_NAMES}")
-
-
 def _check_shape(name: str, x: Any, *shapes: tuple[int, ...]) -> None:
-    _check_float(name, x)
+    check_float(name, x)
     if x.shape not in shapes:
         raise ArgumentError(f"{name}: shape {x.shape}, expected {' or '.join(map(str, shapes))}")
