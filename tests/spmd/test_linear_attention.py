@@ -14,7 +14,7 @@ from ringattn.verify.linear_oracle import LinearCase
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
-    "short spans": lambda n, size: Layout.cyclic(n, size, 2),
+    "short spans": lambda n, size: Layout.cyclic(n, size, 9),
     "uneven": lambda n, size: Layout.weighted(n, range(1, size + 1)),
     "the first rank has none": lambda n, size: Layout(((), *Layout.contiguous(n, max(1, size - 1)).spans)[:size], 0),
     "later": lambda n, size: Layout.contiguous(n, size, start=7),
@@ -51,6 +51,7 @@ def test_every_feature(ring: Ring, feature: str, name: str) -> None:
     layout = layout_of(name, case.q.shape[2], ring.size)
     out, state = run(ring, layout, case)
     ratios = case.ratios(out, state, layout.positions(ring.rank) - layout.start)
+
     assert max(ratios) <= 1, ratios
     assert same_everywhere(ring, state)
     again = run(ring, layout, case)
