@@ -30,8 +30,7 @@ def layout_of(name: str, length: int, size: int) -> Layout:
 
 
 def local(case: LinearCase, layout: Layout, rank: int) -> dict:
-    given = {name: getattr(case, name) for name in TOKENS if getattr(case, name) is not None}
-    return {name: layout.shard(x, rank, axis=2) for name, x in given.items()}
+    return {name: layout.shard(x, rank, axis=2) for name, x in case.tokens.items()}
 
 
 def run(ring: Ring, layout: Layout, case: LinearCase, **more) -> tuple[mx.array, mx.array]:
@@ -131,8 +130,7 @@ def test_gradient(ring: Ring, feature: str, name: str) -> None:
         loss = (out * own).sum()
         return loss + (state * of_state).sum() if ring.rank == ring.size - 1 else loss
 
-    everything = {name: getattr(case, name) for name in TOKENS if getattr(case, name) is not None}
-    expected, expected_state = mx.grad(whole, argnums=(0, 1))(everything, case.state)
+    expected, expected_state = mx.grad(whole, argnums=(0, 1))(case.tokens, case.state)
     found, found_state = mx.grad(mine, argnums=(0, 1))(local(case, layout, ring.rank), case.state)
     for key, x in found.items():
         y = np.array(layout.shard(expected[key], ring.rank))
