@@ -20,12 +20,18 @@ def run(x: mx.array, ring: ra.Ring, layout: ra.Layout, with_lse: bool) -> None:
         ra.attention(x, x, x, return_lse=False, positions=([0, 1], [0, 1])),
         ra.ring_attention(x, x, x, ring=ring, layout=layout, strategy="pass_q"),
         ra.decode_attention(x, x, x, ring=ring, kv_layout=layout, start=3),
+        ra.linear_attention(x, x, x, log_decay=x, beta=x),
+        ra.ring_linear_attention(x, x, x, ring=ring, layout=layout, beta=x),
+        ra.ring_short_conv(x, x, ring=ring, layout=layout),
     ):
         print(one.shape)
     for out, lse in (
         ra.attention(x, x, x, return_lse=True, segments=(x, x)),
         ra.ring_attention(x, x, x, ring=ring, layout=layout, segments=x, return_lse=True),
         ra.decode_attention(x, x, x, ring=ring, kv_layout=layout, return_lse=True),
+        ra.linear_attention(x, x, x, state=x, return_state=True),
+        ra.ring_linear_attention(x, x, x, ring=ring, layout=layout, return_state=True),
+        ra.ring_short_conv(x, x, ring=ring, layout=layout, return_state=True),
     ):
         print(out.shape, lse.shape)
     either = ra.attention(x, x, x, return_lse=with_lse)

@@ -74,7 +74,7 @@ def chain_states(
         recurrence: The form of the maps.
         state: The state before the whole sequence ``[..., value dim, key dim]``, float32, equal on all ranks.
         maps: The maps of this rank's spans, float32. The first span of the sequence has no transition.
-        inputs: Float32 arrays of which a rank without tokens computed nothing; they keep it part of a gradient.
+        inputs: Arrays of which a rank computed none of its maps; they keep it part of a gradient.
         fields: More values that all ranks must agree on.
 
     Raises:

@@ -374,6 +374,8 @@ def test_not_a_ring(ring):
         lambda: ra.ring_attention(q, q, q, ring=ring, layout=layout),
         lambda: ra.decode_attention(q, q, q, ring=ring, kv_layout=layout),
         lambda: layout.gather(q, ring),
+        lambda: ra.ring_linear_attention(q, q, q, ring=ring, layout=layout),
+        lambda: ra.ring_short_conv(q[0], q[0], ring=ring, layout=layout),
     ):
         rejects(call, "ring: ", *told, kind=ArgumentTypeError)
 

@@ -139,6 +139,35 @@ def test_gradient(ring: Ring, feature: str, name: str) -> None:
     np.testing.assert_allclose(total, np.array(expected_state), rtol=0, atol=2e-5 * float(mx.abs(expected_state).max()))
 
 
+@pytest.mark.parametrize("argument", [*TOKENS, "state"])
+def test_gradient_by_one_argument(ring: Ring, argument: str) -> None:
+    """All ranks take part in it, also those whose maps do not depend on the argument."""
+    case = linear_case(6, length=50, beta=1.0, dtype=mx.bfloat16)
+    layout = Layout.contiguous(50, ring.size)
+    arrays = local(case, layout, ring.rank)
+    options = {"out_dtype": mx.float32}
+    right = case.state if argument == "state" else case.tokens[argument]
+
+    def whole(x: mx.array) -> mx.array:
+        given = {**case.tokens, "state": case.state, argument: x}
+        q, k, v = (given.pop(name) for name in "qkv")
+        return ra.linear_attention(q, k, v, **given, **options).sum()
+
+    def mine(x: mx.array) -> mx.array:
+        given = {**arrays, "state": case.state, argument: x}
+        q, k, v = (given.pop(name) for name in "qkv")
+        return ra.ring_linear_attention(q, k, v, ring=ring, layout=layout, **given, **options).sum()
+
+    expected = mx.grad(whole)(right)
+    found = mx.grad(mine)(case.state if argument == "state" else arrays[argument])
+    if argument == "state":
+        found = ring.all_reduce(found)
+    else:
+        expected = layout.shard(expected, ring.rank)
+    assert found.dtype == right.dtype
+    assert mx.allclose(found, expected, rtol=1e-2 if right.dtype == mx.bfloat16 else 1e-4, atol=1e-4).item()
+
+
 # Short convolutions
 
 

@@ -43,7 +43,33 @@ def gather_call(ring: Ring) -> tuple[Call, dict]:
     return Layout.gather, {"self": right["layout"], "x": right["k"], "ring": ring, "axis": 2}
 
 
-CALLS = {"ring_attention": ring_call, "decode_attention": decode_call, "gather": gather_call}
+def linear_call(ring: Ring) -> tuple[Call, dict]:
+    """`ring_linear_attention` and right arguments for it."""
+    layout = Layout.zigzag(CHUNK * ring.size, ring.size)
+    arrays = {name: layout.shard(x, ring.rank) for name, x in linear_arguments(layout.length).items()}
+    return ra.ring_linear_attention, {**arrays, "ring": ring, "layout": layout}
+
+
+def linear_arguments(tokens: int) -> dict[str, mx.array]:
+    shapes = {"q": (2, 2, tokens, 8), "k": (2, 2, tokens, 8), "v": (2, 4, tokens, 8)}
+    arrays = {name: whole(i, *shape) / 3 for i, (name, shape) in enumerate(shapes.items())}
+    return {**arrays, "log_decay": -mx.abs(whole(3, 2, 4, tokens)), "beta": mx.sigmoid(whole(4, 2, 4, tokens))}
+
+
+def conv_call(ring: Ring) -> tuple[Call, dict]:
+    """`ring_short_conv` and right arguments for it."""
+    layout = Layout.zigzag(CHUNK * ring.size, ring.size)
+    x = layout.shard(whole(0, 2, layout.length, 6), ring.rank, axis=1)
+    return ra.ring_short_conv, {"x": x, "weight": whole(1, 6, 4, 1), "ring": ring, "layout": layout}
+
+
+CALLS = {
+    "ring_attention": ring_call,
+    "decode_attention": decode_call,
+    "gather": gather_call,
+    "ring_linear_attention": linear_call,
+    "ring_short_conv": conv_call,
+}
 
 
 def works(ring: Ring, name: str = "ring_attention") -> None:
@@ -56,6 +82,13 @@ def works(ring: Ring, name: str = "ring_attention") -> None:
 def expected(name: str, ring: Ring) -> mx.array:
     """This rank's part of the answer of one device."""
     layout = ring_call(ring)[1]["layout"]
+    if name == "ring_linear_attention":
+        arrays = linear_arguments(layout.length)
+        q, k, v = (arrays.pop(part) for part in "qkv")
+        return layout.shard(ra.linear_attention(q, k, v, **arrays), ring.rank)
+    if name == "ring_short_conv":
+        padded = mx.concatenate([mx.zeros((2, 3, 6)), whole(0, 2, layout.length, 6)], 1)
+        return layout.shard(mx.conv1d(padded, whole(1, 6, 4, 1), groups=6), ring.rank, axis=1)
     q, k, v = (whole(i, 2, 4 if i == 0 else 2, layout.length, 8) for i in range(3))
     if name == "gather":
         return k
@@ -144,6 +177,24 @@ WRONG = {
         "axis": (lambda a: {"axis": 4}, "axis: 4", "4 dimensions"),
         "axis of another type": (lambda a: {"axis": None}, "axis: None", "an integer"),
         "layout of another size": (lambda a: {"self": other_size(a["self"])}, "layout: for ", "the size of the ring"),
+    },
+    "ring_linear_attention": {
+        "q": (lambda a: {"q": None}, "q: NoneType", "mx.array"),
+        "k, heads": (lambda a: {"k": a["k"][:, :1]}, "k: shape (2, 1, 4, 8)", "(2, 2, 4, 8) as q"),
+        "v, heads": (lambda a: {"v": a["v"][:, :3]}, "v: 3 heads", "multiple of the 2"),
+        "log_decay": (lambda a: {"log_decay": a["log_decay"][:, :2]}, "log_decay: shape (2, 2, 4)", "(2, 4, 4, 8)"),
+        "beta": (lambda a: {"beta": 1.0}, "beta: float", "mx.array"),
+        "state": (lambda a: {"state": mx.zeros((2, 4, 8, 9))}, "state: shape (2, 4, 8, 9)", "(2, 4, 8, 8)"),
+        "return_state": (lambda a: {"return_state": "no"}, "return_state: 'no'", "True or False"),
+        "out_dtype": (lambda a: {"out_dtype": mx.int8}, "out_dtype: mlx.core.int8", "mx.float16"),
+        "layout of more tokens": (lambda a: {"layout": longer(a["layout"])}, "q: 4 tokens", "5"),
+        "layout of another size": (lambda a: {"layout": other_size(a["layout"])}, "layout: for ", "size of the ring"),
+    },
+    "ring_short_conv": {
+        "x": (lambda a: {"x": a["x"][:, :, 0]}, "x: shape (2, 4)", "3 dimensions"),
+        "weight": (lambda a: {"weight": mx.zeros((5, 4, 1))}, "weight: shape (5, 4, 1)", "(6, kernel, 1)"),
+        "state": (lambda a: {"state": mx.zeros((2, 4, 6))}, "state: shape (2, 4, 6)", "(2, 3, 6)"),
+        "layout of more tokens": (lambda a: {"layout": longer(a["layout"])}, "x: 4 tokens", "5"),
     },
 }
 
@@ -289,6 +340,41 @@ DIFFERENT = {
             "layout differs",
         ),
     },
+    "ring_linear_attention": {
+        "scale": (lambda a: {"scale": 0.5}, lambda a: {}, "scale differs"),
+        "out_dtype": (lambda a: {"out_dtype": mx.float16}, lambda a: {}, "out_dtype differs"),
+        "beta": (
+            lambda a: {"beta": None},
+            lambda a: {},
+            "beta differs between ranks: None on rank 0, mlx.core.float32",
+        ),
+        "log_decay": (
+            lambda a: {"log_decay": mx.broadcast_to(a["log_decay"][..., None], (2, 4, 4, 8))},
+            lambda a: {},
+            "log_decay differs between ranks: mlx.core.float32 of 4 dimensions on rank 0",
+        ),
+        "dtype": (lambda a: {n: a[n].astype(mx.float16) for n in "qkv"}, lambda a: {}, "dtype differs"),
+        "heads of v": (
+            lambda a: {n: a[n][:, :2] for n in ("v", "log_decay", "beta")},
+            lambda a: {},
+            "heads of v differs",
+        ),
+        "head_dim of v": (lambda a: {"v": a["v"][..., :4]}, lambda a: {}, "head_dim of v differs"),
+        "layout": (
+            lambda a: {"layout": Layout.cyclic(a["layout"].length, a["layout"].size, 1)},
+            lambda a: {},
+            "layout differs",
+        ),
+    },
+    "ring_short_conv": {
+        "weight": (lambda a: {"weight": a["weight"][:, :3]}, lambda a: {}, "weight differs"),
+        "dtype": (lambda a: {n: a[n].astype(mx.float16) for n in ("x", "weight")}, lambda a: {}, "x differs"),
+        "layout": (
+            lambda a: {"layout": Layout.cyclic(a["layout"].length, a["layout"].size, 1)},
+            lambda a: {},
+            "layout differs",
+        ),
+    },
 }
 
 
@@ -377,7 +463,8 @@ TRANSFORMS = {
 
 
 REFUSED = [("decode_attention", name) for name in TRANSFORMS]
-REFUSED += [("ring_attention", name) for name in ("jvp", "vmap", "compile", "second derivative")]
+NOT_OF_A_RING = ("jvp", "vmap", "compile", "second derivative")
+REFUSED += [(call, name) for call in ("ring_attention", "ring_linear_attention") for name in NOT_OF_A_RING]
 TRANSFORMS["second derivative"] = lambda f, x: mx.grad(lambda x: mx.grad(lambda x: f(x).sum())(x).sum())(x)
 
 
@@ -408,7 +495,7 @@ def test_a_gradient_on_one_rank(ring):
     works(ring)
 
 
-@pytest.mark.parametrize("name,transform", REFUSED[:-1])
+@pytest.mark.parametrize("name,transform", [row for row in REFUSED if row[1] != "second derivative"])
 def test_transformations_on_one_rank(ring, name, transform):
     """The others get their result, or hear why not."""
     call, right = CALLS[name](ring)
