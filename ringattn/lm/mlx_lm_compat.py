@@ -16,6 +16,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
@@ -137,6 +138,11 @@ def defining_modules(model: nn.Module) -> list[ModuleType]:
 def makes_mask_arrays(module: ModuleType) -> bool:
     """Whether a model's code asks for its mask as an array of all columns, which no rank has."""
     return "return_array=True" in inspect.getsource(module)
+
+
+def has_delta_kernel(k: mx.array) -> bool:
+    """Whether mlx-lm's `gated_delta_update` runs a kernel for keys `k`, and not one token after the other."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu and k.shape[-1] % 32 == 0
 
 
 def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

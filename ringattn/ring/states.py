@@ -30,7 +30,7 @@ class BeforeAndAfter(NamedTuple):
     after: mx.array
 
 
-class Recurrence(NamedTuple):
+class ChainCall(NamedTuple):
     """A collective call of a recurrent layer, the same on every rank.
 
     Attributes:
@@ -58,7 +58,7 @@ def is_first(layout: Layout, rank: int, index: int) -> bool:
 
 def chain_states(
     ring: Transport,
-    recurrence: Recurrence,
+    call: ChainCall,
     state: mx.array,
     maps: Sequence[AffineMap],
     inputs: Sequence[mx.array] = (),
@@ -71,7 +71,7 @@ def chain_states(
 
     Args:
         ring: The ring.
-        recurrence: The form of the maps.
+        call: The layout, and the form of the maps.
         state: The state before the whole sequence ``[..., value dim, key dim]``, float32, equal on all ranks.
         maps: The maps of this rank's spans, float32. The first span of the sequence has no transition.
         inputs: Float32 arrays of which a rank without tokens computed nothing; they keep it part of a gradient.
@@ -80,7 +80,7 @@ def chain_states(
     Raises:
         ArgumentError: On every rank, if the ranks differ in their arguments or in the state.
     """
-    what, layout, transition, matrix = recurrence
+    what, layout, transition, matrix = call
     of_spans = owners(layout)
     parts = [Part(rank, ()) for rank in range(ring.size)]
     for i, rank in enumerate(of_spans):

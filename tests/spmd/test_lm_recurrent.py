@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +18,15 @@ if "CI" not in os.environ:
 
 from families import BASE, RECURRENT, build
 from mlx_lm.generate import generate_step
+from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
 
 from ringattn import lm
+from ringattn.lm import mlx_lm_compat as compat
+from ringattn.lm.sharding import recurrences
 from ringattn.lm.sharding.forward_pass import flat
+from ringattn.lm.sharding.recurrent_cache import RecurrentCache
+from ringattn.ring import parts
 
 STEPS = (100, 1, 1, 3, 131, 5, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
 OTHERS = ((37, 63, 5, 131, 6), (1, 99, 71, 71), (22,) * 11, (11,) * 22)  # pieces in which mlx-lm reads them too
@@ -33,9 +40,12 @@ def logits(model: nn.Module, ids: mx.array, steps: tuple[int, ...]) -> mx.array:
     return mx.concatenate([model(ids[:, a:b], cache=cache) for a, b in zip(starts, starts[1:])], axis=1)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_logits(ring: Ring, rng: np.random.Generator, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*((name, False) for name in RECURRENT), ("qwen3_5", True), ("olmo_hybrid", True)]
+)
+def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, kernel: bool) -> None:
     """The difference is below 32 ulps, or below twice that of mlx-lm itself when it reads in other pieces."""
+    monkeypatch.setattr(compat, "has_delta_kernel", lambda k: kernel)  # with a kernel: mlx-lm's function, here plain
     model = build(name)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
@@ -54,6 +64,35 @@ def test_logits(ring: Ring, rng: np.random.Generator, name: str) -> None:
         error = mx.abs(found - right).max().item() / scale
         assert error < max(ULPS * 2**-23, 2 * own), (tokens, error * 2**23, own * 2**23)
         start += tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "lfm2"])
+def test_work_and_bytes(ring: Ring, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The ranks together run over each token once. What a layer sends does not depend on the number of tokens."""
+    done = {"tokens": 0, "bytes": 0}
+
+    def counted(function: Callable[..., Any], what: str, count: Callable[..., int]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            done[what] += count(*args, **options)
+            return function(*args, **options)
+
+        return call
+
+    def size(*_: Any, payload: Sequence[memoryview] = ()) -> int:
+        return sum(part.nbytes for part in payload)
+
+    monkeypatch.setattr(recurrences, "run", counted(recurrences.run, "tokens", lambda given, _: given.length))
+    monkeypatch.setattr(ssm, "ssm_attn", counted(ssm.ssm_attn, "tokens", lambda x, *_, **__: x.shape[1]))
+    monkeypatch.setattr(parts, "agree", counted(parts.agree, "bytes", size))
+    model = lm.shard(build(name), ring)
+    sent = []
+    for length in (32 * ring.size, 96 * ring.size + 1):
+        done.update(tokens=0, bytes=0)
+        model(mx.zeros((1, length), mx.int32), cache=(cache := make_prompt_cache(model)))
+        sent.append(done["bytes"])
+        states = sum(slot.kind == "state" for kind in model.kinds for slot in getattr(kind, "slots", ()))
+        assert ring.all_reduce(mx.array(float(done["tokens"]))).item() == states * length
+    assert 0 < sent[0] == sent[1] <= 3 * sum(c.held_bytes for c in cache if isinstance(c, RecurrentCache))
 
 
 @pytest.mark.parametrize("name", RECURRENT)

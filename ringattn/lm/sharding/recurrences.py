@@ -8,13 +8,17 @@ the other ranks (`ringattn.ring.states`). The rank with the first tokens knows i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ...core.affine import AffineMap
 from ...errors import UnsupportedModelError
-from ...ring.states import BeforeAndAfter, Recurrence, chain_states, is_first
+from ...linear.engine import run
+from ...linear.recurrence import Recurrence, Span
+from ...ring.states import BeforeAndAfter, ChainCall, chain_states, is_first
 from .. import mlx_lm_compat as compat
 from .forward_pass import current
 from .recurrent_cache import RecurrentCache, TracingRecurrentCache
@@ -62,26 +66,63 @@ def gated_delta(
 ) -> Result:
     """Run mlx-lm's `gated_delta_update`. Shapes are its own: q, k ``[batch, tokens, heads, dim]``.
 
-    The rows of a state do not depend on each other, so one run does all: with ``key dim`` rows more, which start from
-    the identity and have values of zero, it returns the transition, and as outputs the part for the state before.
+    On a Mac's GPU with its kernel. Elsewhere mlx-lm computes one token after the other by many operations of MLX, and
+    `ringattn.linear` takes chunks of tokens.
     """
     _refuse_mask(mask)
-    batch, tokens, heads, dim = v.shape
+    batch, _, heads, dim = v.shape
     keys = k.shape[-1]
     before = mx.zeros((batch, heads, dim, keys)) if state is None else state.astype(mx.float32)
-    run = lambda values, start: plain(  # noqa: E731
-        q.astype(mx.float32), k, values, a, b, A_log, dt_bias, start, None, **options
-    )
-    if _first(cache):
-        out, after = plain(q, k, v, a, b, A_log, dt_bias, before, None, **options)
-        return out, _chain(cache, before, AffineMap(None, after), (batch, heads, keys, keys), True).after
+    known = before if _first(cache) else None
+    if compat.has_delta_kernel(k):
+        span = _delta_by_kernel(partial(plain, **options), q, k, v, (a, b, A_log, dt_bias), known)
+    else:
+        span = _delta_by_chunks(q, k, v, (a, b, A_log, dt_bias), known, **options)
+    states = _chain(cache, before, span.step, (batch, heads, keys, keys), True)
+    out = span.out if span.reads is None else span.out + span.reads @ states.before[0].swapaxes(2, 3)
+    return out.swapaxes(1, 2).astype(q.dtype), states.after
+
+
+def _delta_by_kernel(
+    plain: Run, q: mx.array, k: mx.array, v: mx.array, gates: tuple[mx.array, ...], known: mx.array | None
+) -> Span:
+    """Run mlx-lm's function once.
+
+    The rows of a state do not depend on each other. So with ``key dim`` rows more, which start from the identity and
+    have values of zero, it also returns the transition, and as their outputs the part for the state before.
+    """
+    batch, tokens, heads, dim = v.shape
+    keys = k.shape[-1]
+    if known is not None:
+        out, after = plain(q, k, v, *gates, known)
+        return Span(out.swapaxes(1, 2), AffineMap(None, after))
     values = mx.concatenate([v.astype(mx.float32), mx.zeros((batch, tokens, heads, keys))], axis=-1)
-    identity = mx.broadcast_to(mx.eye(keys), (batch, heads, keys, keys))
-    both, ends = run(values, mx.concatenate([mx.zeros_like(before), identity], axis=2))
-    own = AffineMap(ends[:, :, dim:], ends[:, :, :dim])
-    states = _chain(cache, before, own, (batch, heads, keys, keys), True)
-    reads = both[..., dim:].swapaxes(1, 2) @ states.before[0].swapaxes(2, 3)
-    return (both[..., :dim] + reads.swapaxes(1, 2)).astype(q.dtype), states.after
+    start = mx.concatenate([mx.zeros((dim, keys)), mx.eye(keys)])
+    both, ends = plain(
+        q.astype(mx.float32), k.astype(mx.float32), values, *gates, mx.broadcast_to(start, (batch, heads, *start.shape))
+    )
+    both = both.swapaxes(1, 2)
+    return Span(both[..., :dim], AffineMap(ends[:, :, dim:], ends[:, :, :dim]), both[..., dim:])
+
+
+def _delta_by_chunks(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    gates: tuple[mx.array, ...],
+    known: mx.array | None,
+    *,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    use_kernel: bool = True,
+) -> Span:
+    """Run `ringattn.linear` with the gates of mlx-lm's function."""
+    a, b, A_log, dt_bias = gates
+    rate, steps = mx.exp(A_log.astype(mx.float32)), a.astype(mx.float32) + dt_bias
+    log_decay = -rate * nn.softplus(steps) if lower_bound is None else lower_bound * mx.sigmoid(rate * steps)
+    beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+    q, k, v, log_decay, beta = (x.swapaxes(1, 2) for x in (q, k, v, log_decay, beta))
+    return run(Recurrence(q, k, v, log_decay, beta, scale=1.0), known)
 
 
 def selective_state(
@@ -172,7 +213,7 @@ def _chain(
     assert cache.step is not None
     what = "a recurrent layer"
     with cache.ring.call(what):
-        return chain_states(cache.ring, Recurrence(what, cache.step.new, transition, matrix), before, [own])
+        return chain_states(cache.ring, ChainCall(what, cache.step.new, transition, matrix), before, [own])
 
 
 def _refuse_mask(mask: mx.array | None) -> None:
