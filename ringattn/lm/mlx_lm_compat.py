@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -36,6 +37,7 @@ IMPORTED = {
     "TokenizerWrapper": "mlx_lm.tokenizer_utils",
     "BPEStreamingDetokenizer": "mlx_lm.tokenizer_utils",
     "compute_dt": "mlx_lm.models.ssm",
+    "JambaMambaMixer": "mlx_lm.models.jamba",
     "dequantize_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
@@ -75,6 +77,18 @@ LAYERS = {
     + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
 }
 
+# Methods of recurrent layers that `sharding.patch_points` replaces, by module and class.
+METHODS = {
+    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing", "_wkv7"),
+    ("mlx_lm.models.rwkv7", "TokenShift", "__call__"),
+    ("mlx_lm.models.jamba", "JambaMambaMixer", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "_process_sequence"),
+    ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"),
+    ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"),
+    ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
+}
+
 # Models whose attention cannot run over a sharded cache, and why.
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 
@@ -99,7 +113,7 @@ def version_problem() -> str | None:
 
 
 def missing_names() -> list[str]:
-    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES` and `LAYERS` that the installed mlx-lm lacks."""
+    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES`, `LAYERS` and `METHODS` that the installed mlx-lm lacks."""
     missing = []
     for name, module in IMPORTED.items():
         try:
@@ -110,11 +124,11 @@ def missing_names() -> list[str]:
         parameters = inspect.signature(found).parameters if name in PARAMETERS else {}
         missing += [f"parameter {one} of {name}" for one in PARAMETERS.get(name, ()) if one not in parameters]
         missing += [f"attribute {one} of {name}" for one in ATTRIBUTES.get(name, ()) if not hasattr(found, one)]
-    for module, kind in LAYERS:
+    for module, *names in (*LAYERS, *sorted(METHODS)):
         try:
-            getattr(import_module(module), kind)
+            reduce(getattr, names, import_module(module))
         except (ImportError, AttributeError):
-            missing.append(f"{kind} in {module}")
+            missing.append(f"{'.'.join(names)} in {module}")
     return missing
 
 
