@@ -153,8 +153,13 @@ def makes_mask_arrays(module: ModuleType) -> bool:
     return "return_array=True" in inspect.getsource(module)
 
 
+def calls_fast_attention(module: ModuleType) -> bool:
+    """Whether a model's code calls the attention of ``mx.fast``, and not mlx-lm's function around it."""
+    return f"mx.fast.{ATTENTION}" in inspect.getsource(module)
+
+
 def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Put ``wrap(function)`` in the place of the function `name` of a module or class, unless that was done before."""
+    """Put ``wrap(x)`` in the place of `name`, x, of a module or class, unless that was done before."""
     plain = getattr(owner, name)
     if hasattr(plain, "plain"):
         return

@@ -16,7 +16,7 @@ from ..transport.base import Ring
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
-from .sharding.attention import dispatching
+from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
 from .sharding.forward_pass import ShardedCache, flat, step_through
 from .sharding.history import TokenHistory
@@ -152,6 +152,9 @@ def _patch_functions(model: nn.Module) -> None:
         compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
     found = patch_recurrences(model) or bool(adapted)
     for module in compat.defining_modules(model):
+        if compat.calls_fast_attention(module):
+            compat.patch(module, "mx", dispatching_core)
+            found = True
         if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
             continue
         if compat.makes_mask_arrays(module):
