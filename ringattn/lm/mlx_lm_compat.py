@@ -77,7 +77,7 @@ LAYERS = {
     + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
 }
 
-# Methods of recurrent layers that `sharding.patch_points` replaces, by module and class.
+# Methods of recurrent layers that `sharding.patch_points` replaces or calls, by module and class.
 METHODS = {
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing", "_wkv7"),
     ("mlx_lm.models.rwkv7", "TokenShift", "__call__"),
@@ -86,6 +86,8 @@ METHODS = {
     ("mlx_lm.models.mamba", "MambaBlock", "_process_sequence"),
     ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"),
     ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "_decode_core"),
     ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
 }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .. import mlx_lm_compat as compat
 from .elementwise_recurrences import mamba_sequence, real_gated, real_gated_unit, selective_scan
 from .recurrences import constant_decay, gated_delta, selective_state, wkv7
+from .recurrent_cache import RecurrentCache
 from .running_layer import Run, in_layer, recurrence
 from .short_convolution import convolution_of_heads, padding_conv1d, token_shift
 
@@ -21,6 +24,26 @@ FUNCTIONS: dict[str, Wrap] = {  # by the name under which the models' modules im
     "rnn_scan": recurrence(real_gated),
 }
 
+
+def uncompiled_step(plain: Run) -> Run:
+    """Wrap the call of Kimi K3's delta attention, which runs a compiled function on one token on Metal.
+
+    A rank may have one token of many. Then the layer exchanges data, which a compiled function cannot.
+    """
+
+    def call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if not (isinstance(cache, RecurrentCache) and cache.shared):
+            return plain(layer, x, mask, cache)
+        compiled = layer._step
+        layer._step = layer._decode_core
+        try:
+            return plain(layer, x, mask, cache)
+        finally:
+            layer._step = compiled
+
+    return call
+
+
 METHODS: dict[tuple[str, str, str], Wrap] = {  # by module, class and method, as in mlx_lm_compat.METHODS
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing", "_wkv7"): recurrence(wkv7),
     ("mlx_lm.models.rwkv7", "TokenShift", "__call__"): in_layer(token_shift),
@@ -29,6 +52,7 @@ METHODS: dict[tuple[str, str, str], Wrap] = {  # by module, class and method, as
     ("mlx_lm.models.mamba", "MambaBlock", "_process_sequence"): in_layer(mamba_sequence),
     ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"): in_layer(padding_conv1d),
     ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"): in_layer(real_gated_unit),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"): uncompiled_step,
     ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"): in_layer(convolution_of_heads),
 }
 

@@ -149,10 +149,10 @@ def wkv7(
     wide = [x.astype(mx.float32) for x in (r, w, k, v, a, b)]
     if cache.is_first:
         out, after = plain(layer, *wide, before)
-        return out, cache.chain(before, AffineMap(None, after), shape, True).after
+        return out.reshape(r.shape), cache.chain(before, AffineMap(None, after), shape, True).after  # 5 axes on the CPU
     twice = [mx.concatenate([x, mx.zeros_like(x) if i == 3 else x]) for i, x in enumerate(wide)]
     out, ends = plain(layer, *twice, mx.concatenate([mx.zeros(shape), mx.broadcast_to(mx.eye(dim), shape)]))
-    out = out.reshape(2 * batch, *r.shape[1:])  # has one more axis on the CPU
+    out = out.reshape(2 * batch, *r.shape[1:])
     states = cache.chain(before, AffineMap(ends[batch:], ends[:batch]), shape, True)
     reads = out[batch:].swapaxes(1, 2) @ states.before[0].swapaxes(2, 3)
     return out[:batch] + reads.swapaxes(1, 2), states.after
