@@ -365,6 +365,24 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 5,
         },
     ),
+    "longcat_flash_ngram": (
+        "longcat_flash_ngram",
+        {
+            **LATENT,
+            "q_lora_rank": 24,
+            "ffn_hidden_size": 64,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 24,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "num_layers": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_theta": 1e4,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "ngram_vocab_size_ratio": 3,
+        },
+    ),
     "baichuan_m1": (
         "baichuan_m1",
         {

@@ -88,6 +88,7 @@ METHODS = {
     ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"),
     ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"),
     ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "_decode_core"),
+    ("mlx_lm.models.longcat_flash_ngram", "NgramEmbedding", "__call__"),
     ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
 }
 

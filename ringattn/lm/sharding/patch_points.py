@@ -13,7 +13,7 @@ from .elementwise_recurrences import mamba_sequence, real_gated, real_gated_unit
 from .recurrences import constant_decay, gated_delta, selective_state, wkv7
 from .recurrent_cache import RecurrentCache
 from .running_layer import Run, in_layer, recurrence
-from .short_convolution import convolution_of_heads, padding_conv1d, token_shift
+from .short_convolution import convolution_of_heads, ngram_embedding, padding_conv1d, token_shift
 
 Wrap = Callable[[Run], Run]
 
@@ -53,6 +53,7 @@ METHODS: dict[tuple[str, str, str], Wrap] = {  # by module, class and method, as
     ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"): in_layer(padding_conv1d),
     ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"): in_layer(real_gated_unit),
     ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"): uncompiled_step,
+    ("mlx_lm.models.longcat_flash_ngram", "NgramEmbedding", "__call__"): ngram_embedding,
     ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"): in_layer(convolution_of_heads),
 }
 

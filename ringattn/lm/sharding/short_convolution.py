@@ -1,4 +1,4 @@
-"""Short convolutions of recurrent layers over a ring: a rank needs the last inputs of the tokens before its own."""
+"""Short convolutions and the like over a ring: a rank needs the last inputs of the tokens before its own."""
 
 from __future__ import annotations
 
@@ -75,6 +75,26 @@ def convolution_of_heads(
     """Run Baichuan M1's convolution of keys or values, u ``[batch, heads, tokens, head_dim]``, over two tokens."""
     held = mx.zeros_like(u[:, :, :1]) if state is None else state
     return plain(layer, u, weights, inputs_before(cache, held, u, axis=2))
+
+
+def ngram_embedding(plain: Run) -> Run:
+    """Wrap LongCat's `NgramEmbedding`: a token's vector depends on its id and on those of a few tokens before it.
+
+    Missing ids are zero in it. So the cache may hold as many ids as a later token needs, from the first call on.
+    """
+
+    def call(layer: Any, ids: mx.array, cache: Any = None) -> mx.array:
+        if not isinstance(cache, RecurrentCache):
+            return plain(layer, ids, cache)
+        held = cache[0]
+        if held is None:
+            held = mx.zeros((ids.shape[0], layer.n - 1, 1), mx.int64)
+        kept = [inputs_before(cache, held, ids.astype(mx.int64)[..., None])[..., 0]]
+        out = plain(layer, ids, kept)
+        cache[0] = kept[0][..., None]
+        return out
+
+    return call
 
 
 def patch_convolutions(model: nn.Module) -> None:
