@@ -56,6 +56,29 @@ MAMBA = {  # Mamba 2
     "mamba_proj_bias": False,
     "mamba_conv_bias": True,
 }
+MAMBA_1 = {
+    "state_size": 8,
+    "num_hidden_layers": 3,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": "auto",
+}
+LATENT = {  # of DeepSeek's attention
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+GROUPS = {  # of experts
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -262,6 +285,113 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_group_size": 2,
             "group_norm_size": 2,
             "topk_group": 1,
+        },
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 24,
+            "num_shared_experts": 1,
+            "group_norm_size": 2,
+            "layer_group_size": 2,
+            "rope_theta": 1e4,
+        },
+    ),
+    "bailing_moe_v3": (
+        "bailing_moe_v3",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 24,
+            "head_dim": 12,
+            "layer_group_size": 2,
+            "moe_shared_expert_intermediate_size": 24,
+        },
+    ),
+    "kimi_k3": (
+        "kimi_k3",
+        {
+            "text_config": {
+                **BASE,
+                **LATENT,
+                "num_key_value_heads": 4,
+                "linear_attn_config": {
+                    "kda_layers": [1, 2, 4],
+                    "full_attn_layers": [3],
+                    "num_heads": 4,
+                    "head_dim": 12,
+                    "short_conv_kernel_size": 4,
+                },
+                "attn_res_block_size": 2,
+            }
+        },
+    ),
+    "rwkv7": (
+        "rwkv7",
+        {
+            "norm_eps": 1e-5,
+            "a_low_rank_dim": 8,
+            "v_low_rank_dim": 8,
+            "gate_low_rank_dim": 8,
+            "decay_low_rank_dim": 8,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **MAMBA,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_expand": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mamba": ("mamba", MAMBA_1),
+    "falcon_mamba": ("mamba", {**MAMBA_1, "model_type": "falcon_mamba"}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "attention_bias": False,
+            "conv1d_width": 4,
+            "logits_soft_cap": 30.0,
+            "attention_window_size": 21,
+            "rope_theta": 1e4,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "num_hidden_layers": 5,
+        },
+    ),
+    "longcat_flash_ngram": (
+        "longcat_flash_ngram",
+        {
+            **LATENT,
+            "q_lora_rank": 24,
+            "ffn_hidden_size": 64,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 24,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "num_layers": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_theta": 1e4,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "ngram_vocab_size_ratio": 3,
+        },
+    ),
+    "baichuan_m1": (
+        "baichuan_m1",
+        {
+            "rope_theta": 1e4,
+            "sliding_window": 21,
+            "sliding_window_layers": [1, 3],
+            "conv_window": 2,
+            "num_swa_key_value_heads": 4,
+            "tie_word_embeddings": False,
         },
     ),
     "plamo2": (

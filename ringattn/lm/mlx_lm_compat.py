@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -37,6 +38,7 @@ IMPORTED = {
     "TokenizerWrapper": "mlx_lm.tokenizer_utils",
     "BPEStreamingDetokenizer": "mlx_lm.tokenizer_utils",
     "compute_dt": "mlx_lm.models.ssm",
+    "JambaMambaMixer": "mlx_lm.models.jamba",
     "dequantize_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
@@ -76,6 +78,21 @@ LAYERS = {
     + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
 }
 
+# Methods of recurrent layers that `sharding.patch_points` replaces or calls, by module and class.
+METHODS = {
+    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing", "_wkv7"),
+    ("mlx_lm.models.rwkv7", "TokenShift", "__call__"),
+    ("mlx_lm.models.jamba", "JambaMambaMixer", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "_process_sequence"),
+    ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"),
+    ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "_decode_core"),
+    ("mlx_lm.models.longcat_flash_ngram", "NgramEmbedding", "__call__"),
+    ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
+}
+
 # Models whose attention cannot run over a sharded cache, and why.
 UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 
@@ -100,7 +117,7 @@ def version_problem() -> str | None:
 
 
 def missing_names() -> list[str]:
-    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES` and `LAYERS` that the installed mlx-lm lacks."""
+    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES`, `LAYERS` and `METHODS` that the installed mlx-lm lacks."""
     missing = []
     for name, module in IMPORTED.items():
         try:
@@ -111,11 +128,11 @@ def missing_names() -> list[str]:
         parameters = inspect.signature(found).parameters if name in PARAMETERS else {}
         missing += [f"parameter {one} of {name}" for one in PARAMETERS.get(name, ()) if one not in parameters]
         missing += [f"attribute {one} of {name}" for one in ATTRIBUTES.get(name, ()) if not hasattr(found, one)]
-    for module, kind in LAYERS:
+    for module, *names in (*LAYERS, *sorted(METHODS)):
         try:
-            getattr(import_module(module), kind)
+            reduce(getattr, names, import_module(module))
         except (ImportError, AttributeError):
-            missing.append(f"{kind} in {module}")
+            missing.append(f"{'.'.join(names)} in {module}")
     return missing
 
 
@@ -145,8 +162,13 @@ def has_delta_kernel(k: mx.array) -> bool:
     return mx.metal.is_available() and mx.default_device() == mx.gpu and k.shape[-1] % 32 == 0
 
 
+def calls_fast_attention(module: ModuleType) -> bool:
+    """Whether a model's code calls the attention of ``mx.fast``, and not mlx-lm's function around it."""
+    return f"mx.fast.{ATTENTION}" in inspect.getsource(module)
+
+
 def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Put ``wrap(function)`` in the place of the function `name` of a module or class, unless that was done before."""
+    """Put ``wrap(x)`` in the place of `name`, x, of a module or class, unless that was done before."""
     plain = getattr(owner, name)
     if hasattr(plain, "plain"):
         return

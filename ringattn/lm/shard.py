@@ -16,13 +16,13 @@ from ..transport.base import Ring
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
-from .sharding.attention import dispatching
+from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
 from .sharding.forward_pass import ShardedCache, flat, step_through
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import ADAPTERS
 from .sharding.partition import Cost, Step, next_step
-from .sharding.recurrences import RECURRENCES, over_ring
+from .sharding.patch_points import patch_recurrences
 from .sharding.ropes import RopeCall, longest_context, recorded_ropes
 from .sharding.sharded_cache import ShardedKVCache
 from .sharding.short_convolution import patch_convolutions
@@ -150,12 +150,11 @@ def _patch_functions(model: nn.Module) -> None:
     adapted = {key: kind for kind in kinds if (key := (kind.__module__, kind.__name__)) in ADAPTERS}
     for key, kind in adapted.items():
         compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
-    found = bool(adapted)
+    found = patch_recurrences(model) or bool(adapted)
     for module in compat.defining_modules(model):
-        for name, run in RECURRENCES.items():
-            if hasattr(module, name):
-                compat.patch(module, name, over_ring(name, run))
-                found = True
+        if compat.calls_fast_attention(module):
+            compat.patch(module, "mx", dispatching_core)
+            found = True
         if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
             continue
         if compat.makes_mask_arrays(module):

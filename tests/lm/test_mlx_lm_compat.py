@@ -17,6 +17,7 @@ if "CI" not in os.environ:
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
 from ringattn.lm.sharding.layer_adapters import ADAPTERS
+from ringattn.lm.sharding.patch_points import METHODS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {"mlx_lm", "mlx_lm.sample_utils"}
@@ -53,16 +54,22 @@ def test_every_adapted_layer_is_described() -> None:
     assert set(ADAPTERS) == set(compat.LAYERS)
 
 
+def test_every_replaced_method_is_described() -> None:
+    assert METHODS.keys() <= compat.METHODS
+
+
 def test_a_missing_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.IMPORTED, "Nothing", "mlx_lm.generate")
     monkeypatch.setitem(compat.PARAMETERS, "generate_step", ("depth",))
     monkeypatch.setitem(compat.ATTRIBUTES, "KVCache", ("left",))
     monkeypatch.setitem(compat.LAYERS, ("mlx_lm.models.none", "Attention"), ())
+    monkeypatch.setattr(compat, "METHODS", {("mlx_lm.models.llama", "Attention", "wave")})
     assert set(compat.missing_names()) == {
         "Nothing in mlx_lm.generate",
         "parameter depth of generate_step",
         "attribute left of KVCache",
         "Attention in mlx_lm.models.none",
+        "Attention.wave in mlx_lm.models.llama",
     }
 
 

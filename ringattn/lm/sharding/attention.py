@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -63,11 +64,40 @@ def dispatching(plain: Callable) -> Callable:
     """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
-        own = cache if isinstance(cache, ShardedKVCache) else cache_of_keys(keys)
+        own = cache if isinstance(cache, ShardedKVCache) else _cache_of(keys, mask)
         if own is not None:
             return sharded_attention(queries, keys, values, own, scale, mask, sinks)
-        if isinstance(mask, CausalMask):
-            raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
     return scaled_dot_product_attention
+
+
+def dispatching_core(core: ModuleType) -> ModuleType:
+    """Copy the names of `mlx.core` for a module of mlx-lm that calls the attention of ``mx.fast`` itself.
+
+    In the copy, attention to a sharded cache's keys goes to `sharded_attention`. MLX stays as it is.
+    """
+
+    def scaled_dot_product_attention(q, k, v, *, mask=None, scale, sinks=None, **rest):
+        own = _cache_of(k, mask)
+        if own is not None:
+            return sharded_attention(q, k, v, own, scale, mask, sinks)
+        return core.fast.scaled_dot_product_attention(q, k, v, mask=mask, scale=scale, sinks=sinks, **rest)
+
+    fast = _copied(core.fast, scaled_dot_product_attention=scaled_dot_product_attention)
+    return _copied(core, fast=fast)
+
+
+def _copied(module: ModuleType, **changes: Any) -> ModuleType:
+    """A module with the names of `module` and with `changes`."""
+    copy = ModuleType(module.__name__)
+    vars(copy).update(vars(module), **changes)
+    return copy
+
+
+def _cache_of(keys: mx.array, mask: Any) -> ShardedKVCache | None:
+    """The sharded cache that gave `keys` to a layer; ``None`` outside of a sharded model."""
+    own = cache_of_keys(keys)
+    if own is None and isinstance(mask, CausalMask):
+        raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
+    return own

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ...core.affine import AffineMap
 from ...errors import ArgumentError
 from ...layout import Layout
+from ...ring.states import BeforeAndAfter, ChainCall, chain_states, is_first
 from ...transport.base import Ring
 from ...transport.solo import SoloRing
 from .forward_pass import ShardedCache, current
@@ -78,6 +80,26 @@ class RecurrentCache(ShardedCache):
     def shared(self) -> bool:
         """Whether each rank computes its own tokens in this forward pass."""
         return self.step is not None and self.step.shared
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first tokens of the forward pass."""
+        assert self.step is not None
+        return is_first(self.step.new, self.ring.rank, 0)
+
+    def chain(self, state: mx.array, own: AffineMap, transition: tuple[int, ...], matrix: bool) -> BeforeAndAfter:
+        """Find the states before this rank's tokens and after all tokens. Collective.
+
+        Args:
+            state: The state before the forward pass, float32.
+            own: The map of this rank's tokens.
+            transition: The shape of a transition.
+            matrix: Whether transitions are matrices; otherwise decays.
+        """
+        assert self.step is not None
+        what = "a recurrent layer"
+        with self.ring.call(what):
+            return chain_states(self.ring, ChainCall(what, self.step.new, transition, matrix), state, [own])
 
     def __getitem__(self, i: int) -> mx.array | None:
         current.reading = self
