@@ -49,7 +49,9 @@ def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> TaskResult:
             for hop in range(ranks):
                 start = zero + layer + 0.1 * hop
                 events += [Event("compute", hop, start, start + 0.09), Event("send", hop, start, start + 0.03, 512)]
-        results.append(RankResult(rank, 1000, list(tokens), " Paris.", 250, 10**7, 10**6, 200.0, 5.0, events))
+        results.append(
+            RankResult(rank, 1000, list(tokens), " Paris.", 250, "keys and values", 10**7, 10**6, 200.0, 5.0, events)
+        )
     return TaskResult(ReadingTask("model", ranks, 64, 9, "text"), results)
 
 

@@ -34,7 +34,7 @@ def logits(model: nn.Module, ids: mx.array, steps: tuple[int, ...]) -> mx.array:
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_logits(ring: Ring, rng: np.random.Generator, name: str) -> None:
-    """The difference is below 32 ulps, or below twice that of mlx-lm itself when it reads the prompt in other pieces."""
+    """The difference is below 32 ulps, or twice that of mlx-lm itself when it reads the prompt in other pieces."""
     model = build(name)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
