@@ -86,7 +86,7 @@ def smollm2() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a tiny random model whose tokens are words."""
-    folder = families.save_llama(tmp_path_factory.mktemp("words"), eos_token_id=END)
+    folder = families.save(tmp_path_factory.mktemp("words"), eos_token_id=END)
     one = Server(str(folder), "--prefill-step-size", "64")
     yield one
     one.close()
@@ -334,7 +334,7 @@ def own_signals() -> Iterator[None]:
 def test_a_port_in_use_is_one_line(tmp_path: Path, own_signals: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        model = ["--model", str(families.save_llama(tmp_path)), "--dtype", "float32"]
+        model = ["--model", str(families.save(tmp_path)), "--dtype", "float32"]
         found = CliRunner().invoke(main, ["serve", *model, "--port", str(port)])
     assert found.exit_code == 1 and found.stderr.count("\n") == 1, found.stderr
     assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
