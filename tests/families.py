@@ -445,16 +445,17 @@ def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Modul
     return model
 
 
-def save_llama(folder: Path, **more: Any) -> Path:
-    """Write the model "llama" into `folder` for `mlx_lm.load`, with the tokenizer of `words` and a chat template.
+def save(folder: Path, name: str = "llama", **more: Any) -> Path:
+    """Write a model of the family into `folder` for `mlx_lm.load`, with the tokenizer of `words` and a chat template.
 
-    `more` are further entries of its configuration.
+    `more` are further entries of its configuration. The transformers package gives "qwen3_5" a tokenizer of its own.
     """
+    module, changes = ALL[name]
     tokenizer = _words()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", **more}))
-    save_weights(build("llama"), folder)
+    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": module, **changes, **more}))
+    save_weights(build(name), folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
 from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
-from .sharding.forward_pass import ShardedCache, flat, step_through
+from .sharding.forward_pass import ShardedCache, flat, step_through, tokens_to_mark
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import ADAPTERS
 from .sharding.partition import Cost, Step, next_step
@@ -44,11 +44,16 @@ class Sharded:
         """Run the model on `inputs`, which are the same on every rank. Collective where the caches are sharded.
 
         Returns:
-            The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all.
+            The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all. Where
+            a cache has a mark among the tokens, only the tokens after it count.
         """
         sharded = [c for c in flat(cache or ()) if isinstance(c, ShardedCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
+        if 0 < (cut := tokens_to_mark(sharded)) < inputs.shape[1]:
+            for part in (slice(cut), slice(cut, None)):
+                logits = self(inputs[:, part], cache, **_part(rest, part))
+            return logits
         # The few tokens of a layer with a window, or none of a recurrent one, say little about which rank has room.
         fullest = max((c.layout for c in sharded), key=lambda layout: layout.length)
         step = next_step(fullest, inputs.shape[1], self.weights, self.cost)
@@ -64,8 +69,7 @@ class Sharded:
             ((start, stop),) = step.new.spans[self.ring.rank]
             own = slice(start - step.new.start, stop - step.new.start)
             inputs = inputs[:, own]
-            if rest.get("input_embeddings") is not None:
-                rest["input_embeddings"] = rest["input_embeddings"][:, own]
+            rest = _part(rest, own)
         for history in dict.fromkeys(c.history for c in sharded):
             history.write(step.new.start, tokens)
         with self.ring.sharing(shared), step_through(sharded, step):
@@ -118,6 +122,12 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
+
+
+def _part(rest: dict[str, Any], tokens: slice) -> dict[str, Any]:
+    """The further arguments of a model's call for some of its tokens."""
+    embeddings = rest.get("input_embeddings")
+    return rest if embeddings is None else {**rest, "input_embeddings": embeddings[:, tokens]}
 
 
 def _trace(model: nn.Module, kinds: Sequence[Kind]) -> tuple[list[RopeCall], list[Kind]]:

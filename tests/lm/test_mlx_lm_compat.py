@@ -94,7 +94,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, found: str, tested: bool) -> 
 def test_load_warns_of_an_untested_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "version", lambda _: "0.34.0")
     with pytest.warns(lm.VersionWarning, match=r"^mlx-lm 0.34.0 is installed, and ringattn was tested with [^\n]*$"):
-        lm.load(families.save_llama(tmp_path))
+        lm.load(families.save(tmp_path))
 
 
 def imported(path: Path) -> Iterator[str]:

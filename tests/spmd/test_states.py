@@ -107,6 +107,18 @@ def test_states_that_differ_between_ranks(ring: Ring, rng: np.random.Generator) 
     if ring.size == 1:
         pytest.skip("one rank")
     other = state * (2.0 if ring.rank == 1 else 1.0)
-    with pytest.raises(ArgumentError, match=r"^test: state differs between ranks: of norm [\d.]+ on rank"):
+    with pytest.raises(ArgumentError, match=r"^test: states differ between ranks: of norm [\d.]+ on rank"):
         chain_states(ring, call, other, own)
     chain_states(ring, call, state, own)  # the ring still works
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=["float32", "bfloat16", "float16"])
+def test_inputs_that_differ_between_ranks(ring: Ring, rng: np.random.Generator, dtype: mx.Dtype) -> None:
+    if ring.size == 1:
+        pytest.skip("one rank")
+    layout = Layout.contiguous(40, ring.size)
+    state, x = (mx.array(rng.standard_normal((1, n, 5)), dtype) for n in (3, layout.local_length(ring.rank)))
+    state = ring.broadcast(state)
+    with pytest.raises(ArgumentError, match=r"^test: inputs before the tokens differ between ranks: of norm [^\n]*$"):
+        chain_inputs(ring, "test", layout, state * (1.125 if ring.rank == 1 else 1.0), x)
+    chain_inputs(ring, "test", layout, state, x)  # the ring still works

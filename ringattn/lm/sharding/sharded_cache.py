@@ -48,8 +48,11 @@ class ShardedKVCache(ShardedCache):
     Attributes:
         layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
+        window: The layer's window in tokens, or ``None``.
         keys, values: ``[batch, kv heads, room, head_dim]``; the first ``layout.local_length(ring.rank)`` are in use.
     """
+
+    loss = "a window has dropped tokens before them"
 
     def __init__(self, ring: Ring, window: int | None = None, history: TokenHistory | None = None):
         super().__init__(ring, history)
@@ -119,6 +122,11 @@ class ShardedKVCache(ShardedCache):
     def held_bytes(self) -> int:
         """Bytes of the tokens that this rank holds."""
         return _bytes_of_tokens(self, self.held)
+
+    @property
+    def form(self) -> str:
+        """The window."""
+        return f"keys and values, window {self.window}"
 
     @property
     def state(self) -> Sequence[Any]:
@@ -191,6 +199,20 @@ def held_bytes(caches: Sequence[Any]) -> int:
     Room for more tokens counts in ``nbytes``, but not here: caches grow in steps.
     """
     return sum(_held_bytes(cache) for cache in flat(caches))
+
+
+def contents(caches: Sequence[Any]) -> str:
+    """The kinds of arrays that caches, sharded or mlx-lm's own, hold: for people."""
+    found = {"keys and values" if hasattr(cache, "keys") else "states" for cache in flat(caches)}
+    return "keys, values and states" if len(found) == 2 else found.pop()
+
+
+def held_tokens(caches: Sequence[Any], rank: int) -> int:
+    """The most tokens whose keys and values a cache of a layer, sharded or mlx-lm's own, holds on a rank."""
+    return max(
+        cache.layout.local_length(rank) if isinstance(cache, ShardedCache) else int(getattr(cache, "offset", 0))
+        for cache in flat(caches)
+    )
 
 
 def _held_bytes(cache: Any) -> int:
