@@ -48,7 +48,9 @@ def custom_op(
         function.vjp(unsupported("a second derivative" if second else "the gradient (mx.grad, mx.vjp)"))
     else:
         of = gradient
-        function.vjp(lambda *given: custom_op(f"the gradient of {what}", of, [x for arrays in given for x in arrays]))
+        function.vjp(
+            lambda *given: custom_op(f"the gradient of {what}", of, [x for group in map(_listed, given) for x in group])
+        )
     function.jvp(unsupported("forward-mode differentiation (mx.jvp)"))
     function.vmap(unsupported("mx.vmap"))
     try:
@@ -57,6 +59,11 @@ def custom_op(
         if isinstance(error, RingAttentionError) or "function transformations" not in str(error):
             raise
         raise TransformError(f"{what}: mx.compile and mx.vmap are not supported around it") from None
+
+
+def _listed(arrays: mx.array | Arrays) -> Arrays:
+    """Make a list of what MLX passes for the inputs or results: a single array comes as itself."""
+    return [arrays] if isinstance(arrays, mx.array) else arrays
 
 
 def start_evaluation(*arrays: mx.array) -> None:

@@ -36,7 +36,8 @@ def run(recurrence: Recurrence, state: mx.array | None) -> Span:
     outs = [mx.zeros((batch, heads, 0, dim))]
     reads = [mx.zeros((batch, heads, 0, recurrence.k.shape[3]))]
     for start, stop, chunk in _groups(recurrence.length, GROUP // max(1, batch * heads)):
-        part = recurrence.tokens(start, stop).after(carried.state, outs[-1], *reads[-1:])
+        part = recurrence.tokens(start, stop)
+        part = part.after(outs[-1]) if start else part
         out, read, carried = _run_group(part, chunk, carried)
         outs.append(out)
         reads += [] if read is None else [read]

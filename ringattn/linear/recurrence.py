@@ -74,9 +74,15 @@ class Recurrence:
         """Convert all arrays to float32."""
         return self.map(lambda x: x.astype(mx.float32))
 
-    def after(self, *earlier: mx.array) -> Recurrence:
-        """Make the arrays wait for the evaluation of `earlier`. MLX may otherwise compute all groups at once."""
-        return self.bind(mx.depends(self.arrays, list(earlier)))
+    def after(self, earlier: mx.array) -> Recurrence:
+        """Make the arrays wait for `earlier`. MLX may otherwise compute many groups of chunks at once.
+
+        No token of it is appended: unlike mx.depends this allows all transformations.
+        """
+        nothing = earlier[..., :0].reshape(-1)
+        return self.map(
+            lambda x: mx.concatenate([x, nothing.astype(x.dtype).reshape(*x.shape[:2], 0, *x.shape[3:])], 2)
+        )
 
     def bind(self, arrays: Sequence[mx.array]) -> Recurrence:
         """Replace the arrays that are given, in the order of `arrays`."""

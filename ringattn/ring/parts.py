@@ -44,7 +44,7 @@ def gather_parts(
             array in `own` and `inputs` together.
     """
     dtype = (*own, *inputs)[0].dtype
-    about = (("arrays", str([tuple(part) for part in parts])), ("dtype", str(dtype)), *fields)
+    about = (*fields, ("arrays", str([tuple(part) for part in parts])), ("dtype", str(dtype)))
     if not parts:  # MLX has no custom function without results
         _exchange(ring, what, about, ())
         return []

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,29 +19,42 @@ from .. import backends
 from ..attention import attention
 from ..decode_attention import decode_attention
 from ..layout import Layout
+from ..linear_attention import linear_attention
 from ..ring.call import check_ring
 from ..ring.schedule import STRATEGIES
 from ..ring_attention import ring_attention
+from ..ring_linear_attention import ring_linear_attention
 from ..transport import init
 from ..transport.base import Ring
+from ..transport.interface import Transport
 from .features import FEATURES
 from .findings import Findings, Results
+from .linear_features import LINEAR_FEATURES
+from .linear_oracle import LinearCase
 from .oracle import Case, ratios
+
+MLX = "mlx"  # the column of what consists of MLX's operations
 
 
 def verify_local() -> Findings:
-    """Check every feature on every kernel of this machine."""
+    """Check every feature on every kernel of this machine, and linear attention, which has no kernels of its own."""
     findings = Findings()
     for name, make in FEATURES.items():
         case = make()
         for kernel in backends.available():
             findings.add(name, kernel, f"{name} on {kernel}", partial(_local, case, kernel))
+    for name, make_linear in LINEAR_FEATURES.items():
+        findings.add(name, MLX, f"{name} on {MLX}", partial(_linear, make_linear()))
     return findings
 
 
 def _local(case: Case, kernel: str) -> float:
     out, lse = attention(case.q, case.k, case.v, backend=kernel, return_lse=True, **case.options)
     return max(ratios(case, out, lse))
+
+
+def _linear(case: LinearCase) -> float:
+    return max(case.ratios(*linear_attention(case.q, case.k, case.v, return_state=True, **case.options)))
 
 
 def verify_ring(ring: Ring) -> Results:
@@ -55,9 +69,16 @@ def verify_ring(ring: Ring) -> Results:
         case = make()
         mine = {strategy: _ring(ring, case, strategy) for strategy in STRATEGIES}
         mine["decode"] = _decode(ring, case)
-        gathered = [json.loads(bytes(reply)) for reply in transport.exchange([memoryview(json.dumps(mine).encode())])]
-        results[name] = {key: max(fractions[key] for fractions in gathered) for key in mine}
+        results[name] = _largest(transport, mine)
+    for name, make_linear in LINEAR_FEATURES.items():
+        results[name] = _largest(transport, {"states": _linear_ring(ring, make_linear())})
     return results
+
+
+def _largest(ring: Transport, mine: dict[str, float]) -> dict[str, float]:
+    """Largest fractions of all ranks. Collective."""
+    gathered = [json.loads(bytes(reply)) for reply in ring.exchange([memoryview(json.dumps(mine).encode())])]
+    return {key: max(fractions[key] for fractions in gathered) for key in mine}
 
 
 def _layouts(case: Case, size: int) -> tuple[Layout, Layout]:
@@ -104,6 +125,16 @@ def _decode(ring: Ring, case: Case) -> float:
     k, v = (kv_layout.shard(x, ring.rank) for x in (case.k, case.v))
     out, lse = decode_attention(tail.q, k, v, ring=ring, kv_layout=kv_layout, return_lse=True, **options)
     return max(ratios(tail, out, lse))
+
+
+def _linear_ring(ring: Ring, case: LinearCase) -> float:
+    """Check `ring_linear_attention` with zigzag tokens, whose rank has two spans."""
+    layout = Layout.zigzag(case.q.shape[2], ring.size)
+    options: dict[str, Any] = {name: layout.shard(x, ring.rank) for name, x in case.tokens.items()}
+    q, k, v = (options.pop(name) for name in "qkv")
+    options |= {"state": case.state, "scale": case.scale}
+    out, state = ring_linear_attention(q, k, v, ring=ring, layout=layout, return_state=True, **options)
+    return max(case.ratios(out, state, layout.positions(ring.rank)))
 
 
 def ring_findings(results: Results) -> Findings:

@@ -12,12 +12,14 @@ from metal_executor import restore_executor, usual_executor
 
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
+from ringattn.linear import chunks
 from ringattn.metal import launch, self_test, set_executor
 from ringattn.reporting.one_line import in_one_line
 from ringattn.verify import variants
 from ringattn.verify.feature_checks import ring_findings, verify_local
 from ringattn.verify.features import FEATURES
 from ringattn.verify.findings import Findings, run_check
+from ringattn.verify.linear_features import LINEAR_FEATURES
 
 FEW = {"head_dim 80, float16", "1 query, keys split, bfloat16", "from state to state, float32", "gradient, float32"}
 COMPILER = (
@@ -33,6 +35,7 @@ def few(monkeypatch):
     assert len(every) == len(FEW)
     monkeypatch.setattr(variants, "variants", lambda: every)
     monkeypatch.setattr("ringattn.verify.feature_checks.FEATURES", {"causal, float16": FEATURES["causal, float16"]})
+    monkeypatch.setattr("ringattn.verify.feature_checks.LINEAR_FEATURES", {"delta rule": LINEAR_FEATURES["delta rule"]})
     yield
     restore_executor()
 
@@ -156,6 +159,12 @@ def test_a_feature_that_raises_is_named(few, monkeypatch):
     set_executor(broken)
     found = verify_local()
     assert list(found.failed) == ["causal, float16 on metal"] and found.table["causal, float16"]["host"] <= 1
+
+
+def test_a_wrong_recurrence_is_named(few, monkeypatch):
+    monkeypatch.setattr(variants, "variants", lambda: [])
+    monkeypatch.setattr(chunks, "unit_inverse", lambda x: x)
+    assert list(verify_local().failed) == ["delta rule on mlx"]
 
 
 def test_without_a_gpu_it_says_so(few, monkeypatch):

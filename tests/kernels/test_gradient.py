@@ -358,6 +358,16 @@ def test_blocks_bound_the_memory(monkeypatch):
     assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
 
 
+def test_gradient_of_an_operation_with_one_input():
+    """MLX passes a single input as itself, and not as a list."""
+
+    def gradient(x, dresult, result):
+        return [dresult * 2 * x]
+
+    found = mx.grad(lambda x: custom_op("test", lambda x: [x * x], (x,), gradient)[0].sum())(mx.array([[1.0], [3.0]]))
+    assert found.tolist() == [[2.0], [6.0]]
+
+
 def test_host_gradient_never_holds_a_score_matrix(monkeypatch):
     monkeypatch.setenv("RINGATTN_THREADS", "1")
     case = long_case(4096, mask="causal")
