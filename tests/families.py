@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from every_family import needed, random_model
 from mlx.utils import tree_flatten
 
 BASE: dict[str, Any] = {
@@ -26,6 +27,15 @@ BASE: dict[str, Any] = {
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 TURNS = "{% for m in messages %}{{ m['content'] }} w57 {% endfor %}"
 CHAT_TEMPLATE = TURNS + "{% if add_generation_prompt %}w58 {% endif %}"
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+SCALED = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -81,17 +91,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
             "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "mscale": 1.0, "type": "yarn"},
         },
     ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-        },
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3, queries without a latent": ("deepseek_v3", {**LATENT, "q_lora_rank": None}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
+    "mistral4": ("mistral4", {**LATENT, "rope_parameters": {**SCALED, "type": "default"}}),
+    "longcat_flash": (
+        "longcat_flash",
+        {**LATENT, "num_layers": 2, "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "type": "yarn"}},
     ),
+    "afm7": (
+        "afm7",
+        {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    ),
+    "iquestloopcoder": ("iquestloopcoder", {"loop_window_size": 21, "loop_num": 2}),
 }
 
 
@@ -123,13 +135,9 @@ def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
 def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Module:
     """Build a model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
     found = import_module(f"mlx_lm.models.{module}")
-    kind = found.ModelArgs
-    mx.random.seed(seed)
-    model = found.Model(kind.from_dict({**BASE, "model_type": module, **changes}))
-    weights = [(key, x + 0.1 * mx.random.normal(x.shape)) for key, x in tree_flatten(model.parameters())]
-    model.load_weights(weights)
-    mx.eval(model.parameters())
-    return model
+    return random_model(
+        found.Model, found.ModelArgs, {**needed(found.ModelArgs), **BASE, "model_type": module, **changes}, seed
+    )
 
 
 def save_llama(folder: Path, **more: Any) -> Path:

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError
+from .sharding.cache_list import LayerCache
 from .sharding.history import shared_length
-from .sharding.sharded_cache import ShardedKVCache
 
 MESSAGES = "messages"  # the key in the metadata of a saved cache
 
@@ -91,7 +91,7 @@ class Conversation:
         return str(whole.removeprefix(self._tokenizer.bos_token or ""))
 
 
-def reusable(cache: Sequence[ShardedKVCache], ids: Sequence[int]) -> int:
+def reusable(cache: Sequence[LayerCache], ids: Sequence[int]) -> int:
     """The number of first tokens of `ids` that `cache` can be trimmed to, at most all but the last."""
     held = cache[0].tokens.reshape(-1).tolist()
     shared = max(0, min(shared_length(held, ids), len(ids) - 1))

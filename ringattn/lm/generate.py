@@ -16,7 +16,7 @@ from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
-from .sharding.sharded_cache import ShardedKVCache
+from .sharding.cache_list import LayerCache
 
 # Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
 # fewer bytes for each token.
@@ -37,7 +37,7 @@ def stream_generate(
     stopped: Callable[[], bool] | None = None,
     logits_processors: Sequence[Processor] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    prompt_cache: Sequence[ShardedKVCache] | None = None,
+    prompt_cache: Sequence[LayerCache] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
     """Generate text as `mlx_lm.stream_generate` does, on a model that went through `shard`. Collective.
@@ -129,15 +129,16 @@ def _check_max_tokens(max_tokens: int) -> None:
         raise ArgumentError("max_tokens: 0, expected at least 1, or -1 for no limit")
 
 
-def _checked_tokens(model: Sharded, cache: Sequence[ShardedKVCache] | None) -> np.ndarray:
+def _checked_tokens(model: Sharded, cache: Sequence[LayerCache] | None) -> np.ndarray:
     """The ids of the tokens that a cache of the model holds."""
     if cache is None:
         return np.zeros(0, np.int32)
     kinds = [type(layer).__name__ for layer in cache]
-    if kinds != [ShardedKVCache.__name__] * len(model.windows):
+    expected = [type(layer).__name__ for layer in model.make_cache()]
+    if kinds != expected:
         raise ArgumentError(
             f"prompt_cache: {', '.join(dict.fromkeys(kinds)) or 'nothing'} in {len(kinds)} layers, expected what the "
-            f"model's make_cache or load_cache gives: ShardedKVCache in {len(model.windows)} layers"
+            f"model's make_cache or load_cache gives: {', '.join(dict.fromkeys(expected))} in {len(expected)} layers"
         )
     return cache[0].tokens.reshape(-1)
 

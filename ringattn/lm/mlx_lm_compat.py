@@ -23,12 +23,15 @@ from ..errors import UnsupportedModelError
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
 
+Window = int | None  # tokens of a layer's window
+
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
 # Names outside the documented interface, and the modules that have them.
 IMPORTED = {
     "KVCache": "mlx_lm.models.cache",
     "RotatingKVCache": "mlx_lm.models.cache",
+    "CacheList": "mlx_lm.models.cache",
     "make_prompt_cache": "mlx_lm.models.cache",
     ATTENTION: "mlx_lm.models.base",
     "Llama": "mlx_lm.models.llama:Model",
@@ -65,17 +68,12 @@ ATTRIBUTES = {
     + ("rfind_think_start", "rfind_think_end", "response_initial_state"),
 }
 
-# Attention layers that `sharding.layer_adapters` runs itself, by module and class, and the attributes that it reads.
+# Attention layers that `sharding.layer_adapters` runs by code of its own, by module and class, and the attributes
+# that it reads.
 LAYERS = {
     ("mlx_lm.models.gemma2", "Attention"): ("q_proj", "k_proj", "v_proj", "o_proj", "rope", "scale")
     + ("n_heads", "n_kv_heads", "attn_logit_softcapping"),
-    ("mlx_lm.models.deepseek_v3", "DeepseekV3Attention"): ("num_heads", "q_lora_rank", "qk_nope_head_dim")
-    + ("kv_lora_rank", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
-    + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
 }
-
-# Models whose attention cannot run over a sharded cache, and why.
-UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 
 
 def __getattr__(name: str) -> Any:
@@ -127,34 +125,37 @@ def model_name(model: nn.Module) -> str:
     return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
 
 
-def layer_windows(model: nn.Module) -> Iterator[int | None]:
+def layer_windows(model: nn.Module) -> Iterator[Window | tuple[Window, ...]]:
     """The window of each layer in tokens, by the cache that the model itself makes for it; ``None``: no window.
+
+    A layer with several caches has a tuple.
 
     Raises:
         UnsupportedModelError: A layer has a cache of another kind.
     """
-    full, rotating = __getattr__("KVCache"), __getattr__("RotatingKVCache")
+    several = __getattr__("CacheList")
     for i, cache in enumerate(__getattr__("make_prompt_cache")(model)):
-        if type(cache) is full:
-            yield None
-        elif type(cache) is rotating and cache.keep == 0:
-            yield cache.max_size
+        if type(cache) is several:
+            yield tuple(_window(model, i, part) for part in cache.caches)
         else:
-            raise UnsupportedModelError(
-                f"model: {model_name(model)} has a {type(cache).__name__} at layer {i}, expected KVCache or "
-                "RotatingKVCache: its state cannot be spread over a ring"
-            )
+            yield _window(model, i, cache)
+
+
+def _window(model: nn.Module, layer: int, cache: Any) -> Window:
+    if type(cache) is __getattr__("KVCache"):
+        return None
+    if type(cache) is __getattr__("RotatingKVCache") and cache.keep == 0:
+        return int(cache.max_size)
+    raise UnsupportedModelError(
+        f"model: {model_name(model)} has a {type(cache).__name__} at layer {layer}, expected KVCache or "
+        "RotatingKVCache: its state cannot be spread over a ring"
+    )
 
 
 def defining_modules(model: nn.Module) -> list[ModuleType]:
     """The modules of mlx-lm that define the model's parts, by name."""
     names = {type(part).__module__ for part in model.modules()}
     return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.")]
-
-
-def makes_mask_arrays(module: ModuleType) -> bool:
-    """Whether a model's code asks for its mask as an array of all columns, which no rank has."""
-    return "return_array=True" in inspect.getsource(module)
 
 
 def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

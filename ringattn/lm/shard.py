@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,18 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..layout import Layout
 from ..ring.call import check_ring
 from ..transport.base import Ring
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
+from .mlx_lm_compat import Window
 from .sharding.attention import dispatching
+from .sharding.cache_list import LayerCache, ShardedCacheList, leaves
 from .sharding.history import TokenHistory
-from .sharding.layer_adapters import ADAPTERS
-from .sharding.partition import Cost, Step, next_step
-from .sharding.ropes import RopeCall, longest_context, recorded_ropes
-from .sharding.sharded_cache import ShardedKVCache, TracingCache, step_through
+from .sharding.layer_adapters import adapted, adapter_of
+from .sharding.partition import Cost, next_step
+from .sharding.ropes import longest_context
+from .sharding.sharded_cache import ShardedKVCache, step_through
+from .sharding.trial import TracingCache, trial_pass
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
@@ -33,7 +35,7 @@ class Sharded:
     ring: Transport
     weights: tuple[float, ...]
     cost: Cost
-    windows: list[int | None]
+    windows: list[Window | tuple[Window, ...]]
     longest: float  # tokens of context
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **rest: Any) -> mx.array:
@@ -42,7 +44,7 @@ class Sharded:
         Returns:
             The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all.
         """
-        sharded = [c for c in cache or () if isinstance(c, ShardedKVCache)]
+        sharded = [c for c in leaves(cache or ()) if isinstance(c, ShardedKVCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
         # The few tokens of a layer with a window say little about which rank has room.
@@ -67,10 +69,10 @@ class Sharded:
         with self.ring.sharing(shared), step_through(sharded, step):
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
-    def make_cache(self) -> list[ShardedKVCache]:
+    def make_cache(self) -> list[LayerCache]:
         """An empty cache, one for each layer."""
         history = TokenHistory()
-        return [ShardedKVCache(self.ring, window, history) for window in self.windows]
+        return _layer_caches(self.windows, lambda window: ShardedKVCache(self.ring, window, history))
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
@@ -97,8 +99,8 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
     windows = list(_windows(model))
     _patch_attention(model)
-    longest = longest_context(_trace(model, windows))
-    kind = type(model)
+    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
+    longest = longest_context(trial_pass(model, kind, _layer_caches(windows, TracingCache)))
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
     for name, value in (
@@ -112,27 +114,16 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     return model
 
 
-def _windows(model: nn.Module) -> Iterator[int | None]:
+def _windows(model: nn.Module) -> Iterator[Window | tuple[Window, ...]]:
     """The window of each layer, also of a model that was sharded before."""
     return iter(model.windows) if isinstance(model, Sharded) else compat.layer_windows(model)
 
 
-def _trace(model: nn.Module, windows: Sequence[int | None]) -> list[RopeCall]:
-    """Check that each layer attends to the keys of its own or of another layer's cache; return the calls of ropes.
-
-    Nothing is evaluated.
-    """
-    name = compat.model_name(model)
-    if type(model).__module__ in compat.UNSUITABLE:
-        raise UnsupportedModelError(f"model: {name} {compat.UNSUITABLE[type(model).__module__]}")
-    caches = [TracingCache(window) for window in windows]
-    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
-    try:
-        with recorded_ropes(model) as calls, step_through(caches, Step(Layout((((0, 2),),)), False)):
-            kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
-    except ArgumentError as error:
-        raise UnsupportedModelError(f"model: {name} has a layer of another kind: {error}") from None
-    return calls
+def _layer_caches(
+    windows: Sequence[Window | tuple[Window, ...]], make: Callable[[Window], ShardedKVCache]
+) -> list[LayerCache]:
+    """A cache for each layer. `make` makes one for a window."""
+    return [ShardedCacheList(*map(make, one)) if isinstance(one, tuple) else make(one) for one in windows]
 
 
 def _patch_attention(model: nn.Module) -> None:
@@ -140,34 +131,20 @@ def _patch_attention(model: nn.Module) -> None:
 
     Calls without a sharded cache go on to mlx-lm's own function.
     """
-    kinds = {type(part) for part in model.modules()}
-    adapted = {key: kind for kind in kinds if (key := (kind.__module__, kind.__name__)) in ADAPTERS}
-    for key, kind in adapted.items():
-        compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
-    found = bool(adapted)
+    parts = {type(part): part for part in model.modules()}
+    found = False
+    for kind, part in parts.items():
+        adapter = adapter_of(part)
+        if adapter is not None:
+            compat.patch(kind, "__call__", partial(adapted, adapter))
+            found = True
     for module in compat.defining_modules(model):
-        if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
-            continue
-        if compat.makes_mask_arrays(module):
-            raise UnsupportedModelError(
-                f"model: {compat.model_name(model)} does arithmetic on its mask ({module.__name__}), and there is no "
-                "adapter for it"
-            )
-        compat.patch(module, compat.ATTENTION, dispatching)
-        found = True
+        if hasattr(module, compat.ATTENTION):
+            compat.patch(module, compat.ATTENTION, dispatching)
+            found = True
     if not found:
         name = compat.model_name(model)
         raise UnsupportedModelError(f"model: {name} has no layer that calls mlx-lm's {compat.ATTENTION}")
-
-
-def _adapted_call(adapter: Any, plain: Any) -> Any:
-    """The `__call__` of a layer, `plain`, with calls that have a sharded cache passed to `adapter`."""
-
-    def call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        run = adapter if isinstance(cache, ShardedKVCache) else plain
-        return run(layer, x, mask, cache)
-
-    return call
 
 
 def cost_of(model: nn.Module) -> Cost:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ...errors import CacheFileError
 from ...layout import Layout
+from ..sharding.cache_list import LayerCache, leaves
 from ..sharding.sharded_cache import ShardedKVCache
 from .atomic_files import DATA
 from .fingerprint import difference
@@ -134,11 +135,11 @@ class Manifest:
             raise ValueError("layouts: expected one rank for each file")
         return cls(files, layers, found["model"], found["metadata"])
 
-    def check_model(self, path: Path, model: Mapping[str, Any], cache: Sequence[ShardedKVCache]) -> None:
+    def check_model(self, path: Path, model: Mapping[str, Any], cache: Sequence[LayerCache]) -> None:
         """Raise CacheFileError unless the cache was made by the model with this fingerprint and this (empty) cache."""
         differs = difference(self.model, model)
         windows = [layer.window for layer in self.layers]
-        expected = [c.window for c in cache]
+        expected = [c.window for c in leaves(cache)]
         if differs is None and windows != expected:
             differs = f"windows of its layers {windows}, expected {expected}"
         if differs is not None:

@@ -25,8 +25,9 @@ from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, raise_on_all_ranks
 from ...transport.interface import Transport
 from ..shard import Sharded
+from ..sharding.cache_list import LayerCache, leaves
 from ..sharding.history import TokenHistory
-from ..sharding.sharded_cache import ShardedKVCache, pick
+from ..sharding.sharded_cache import pick
 from .atomic_files import Part, sweep
 from .fingerprint import shared_fingerprint
 from .manifest import NAMES, TOKENS, File, Layer, Manifest
@@ -37,7 +38,7 @@ PIECE = 1 << 24  # bytes in one read
 
 
 def save_cache(
-    path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
+    path: str | Path, cache: Sequence[LayerCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
 ) -> None:
     """Write a sharded cache to disk. Collective. An earlier cache at `path` stays until the new one is complete.
 
@@ -60,11 +61,11 @@ def save_cache(
     made_by = shared_fingerprint(ring, model)
     with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
         with raise_on_all_ranks(ring, SAVE):
-            arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
+            arrays = {f"{i}.{name}": x for i, c in enumerate(leaves(cache)) for name, x in zip(NAMES, c.state)}
             part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
             own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
             payload = memoryview(json.dumps(own).encode())
-            layers = tuple(map(Layer.of, cache))
+            layers = tuple(map(Layer.of, leaves(cache)))
         replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
         files = tuple(File(**reply["file"]) for reply in replies)
         with raise_on_all_ranks(ring, SAVE):
@@ -78,7 +79,7 @@ def save_cache(
         sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
 
-def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache], dict[str, str]]:
+def load_cache(path: str | Path, model: nn.Module) -> tuple[list[LayerCache], dict[str, str]]:
     """Read a cache that `save_cache` wrote on the same or another number of ranks. Collective.
 
     Args:
@@ -102,7 +103,7 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
         manifest.check_model(path, expected, cache)
         arrays = _arrays(path, manifest, ring)
         history = TokenHistory(next(file[TOKENS] for file in arrays if file))
-        for i, c in enumerate(cache):
+        for i, c in enumerate(leaves(cache)):
             c.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
     agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ...decode_attention import decode_attention
 from ...errors import UnsupportedModelError
 from ...ring_attention import ring_attention
-from .sharded_cache import CausalMask, ShardedKVCache, TracingCache, cache_of_keys
+from .sharded_cache import CausalMask, ShardedKVCache, cache_of_keys
 
 
 def sharded_attention(
@@ -38,7 +38,7 @@ def sharded_attention(
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
     assert cache.step is not None
     dtype = mx.result_type(q, k, v)
-    if isinstance(cache, TracingCache):
+    if cache.in_trial():
         return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))  # as in mlx-lm: some layers have wider queries than keys
     options: dict[str, Any] = {
@@ -55,15 +55,28 @@ def sharded_attention(
     return decode_attention(q, k, v, start=cache.step.new.start, **options)
 
 
+class LayerView:
+    """What an adapted layer gets in the place of its cache. Its call of mlx-lm's attention comes to `attend`."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
+        """Attend as mlx-lm's function does. Collective."""
+        raise NotImplementedError
+
+
 def dispatching(plain: Callable) -> Callable:
     """mlx-lm's attention function `plain`, with calls on a sharded cache's keys passed to `sharded_attention`.
 
-    A layer may have no cache of its own and attend to the keys of another layer. Such keys lead to their cache.
+    A layer may attend to the keys of another layer's cache. Such keys lead to their cache.
     """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
-        own = cache if isinstance(cache, ShardedKVCache) else cache_of_keys(keys)
-        if own is not None:
+        if isinstance(cache, LayerView):
+            return cache.attend(queries, keys, values, scale, mask, sinks)
+        own = cache
+        if not isinstance(cache, ShardedKVCache) or not cache.gave(keys):
+            own = cache_of_keys(keys) or cache
+        if isinstance(own, ShardedKVCache):
+            keys, values = own.held_instead(keys, values)
             return sharded_attention(queries, keys, values, own, scale, mask, sinks)
         if isinstance(mask, CausalMask):
             raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")

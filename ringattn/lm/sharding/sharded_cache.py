@@ -14,7 +14,6 @@ from ...core.intervals import length, locate, positions
 from ...errors import ArgumentError
 from ...layout import Layout
 from ...transport.base import Ring
-from ...transport.solo import SoloRing
 from .history import TokenHistory
 from .partition import Step, extended, within
 
@@ -53,7 +52,7 @@ def step_through(caches: Sequence[ShardedKVCache], step: Step) -> Iterator[None]
 
 def cache_of_keys(keys: mx.array) -> ShardedKVCache | None:
     """The cache that returned `keys` to a layer in this forward pass."""
-    return next((cache for cache in getattr(_forward_pass, "caches", ()) if cache.fetched_keys is keys), None)
+    return next((cache for cache in getattr(_forward_pass, "caches", ()) if cache.gave(keys)), None)
 
 
 class ShardedKVCache:
@@ -80,19 +79,20 @@ class ShardedKVCache:
         self.offset = 0
         self.step: Step | None = None
         self.fetched_keys: mx.array | None = None  # the keys that the layer got in this forward pass
+        self._counted: mx.array | None = None  # the keys that another layer got in this forward pass
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
     def begin(self, step: Step) -> None:
         """Set the positions for a forward pass of the tokens of `step`."""
         self.step = step
-        own = step.new.spans[self.ring.rank]
-        self.offset = own[0][0] if step.shared else step.new.start
+        self.offset = self._own_start(step)
 
     def end(self) -> None:
         """Clear the state of the forward pass."""
         self.offset = self.layout.stop
         self.fetched_keys = None
+        self._counted = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keep this rank's part of new keys and values; return all that it holds ``[batch, kv heads, tokens, _]``."""
@@ -109,11 +109,36 @@ class ShardedKVCache:
         self.values = _append(self.values, values, before, step.shared)
         self.layout = extended(self.layout, step.new)
         self.offset = step.new.stop
-        self.fetched_keys, values = self.keys_and_values()
+        self.fetched_keys, values = self._all_held()
         return self.fetched_keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values that this rank holds."""
+        """All keys and values that this rank holds.
+
+        In a forward pass other layers ask for them, and may count them to find the position of their queries. They get
+        zeros, as many as one process holds after this rank's tokens; `held_instead` exchanges them.
+        """
+        held = self._all_held()
+        if self.fetched_keys is None or self.step is None:
+            return held
+        count = self._own_start(self.step) + self._computed(self.step)
+        keys, values = (mx.broadcast_to(mx.zeros(1, x.dtype), (*x.shape[:2], count, x.shape[3])) for x in held)
+        self._counted = keys
+        return keys, values
+
+    def gave(self, keys: mx.array) -> bool:
+        """Whether a layer got `keys` from this cache in this forward pass."""
+        return keys is self.fetched_keys or keys is self._counted
+
+    def held_instead(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The keys and values that this rank holds in the place of zeros that `keys_and_values` gave."""
+        return self._all_held() if keys is self._counted else (keys, values)
+
+    def in_trial(self) -> bool:
+        """Whether attention computes nothing, since the pass is a trial."""
+        return False
+
+    def _all_held(self) -> tuple[mx.array, mx.array]:
         if self.keys is None or self.values is None:
             raise ArgumentError("cache: empty, expected at least one token in it")
         return self.keys[:, :, : self.held], self.values[:, :, : self.held]
@@ -180,6 +205,10 @@ class ShardedKVCache:
         self.values = values
         self.history = history
 
+    def _own_start(self, step: Step) -> int:
+        """The position of the first token that this rank computes in a step."""
+        return step.new.spans[self.ring.rank][0][0] if step.shared else step.new.start
+
     def _computed(self, step: Step) -> int:
         """The number of tokens that this rank computes in a step."""
         return step.new.local_length(self.ring.rank) if step.shared else step.new.length
@@ -203,19 +232,12 @@ class ShardedKVCache:
         return self.layout.local_length(rank)
 
 
-class TracingCache(ShardedKVCache):
-    """A cache for a trial pass that shows how the layers of a model use theirs. Attention over it computes nothing."""
-
-    def __init__(self, window: int | None = None):
-        super().__init__(SoloRing(60.0), window)
-
-
 def held_bytes(caches: Sequence[Any]) -> int:
     """Bytes of the tokens that a prompt cache of mlx-lm's `KVCache` or of `ShardedKVCache` holds on this rank.
 
     Room for more tokens counts in ``nbytes``, but not here: caches grow in steps.
     """
-    return sum(_held_bytes(cache) for cache in caches)
+    return sum(_held_bytes(cache) for part in caches for cache in getattr(part, "caches", (part,)))
 
 
 def _held_bytes(cache: Any) -> int:
