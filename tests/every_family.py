@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
@@ -63,6 +64,7 @@ NEEDED: dict[str, Any] = {
     "mlp_only_layers sliding_window_layers": [],
     "time_step_limit": (0.0, 1.0),
     "time_step_rank": 4,
+    "partial_rotary_factor rotary_pct": 1.0,
     "attention_method": "MLA",
     "zero_expert_type": "identity",
     "mla_scale_q_lora mla_scale_kv_lora": True,
@@ -73,6 +75,8 @@ GUESSES: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "", dict: {}, l
 
 
 # Fields whose values depend on each other in one family.
+SWA = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 12}
+DELTA = {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 4, "head_dim": 16, "short_conv_kernel_size": 4}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "baichuan_m1": {"conv_window": 2, "sliding_window_layers": [1, 3]},
     "bailing_hybrid": {"layer_group_size": 2},
@@ -96,6 +100,45 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"num_kv_shared_layers": 2},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": TYPES},
+    "gptj": {"rotary_dim": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1, "mamba_expand": 1},
+    "hunyuan": {
+        "cla_share_factor": 2,
+        "use_cla": True,
+        "rope_scaling": {"alpha": 2.0, "factor": 1.0, "type": "dynamic"},
+    },
+    "jamba": {"attn_layer_period": 2, "expert_layer_period": 2},
+    "kimi_k3": {"linear_attn_config": DELTA},
+    "kimi_linear": {"linear_attn_config": DELTA},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2-vl": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4": {"num_experts_per_tok": 1, "attention_chunk_size": 32},
+    "llama4_text": {"no_rope_layers": [1, 0] * 2},
+    "mellum": {"rope_parameters": dict.fromkeys(TYPES, SCALED)},
+    "mimo_v2_flash": {"hybrid_layer_pattern": [1, 0] * 2, "moe_layer_freq": [0, 1] * 2, **SWA},
+    "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
+    "minimax": {"rotary_dim": 16},
+    "ministral3": {"rope_parameters": ROPE, "layer_types": TYPES},
+    "minimax_m3_vl": {"index_block_size": 8, "index_topk_blocks": 2, "sparse_attention_freq": [0, 1] * 2},
+    "mistral4": {"rope_parameters": ROPE},
+    "muse_spark": {
+        "num_shared_experts": 0,
+        "moe_hidden_size": 32,
+        "layer_rope_theta": [1e4, 0.0] * 2,
+        "final_logit_softcapping": 20.0,
+    },
+    "nemotron-nas": {"block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}}] * 4},
+    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "*"], "time_step_limit": None},
+    "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
+    "phi3small": {"vocab_size": 100_352},  # it names tokens up to there
+    "phixtral": {"rotary_dim": 16},
+    "plamo": {"n_shared_head": 2},
+    "qwen3": {"rope_theta": 1e4},
+    "qwen3_next": {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    "qwen3_vl": {"rope_theta": 1e4},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "spark2_5": {"rope_parameters": dict.fromkeys(TYPES, SCALED), "layer_types": TYPES},
 }
 
 
@@ -143,7 +186,9 @@ def _text_kind(module: ModuleType) -> tuple[str, type]:
     for name in ("TextArgs", "TextConfig", "TextModelArgs"):
         if hasattr(module, name):
             return module.__name__.rpartition(".")[2], getattr(module, name)
-    inner = next(one for one in vars(module).values() if isinstance(one, ModuleType) and hasattr(one, "ModelArgs"))
+    bases = [sys.modules[base.__module__] for base in module.Model.__mro__[1:] if base.__name__ == "Model"]
+    parts = [one for one in vars(module).values() if isinstance(one, ModuleType)]
+    inner = next(one for one in bases + parts if hasattr(one, "ModelArgs"))
     return (
         _text_kind(inner) if _has_text_config(inner.ModelArgs) else (inner.__name__.rpartition(".")[2], inner.ModelArgs)
     )

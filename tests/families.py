@@ -35,6 +35,7 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
 }
+INDEXED = {"index_topk": 16, "index_n_heads": 4, "index_head_dim": 8}
 SCALED = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
@@ -99,6 +100,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
         "longcat_flash",
         {**LATENT, "num_layers": 2, "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "type": "yarn"}},
     ),
+    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
+    "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED, "rope_parameters": SCALED, "n_routed_experts": 4}),
     "afm7": (
         "afm7",
         {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},

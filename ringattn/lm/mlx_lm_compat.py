@@ -73,6 +73,8 @@ ATTRIBUTES = {
 LAYERS = {
     ("mlx_lm.models.gemma2", "Attention"): ("q_proj", "k_proj", "v_proj", "o_proj", "rope", "scale")
     + ("n_heads", "n_kv_heads", "attn_logit_softcapping"),
+    ("mlx_lm.models.deepseek_v32", "Indexer"): ("wq_b", "wk", "k_norm", "weights_proj", "rope", "n_heads")
+    + ("softmax_scale", "index_topk"),
 }
 
 

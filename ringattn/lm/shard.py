@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from .mlx_lm_compat import Window
 from .sharding.attention import dispatching
 from .sharding.cache_list import LayerCache, ShardedCacheList, leaves
 from .sharding.history import TokenHistory
-from .sharding.layer_adapters import adapted, adapter_of
+from .sharding.layer_adapters import wrapper_of
 from .sharding.partition import Cost, next_step
 from .sharding.ropes import longest_context
 from .sharding.sharded_cache import ShardedKVCache, step_through
@@ -134,9 +133,9 @@ def _patch_attention(model: nn.Module) -> None:
     parts = {type(part): part for part in model.modules()}
     found = False
     for kind, part in parts.items():
-        adapter = adapter_of(part)
-        if adapter is not None:
-            compat.patch(kind, "__call__", partial(adapted, adapter))
+        wrapper = wrapper_of(part)
+        if wrapper is not None:
+            compat.patch(kind, "__call__", wrapper)
             found = True
     for module in compat.defining_modules(model):
         if hasattr(module, compat.ATTENTION):

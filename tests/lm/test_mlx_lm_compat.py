@@ -16,7 +16,7 @@ if "CI" not in os.environ:
 
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
-from ringattn.lm.sharding.layer_adapters import ADAPTERS
+from ringattn.lm.sharding.layer_adapters import ADAPTERS, INDEXER
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {"mlx_lm", "mlx_lm.sample_utils"}
@@ -34,9 +34,10 @@ def test_the_installed_version_has_every_name() -> None:
         pytest.fail(f"mlx-lm lacks what ringattn/lm/mlx_lm_compat.py expects: {'; '.join(missing)}", pytrace=False)
 
 
-@pytest.mark.parametrize("family, key", [("gemma2", ("mlx_lm.models.gemma2", "Attention"))])
+@pytest.mark.parametrize("family, key", [("gemma2", *ADAPTERS), ("deepseek_v32", INDEXER)])
 def test_the_adapted_layers_have_every_attribute(family: str, key: tuple[str, str]) -> None:
     layer = families.build(family).layers[0].self_attn
+    layer = getattr(layer, "indexer", layer)
     assert (type(layer).__module__, type(layer).__name__) == key
     assert [name for name in compat.LAYERS[key] if not hasattr(layer, name)] == []
 
@@ -48,7 +49,7 @@ def test_the_caches_and_the_tokenizer_have_their_attributes() -> None:
 
 
 def test_every_adapted_layer_is_described() -> None:
-    assert set(ADAPTERS) == set(compat.LAYERS)
+    assert {*ADAPTERS, INDEXER} == set(compat.LAYERS)
 
 
 def test_a_missing_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ that the layer caches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from .cache_list import leaves
 from .latent import ATTRIBUTES as LATENT
 from .latent import LatentView
 from .sharded_cache import ShardedKVCache
+from .sparse import SparseView, choosing
 
 Adapter = Callable[[Callable, inspect.BoundArguments], mx.array]
 
@@ -41,11 +43,22 @@ def latent(plain: Callable, call: inspect.BoundArguments) -> mx.array:
     return plain(*call.args, **call.kwargs)
 
 
-def adapter_of(layer: nn.Module) -> Adapter | None:
-    """The adapter for calls of `layer` with a sharded cache; ``None`` where it needs none."""
-    if _has(layer, LATENT):
-        return latent
-    return ADAPTERS.get((type(layer).__module__, type(layer).__name__))
+def sparse(plain: Callable, call: inspect.BoundArguments) -> mx.array:
+    """Run a layer of latent attention to the tokens that an indexer chooses; see `sparse`."""
+    view = SparseView(call.arguments["cache"], call.arguments.get("mask"))
+    call.arguments.update(mask=None, cache=view)
+    return plain(*call.args, **call.kwargs)
+
+
+def wrapper_of(part: nn.Module) -> Callable[[Callable], Callable] | None:
+    """What to wrap the `__call__` of a part of a model in; ``None`` where it needs nothing."""
+    if _kind(part) == INDEXER:
+        return choosing
+    adapter = ADAPTERS.get(_kind(part))
+    if all(hasattr(part, name) for name in LATENT):
+        indexer = getattr(part, "indexer", None)
+        adapter = latent if indexer is None else sparse if _kind(indexer) == INDEXER else None
+    return None if adapter is None else partial(adapted, adapter)
 
 
 def adapted(adapter: Adapter, plain: Callable) -> Callable:
@@ -65,9 +78,11 @@ def adapted(adapter: Adapter, plain: Callable) -> Callable:
 # another layer with the same attributes may do more with them.
 ADAPTERS: dict[tuple[str, str], Adapter] = {("mlx_lm.models.gemma2", "Attention"): gemma2}
 
+INDEXER = ("mlx_lm.models.deepseek_v32", "Indexer")
 
-def _has(layer: nn.Module, names: Iterable[str]) -> bool:
-    return all(hasattr(layer, name) for name in names)
+
+def _kind(part: nn.Module) -> tuple[str, str]:
+    return type(part).__module__, type(part).__name__
 
 
 def _split_heads(x: mx.array, count: int) -> mx.array:

@@ -68,9 +68,8 @@ def trial_pass(model: nn.Module, kind: type[nn.Module], caches: Sequence[Any]) -
         raise UnsupportedModelError(f"model: {name} has a layer of another kind: {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"model: {name} has a layer that does its own arithmetic on masks or caches "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        ) from None
+            f"model: {name} has a layer that does its own arithmetic on masks or caches ({type(error).__name__})"
+        ) from error
     for i, cache in enumerate(flat):
         if cache.used and not cache.attended:
             raise UnsupportedModelError(
