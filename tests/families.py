@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from every_family import needed, random_model
 from mlx.utils import tree_flatten
 
 BASE: dict[str, Any] = {
@@ -64,8 +65,10 @@ MAMBA_1 = {
     "use_conv_bias": True,
     "time_step_rank": "auto",
 }
-LATENT = {  # of DeepSeek's attention
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
     "kv_lora_rank": 32,
+    "q_lora_rank": 24,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
@@ -79,6 +82,8 @@ GROUPS = {  # of experts
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 24,
 }
+INDEXED = {"index_topk": 16, "index_n_heads": 4, "index_head_dim": 8}
+SCALED = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -134,17 +139,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
             "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "mscale": 1.0, "type": "yarn"},
         },
     ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-        },
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3, queries without a latent": ("deepseek_v3", {**LATENT, "q_lora_rank": None}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
+    "mistral4": ("mistral4", {**LATENT, "rope_parameters": {**SCALED, "type": "default"}}),
+    "longcat_flash": (
+        "longcat_flash",
+        {**LATENT, "num_layers": 2, "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "type": "yarn"}},
     ),
+    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
+    "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED, "rope_parameters": SCALED, "n_routed_experts": 4}),
+    "afm7": (
+        "afm7",
+        {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    ),
+    "iquestloopcoder": ("iquestloopcoder", {"loop_window_size": 21, "loop_num": 2}),
 }
 RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", {**DELTA, **EXPERTS}),
@@ -436,13 +445,9 @@ def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
 def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Module:
     """Build a model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
     found = import_module(f"mlx_lm.models.{module}")
-    kind = found.ModelArgs
-    mx.random.seed(seed)
-    model = found.Model(kind.from_dict({**BASE, "model_type": module, **changes}))
-    weights = [(key, x + 0.1 * mx.random.normal(x.shape)) for key, x in tree_flatten(model.parameters())]
-    model.load_weights(weights)
-    mx.eval(model.parameters())
-    return model
+    return random_model(
+        found.Model, found.ModelArgs, {**needed(found.ModelArgs), **BASE, "model_type": module, **changes}, seed
+    )
 
 
 def save(folder: Path, name: str = "llama", **more: Any) -> Path:

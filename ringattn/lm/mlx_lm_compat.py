@@ -23,6 +23,8 @@ import mlx.nn as nn
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
 
+Window = int | None  # tokens of a layer's window
+
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
 # Names outside the documented interface, and the modules that have them.
@@ -69,13 +71,13 @@ ATTRIBUTES = {
     + ("rfind_think_start", "rfind_think_end", "response_initial_state"),
 }
 
-# Attention layers that `sharding.layer_adapters` runs itself, by module and class, and the attributes that it reads.
+# Attention layers that `sharding.layer_adapters` runs by code of its own, by module and class, and the attributes
+# that it reads.
 LAYERS = {
     ("mlx_lm.models.gemma2", "Attention"): ("q_proj", "k_proj", "v_proj", "o_proj", "rope", "scale")
     + ("n_heads", "n_kv_heads", "attn_logit_softcapping"),
-    ("mlx_lm.models.deepseek_v3", "DeepseekV3Attention"): ("num_heads", "q_lora_rank", "qk_nope_head_dim")
-    + ("kv_lora_rank", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
-    + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
+    ("mlx_lm.models.deepseek_v32", "Indexer"): ("wq_b", "wk", "k_norm", "weights_proj", "rope", "n_heads")
+    + ("softmax_scale", "index_topk"),
 }
 
 # Methods of recurrent layers that `sharding.patch_points` replaces or calls, by module and class.
@@ -92,9 +94,6 @@ METHODS = {
     ("mlx_lm.models.longcat_flash_ngram", "NgramEmbedding", "__call__"),
     ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
 }
-
-# Models whose attention cannot run over a sharded cache, and why.
-UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
 
 
 def __getattr__(name: str) -> Any:
@@ -150,11 +149,6 @@ def defining_modules(model: nn.Module) -> list[ModuleType]:
     """The modules of mlx-lm that define the model's parts, by name."""
     names = {type(part).__module__ for part in model.modules()}
     return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.")]
-
-
-def makes_mask_arrays(module: ModuleType) -> bool:
-    """Whether a model's code asks for its mask as an array of all columns, which no rank has."""
-    return "return_array=True" in inspect.getsource(module)
 
 
 def has_delta_kernel(k: mx.array) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..layout import Layout
 from ..ring.call import check_ring
 from ..transport.base import Ring
 from ..transport.interface import Transport
@@ -20,12 +18,13 @@ from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
 from .sharding.forward_pass import ShardedCache, flat, step_through, tokens_to_mark
 from .sharding.history import TokenHistory
-from .sharding.layer_adapters import ADAPTERS
-from .sharding.partition import Cost, Step, next_step
+from .sharding.layer_adapters import wrapper_of
+from .sharding.partition import Cost, next_step
 from .sharding.patch_points import patch_recurrences
-from .sharding.ropes import RopeCall, longest_context, recorded_ropes
+from .sharding.ropes import longest_context
 from .sharding.sharded_cache import ShardedKVCache
 from .sharding.short_convolution import patch_convolutions
+from .sharding.trial import trial_pass
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
@@ -109,8 +108,10 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
     patch_convolutions(model)
     _patch_functions(model)
-    calls, kinds = _trace(model, kinds)
-    kind = type(model)
+    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
+    caches = [one.make_tracing() for one in kinds]
+    longest = longest_context(trial_pass(model, kind, caches))
+    kinds = traced_kinds(model, kinds, caches)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
     for name, value in (
@@ -118,7 +119,7 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         ("weights", weights),
         ("kinds", kinds),
         ("cost", cost_of(model, kinds)),
-        ("longest", longest_context(calls)),
+        ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
@@ -130,63 +131,27 @@ def _part(rest: dict[str, Any], tokens: slice) -> dict[str, Any]:
     return rest if embeddings is None else {**rest, "input_embeddings": embeddings[:, tokens]}
 
 
-def _trace(model: nn.Module, kinds: Sequence[Kind]) -> tuple[list[RopeCall], list[Kind]]:
-    """Check that each layer attends to the keys of its own or of another layer's cache, or keeps a known state.
-
-    Nothing is evaluated.
-
-    Returns:
-        The calls of ropes, and the kinds of caches with what the layers keep in them.
-    """
-    name = compat.model_name(model)
-    if type(model).__module__ in compat.UNSUITABLE:
-        raise UnsupportedModelError(f"model: {name} {compat.UNSUITABLE[type(model).__module__]}")
-    caches = [kind.make_tracing() for kind in kinds]
-    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
-    try:
-        with recorded_ropes(model) as calls, step_through(flat(caches), Step(Layout((((0, 2),),)), False)):
-            kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
-    except ArgumentError as error:
-        raise UnsupportedModelError(f"model: {name} has a layer of another kind: {error}") from None
-    return calls, traced_kinds(model, kinds, caches)
-
-
 def _patch_functions(model: nn.Module) -> None:
     """Replace the attention and the recurrences of the model's layers, in the modules of mlx-lm that define them.
 
     Calls without a sharded cache go on to mlx-lm's own function.
     """
-    kinds = {type(part) for part in model.modules()}
-    adapted = {key: kind for kind in kinds if (key := (kind.__module__, kind.__name__)) in ADAPTERS}
-    for key, kind in adapted.items():
-        compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
-    found = patch_recurrences(model) or bool(adapted)
+    found = patch_recurrences(model)
+    for kind, part in {type(part): part for part in model.modules()}.items():
+        wrapper = wrapper_of(part)
+        if wrapper is not None:
+            compat.patch(kind, "__call__", wrapper)
+            found = True
     for module in compat.defining_modules(model):
         if compat.calls_fast_attention(module):
             compat.patch(module, "mx", dispatching_core)
             found = True
-        if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
-            continue
-        if compat.makes_mask_arrays(module):
-            raise UnsupportedModelError(
-                f"model: {compat.model_name(model)} does arithmetic on its mask ({module.__name__}), and there is no "
-                "adapter for it"
-            )
-        compat.patch(module, compat.ATTENTION, dispatching)
-        found = True
+        if hasattr(module, compat.ATTENTION):
+            compat.patch(module, compat.ATTENTION, dispatching)
+            found = True
     if not found:
         name = compat.model_name(model)
         raise UnsupportedModelError(f"model: {name} has no layer that calls mlx-lm's {compat.ATTENTION}")
-
-
-def _adapted_call(adapter: Any, plain: Any) -> Any:
-    """The `__call__` of a layer, `plain`, with calls that have a sharded cache passed to `adapter`."""
-
-    def call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        run = adapter if isinstance(cache, ShardedKVCache) else plain
-        return run(layer, x, mask, cache)
-
-    return call
 
 
 def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:

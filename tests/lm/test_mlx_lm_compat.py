@@ -16,7 +16,7 @@ if "CI" not in os.environ:
 
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
-from ringattn.lm.sharding.layer_adapters import ADAPTERS
+from ringattn.lm.sharding.layer_adapters import ADAPTERS, INDEXER
 from ringattn.lm.sharding.patch_points import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +35,10 @@ def test_the_installed_version_has_every_name() -> None:
         pytest.fail(f"mlx-lm lacks what ringattn/lm/mlx_lm_compat.py expects: {'; '.join(missing)}", pytrace=False)
 
 
-@pytest.mark.parametrize(
-    "family, key", [("gemma2", ("mlx_lm.models.gemma2", "Attention")), ("deepseek_v3", tuple(ADAPTERS)[1])]
-)
+@pytest.mark.parametrize("family, key", [("gemma2", *ADAPTERS), ("deepseek_v32", INDEXER)])
 def test_the_adapted_layers_have_every_attribute(family: str, key: tuple[str, str]) -> None:
     layer = families.build(family).layers[0].self_attn
+    layer = getattr(layer, "indexer", layer)
     assert (type(layer).__module__, type(layer).__name__) == key
     assert [name for name in compat.LAYERS[key] if not hasattr(layer, name)] == []
 
@@ -51,7 +50,7 @@ def test_the_caches_and_the_tokenizer_have_their_attributes() -> None:
 
 
 def test_every_adapted_layer_is_described() -> None:
-    assert set(ADAPTERS) == set(compat.LAYERS)
+    assert {*ADAPTERS, INDEXER} == set(compat.LAYERS)
 
 
 def test_every_replaced_method_is_described() -> None:

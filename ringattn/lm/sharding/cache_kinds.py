@@ -15,7 +15,8 @@ from .. import mlx_lm_compat as compat
 from .forward_pass import ShardedCache, flat
 from .history import TokenHistory
 from .recurrent_cache import RecurrentCache, Slot, TracingRecurrentCache
-from .sharded_cache import ShardedKVCache, TracingCache
+from .sharded_cache import ShardedKVCache
+from .trial import TracingCache
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Keys:
         return TracingCache(self.window)
 
     def traced(self, cache: TracingCache) -> Keys:
-        if not cache.attended and not cache.empty():
-            raise ArgumentError("it attends to the keys of its cache by another function than mlx-lm's")
         return self
 
 
