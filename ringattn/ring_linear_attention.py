@@ -117,7 +117,7 @@ def ring_linear_attention(
             out_dtype = check_out_dtype(out_dtype, q.dtype)
             spans = _run_spans(recurrence, state, layout, ring.rank)
         fields = (*_fields(recurrence), ("out_dtype", str(out_dtype)))
-        form = states.Recurrence(WHAT, layout, recurrence.transition_shape, beta is not None)
+        form = states.ChainCall(WHAT, layout, recurrence.transition_shape, beta is not None)
         inputs = [*recurrence.arrays, state]
         before, after = states.chain_states(ring, form, state, [span.step for span in spans], inputs, fields)
     # No token of the last state: the exchange is part of every rank's gradient, also where `out` does not need it.

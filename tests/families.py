@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from every_family import needed, random_model
 from mlx.utils import tree_flatten
 
 BASE: dict[str, Any] = {
@@ -56,6 +57,33 @@ MAMBA = {  # Mamba 2
     "mamba_proj_bias": False,
     "mamba_conv_bias": True,
 }
+MAMBA_1 = {
+    "state_size": 8,
+    "num_hidden_layers": 3,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": "auto",
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+GROUPS = {  # of experts
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+}
+INDEXED = {"index_topk": 16, "index_n_heads": 4, "index_head_dim": 8}
+SCALED = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, differences from BASE
     "llama": ("llama", {}),
     "llama with scaled rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -111,17 +139,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
             "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "mscale": 1.0, "type": "yarn"},
         },
     ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-        },
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3, queries without a latent": ("deepseek_v3", {**LATENT, "q_lora_rank": None}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
+    "mistral4": ("mistral4", {**LATENT, "rope_parameters": {**SCALED, "type": "default"}}),
+    "longcat_flash": (
+        "longcat_flash",
+        {**LATENT, "num_layers": 2, "rope_scaling": {"factor": 2.0, "mscale_all_dim": 1.0, "type": "yarn"}},
     ),
+    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
+    "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED, "rope_parameters": SCALED, "n_routed_experts": 4}),
+    "afm7": (
+        "afm7",
+        {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    ),
+    "iquestloopcoder": ("iquestloopcoder", {"loop_window_size": 21, "loop_num": 2}),
 }
 RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", {**DELTA, **EXPERTS}),
@@ -264,6 +296,113 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 24,
+            "num_shared_experts": 1,
+            "group_norm_size": 2,
+            "layer_group_size": 2,
+            "rope_theta": 1e4,
+        },
+    ),
+    "bailing_moe_v3": (
+        "bailing_moe_v3",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 24,
+            "head_dim": 12,
+            "layer_group_size": 2,
+            "moe_shared_expert_intermediate_size": 24,
+        },
+    ),
+    "kimi_k3": (
+        "kimi_k3",
+        {
+            "text_config": {
+                **BASE,
+                **LATENT,
+                "num_key_value_heads": 4,
+                "linear_attn_config": {
+                    "kda_layers": [1, 2, 4],
+                    "full_attn_layers": [3],
+                    "num_heads": 4,
+                    "head_dim": 12,
+                    "short_conv_kernel_size": 4,
+                },
+                "attn_res_block_size": 2,
+            }
+        },
+    ),
+    "rwkv7": (
+        "rwkv7",
+        {
+            "norm_eps": 1e-5,
+            "a_low_rank_dim": 8,
+            "v_low_rank_dim": 8,
+            "gate_low_rank_dim": 8,
+            "decay_low_rank_dim": 8,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **MAMBA,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_expand": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mamba": ("mamba", MAMBA_1),
+    "falcon_mamba": ("mamba", {**MAMBA_1, "model_type": "falcon_mamba"}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "attention_bias": False,
+            "conv1d_width": 4,
+            "logits_soft_cap": 30.0,
+            "attention_window_size": 21,
+            "rope_theta": 1e4,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "num_hidden_layers": 5,
+        },
+    ),
+    "longcat_flash_ngram": (
+        "longcat_flash_ngram",
+        {
+            **LATENT,
+            "q_lora_rank": 24,
+            "ffn_hidden_size": 64,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 24,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "num_layers": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_theta": 1e4,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "ngram_vocab_size_ratio": 3,
+        },
+    ),
+    "baichuan_m1": (
+        "baichuan_m1",
+        {
+            "rope_theta": 1e4,
+            "sliding_window": 21,
+            "sliding_window_layers": [1, 3],
+            "conv_window": 2,
+            "num_swa_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+    ),
     "plamo2": (
         "plamo2",
         {
@@ -306,25 +445,22 @@ def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
 def build_other(module: str, changes: dict[str, Any], seed: int = 0) -> nn.Module:
     """Build a model of mlx-lm's `module` whose configuration differs from `BASE` by `changes`."""
     found = import_module(f"mlx_lm.models.{module}")
-    kind = found.ModelArgs
-    mx.random.seed(seed)
-    model = found.Model(kind.from_dict({**BASE, "model_type": module, **changes}))
-    weights = [(key, x + 0.1 * mx.random.normal(x.shape)) for key, x in tree_flatten(model.parameters())]
-    model.load_weights(weights)
-    mx.eval(model.parameters())
-    return model
+    return random_model(
+        found.Model, found.ModelArgs, {**needed(found.ModelArgs), **BASE, "model_type": module, **changes}, seed
+    )
 
 
-def save_llama(folder: Path, **more: Any) -> Path:
-    """Write the model "llama" into `folder` for `mlx_lm.load`, with the tokenizer of `words` and a chat template.
+def save(folder: Path, name: str = "llama", **more: Any) -> Path:
+    """Write a model of the family into `folder` for `mlx_lm.load`, with the tokenizer of `words` and a chat template.
 
-    `more` are further entries of its configuration.
+    `more` are further entries of its configuration. The transformers package gives "qwen3_5" a tokenizer of its own.
     """
+    module, changes = ALL[name]
     tokenizer = _words()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", **more}))
-    save_weights(build("llama"), folder)
+    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": module, **changes, **more}))
+    save_weights(build(name), folder)
     return folder
 
 

@@ -27,6 +27,7 @@ class Session:
         import mlx.core as mx
 
         from .. import lm
+        from ..lm.sharding.forward_pass import tokens_of
 
         self.ring = ring
         self.model = model
@@ -42,7 +43,7 @@ class Session:
             self.reset()
             return
         self.cache, metadata = lm.load_cache(file, model)
-        self.conversation = self._new_conversation(metadata, self.cache[0].tokens.reshape(-1).tolist())
+        self.conversation = self._new_conversation(metadata, tokens_of(self.cache))
 
     @property
     def is_first(self) -> bool:
@@ -64,34 +65,40 @@ class Session:
     def tokens(self, text: str, plain: bool = False) -> list[int]:
         """Tokens to read for a user's turn, in the model's chat template unless `plain`. Collective.
 
-        The cache is trimmed to the tokens that it shares with the new prompt; the other tokens are read again. A
-        template may change an earlier turn when another one follows. The result is empty on ranks other than 0.
+        The cache is trimmed to the tokens that it shares with the new prompt, or to fewer where it cannot go back to
+        these; the other tokens are read again, which rank 0 says. A template may change an earlier turn when another
+        one follows. The result is empty on ranks other than 0.
         """
-        from ..lm.conversation import reusable
+        from ..lm.reuse import find_reuse
+        from ..lm.sharding.forward_pass import tokens_of, trim_to
         from ..transport.collectives import broadcast_bytes
         from ..transport.consensus import raise_on_all_ranks
 
         ids: list[int] = []
-        known: bytes | None = None
+        own: bytes | None = None
         with raise_on_all_ranks(self.ring, "broadcast"):
             if self.is_first:
                 use_template = self.tokenizer.has_chat_template and not plain
                 ids = self.conversation.ask(text) if use_template else self._plain_tokens(text)
-                known = str(reusable(self.cache, ids)).encode()
-        kept = int(broadcast_bytes(self.ring, known))
+                reuse = find_reuse(tokens_of(self.cache), self.cache, ids)
+                own = str(reuse.kept).encode()
+                if reuse.line is not None:
+                    click.echo(reuse.line, err=True)
+        kept = int(broadcast_bytes(self.ring, own))
         if kept == 0:
             self.cache = self.model.make_cache()
-        for layer in self.cache:
-            layer.trim(layer.size() - kept)
+        trim_to(self.cache, kept)
         return ids[kept:]
 
     def _plain_tokens(self, text: str) -> list[int]:
         """Tokens of the cache, then those of the text without a template."""
+        from ..lm.sharding.forward_pass import tokens_of
+
         for name in ("system_prompt", "chat_template_config"):
             if self.options[name] is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ArgumentError(f"{flag}: {self.options[name]!r}, expected none: no chat template is used")
-        return self.conversation.ask_plainly(text, self.cache[0].tokens.reshape(-1).tolist())
+        return self.conversation.ask_plainly(text, tokens_of(self.cache))
 
     def answer(self, ids: Sequence[int], stopped: Callable[[], bool] | None = None) -> Any:
         """Generate an answer, and print it on rank 0 as it comes.
@@ -109,9 +116,10 @@ class Session:
         from mlx_lm.sample_utils import make_sampler
 
         from .. import lm
+        from ..lm.sharding.forward_pass import restorable, size_of, trim_to
 
         options = self.options
-        before = self.cache[0].size()
+        before = size_of(self.cache)
         response = None
         answer = ""
         for response in lm.stream_generate(
@@ -131,9 +139,8 @@ class Session:
         if self.is_first:
             click.echo()
             self.conversation.end_turn(None if response is None else answer)
-        if response is None and all(layer.is_trimmable() for layer in self.cache):
-            for layer in self.cache:
-                layer.trim(layer.size() - before)
+        if response is None and restorable(self.cache, before) == before:
+            trim_to(self.cache, before)
         return response
 
     def save(self) -> None:

@@ -15,7 +15,7 @@ import ringattn as ra
 from ringattn import lm
 from ringattn.demo.document import prompt
 from ringattn.demo.task import ProgressFile, RankResult, ReadingTask
-from ringattn.lm.sharding.sharded_cache import held_bytes
+from ringattn.lm.sharding.sharded_cache import contents, held_bytes, held_tokens
 from ringattn.transport.base import Event, Ring
 
 ProgressCallback = Callable[[int, int], None]
@@ -61,7 +61,8 @@ def run(task: ReadingTask, ring: Ring, progress: ProgressFile) -> RankResult:
         prompt=len(ids),
         tokens=[response.token for response in responses],
         text="".join(response.text for response in responses),
-        held=cache[0].offset if task.plain else cache[0].layout.local_length(ring.rank),
+        held=held_tokens(cache, ring.rank),
+        contents=contents(cache),
         cache=held_bytes(cache),
         sent=ring.bytes_sent - sent,
         prompt_tps=last.prompt_tps,

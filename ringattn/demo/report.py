@@ -11,7 +11,6 @@ from ..reporting.tables import format_table
 from .document import QUESTION
 from .processes import TaskResult
 
-_MEMORY_HEADER = ("", "tokens held", "keys and values", "of one process's", "bytes sent")
 _RATES_HEADER = ("", "reads", "writes")
 _SINGLE = "1 process, plain mlx-lm"
 
@@ -28,7 +27,7 @@ def report(ring: TaskResult, single: TaskResult) -> str:
             f"Answer:    {first.text.strip()}",
             f"Check {'passed' if passed(ring, single) else 'FAILED'}: {verdict(ring, single)}",
             "",
-            format_table(_MEMORY_HEADER, memory_rows(ring, single), align="<>", rule=True),
+            format_table(memory_header(first.contents), memory_rows(ring, single), align="<>", rule=True),
             "",
             format_table(_RATES_HEADER, rate_rows(ring, single), align="<>", rule=True),
             "",
@@ -51,6 +50,11 @@ def verdict(ring: TaskResult, single: TaskResult) -> str:
             index = next(i for i, (token, wanted) in enumerate(pairs) if token != wanted)
             return f"token {index} of rank {rank.rank} is not that of {_SINGLE}."
     return f"its {len(expected)} tokens are those of {_SINGLE}."
+
+
+def memory_header(contents: str) -> tuple[str, ...]:
+    """Header of the rows with the memory; `contents` are the kinds of arrays in a cache."""
+    return ("", "tokens held", contents, "of one process's", "bytes sent")
 
 
 def memory_rows(ring: TaskResult, single: TaskResult) -> list[tuple[str, ...]]:

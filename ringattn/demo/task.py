@@ -61,7 +61,8 @@ class RankResult:
         tokens: Token ids of the answer.
         text: Text of the answer.
         held: Tokens whose keys and values this rank holds in the end.
-        cache: Bytes of its keys and values, all layers.
+        contents: The kinds of arrays in the caches.
+        cache: Bytes of these arrays, all layers, with the earlier states of recurrent layers that are kept.
         sent: Bytes of blocks and states that it sent to other ranks.
         prompt_tps: Tokens of the prompt per second.
         generation_tps: Tokens of the answer per second.
@@ -73,6 +74,7 @@ class RankResult:
     tokens: list[int]
     text: str
     held: int
+    contents: str
     cache: int
     sent: int
     prompt_tps: float

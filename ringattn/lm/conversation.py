@@ -9,8 +9,6 @@ from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError
-from .sharding.forward_pass import ShardedCache, flat, restorable
-from .sharding.history import shared_length
 
 MESSAGES = "messages"  # the key in the metadata of a saved cache
 
@@ -89,9 +87,3 @@ class Conversation:
                 return str(both.removeprefix(first))
         whole = self._template(self._messages, add_generation_prompt=True)
         return str(whole.removeprefix(self._tokenizer.bos_token or ""))
-
-
-def reusable(cache: Sequence[ShardedCache], ids: Sequence[int]) -> int:
-    """The number of first tokens of `ids` that `cache` can be trimmed to, at most all but the last."""
-    held = flat(cache)[0].tokens.reshape(-1).tolist()
-    return restorable(cache, max(0, min(shared_length(held, ids), len(ids) - 1)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import Sharded
-from .sharding.forward_pass import ShardedCache, flat
+from .sharding.cache_kinds import check_caches
+from .sharding.forward_pass import ShardedCache
 
 # Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
 # fewer bytes for each token.
@@ -86,18 +86,22 @@ def stream_generate(
     with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
-        held = _checked_tokens(model, prompt_cache)
+        leaves = [] if prompt_cache is None else check_caches("prompt_cache", prompt_cache, model.make_cache())
+        held = leaves[0].tokens.reshape(-1) if leaves else np.zeros(0, np.int32)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
     sizes = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": f"{held.size} tokens"}
     agreed(ring, BEGIN, tuple((name, str(size)) for name, size in sizes.items()))
+    shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
+    for leaf in leaves:
+        leaf.expect_prompt(shared_ids.size)
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
     try:
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
-            ring.broadcast(None if ids is None else mx.array(ids)),
+            shared_ids,
             max_tokens=max_tokens,
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
@@ -128,25 +132,6 @@ def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int
 def _check_max_tokens(max_tokens: int) -> None:
     if check_int("max_tokens", max_tokens, -1) == 0:
         raise ArgumentError("max_tokens: 0, expected at least 1, or -1 for no limit")
-
-
-def _checked_tokens(model: Sharded, cache: Sequence[ShardedCache] | None) -> np.ndarray:
-    """The ids of the tokens that a cache of the model holds."""
-    if cache is None:
-        return np.zeros(0, np.int32)
-    found, expected = ([type(layer).__name__ for layer in flat(layers)] for layers in (cache, model.make_cache()))
-    if found != expected:
-        raise ArgumentError(
-            f"prompt_cache: {_counted(found)}, expected what the model's make_cache or load_cache gives: "
-            f"{_counted(expected)}"
-        )
-    tokens: np.ndarray = flat(cache)[0].tokens
-    return tokens.reshape(-1)
-
-
-def _counted(names: Sequence[str]) -> str:
-    """The names with the number of each."""
-    return ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
 
 
 def _with_history(ring: Transport, held: np.ndarray, processor: Processor) -> Processor:

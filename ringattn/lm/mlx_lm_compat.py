@@ -11,15 +11,19 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
+
+Window = int | None  # tokens of a layer's window
 
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
@@ -36,6 +40,7 @@ IMPORTED = {
     "TokenizerWrapper": "mlx_lm.tokenizer_utils",
     "BPEStreamingDetokenizer": "mlx_lm.tokenizer_utils",
     "compute_dt": "mlx_lm.models.ssm",
+    "JambaMambaMixer": "mlx_lm.models.jamba",
     "dequantize_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
@@ -66,17 +71,29 @@ ATTRIBUTES = {
     + ("rfind_think_start", "rfind_think_end", "response_initial_state"),
 }
 
-# Attention layers that `sharding.layer_adapters` runs itself, by module and class, and the attributes that it reads.
+# Attention layers that `sharding.layer_adapters` runs by code of its own, by module and class, and the attributes
+# that it reads.
 LAYERS = {
     ("mlx_lm.models.gemma2", "Attention"): ("q_proj", "k_proj", "v_proj", "o_proj", "rope", "scale")
     + ("n_heads", "n_kv_heads", "attn_logit_softcapping"),
-    ("mlx_lm.models.deepseek_v3", "DeepseekV3Attention"): ("num_heads", "q_lora_rank", "qk_nope_head_dim")
-    + ("kv_lora_rank", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
-    + ("rope", "embed_q", "unembed_out", "o_proj", "scale"),
+    ("mlx_lm.models.deepseek_v32", "Indexer"): ("wq_b", "wk", "k_norm", "weights_proj", "rope", "n_heads")
+    + ("softmax_scale", "index_topk"),
 }
 
-# Models whose attention cannot run over a sharded cache, and why.
-UNSUITABLE = {"mlx_lm.models.afm7": "counts the keys of its cache to find positions, and a rank has but a part of them"}
+# Methods of recurrent layers that `sharding.patch_points` replaces or calls, by module and class.
+METHODS = {
+    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing", "_wkv7"),
+    ("mlx_lm.models.rwkv7", "TokenShift", "__call__"),
+    ("mlx_lm.models.jamba", "JambaMambaMixer", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "ssm_step"),
+    ("mlx_lm.models.mamba", "MambaBlock", "_process_sequence"),
+    ("mlx_lm.models.recurrent_gemma", "Conv1d", "__call__"),
+    ("mlx_lm.models.recurrent_gemma", "RGLRU", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "__call__"),
+    ("mlx_lm.models.kimi_k3", "KimiK3DeltaAttention", "_decode_core"),
+    ("mlx_lm.models.longcat_flash_ngram", "NgramEmbedding", "__call__"),
+    ("mlx_lm.models.baichuan_m1", "Attention", "_custom_convolution"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -99,7 +116,7 @@ def version_problem() -> str | None:
 
 
 def missing_names() -> list[str]:
-    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES` and `LAYERS` that the installed mlx-lm lacks."""
+    """The names of `IMPORTED`, `PARAMETERS`, `ATTRIBUTES`, `LAYERS` and `METHODS` that the installed mlx-lm lacks."""
     missing = []
     for name, module in IMPORTED.items():
         try:
@@ -110,11 +127,11 @@ def missing_names() -> list[str]:
         parameters = inspect.signature(found).parameters if name in PARAMETERS else {}
         missing += [f"parameter {one} of {name}" for one in PARAMETERS.get(name, ()) if one not in parameters]
         missing += [f"attribute {one} of {name}" for one in ATTRIBUTES.get(name, ()) if not hasattr(found, one)]
-    for module, kind in LAYERS:
+    for module, *names in (*LAYERS, *sorted(METHODS)):
         try:
-            getattr(import_module(module), kind)
+            reduce(getattr, names, import_module(module))
         except (ImportError, AttributeError):
-            missing.append(f"{kind} in {module}")
+            missing.append(f"{'.'.join(names)} in {module}")
     return missing
 
 
@@ -134,13 +151,18 @@ def defining_modules(model: nn.Module) -> list[ModuleType]:
     return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.")]
 
 
-def makes_mask_arrays(module: ModuleType) -> bool:
-    """Whether a model's code asks for its mask as an array of all columns, which no rank has."""
-    return "return_array=True" in inspect.getsource(module)
+def has_delta_kernel(k: mx.array) -> bool:
+    """Whether mlx-lm's `gated_delta_update` runs a kernel for keys `k`, and not one token after the other."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu and k.shape[-1] % 32 == 0
+
+
+def calls_fast_attention(module: ModuleType) -> bool:
+    """Whether a model's code calls the attention of ``mx.fast``, and not mlx-lm's function around it."""
+    return f"mx.fast.{ATTENTION}" in inspect.getsource(module)
 
 
 def patch(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Put ``wrap(function)`` in the place of the function `name` of a module or class, unless that was done before."""
+    """Put ``wrap(x)`` in the place of `name`, x, of a module or class, unless that was done before."""
     plain = getattr(owner, name)
     if hasattr(plain, "plain"):
         return

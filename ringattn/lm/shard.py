@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..layout import Layout
 from ..ring.call import check_ring
 from ..transport.base import Ring
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
-from .sharding.attention import dispatching
+from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
-from .sharding.forward_pass import ShardedCache, flat, step_through
+from .sharding.forward_pass import ShardedCache, flat, step_through, tokens_to_mark
 from .sharding.history import TokenHistory
-from .sharding.layer_adapters import ADAPTERS
-from .sharding.partition import Cost, Step, next_step
-from .sharding.recurrences import RECURRENCES, over_ring
-from .sharding.ropes import RopeCall, longest_context, recorded_ropes
+from .sharding.layer_adapters import wrapper_of
+from .sharding.partition import Cost, next_step
+from .sharding.patch_points import patch_recurrences
+from .sharding.ropes import longest_context
 from .sharding.sharded_cache import ShardedKVCache
 from .sharding.short_convolution import patch_convolutions
+from .sharding.trial import trial_pass
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
@@ -44,11 +43,16 @@ class Sharded:
         """Run the model on `inputs`, which are the same on every rank. Collective where the caches are sharded.
 
         Returns:
-            The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all.
+            The logits of the tokens that this rank computed: for many tokens its chunk of them, otherwise all. Where
+            a cache has a mark among the tokens, only the tokens after it count.
         """
         sharded = [c for c in flat(cache or ()) if isinstance(c, ShardedCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
+        if 0 < (cut := tokens_to_mark(sharded)) < inputs.shape[1]:
+            for part in (slice(cut), slice(cut, None)):
+                logits = self(inputs[:, part], cache, **_part(rest, part))
+            return logits
         # The few tokens of a layer with a window, or none of a recurrent one, say little about which rank has room.
         fullest = max((c.layout for c in sharded), key=lambda layout: layout.length)
         step = next_step(fullest, inputs.shape[1], self.weights, self.cost)
@@ -64,8 +68,7 @@ class Sharded:
             ((start, stop),) = step.new.spans[self.ring.rank]
             own = slice(start - step.new.start, stop - step.new.start)
             inputs = inputs[:, own]
-            if rest.get("input_embeddings") is not None:
-                rest["input_embeddings"] = rest["input_embeddings"][:, own]
+            rest = _part(rest, own)
         for history in dict.fromkeys(c.history for c in sharded):
             history.write(step.new.start, tokens)
         with self.ring.sharing(shared), step_through(sharded, step):
@@ -105,8 +108,10 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
     patch_convolutions(model)
     _patch_functions(model)
-    calls, kinds = _trace(model, kinds)
-    kind = type(model)
+    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
+    caches = [one.make_tracing() for one in kinds]
+    longest = longest_context(trial_pass(model, kind, caches))
+    kinds = traced_kinds(model, kinds, caches)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
     for name, value in (
@@ -114,31 +119,16 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
         ("weights", weights),
         ("kinds", kinds),
         ("cost", cost_of(model, kinds)),
-        ("longest", longest_context(calls)),
+        ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
 
 
-def _trace(model: nn.Module, kinds: Sequence[Kind]) -> tuple[list[RopeCall], list[Kind]]:
-    """Check that each layer attends to the keys of its own or of another layer's cache, or keeps a known state.
-
-    Nothing is evaluated.
-
-    Returns:
-        The calls of ropes, and the kinds of caches with what the layers keep in them.
-    """
-    name = compat.model_name(model)
-    if type(model).__module__ in compat.UNSUITABLE:
-        raise UnsupportedModelError(f"model: {name} {compat.UNSUITABLE[type(model).__module__]}")
-    caches = [kind.make_tracing() for kind in kinds]
-    kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
-    try:
-        with recorded_ropes(model) as calls, step_through(flat(caches), Step(Layout((((0, 2),),)), False)):
-            kind.__call__(model, mx.zeros((1, 2), mx.int32), cache=caches)
-    except ArgumentError as error:
-        raise UnsupportedModelError(f"model: {name} has a layer of another kind: {error}") from None
-    return calls, traced_kinds(model, kinds, caches)
+def _part(rest: dict[str, Any], tokens: slice) -> dict[str, Any]:
+    """The further arguments of a model's call for some of its tokens."""
+    embeddings = rest.get("input_embeddings")
+    return rest if embeddings is None else {**rest, "input_embeddings": embeddings[:, tokens]}
 
 
 def _patch_functions(model: nn.Module) -> None:
@@ -146,38 +136,22 @@ def _patch_functions(model: nn.Module) -> None:
 
     Calls without a sharded cache go on to mlx-lm's own function.
     """
-    kinds = {type(part) for part in model.modules()}
-    adapted = {key: kind for kind in kinds if (key := (kind.__module__, kind.__name__)) in ADAPTERS}
-    for key, kind in adapted.items():
-        compat.patch(kind, "__call__", partial(_adapted_call, ADAPTERS[key]))
-    found = bool(adapted)
+    found = patch_recurrences(model)
+    for kind, part in {type(part): part for part in model.modules()}.items():
+        wrapper = wrapper_of(part)
+        if wrapper is not None:
+            compat.patch(kind, "__call__", wrapper)
+            found = True
     for module in compat.defining_modules(model):
-        for name, run in RECURRENCES.items():
-            if hasattr(module, name):
-                compat.patch(module, name, over_ring(name, run))
-                found = True
-        if any(key[0] == module.__name__ for key in adapted) or not hasattr(module, compat.ATTENTION):
-            continue
-        if compat.makes_mask_arrays(module):
-            raise UnsupportedModelError(
-                f"model: {compat.model_name(model)} does arithmetic on its mask ({module.__name__}), and there is no "
-                "adapter for it"
-            )
-        compat.patch(module, compat.ATTENTION, dispatching)
-        found = True
+        if compat.calls_fast_attention(module):
+            compat.patch(module, "mx", dispatching_core)
+            found = True
+        if hasattr(module, compat.ATTENTION):
+            compat.patch(module, compat.ATTENTION, dispatching)
+            found = True
     if not found:
         name = compat.model_name(model)
         raise UnsupportedModelError(f"model: {name} has no layer that calls mlx-lm's {compat.ATTENTION}")
-
-
-def _adapted_call(adapter: Any, plain: Any) -> Any:
-    """The `__call__` of a layer, `plain`, with calls that have a sharded cache passed to `adapter`."""
-
-    def call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        run = adapter if isinstance(cache, ShardedKVCache) else plain
-        return run(layer, x, mask, cache)
-
-    return call
 
 
 def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:

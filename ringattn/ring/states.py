@@ -30,7 +30,7 @@ class BeforeAndAfter(NamedTuple):
     after: mx.array
 
 
-class Recurrence(NamedTuple):
+class ChainCall(NamedTuple):
     """A collective call of a recurrent layer, the same on every rank.
 
     Attributes:
@@ -58,7 +58,7 @@ def is_first(layout: Layout, rank: int, index: int) -> bool:
 
 def chain_states(
     ring: Transport,
-    recurrence: Recurrence,
+    call: ChainCall,
     state: mx.array,
     maps: Sequence[AffineMap],
     inputs: Sequence[mx.array] = (),
@@ -71,7 +71,7 @@ def chain_states(
 
     Args:
         ring: The ring.
-        recurrence: The form of the maps.
+        call: The layout, and the form of the maps.
         state: The state before the whole sequence ``[..., value dim, key dim]``, float32, equal on all ranks.
         maps: The maps of this rank's spans, float32. The first span of the sequence has no transition.
         inputs: Arrays of which a rank computed none of its maps; they keep it part of a gradient.
@@ -80,16 +80,15 @@ def chain_states(
     Raises:
         ArgumentError: On every rank, if the ranks differ in their arguments or in the state.
     """
-    what, layout, transition, matrix = recurrence
+    what, layout, transition, matrix = call
     of_spans = owners(layout)
-    parts = [Part(rank, ()) for rank in range(ring.size)]
+    parts = _norm_parts(ring, mx.float32)
     for i, rank in enumerate(of_spans):
         parts += [Part(rank, tuple(transition))] if i else []
         parts += [Part(rank, tuple(state.shape))]
-    norm = mx.sqrt(mx.sum(mx.stop_gradient(state) ** 2))
-    own = [norm, *(x for step in maps for x in step if x is not None)]
+    own = [_norm(state), *(x for step in maps for x in step if x is not None)]
     found = gather_parts(ring, what, parts, own, (("layout", layout.summary), *fields), inputs)
-    _check_norms(what, np.array(mx.stack(found[: ring.size])).tolist())
+    _check_norms(what, "states", found[: ring.size])
     arrays = [None, *found[ring.size :]]
     maps = [AffineMap(transition, offset) for transition, offset in zip(arrays[::2], found[ring.size :: 2])]
     states = states_of_spans(state, maps, matrix)
@@ -116,23 +115,40 @@ def chain_inputs(
 
     Returns:
         Arrays of the shape of `state`.
+
+    Raises:
+        ArgumentError: On every rank, if the ranks differ in their arguments or in the inputs before the sequence.
     """
     batch, halo, channels = state.shape
     spans = sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
-    parts = [Part(rank, (batch, min(halo, stop - start), channels)) for (start, stop), rank in spans]
-    own = []
+    parts = _norm_parts(ring, x.dtype)
+    parts += [Part(rank, (batch, min(halo, stop - start), channels)) for (start, stop), rank in spans]
+    own = [_norm(state).view(x.dtype)]
     at = 0
     for start, stop in layout.spans[ring.rank]:
         at += stop - start
         own.append(x[:, at - min(halo, stop - start) : at])
+    found = gather_parts(ring, what, parts, own, (("layout", layout.summary), *fields), [x])
+    _check_norms(what, "inputs before the tokens", found[: ring.size])
     states = [state]
-    for tail in gather_parts(ring, what, parts, own, (("layout", layout.summary), *fields), [x]):
+    for tail in found[ring.size :]:
         states.append(mx.concatenate([states[-1], tail], axis=1)[:, tail.shape[1] :])
     return BeforeAndAfter([states[i] for i, (_, rank) in enumerate(spans) if rank == ring.rank], states[-1])
 
 
-def _check_norms(what: str, norms: Sequence[float]) -> None:
-    """Raise unless the states before the sequence have the same norm on all ranks."""
+def _norm(x: mx.array) -> mx.array:
+    """The norm of an array ``[1]``, float32, without a gradient."""
+    return mx.sqrt(mx.sum(mx.stop_gradient(x).astype(mx.float32) ** 2)).reshape(1)
+
+
+def _norm_parts(ring: Transport, dtype: mx.Dtype) -> list[Part]:
+    """The norm of each rank, as the bits of numbers of `dtype`."""
+    return [Part(rank, (mx.float32.size // dtype.size,)) for rank in range(ring.size)]
+
+
+def _check_norms(what: str, name: str, found: Sequence[mx.array]) -> None:
+    """Raise unless the arrays `name` before the sequence have the same norm on all ranks."""
+    norms = np.array(mx.concatenate([mx.stop_gradient(x).view(mx.float32) for x in found])).tolist()
     if not all(isclose(norm, norms[0], rel_tol=NEAR) or (norm != norm and norms[0] != norms[0]) for norm in norms):
         shown = by_rank([f"of norm {norm:.6g}" for norm in norms])
-        raise ArgumentError(f"{what}: state differs between ranks: {shown}, expected the same state on every rank")
+        raise ArgumentError(f"{what}: {name} differ between ranks: {shown}, expected the same on every rank")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click.testing
+import families
 import pytest
 from tiny_model import make_folder
 
@@ -49,7 +50,9 @@ def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> TaskResult:
             for hop in range(ranks):
                 start = zero + layer + 0.1 * hop
                 events += [Event("compute", hop, start, start + 0.09), Event("send", hop, start, start + 0.03, 512)]
-        results.append(RankResult(rank, 1000, list(tokens), " Paris.", 250, 10**7, 10**6, 200.0, 5.0, events))
+        results.append(
+            RankResult(rank, 1000, list(tokens), " Paris.", 250, "keys and values", 10**7, 10**6, 200.0, 5.0, events)
+        )
     return TaskResult(ReadingTask("model", ranks, 64, 9, "text"), results)
 
 
@@ -166,12 +169,15 @@ def test_a_missing_extra_is_one_line_with_the_remedy(
 @pytest.fixture(
     params=[
         pytest.param("tiny", marks=[pytest.mark.ranks, needs_mlx_lm]),
+        pytest.param("falcon_h1", marks=[pytest.mark.ranks, needs_mlx_lm]),
         pytest.param(MODEL, marks=[pytest.mark.model, pytest.mark.slow]),
     ]
 )
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A tiny model with random weights, or the demo's own."""
-    return MODEL if request.param == MODEL else str(make_folder(tmp_path))
+    """A tiny model with random weights, a hybrid too, or the demo's own."""
+    if request.param == MODEL:
+        return MODEL
+    return str(make_folder(tmp_path) if request.param == "tiny" else families.save(tmp_path / "hybrid", request.param))
 
 
 def test_demo_runs_and_its_verdict_is_the_exit_status(
@@ -184,6 +190,7 @@ def test_demo_runs_and_its_verdict_is_the_exit_status(
     assert result.exit_code == 0, result.output
     assert "2 ranks" in result.output and "Check passed: its 6 tokens" in result.output
     assert path.exists()
+    assert ("keys, values and states" if model.endswith("hybrid") else "keys and values") in result.output
     lines = result.stderr.splitlines()
     assert "characters on 2 ranks" in lines[0] and "Nothing is downloaded" in lines[0] and "minute" in lines[0]
     for label in ("2 ranks", "1 process, plain mlx-lm"):

@@ -56,7 +56,7 @@ def run_here(*arguments: str, stdin: bytes = b"") -> Done:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny random model."""
-    return str(families.save_llama(tmp_path_factory.mktemp("model")))
+    return str(families.save(tmp_path_factory.mktemp("model")))
 
 
 @pytest.mark.model
@@ -74,6 +74,27 @@ def test_ask_and_ask_again(tmp_path):
     again = ["-p", "Say the lighthouse keeper's name again.", "-m", "20", "--prompt-cache-file", cache]
     three = run("--ranks=3", *SMOLLM2, *again)
     assert three.returncode == 0 and "Amparo" in three.stdout, three.stdout + three.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
+def test_a_hybrid(tmp_path, family):
+    """Two ranks answer as one does, save their cache, and one rank continues it; a chat goes on as one rank's does."""
+    model = ["--model", str(families.save(tmp_path, family)), "-m", "8"]
+    cache = tmp_path / "cache.json"
+    prompt = ["-p", "w1 w2 w3 " * 40]
+    one = run_here(*model, *prompt)
+    two = run("-n", "2", *model, *prompt, "--save-prompt-cache", str(cache))
+    assert two.returncode == 0 and two.stdout == one.stdout != "", one.stderr + two.stderr
+    assert re.search(r"Ranks: 2, keys, values and states on this one: \d+\.\d MB\.$", two.stderr), two.stderr
+    again = ["-p", "w4 w5", "--prompt-cache-file", str(cache)]
+    three, four = run_here(*model, *again), run("-n", "2", *model, *again)
+    assert three.returncode == 0 and three.stdout == four.stdout != "", three.stderr + four.stderr
+    assert re.search(r"Prompt: \d\d? tokens", four.stderr), four.stderr  # only what is new
+    lines = "w1 w2\nw3 w4\nr\nw3 w4\nq\n"
+    chats = [run("-n", n, *model, command="chat", stdin=lines) for n in ("1", "2")]
+    assert chats[0].returncode == 0 and chats[0].stdout == chats[1].stdout, chats
+    assert chats[1].stdout.splitlines()[-1] != chats[1].stdout.splitlines()[1], chats[1]
 
 
 @pytest.mark.model
@@ -190,7 +211,7 @@ def test_wrong_input_on_two_ranks_is_one_line(tiny, arguments, message):
 def test_a_warning_is_one_line(tmp_path):
     """One line for all ranks together."""
     quantised = {"group_size": 32, "bits": 4}
-    folder = families.save_llama(tmp_path, quantization=quantised)
+    folder = families.save(tmp_path, quantization=quantised)
     model = families.build("llama")
     nn.quantize(model, **quantised, class_predicate=lambda name, _: name.endswith("down_proj"))
     families.save_weights(model, folder)
@@ -202,7 +223,7 @@ def test_a_warning_is_one_line(tmp_path):
 @pytest.mark.parametrize("kept", [4, 50, -100])
 def test_a_torn_model_is_one_line(tmp_path, kept):
     """Part of the length, of the header, or of the data is missing."""
-    weights = families.save_llama(tmp_path) / "model.safetensors"
+    weights = families.save(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
     found = run_here("--model", str(tmp_path), "-p", "x")
     assert found.returncode == 1 and f"Error: --model: {tmp_path}: [" in found.stderr, found.stderr

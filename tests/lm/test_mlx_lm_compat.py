@@ -16,7 +16,8 @@ if "CI" not in os.environ:
 
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
-from ringattn.lm.sharding.layer_adapters import ADAPTERS
+from ringattn.lm.sharding.layer_adapters import ADAPTERS, INDEXER
+from ringattn.lm.sharding.patch_points import METHODS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {"mlx_lm", "mlx_lm.sample_utils"}
@@ -34,11 +35,10 @@ def test_the_installed_version_has_every_name() -> None:
         pytest.fail(f"mlx-lm lacks what ringattn/lm/mlx_lm_compat.py expects: {'; '.join(missing)}", pytrace=False)
 
 
-@pytest.mark.parametrize(
-    "family, key", [("gemma2", ("mlx_lm.models.gemma2", "Attention")), ("deepseek_v3", tuple(ADAPTERS)[1])]
-)
+@pytest.mark.parametrize("family, key", [("gemma2", *ADAPTERS), ("deepseek_v32", INDEXER)])
 def test_the_adapted_layers_have_every_attribute(family: str, key: tuple[str, str]) -> None:
     layer = families.build(family).layers[0].self_attn
+    layer = getattr(layer, "indexer", layer)
     assert (type(layer).__module__, type(layer).__name__) == key
     assert [name for name in compat.LAYERS[key] if not hasattr(layer, name)] == []
 
@@ -50,7 +50,11 @@ def test_the_caches_and_the_tokenizer_have_their_attributes() -> None:
 
 
 def test_every_adapted_layer_is_described() -> None:
-    assert set(ADAPTERS) == set(compat.LAYERS)
+    assert {*ADAPTERS, INDEXER} == set(compat.LAYERS)
+
+
+def test_every_replaced_method_is_described() -> None:
+    assert METHODS.keys() <= compat.METHODS
 
 
 def test_a_missing_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,11 +62,13 @@ def test_a_missing_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.PARAMETERS, "generate_step", ("depth",))
     monkeypatch.setitem(compat.ATTRIBUTES, "KVCache", ("left",))
     monkeypatch.setitem(compat.LAYERS, ("mlx_lm.models.none", "Attention"), ())
+    monkeypatch.setattr(compat, "METHODS", {("mlx_lm.models.llama", "Attention", "wave")})
     assert set(compat.missing_names()) == {
         "Nothing in mlx_lm.generate",
         "parameter depth of generate_step",
         "attribute left of KVCache",
         "Attention in mlx_lm.models.none",
+        "Attention.wave in mlx_lm.models.llama",
     }
 
 
@@ -87,7 +93,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, found: str, tested: bool) -> 
 def test_load_warns_of_an_untested_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "version", lambda _: "0.34.0")
     with pytest.warns(lm.VersionWarning, match=r"^mlx-lm 0.34.0 is installed, and ringattn was tested with [^\n]*$"):
-        lm.load(families.save_llama(tmp_path))
+        lm.load(families.save(tmp_path))
 
 
 def imported(path: Path) -> Iterator[str]:

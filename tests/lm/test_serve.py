@@ -86,7 +86,7 @@ def smollm2() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a tiny random model whose tokens are words."""
-    folder = families.save_llama(tmp_path_factory.mktemp("words"), eos_token_id=END)
+    folder = families.save(tmp_path_factory.mktemp("words"), eos_token_id=END)
     one = Server(str(folder), "--prefill-step-size", "64")
     yield one
     one.close()
@@ -334,7 +334,7 @@ def own_signals() -> Iterator[None]:
 def test_a_port_in_use_is_one_line(tmp_path: Path, own_signals: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        model = ["--model", str(families.save_llama(tmp_path)), "--dtype", "float32"]
+        model = ["--model", str(families.save(tmp_path)), "--dtype", "float32"]
         found = CliRunner().invoke(main, ["serve", *model, "--port", str(port)])
     assert found.exit_code == 1 and found.stderr.count("\n") == 1, found.stderr
     assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
@@ -350,14 +350,17 @@ class Plain:
     def size(self) -> int:
         return self.tokens
 
-    def is_trimmable(self) -> bool:
-        return self.trimmable
+    def restorable(self, size: int) -> int:
+        return min(size, self.tokens) if self.trimmable or size >= self.tokens else 0
+
+    loss = "it is not trimmable"
 
     def trim(self, n: int) -> None:
         self.tokens -= n
 
 
 def test_a_pool_of_caches() -> None:
+    from ringattn.lm.reuse import Reuse
     from ringattn.lm.server.cache_pool import PromptCachePool
 
     pool = PromptCachePool(2)
@@ -365,15 +368,18 @@ def test_a_pool_of_caches() -> None:
     pool.push([1, 2, 3, 4, 5], [first])
     assert first.size() == 5  # one token more than was given out
     pool.push([1, 9, 9, 9], [second])
-    assert pool.pop([1, 2, 7]) == (None, 0)  # too little of either
-    assert pool.pop([1, 2, 3, 4, 5]) == ([first], 4) and first.size() == 4  # the last token is computed again
-    assert len(pool) == 1 and pool.pop([1, 2, 3, 4, 5]) == (None, 0)
+    assert pool.pop([1, 2, 7]) == (None, Reuse(0, 0, 3))  # too little of either
+    assert pool.pop([1, 2, 3, 4, 5]) == ([first], Reuse(4, 4, 5)) and first.size() == 4  # the last token is read again
+    assert len(pool) == 1 and pool.pop([1, 2, 3, 4, 5]) == (None, Reuse(0, 0, 5))
     pool.push([1, 2, 3, 4], [first])
-    assert pool.pop([1, 2, 3, 7, 8]) == ([first], 3)
+    assert pool.pop([1, 2, 3, 7, 8]) == ([first], Reuse(3, 3, 5))
     window = Plain(3, trimmable=False)
     pool.push([5, 6, 7], [window])
-    assert pool.pop([5, 6, 8, 9]) == (None, 0)
-    assert pool.pop([5, 6, 7, 8]) == ([window], 3)
+    cache, reuse = pool.pop([5, 6, 8, 9])
+    assert cache is None and reuse.line == (
+        "Prompt of 4 tokens: 0 are reused and 4 read, 2 of these again: it is not trimmable."
+    )
+    assert pool.pop([5, 6, 7, 8]) == ([window], Reuse(3, 3, 4))
     for tokens in ([1], [2], [3]):
         pool.push(tokens, [Plain(1)])
-    assert len(pool) == 2 and pool.pop([1, 1]) == (None, 0)
+    assert len(pool) == 2 and pool.pop([1, 1]) == (None, Reuse(0, 0, 2))

@@ -19,18 +19,22 @@ from ringattn import ArgumentError, Ring, init
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
+import mlx_lm
 from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ringattn import lm
-from ringattn.lm.prompt_cache import atomic_files
+from ringattn.lm.prompt_cache import atomic_files, manifest
 from ringattn.lm.sharding import partition
 from ringattn.lm.sharding import sharded_cache as caches
+from ringattn.lm.sharding.forward_pass import flat, restorable, tokens_of, trim_to
+from ringattn.lm.sharding.recurrent_cache import TAIL, RecurrentCache
 from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
 ULPS = 32  # of the largest logit, float32
+SAVED = ["llama", "gemma3", "longcat_flash", "qwen3_5", "falcon_h1"]  # keys, windows, two caches a layer, states, both
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -41,13 +45,14 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     plain = make_prompt_cache(model)
     lm.shard(model, ring)
     sharded = make_prompt_cache(model)
-    assert all(type(c) is lm.ShardedKVCache for c in sharded)
+    steps = flat(sharded)
+    assert all(type(c) is lm.ShardedKVCache for c in steps)
     for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # mlx-lm's cache may drop one of several
         ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
         expected, found = model(ids, cache=plain), model(ids, cache=sharded)
-        assert sharded[0].step is not None
-        if sharded[0].step.shared:
-            expected = sharded[0].step.new.shard(expected, ring.rank, axis=1)
+        assert steps[0].step is not None
+        if steps[0].step.shared:
+            expected = steps[0].step.new.shard(expected, ring.rank, axis=1)
         assert found.shape == expected.shape
         error = float(mx.abs(found - expected).max() / mx.abs(expected).max())
         assert error < ULPS * 2**-23, (tokens, error * 2**23)
@@ -197,12 +202,8 @@ def test_tokens_go_to_the_rank_with_room_also_where_the_first_layer_has_a_window
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        (
-            "afm7",
-            {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
-            "counts the keys of its cache to find positions",
-        ),
-        ("iquestloopcoder", {"loop_window_size": 8, "loop_num": 2}, "has a layer of another kind: attention to"),
+        ("phi3small", {}, "has a layer that does its own arithmetic on masks or caches"),
+        ("bailing_hybrid", {"layer_group_size": 2}, "has a ArraysCache at layer 0"),
     ],
 )
 def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, message: str) -> None:
@@ -250,7 +251,7 @@ class Other(KVCache):
     """A cache of another kind."""
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("again", [1, 2, "size"])
 def test_a_saved_cache_goes_on(ring: Ring, rng: np.random.Generator, tmp_path_factory, name: str, again) -> None:
     """A cache is loaded on as many ranks as before or on fewer, and a next turn follows."""
@@ -274,8 +275,38 @@ def test_a_saved_cache_goes_on(ring: Ring, rng: np.random.Generator, tmp_path_fa
         cache, metadata = lm.load_cache(path, fewer)
         assert metadata == {"model": name}
         found = fewer(second, cache=cache)
-        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5 * float(expected.max()))
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(expected.max()))
     ring.barrier()
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_cache_of_one_rank_is_loaded_by_all(
+    ring: Ring, rng: np.random.Generator, tmp_path_factory, name: str
+) -> None:
+    """Each rank gets its part of the keys, and all states, bit for bit: also those to which the cache can go back."""
+    path = _path(ring, tmp_path_factory)
+    model = build(name)
+    prompt = rng.integers(0, BASE["vocab_size"], 130).tolist()
+    kept = 0 if name == "gemma3" else 130 - TAIL  # its windows have dropped tokens
+    turn = [*prompt[:kept], 5, 6, 7]
+    expected = [r.token for r in mlx_lm.stream_generate(model, words(), turn, max_tokens=5)]
+    alone = lm.shard(build(name), init("solo"))
+    cache = alone.make_cache()
+    list(lm.stream_generate(alone, words(), prompt, max_tokens=3, prompt_cache=cache, prefill_step_size=40))
+    if ring.rank == 0:
+        lm.save_cache(path, cache, model=alone)
+    ring.barrier()
+    lm.shard(model, ring)
+    loaded, _ = lm.load_cache(path, model)
+    for before, after in zip(flat(cache), flat(loaded), strict=True):
+        if isinstance(before, RecurrentCache):
+            assert list(before.states) == list(after.states) == [kept, 132, 133]
+            for one, other in zip(before.states.values(), after.states.values()):
+                assert all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in zip(one, other, strict=True))
+    assert tokens_of(loaded)[:130] == prompt and restorable(loaded, 129) == {"llama": 129}.get(name, kept)
+    trim_to(loaded, kept)
+    found = lm.stream_generate(model, words(), turn[kept:], max_tokens=5, prompt_cache=loaded)
+    assert [r.token for r in found] == expected
 
 
 def _first(ring: Ring, size: int) -> Ring | None:
@@ -320,6 +351,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "head_dim": (lambda: build("llama", head_dim=8), r"head_dim 8, expected 16"),
     "weights": (lambda: build("llama", seed=1), r"parameters with the digest [0-9a-f]{32}, expected [0-9a-f]{32}"),
     "dtype": (lambda: _in_float16(build("llama")), r"parameters of float16, expected float32"),
+    "states": (lambda: build("falcon_h1"), r"module mlx_lm.models.falcon_h1, expected mlx_lm.models.llama"),
 }
 
 
@@ -337,8 +369,46 @@ def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_f
         lm.load_cache(path, lm.shard(build("llama"), ring))
 
 
-def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory) -> None:
-    model = lm.shard(build("llama"), ring)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mamba_d_state": 8}, r"cache 0 with .*state 0 \(1, 6, 8, 8\) float32, expected .*state 0 \(1, 6, 8, 16\)"),
+        ({"mamba_d_conv": 3}, r"cache 0 with inputs 0 \(1, 2, 112\) float32, .*, expected inputs 0 \(1, 3, 112\)"),
+        ({"num_hidden_layers": 3}, "6 caches, expected 4"),
+    ],
+)
+def test_a_cache_with_other_states_is_one_line(ring: Ring, tmp_path_factory, monkeypatch, changes, message) -> None:
+    """Also where the fingerprint does not show it, as where a version of mlx-lm keeps something else."""
+    path, cache = _saved(ring, tmp_path_factory, lm.shard(build("falcon_h1", **changes), ring))
+    model = lm.shard(build("falcon_h1"), ring)
+    monkeypatch.setattr(manifest, "difference", lambda found, expected: None)
+    with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {message}[^\n]*$"):
+        lm.load_cache(path, model)
+    for use in (
+        lambda: lm.save_cache(path, cache, model=model),
+        lambda: list(lm.stream_generate(model, words(), [5], prompt_cache=cache)),
+    ):
+        with pytest.raises(ArgumentError, match=r"^(prompt_)?cache: (cache 0 with|6 |3 )[^\n]*, expected [^\n]*$"):
+            use()
+    mx.eval(model(mx.zeros((1, 100), mx.int32), cache=model.make_cache()))  # the ring still works
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_layers_of_other_tokens_are_one_line(ring: Ring, tmp_path_factory, name: str) -> None:
+    """A user may have trimmed a part of the caches."""
+    model = lm.shard(build(name), ring)
+    path, cache = _saved(ring, tmp_path_factory, model)
+    flat(cache)[-1].trim(100)
+    message = r"cache: 0 tokens in one layer and 100 in another, expected equal counts$"
+    with pytest.raises(ArgumentError, match=message):
+        lm.save_cache(path, cache, model=model)
+    with pytest.raises(ArgumentError, match=message):
+        list(lm.stream_generate(model, words(), [5], prompt_cache=cache))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory, name: str) -> None:
+    model = lm.shard(build(name), ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     file = sorted(path.parent.glob("*.safetensors"))[-1]
     whole = file.read_bytes()
@@ -365,7 +435,7 @@ TORN = "not the manifest of a prompt cache, or torn"
         (lambda text: "{}", TORN),
         (lambda text: "[" * 10**5, TORN),
         (lambda text: "\xff", TORN),
-        (lambda text: text.replace('cache": 3', 'cache": 2'), "of version 2, expected 3"),
+        (lambda text: text.replace('cache": 4', 'cache": 3'), "of version 3, expected 4"),
         (lambda text: text.replace('"start": 0', '"start": 1'), "torn or changed: a checksum of"),
         (lambda text: _changed(text, "files", lambda files: files[::-1]), "torn or changed: a checksum of"),
         (lambda text: _changed(text, "layers", lambda layers: layers[:-1]), "torn or changed: a checksum of"),

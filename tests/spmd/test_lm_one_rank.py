@@ -102,8 +102,8 @@ def test_a_progress_callback_that_fails_on_the_last_rank(ring: Ring, model: nn.M
         ({"max_tokens": 4}, "stream_generate: max_tokens differs between ranks: 3 on rank"),
         ({"max_tokens": 0}, "max_tokens: 0, expected at least 1, or -1"),
         ({"kv_bits": 4}, "kv_bits: not supported over a ring"),
-        ({"prompt_cache": [KVCache()]}, "prompt_cache: KVCache in 1 layers, expected what the model's make_cache"),
-        ({"prompt_cache": []}, "prompt_cache: nothing in 0 layers, expected"),
+        ({"prompt_cache": [KVCache()]}, "prompt_cache: 1 KVCache, expected what the model's make_cache"),
+        ({"prompt_cache": []}, "prompt_cache: nothing, expected"),
     ],
 )
 def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, options: dict, message: str) -> None:

@@ -17,11 +17,14 @@ if "CI" not in os.environ:
 
 from pathlib import Path
 
+import families
+import mlx_lm
 from tiny_model import make_folder
 
 from ringattn import lm
 from ringattn.lm.server import Engine, engine
 from ringattn.lm.server.api.requests import Request, Served, read_request
+from ringattn.lm.sharding.recurrent_cache import TAIL
 
 PLAIN = {"prompt": "Once upon a time", "max_tokens": 9}
 
@@ -42,11 +45,13 @@ def ask(found: Engine, **body: Any) -> list[int] | Exception:
         found.leave(answer)
 
 
-def serve(ring: Ring, folder: Path, client: Callable[[Engine], None]) -> None:
-    """Run the engine on all ranks while `client` sends requests on rank 0."""
-    model, tokenizer = lm.load(make_folder(folder), mx.float32)
+def serve(
+    ring: Ring, loaded: tuple[Any, Any], client: Callable[[Engine], None], log: Callable[[str], object] = print
+) -> None:
+    """Run the engine of a model and its tokenizer on all ranks while `client` sends requests on rank 0."""
+    model, tokenizer = loaded
     lm.shard(model, ring)
-    found = Engine(model, tokenizer, 2, 64)  # type: ignore[arg-type]
+    found = Engine(model, tokenizer, 2, 64, log)
     failed: list[BaseException] = []
 
     def work() -> None:
@@ -64,7 +69,51 @@ def serve(ring: Ring, folder: Path, client: Callable[[Engine], None]) -> None:
         raise failed[0]
 
 
-def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Any, Any]:
+    """A tiny Llama and its tokenizer."""
+    return lm.load(make_folder(tmp_path), mx.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5", "falcon_h1"])
+def test_tokens_that_are_reused(ring: Ring, family: str) -> None:
+    """Each answer is the one to the whole prompt, whatever of it was read before; the log says what is read again."""
+    plain = families.build(family)
+    log: list[str] = []
+
+    def answered(found: Engine, ids: list[int]) -> tuple[int, list[int]]:
+        answer = found.submit(request(found), ids)
+        tokens = [piece.token for piece in found.pieces(answer, lambda: None, lambda *_: None)]
+        found.leave(answer)
+        expected = mlx_lm.stream_generate(plain, families.words(), ids, max_tokens=9)
+        assert tokens == [response.token for response in expected]
+        return answer.cached, tokens
+
+    def client(found: Engine) -> None:
+        first, other = [i % 50 for i in range(100)], [3] * 100
+        cached, tokens = answered(found, first)
+        assert cached == 0
+        assert answered(found, [*first, *tokens, 5])[0] == 109  # the next turn
+        assert answered(found, [*first, *tokens, 5])[0] == 109  # again: its last token is read
+        assert answered(found, other)[0] == 0  # a new conversation
+        assert not log
+        assert answered(found, other)[0] == (99 if family == "llama" else 100 - TAIL)  # again
+        turn = [*other[:98], 7, 8, 9]
+        assert answered(found, turn)[0] == (98 if family == "llama" else 100 - TAIL)  # its end was another one
+        again = "of these again: no state of the recurrent layers is kept there."
+        assert (
+            log
+            == [
+                f"Prompt of 100 tokens: 68 are reused and 32 read, 31 {again}",
+                f"Prompt of 101 tokens: 68 are reused and 33 read, 30 {again}",
+            ][: 0 if family == "llama" else 2]
+        )
+
+    serve(ring, (families.build(family), families.words()), client, log.append)
+    assert ring.rank == 0 or not log
+
+
+def test_failures_on_rank_0_alone(ring: Ring, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Failures come before a request goes to the other ranks, and during its answer up to the last token."""
     likeliest = engine._likeliest
     make_sampler = engine.make_sampler
@@ -87,10 +136,10 @@ def test_failures_on_rank_0_alone(ring: Ring, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(engine, "make_sampler", make_sampler)
         assert ask(found) == expected
 
-    serve(ring, tmp_path, client)
+    serve(ring, tiny, client)
 
 
-def test_logprobs_are_the_models(ring: Ring, tmp_path: Path) -> None:
+def test_logprobs_are_the_models(ring: Ring, tiny: tuple[Any, Any]) -> None:
     """The likeliest token comes first, and greedy sampling chose it."""
 
     def client(found: Engine) -> None:
@@ -103,10 +152,12 @@ def test_logprobs_are_the_models(ring: Ring, tmp_path: Path) -> None:
             assert piece.top[0] == (piece.token, piece.logprob) and len(piece.top) == 3
             assert [one[1] for one in piece.top] == sorted((one[1] for one in piece.top), reverse=True)
 
-    serve(ring, tmp_path, client)
+    serve(ring, tiny, client)
 
 
-def test_too_many_requests_and_those_that_left(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_requests_and_those_that_left(
+    ring: Ring, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine, "MOST_WAITING", 3)
 
     def client(found: Engine) -> None:
@@ -119,4 +170,4 @@ def test_too_many_requests_and_those_that_left(ring: Ring, tmp_path: Path, monke
             found.leave(answer)
         assert ask(found) == expected
 
-    serve(ring, tmp_path, client)
+    serve(ring, tiny, client)

@@ -8,7 +8,7 @@ import pytest
 
 from ringattn import ArgumentError, Layout, Ring
 from ringattn.core.affine import AffineMap, states_of_spans
-from ringattn.ring.states import Recurrence, chain_inputs, chain_states
+from ringattn.ring.states import ChainCall, chain_inputs, chain_states
 
 LAYOUTS = {
     "contiguous": lambda size: Layout.contiguous(40, size),
@@ -43,8 +43,8 @@ def test_states(ring: Ring, rng: np.random.Generator, name: str, matrix: bool) -
     state, spans, maps = problem(rng, layout, matrix)
     exact = states_of_spans(state, maps, matrix)
     own = [i for i, (_, rank) in enumerate(spans) if rank == ring.rank]
-    recurrence = Recurrence("test", layout, (2, 3, 4, 4) if matrix else (2, 3, 1, 4), matrix)
-    before, after = chain_states(ring, recurrence, state, [maps[i] for i in own])
+    call = ChainCall("test", layout, (2, 3, 4, 4) if matrix else (2, 3, 1, 4), matrix)
+    before, after = chain_states(ring, call, state, [maps[i] for i in own])
     assert mx.array_equal(after, exact[-1]).item()
     assert len(before) == len(own) and all(mx.array_equal(x, exact[i]).item() for x, i in zip(before, own))
 
@@ -69,12 +69,12 @@ def test_gradient(ring: Ring, rng: np.random.Generator, name: str) -> None:
 
     expected = mx.grad(loss_of_all)(flat)
     own = [i for i, (_, rank) in enumerate(spans) if rank == ring.rank]
-    recurrence = Recurrence("test", layout, (2, 3, 4, 4), True)
+    call = ChainCall("test", layout, (2, 3, 4, 4), True)
     link = mx.zeros(1)
 
     def loss(arrays: list[mx.array], link: mx.array) -> mx.array:
         all_maps = rebuilt(arrays)
-        before, after = chain_states(ring, recurrence, state, [all_maps[i] for i in own], (link,))
+        before, after = chain_states(ring, call, state, [all_maps[i] for i in own], (link,))
         return sum((x * weights[i]).sum() for x, i in zip(before, own)) + (after * weights[-1]).sum()
 
     found, _ = mx.grad(loss, argnums=(0, 1))(flat, link)
@@ -102,11 +102,23 @@ def test_inputs_before_each_span(ring: Ring, rng: np.random.Generator, name: str
 def test_states_that_differ_between_ranks(ring: Ring, rng: np.random.Generator) -> None:
     layout = Layout.contiguous(40, ring.size)
     state, spans, maps = problem(rng, layout, True)
-    recurrence = Recurrence("test", layout, (2, 3, 4, 4), True)
+    call = ChainCall("test", layout, (2, 3, 4, 4), True)
     own = [maps[i] for i, (_, rank) in enumerate(spans) if rank == ring.rank]
     if ring.size == 1:
         pytest.skip("one rank")
     other = state * (2.0 if ring.rank == 1 else 1.0)
-    with pytest.raises(ArgumentError, match=r"^test: state differs between ranks: of norm [\d.]+ on rank"):
-        chain_states(ring, recurrence, other, own)
-    chain_states(ring, recurrence, state, own)  # the ring still works
+    with pytest.raises(ArgumentError, match=r"^test: states differ between ranks: of norm [\d.]+ on rank"):
+        chain_states(ring, call, other, own)
+    chain_states(ring, call, state, own)  # the ring still works
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=["float32", "bfloat16", "float16"])
+def test_inputs_that_differ_between_ranks(ring: Ring, rng: np.random.Generator, dtype: mx.Dtype) -> None:
+    if ring.size == 1:
+        pytest.skip("one rank")
+    layout = Layout.contiguous(40, ring.size)
+    state, x = (mx.array(rng.standard_normal((1, n, 5)), dtype) for n in (3, layout.local_length(ring.rank)))
+    state = ring.broadcast(state)
+    with pytest.raises(ArgumentError, match=r"^test: inputs before the tokens differ between ranks: of norm [^\n]*$"):
+        chain_inputs(ring, "test", layout, state * (1.125 if ring.rank == 1 else 1.0), x)
+    chain_inputs(ring, "test", layout, state, x)  # the ring still works

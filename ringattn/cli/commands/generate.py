@@ -39,7 +39,7 @@ def generate(**options: Any) -> None:
 
 def _generate(session: Session) -> None:
     """Generate an answer and print its statistics."""
-    from ...lm.sharding.sharded_cache import held_bytes
+    from ...lm.sharding.sharded_cache import contents, held_bytes
 
     options = session.options
     response = session.answer(session.tokens(session.text, plain=options["ignore_chat_template"]))
@@ -49,7 +49,7 @@ def _generate(session: Session) -> None:
         click.echo(
             f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s. Generation: "
             f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s. "
-            f"Ranks: {session.ring.size}, keys and values on this one: {held:.1f} MB.",
+            f"Ranks: {session.ring.size}, {contents(session.cache)} on this one: {held:.1f} MB.",
             err=True,
         )
 

@@ -81,7 +81,13 @@ def _serve(session: Session) -> int:
         origins=tuple(options["allowed_origins"].split(",")),
         max_body=options["max_body"] << 20,
     )
-    engine = Engine(session.model, session.tokenizer, options["prompt_cache_size"], options["prefill_step_size"])
+    engine = Engine(
+        session.model,
+        session.tokenizer,
+        options["prompt_cache_size"],
+        options["prefill_step_size"],
+        log=partial(click.echo, err=True),
+    )
     signals: list[int] = []
 
     def stop(number: int, frame: object) -> None:

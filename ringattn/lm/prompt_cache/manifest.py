@@ -13,13 +13,13 @@ import mlx.core as mx
 
 from ...errors import CacheFileError
 from ...layout import Layout
-from ..sharding.sharded_cache import ShardedKVCache
+from ..sharding.forward_pass import ShardedCache
 from .atomic_files import DATA
 from .fingerprint import difference
+from .layers import Expected, SavedKeys, SavedLayer, SavedStates
 
-VERSION = 3
+VERSION = 4
 TOKENS = "tokens"  # the name of the array of token ids, in every file
-NAMES = ("keys", "values")  # the names of a layer's arrays, after its index
 _VERSION = "ringattn prompt cache"
 _CHECKSUM = "checksum"
 
@@ -34,66 +34,41 @@ class File:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Keys and values of one layer in all files.
-
-    Attributes:
-        layout: The tokens in each rank's file.
-        window: The layer's window in tokens, or ``None``.
-        keys, values: The shapes, ``(batch, kv heads, head_dim)``.
-        dtype: The dtype of both.
-    """
-
-    layout: Layout
-    window: int | None
-    keys: tuple[int, int, int]
-    values: tuple[int, int, int]
-    dtype: str
-
-    @classmethod
-    def of(cls, cache: ShardedKVCache) -> Layer:
-        """Describe the cache of a layer."""
-        keys, values = cache.state
-        (b, heads, _, dim), (_, v_heads, _, v_dim) = keys.shape, values.shape
-        return cls(cache.layout, cache.window, (b, heads, dim), (b, v_heads, v_dim), str(keys.dtype))
-
-    def expected(self, file: int) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """Shape and dtype of the keys and of the values in a file."""
-        tokens = self.layout.local_length(file)
-        return tuple(((b, heads, tokens, dim), self.dtype) for b, heads, dim in (self.keys, self.values))
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The contents of a manifest.
 
     Attributes:
         files: The data files, in the order of the ranks that wrote them.
-        layers: The layers of the model.
+        tokens: The shape of the token ids, ``(batch, tokens)``.
+        layers: The caches of the model's layers, in order; a layer may have several.
         model: The `fingerprint` of the model.
         metadata: The metadata that the user saved.
     """
 
     files: tuple[File, ...]
-    layers: tuple[Layer, ...]
+    tokens: tuple[int, int]
+    layers: tuple[SavedLayer, ...]
     model: Mapping[str, Any]
     metadata: Mapping[str, str]
 
-    def expected(self, file: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    def expected(self, file: int) -> Expected:
         """Shape and dtype of each array in a file."""
-        first = self.layers[0]
-        arrays: dict[str, tuple[tuple[int, ...], str]] = {TOKENS: ((first.keys[0], first.layout.stop), str(mx.int32))}
+        arrays: Expected = {TOKENS: (self.tokens, str(mx.int32))}
         for i, layer in enumerate(self.layers):
-            arrays |= {f"{i}.{name}": found for name, found in zip(NAMES, layer.expected(file))}
+            arrays |= {f"{i}.{name}": found for name, found in layer.expected(file).items()}
         return arrays
 
     def text(self) -> str:
         """The text of the file, with a checksum."""
-        layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
+        layouts = list(dict.fromkeys(layer.layout for layer in self.layers if isinstance(layer, SavedKeys)))
         content = {
             "files": [vars(file) for file in self.files],
+            "tokens": self.tokens,
             "layouts": [{"start": layout.start, "spans": layout.spans} for layout in layouts],
-            "layers": [{**vars(layer), "layout": layouts.index(layer.layout)} for layer in self.layers],
+            "layers": [
+                {**vars(layer), "layout": layouts.index(layer.layout)} if isinstance(layer, SavedKeys) else vars(layer)
+                for layer in self.layers
+            ],
             "model": dict(self.model),
             "metadata": dict(self.metadata),
         }
@@ -123,26 +98,36 @@ class Manifest:
         """Build a manifest from the JSON of its file."""
         files = tuple(File(**file) for file in found["files"])
         layouts = [Layout(_tuples(one["spans"]), one["start"]) for one in found["layouts"]]
-        layers = tuple(
-            Layer(**{name: _tuples(value) for name, value in layer.items()} | {"layout": layouts[layer["layout"]]})
-            for layer in found["layers"]
-        )
+        layers = tuple(_layer(layer, layouts) for layer in found["layers"])
         for i, file in enumerate(files, 1):
             if Path(file.name).name != file.name or not file.name.endswith(f"-{i}of{len(files)}{DATA}"):
                 raise ValueError(f"files: {file.name!r}, expected the name of the file of rank {i - 1}")
-        if any(layer.layout.size != len(files) for layer in layers):
+        if any(layout.size != len(files) for layout in layouts):
             raise ValueError("layouts: expected one rank for each file")
-        return cls(files, layers, found["model"], found["metadata"])
+        tokens = _tuples(found["tokens"])
+        ends = [layer.layout.stop if isinstance(layer, SavedKeys) else layer.sizes[-1] for layer in layers]
+        if any(end != tokens[1] for end in ends):
+            raise ValueError(f"layers: the first {ends} tokens, expected {tokens[1]}")
+        return cls(files, tokens, layers, found["model"], found["metadata"])
 
-    def check_model(self, path: Path, model: Mapping[str, Any], cache: Sequence[ShardedKVCache]) -> None:
-        """Raise CacheFileError unless the cache was made by the model with this fingerprint and this (empty) cache."""
+    def check_model(self, path: Path, model: Mapping[str, Any], caches: Sequence[ShardedCache]) -> None:
+        """Raise CacheFileError unless the model with this fingerprint and these (empty) caches made the saved cache."""
         differs = difference(self.model, model)
-        windows = [layer.window for layer in self.layers]
-        expected = [c.window for c in cache]
-        if differs is None and windows != expected:
-            differs = f"windows of its layers {windows}, expected {expected}"
+        forms = [layer.form for layer in self.layers]
+        expected = [cache.form for cache in caches]
+        if differs is None and len(forms) != len(expected):
+            differs = f"{len(forms)} caches, expected {len(expected)}"
+        pairs = enumerate(zip(forms, expected))
+        if differs is None and forms != expected:
+            differs = next(f"cache {i} with {one}, expected {other}" for i, (one, other) in pairs if one != other)
         if differs is not None:
             raise CacheFileError(f"{path}: another model's: {differs}")
+
+
+def _layer(found: Mapping[str, Any], layouts: Sequence[Layout]) -> SavedLayer:
+    """Build the description of a layer from its JSON."""
+    values = {name: _tuples(value) for name, value in found.items()}
+    return SavedKeys(**{**values, "layout": layouts[values["layout"]]}) if "layout" in values else SavedStates(**values)
 
 
 def _tuples(value: Any) -> Any:

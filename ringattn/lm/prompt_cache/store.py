@@ -25,11 +25,14 @@ from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, raise_on_all_ranks
 from ...transport.interface import Transport
 from ..shard import Sharded
+from ..sharding.cache_kinds import check_caches
+from ..sharding.forward_pass import flat
 from ..sharding.history import TokenHistory
-from ..sharding.sharded_cache import ShardedKVCache, pick
+from ..sharding.sharded_cache import pick
 from .atomic_files import Part, sweep
 from .fingerprint import shared_fingerprint
-from .manifest import NAMES, TOKENS, File, Layer, Manifest
+from .layers import NAMES, SavedKeys, arrays_of, describe
+from .manifest import TOKENS, File, Manifest
 
 SAVE = "save_cache"
 LOAD = "load_cache"
@@ -37,38 +40,41 @@ PIECE = 1 << 24  # bytes in one read
 
 
 def save_cache(
-    path: str | Path, cache: Sequence[ShardedKVCache], metadata: Mapping[str, str] | None = None, *, model: nn.Module
+    path: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None, *, model: nn.Module
 ) -> None:
     """Write a sharded cache to disk. Collective. An earlier cache at `path` stays until the new one is complete.
 
     Args:
         path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
             no disk each writes its own part.
-        cache: The cache of each layer, not empty.
+        cache: The cache of each layer, not empty. The states of recurrent layers are in each rank's file.
         metadata: Texts that `load_cache` returns again; those of rank 0 are saved.
         model: The sharded model that made the cache: `load_cache` refuses any other.
 
     Raises:
-        ArgumentError: The cache is empty or the model not sharded.
+        ArgumentError: The cache is empty or another model's, or the model is not sharded.
         OSError: This rank could not write a file; on the other ranks it is an ArgumentError. No file of the attempt
             stays.
     """
     path = Path(path)
-    if not cache or not cache[0].size():
-        raise ArgumentError("cache: empty, expected at least one token in it")
     ring = _ring_of(model)
+    with raise_on_all_ranks(ring, SAVE):
+        leaves = check_caches("cache", cache, model.make_cache())
+        if not leaves[0].size():
+            raise ArgumentError("cache: empty, expected at least one token in it")
     made_by = shared_fingerprint(ring, model)
     with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
         with raise_on_all_ranks(ring, SAVE):
-            arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
-            part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
+            arrays = {f"{i}.{name}": x for i, leaf in enumerate(leaves) for name, x in arrays_of(leaf).items()}
+            tokens = leaves[0].tokens
+            part.write({TOKENS: mx.array(tokens), **arrays})
             own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
             payload = memoryview(json.dumps(own).encode())
-            layers = tuple(map(Layer.of, cache))
+            layers = tuple(map(describe, leaves))
         replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
         files = tuple(File(**reply["file"]) for reply in replies)
         with raise_on_all_ranks(ring, SAVE):
-            part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
+            part.write_manifest(Manifest(files, tokens.shape, layers, made_by, replies[0]["metadata"]).text())
         agree(ring, SAVE, (("path", path.name),))  # every rank's file is on disk
         part.complete = True
         with raise_on_all_ranks(ring, SAVE):
@@ -78,7 +84,7 @@ def save_cache(
         sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
 
-def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache], dict[str, str]]:
+def load_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str, str]]:
     """Read a cache that `save_cache` wrote on the same or another number of ranks. Collective.
 
     Args:
@@ -99,11 +105,12 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
     with raise_on_all_ranks(ring, LOAD):
         manifest = Manifest.read(path)
         cache = model.make_cache()
-        manifest.check_model(path, expected, cache)
+        leaves = flat(cache)
+        manifest.check_model(path, expected, leaves)
         arrays = _arrays(path, manifest, ring)
         history = TokenHistory(next(file[TOKENS] for file in arrays if file))
-        for i, c in enumerate(cache):
-            c.restore(*_part(i, manifest, ring, arrays), history)
+        for i, leaf in enumerate(leaves):
+            leaf.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
     agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
     return cache, dict(manifest.metadata)
@@ -148,11 +155,15 @@ def _checked(path: Path, manifest: Manifest, i: int) -> dict[str, mx.array]:
 
 def _part(
     layer: int, manifest: Manifest, ring: Transport, arrays: Sequence[dict[str, mx.array] | None]
-) -> tuple[Layout, mx.array, mx.array]:
-    """The layout of a layer over `ring`, and this rank's keys and values."""
-    held = manifest.layers[layer].layout
+) -> tuple[Any, ...]:
+    """The layout of a layer over `ring` with this rank's keys and values; or the layer's states."""
+    found = manifest.layers[layer]
+    if not isinstance(found, SavedKeys):
+        own = next(file for file in arrays if file)
+        return (found.states({name.removeprefix(f"{layer}."): x for name, x in own.items()}),)
+    held = found.layout
     if held.size == ring.size:
-        own: Any = arrays[ring.rank]
+        own = arrays[ring.rank] or {}
         return held, own[f"{layer}.keys"], own[f"{layer}.values"]
     layout = Layout.contiguous(held.length, ring.size, start=held.start)
     want = layout.spans[ring.rank]

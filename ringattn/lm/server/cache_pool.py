@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..sharding.history import shared_length
+from ..reuse import Reuse, find_reuse
+from ..sharding.forward_pass import restorable, size_of, trim_to
 
 Cache = list[Any]  # one cache a layer
 
@@ -24,32 +25,26 @@ class PromptCachePool:
     def __len__(self) -> int:
         return len(self._held)
 
-    def pop(self, ids: Sequence[int]) -> tuple[Cache | None, int]:
-        """Remove and return the cache with the most first tokens of `ids`, at most all but the last, and their number.
+    def pop(self, ids: Sequence[int]) -> tuple[Cache | None, Reuse]:
+        """Remove and return the cache with the most first tokens of `ids`, at most all but the last.
 
         A cache that would lose more than half of its tokens stays, for its own conversation.
         """
-        best = None
-        most = 0
-        for entry in self._held:
-            tokens, cache = entry
-            n = min(shared_length(tokens, ids), len(ids) - 1)
-            usable = n == len(tokens) or (2 * n >= len(tokens) and all(c.is_trimmable() for c in cache))
-            if usable and n > most:
-                best, most = entry, n
-        if best is None:
-            return None, 0
-        self._held.remove(best)
-        for c in best[1]:
-            c.trim(len(best[0]) - most)
-        return best[1], most
+        found = [(find_reuse(*entry, ids), entry) for entry in self._held]
+        usable = [one for one in found if one[0].kept and 2 * one[0].kept >= len(one[1][0])]
+        if not usable:
+            missed = [reuse for reuse, (tokens, _) in found if 2 * reuse.known >= len(tokens)]
+            best = max(missed, key=lambda reuse: reuse.known, default=Reuse(0, 0, len(ids)))
+            return None, best._replace(kept=0)
+        reuse, entry = max(usable, key=lambda one: one[0].kept)
+        self._held.remove(entry)
+        trim_to(entry[1], reuse.kept)
+        return entry[1], reuse
 
     def push(self, ids: Sequence[int], cache: Cache) -> None:
         """Add `cache`, which holds the tokens of `ids` and maybe some after them."""
-        surplus = cache[0].size() - len(ids)
-        if not ids or surplus < 0 or (surplus and not all(c.is_trimmable() for c in cache)):
+        if not ids or size_of(cache) < len(ids) or restorable(cache, len(ids)) != len(ids):
             return
-        for c in cache:
-            c.trim(surplus)
+        trim_to(cache, len(ids))
         self._held.insert(0, (list(ids), cache))
         del self._held[self._size :]

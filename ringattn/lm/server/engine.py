@@ -19,6 +19,7 @@ from ...transport.collectives import broadcast_bytes
 from ..generate import stream_generate
 from ..mlx_lm_compat import model_args
 from ..shard import Sharded
+from ..sharding.forward_pass import size_of
 from .api.fields import RequestError
 from .api.requests import Request
 from .cache_pool import PromptCachePool
@@ -74,18 +75,27 @@ class Engine:
         tokenizer: Its tokenizer.
         pool_size: The number of caches of earlier requests in the pool.
         prefill_step_size: As in `stream_generate`.
+        log: Called on rank 0 with a line for each prompt of which tokens are read a second time.
 
     Attributes:
         stopping: Whether the server is ending; a signal's handler sets it.
     """
 
-    def __init__(self, model: Sharded, tokenizer: Any, pool_size: int, prefill_step_size: int | None = None):
+    def __init__(
+        self,
+        model: Sharded,
+        tokenizer: Any,
+        pool_size: int,
+        prefill_step_size: int | None = None,
+        log: Callable[[str], object] = lambda line: None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.ring = model.ring
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
+        self._log = log
         self._queue: Queue[Answer] = Queue()
         self._places = threading.BoundedSemaphore(MOST_WAITING)
         self._never_excluded = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]  # by XTC sampling, as in mlx-lm
@@ -204,15 +214,17 @@ class Engine:
     def _generate(
         self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: StopWords
     ) -> None:
-        cache, known = self._pool.pop(ids)
+        cache, reuse = self._pool.pop(ids)
         cache = self.model.make_cache() if cache is None else cache
         if answer is not None:
-            answer.cached = known
+            answer.cached = reuse.kept
+            if reuse.line is not None:
+                self._log(reuse.line)
         held = list(ids)
         for response in stream_generate(
             self.model,  # type: ignore[arg-type]
             self.tokenizer,
-            ids[known:],
+            ids[reuse.kept :],
             max_tokens=max_tokens,
             prefill_step_size=self._prefill_step_size,
             prompt_cache=cache,
@@ -226,7 +238,7 @@ class Engine:
                 self._reply(answer, response, text, "stop" if stopped else response.finish_reason)
             if stopped:
                 break
-        self._pool.push(held[: cache[0].size()], cache)
+        self._pool.push(held[: size_of(cache)], cache)
 
     def _reply(self, answer: Answer, response: Any, text: str, finish_reason: str | None) -> None:
         """Pass a piece to its client's thread. A failure ends the answer on all ranks through ``stopped``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import mlx.core as mx
 from ...decode_attention import decode_attention
 from ...errors import UnsupportedModelError
 from ...ring_attention import ring_attention
-from .sharded_cache import CausalMask, ShardedKVCache, TracingCache, cache_of_keys
+from .sharded_cache import CausalMask, ShardedKVCache, cache_of_keys
 
 
 def sharded_attention(
@@ -38,8 +39,7 @@ def sharded_attention(
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
     assert cache.step is not None
     dtype = mx.result_type(q, k, v)
-    if isinstance(cache, TracingCache):
-        cache.attended = True
+    if cache.in_trial():
         return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))  # as in mlx-lm: some layers have wider queries than keys
     options: dict[str, Any] = {
@@ -56,18 +56,64 @@ def sharded_attention(
     return decode_attention(q, k, v, start=cache.step.new.start, **options)
 
 
+class LayerView:
+    """What an adapted layer gets in the place of its cache. Its call of mlx-lm's attention comes to `attend`."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
+        """Attend as mlx-lm's function does. Collective."""
+        raise NotImplementedError
+
+
 def dispatching(plain: Callable) -> Callable:
     """mlx-lm's attention function `plain`, with calls on a sharded cache's keys passed to `sharded_attention`.
 
-    A layer may have no cache of its own and attend to the keys of another layer. Such keys lead to their cache.
+    A layer may attend to the keys of another layer's cache. Such keys lead to their cache.
     """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
-        own = cache if isinstance(cache, ShardedKVCache) else cache_of_keys(keys)
+        if isinstance(cache, LayerView):
+            return cache.attend(queries, keys, values, scale, mask, sinks)
+        own = _cache_of(keys, mask, cache)
         if own is not None:
+            keys, values = own.held_instead(keys, values)
             return sharded_attention(queries, keys, values, own, scale, mask, sinks)
-        if isinstance(mask, CausalMask):
-            raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
     return scaled_dot_product_attention
+
+
+def dispatching_core(core: ModuleType) -> ModuleType:
+    """Copy the names of `mlx.core` for a module of mlx-lm that calls the attention of ``mx.fast`` itself.
+
+    In the copy, attention to a sharded cache's keys goes to `sharded_attention`. MLX stays as it is.
+    """
+
+    def scaled_dot_product_attention(q, k, v, *, mask=None, scale, sinks=None, **rest):
+        own = _cache_of(k, mask)
+        if own is not None:
+            k, v = own.held_instead(k, v)
+            return sharded_attention(q, k, v, own, scale, mask, sinks)
+        return core.fast.scaled_dot_product_attention(q, k, v, mask=mask, scale=scale, sinks=sinks, **rest)
+
+    fast = _copied(core.fast, scaled_dot_product_attention=scaled_dot_product_attention)
+    return _copied(core, fast=fast)
+
+
+def _copied(module: ModuleType, **changes: Any) -> ModuleType:
+    """A module with the names of `module` and with `changes`."""
+    copy = ModuleType(module.__name__)
+    vars(copy).update(vars(module), **changes)
+    return copy
+
+
+def _cache_of(keys: mx.array, mask: Any, given: Any = None) -> ShardedKVCache | None:
+    """The sharded cache that gave `keys` to a layer; ``None`` outside of a sharded model.
+
+    `given` is the cache that the layer names, which counts where the layer has converted its keys.
+    """
+    own = given if isinstance(given, ShardedKVCache) else None
+    if own is None or not own.gave(keys):
+        own = cache_of_keys(keys) or own
+    if own is None and isinstance(mask, CausalMask):
+        raise UnsupportedModelError("attention to keys that no cache of it gave, under the mask of a cache")
+    return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import mlx.nn as nn
 from ...errors import ArgumentError, UnsupportedModelError
 from ...transport.base import Ring
 from .. import mlx_lm_compat as compat
+from .forward_pass import ShardedCache, flat
 from .history import TokenHistory
 from .recurrent_cache import RecurrentCache, Slot, TracingRecurrentCache
-from .sharded_cache import ShardedKVCache, TracingCache
+from .sharded_cache import ShardedKVCache
+from .trial import TracingCache
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,6 @@ class Keys:
         return TracingCache(self.window)
 
     def traced(self, cache: TracingCache) -> Keys:
-        if not cache.attended and not cache.empty():
-            raise ArgumentError("it attends to the keys of its cache by another function than mlx-lm's")
         return self
 
 
@@ -98,6 +99,30 @@ def traced_kinds(model: nn.Module, kinds: Sequence[Kind], caches: Sequence[Any])
             name = compat.model_name(model)
             raise UnsupportedModelError(f"model: {name} has a layer of another kind at {i}: {error}") from None
     return found
+
+
+def check_caches(name: str, found: Sequence[Any], expected: Sequence[Any]) -> list[ShardedCache]:
+    """Return the caches of `found`; `expected` are those that the model makes.
+
+    Raises:
+        ArgumentError: `found`, the argument `name`, is of another model, or its layers hold different tokens.
+    """
+    leaves, wanted = flat(found), flat(expected)
+    kinds = [_counted([type(leaf).__name__ for leaf in side]) for side in (leaves, wanted)]
+    if [type(leaf) for leaf in leaves] != [type(leaf) for leaf in wanted]:
+        raise ArgumentError(f"{name}: {kinds[0]}, expected what the model's make_cache or load_cache gives: {kinds[1]}")
+    for i, (leaf, one) in enumerate(zip(leaves, wanted)):
+        if leaf.form != one.form:
+            raise ArgumentError(f"{name}: cache {i} with {leaf.form}, expected {one.form} for this model")
+    sizes = sorted({leaf.size() for leaf in leaves})
+    if len(sizes) > 1:
+        raise ArgumentError(f"{name}: {sizes[0]} tokens in one layer and {sizes[-1]} in another, expected equal counts")
+    return leaves
+
+
+def _counted(names: Sequence[str]) -> str:
+    """The names with the number of each."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
 
 
 def _kind(cache: Any) -> Kind:

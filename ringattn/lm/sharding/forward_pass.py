@@ -45,7 +45,12 @@ class ShardedCache:
         layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
         step: The tokens of the forward pass; ``None`` before the first one.
+        mark: A number of tokens after which a forward pass is cut in two, since the state there is kept; 0: none.
+        loss: Why the cache may have lost what is needed to go back to fewer tokens.
     """
+
+    mark = 0
+    loss = ""
 
     def __init__(self, ring: Ring, history: TokenHistory | None = None):
         self.ring = check_ring(ring)
@@ -78,8 +83,20 @@ class ShardedCache:
         """Bytes that the context takes on this rank, without the room for more tokens."""
         raise NotImplementedError
 
+    @property
+    def form(self) -> str:
+        """Properties that depend on the model and not on its context, for comparisons and messages."""
+        raise NotImplementedError
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Prepare for a prompt of so many tokens, which a later call may take back."""
+
     def restorable(self, size: int) -> int:
         """The largest number of first tokens, at most `size`, that `trim` can leave in the cache."""
+        raise NotImplementedError
+
+    def trim(self, n: int) -> int:
+        """Remove the last `n` tokens; return how many were removed. Every rank calls it."""
         raise NotImplementedError
 
 
@@ -101,6 +118,28 @@ def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
 def flat(caches: Iterable[Any]) -> list[Any]:
     """The caches of all layers, in order; a layer may have several, in mlx-lm's `CacheList`."""
     return [leaf for cache in caches for leaf in (flat(cache.caches) if hasattr(cache, "caches") else [cache])]
+
+
+def size_of(caches: Iterable[Any]) -> int:
+    """The number of tokens that `caches` hold, on all ranks together."""
+    return int(flat(caches)[0].size())
+
+
+def tokens_of(caches: Iterable[Any]) -> list[int]:
+    """The ids of the tokens that `caches` hold, for a batch of one."""
+    ids: list[int] = flat(caches)[0].tokens.reshape(-1).tolist()
+    return ids
+
+
+def trim_to(caches: Iterable[Any], size: int) -> None:
+    """Leave the first `size` tokens in `caches`, a number that is `restorable`. Every rank calls it."""
+    for cache in flat(caches):
+        cache.trim(cache.size() - size)
+
+
+def tokens_to_mark(caches: Iterable[ShardedCache]) -> int:
+    """The number of new tokens after which the next mark comes; 0: none comes."""
+    return min((left for cache in caches if (left := cache.mark - cache.size()) > 0), default=0)
 
 
 def restorable(caches: Iterable[ShardedCache], size: int) -> int:

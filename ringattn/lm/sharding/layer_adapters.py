@@ -1,50 +1,88 @@
 """Attention layers of mlx-lm that do arithmetic on scores themselves: the same layers over a sharded cache.
 
-Each function is the layer's `__call__` with a sharded cache. Keys and values are those that the layer caches.
+An adapter gets the layer's own `__call__` and the arguments of a call with a sharded cache. Keys and values are those
+that the layer caches.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .attention import sharded_attention
+from .forward_pass import flat
+from .latent import ATTRIBUTES as LATENT
+from .latent import LatentView
+from .sharded_cache import ShardedKVCache
+from .sparse import SparseView, choosing
+
+Adapter = Callable[[Callable, inspect.BoundArguments], mx.array]
 
 
-def gemma2(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+def gemma2(plain: Callable, call: inspect.BoundArguments) -> mx.array:
     """Run Gemma 2's attention: scores with a softcap (mlx_lm.models.gemma2.Attention)."""
+    given: Any = call.arguments
+    layer, x, cache = given["self"], given["x"], given["cache"]
     q = layer.rope(_split_heads(layer.q_proj(x), layer.n_heads), offset=cache.offset)
     k = layer.rope(_split_heads(layer.k_proj(x), layer.n_kv_heads), offset=cache.offset)
     v = _split_heads(layer.v_proj(x), layer.n_kv_heads)
     k, v = cache.update_and_fetch(k, v)
-    out = sharded_attention(q, k, v, cache, layer.scale, mask, softcap=layer.attn_logit_softcapping)
+    out = sharded_attention(q, k, v, cache, layer.scale, given.get("mask"), softcap=layer.attn_logit_softcapping)
     return layer.o_proj(_join_heads(out))
 
 
-def latent(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-    """Run DeepSeek's multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the up-projections absorbed.
-
-    The latent vector of a token with its rope part is the one key of all heads, and the latent vector alone its value:
-    ``q . k = (W_k^T q_nope) . c + q_rope . k_rope``, and ``out = W_v (sum_j p_j c_j)``. Only c and k_rope are cached,
-    and only they travel.
-    """
-    q = layer.q_proj(x) if layer.q_lora_rank is None else layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
-    q_nope, q_rope = mx.split(_split_heads(q, layer.num_heads), [layer.qk_nope_head_dim], axis=-1)
-    c, k_rope = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
-    c = layer.kv_a_layernorm(c)[:, None]
-    k_rope = layer.rope(_split_heads(k_rope, 1), cache.offset)
-    q_rope = layer.rope(q_rope, cache.offset)
-    c, k_rope = cache.update_and_fetch(c, k_rope)
-    q = mx.concatenate([layer.embed_q(q_nope), q_rope], -1)
-    out = sharded_attention(q, mx.concatenate([c, k_rope], -1), c, cache, layer.scale, mask)
-    return layer.o_proj(_join_heads(layer.unembed_out(out)))
+def latent(plain: Callable, call: inspect.BoundArguments) -> mx.array:
+    """Run a layer of latent attention; see `latent`."""
+    view = LatentView(call.arguments["cache"], call.arguments.get("mask"))
+    call.arguments.update(mask=None, cache=view)
+    return plain(*call.args, **call.kwargs)
 
 
-ADAPTERS = {  # by module and class, as in mlx_lm_compat.LAYERS
-    ("mlx_lm.models.gemma2", "Attention"): gemma2,
-    ("mlx_lm.models.deepseek_v3", "DeepseekV3Attention"): latent,
-}
+def sparse(plain: Callable, call: inspect.BoundArguments) -> mx.array:
+    """Run a layer of latent attention to the tokens that an indexer chooses; see `sparse`."""
+    view = SparseView(call.arguments["cache"], call.arguments.get("mask"))
+    call.arguments.update(mask=None, cache=view)
+    return plain(*call.args, **call.kwargs)
+
+
+def wrapper_of(part: nn.Module) -> Callable[[Callable], Callable] | None:
+    """What to wrap the `__call__` of a part of a model in; ``None`` where it needs nothing."""
+    if _kind(part) == INDEXER:
+        return choosing
+    adapter = ADAPTERS.get(_kind(part))
+    if all(hasattr(part, name) for name in LATENT):
+        indexer = getattr(part, "indexer", None)
+        adapter = latent if indexer is None else sparse if _kind(indexer) == INDEXER else None
+    return None if adapter is None else partial(adapted, adapter)
+
+
+def adapted(adapter: Adapter, plain: Callable) -> Callable:
+    """The `__call__` of a layer, `plain`, with calls that have a sharded cache passed to `adapter`."""
+    signature = inspect.signature(plain)
+
+    def call(*args: Any, **kwargs: Any) -> mx.array:
+        bound = signature.bind(*args, **kwargs)
+        if any(isinstance(cache, ShardedKVCache) for cache in flat([bound.arguments.get("cache")])):
+            return adapter(plain, bound)
+        return plain(*args, **kwargs)
+
+    return call
+
+
+# Layers that are run here by other code than their own are known by module and class, as in mlx_lm_compat.LAYERS:
+# another layer with the same attributes may do more with them.
+ADAPTERS: dict[tuple[str, str], Adapter] = {("mlx_lm.models.gemma2", "Attention"): gemma2}
+
+INDEXER = ("mlx_lm.models.deepseek_v32", "Indexer")
+
+
+def _kind(part: nn.Module) -> tuple[str, str]:
+    return type(part).__module__, type(part).__name__
 
 
 def _split_heads(x: mx.array, count: int) -> mx.array:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ...core.affine import AffineMap
 from ...errors import ArgumentError
 from ...layout import Layout
+from ...ring.states import BeforeAndAfter, ChainCall, chain_states, is_first
 from ...transport.base import Ring
 from ...transport.solo import SoloRing
 from .forward_pass import ShardedCache, current
@@ -16,6 +18,10 @@ from .history import TokenHistory
 
 INPUTS = "inputs"  # the last inputs of a short convolution
 STATE = "state"  # the state of a recurrence
+TAIL = 32  # tokens at a prompt's end: a chat template may write them differently when another turn follows
+
+
+Arrays = list[mx.array | None]
 
 
 class Slot(NamedTuple):
@@ -37,8 +43,8 @@ class Slot(NamedTuple):
 class RecurrentCache(ShardedCache):
     """Cache of a recurrent layer. mlx-lm calls it as it calls its own `ArraysCache`.
 
-    A state cannot be trimmed. Instead the cache keeps the states from before and after the last prompt (MLX's arrays
-    do not change, so this is no copy), and can go back to these.
+    A state cannot be trimmed. Instead the cache keeps three earlier states, and can go back to them: before the last
+    prompt, `TAIL` tokens before its end, and before the last forward pass. Each takes as many bytes as the state.
 
     Args:
         ring: The ring, of `ringattn.init`.
@@ -48,20 +54,24 @@ class RecurrentCache(ShardedCache):
 
     lengths = None  # of batches with padding, which a ring does not have
     left_padding = None
+    loss = "no state of the recurrent layers is kept there"
 
     def __init__(self, ring: Ring, slots: Sequence[Slot], history: TokenHistory | None = None):
         super().__init__(ring, history)
         self.slots = tuple(slots)
-        self.arrays: list[mx.array | None] = [None] * len(slots)
+        self.arrays: Arrays = [None] * len(slots)
         self.convolutions = 0  # that have run in this forward pass
-        self._kept: dict[int, list[mx.array | None]] = {}  # arrays by the number of tokens before them
-        self._prompt = False  # whether the last forward pass read more than one token
+        self._kept: dict[int, Arrays] = {}  # of the last prompt, by the number of tokens before them
+        self._last: dict[int, Arrays] = {}  # before the last forward pass
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Keep the state before a prompt of so many tokens, and in it the one before its last `TAIL` tokens."""
+        self._kept = {self.size(): list(self.arrays)}
+        self.mark = self.size() + max(0, tokens - TAIL)
 
     def begin(self, step: Any) -> None:
         """Set the positions for a forward pass of the tokens of `step`."""
-        if step.new.length > 1 and not self._prompt:
-            self._kept = {self.size(): list(self.arrays)}
-        self._prompt = step.new.length > 1
+        self._last = {self.size(): list(self.arrays)}
         self.convolutions = 0
         super().begin(step)
 
@@ -69,15 +79,34 @@ class RecurrentCache(ShardedCache):
         """Clear the state of the forward pass."""
         assert self.step is not None
         self.layout = Layout(((),) * self.ring.size, self.step.new.stop)
-        if self._prompt:
-            first = next(iter(self._kept.items()))
-            self._kept = dict([first, (self.size(), list(self.arrays))])
+        if self.size() == self.mark:
+            self._kept[self.mark] = list(self.arrays)
         super().end()
 
     @property
     def shared(self) -> bool:
         """Whether each rank computes its own tokens in this forward pass."""
         return self.step is not None and self.step.shared
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first tokens of the forward pass."""
+        assert self.step is not None
+        return is_first(self.step.new, self.ring.rank, 0)
+
+    def chain(self, state: mx.array, own: AffineMap, transition: tuple[int, ...], matrix: bool) -> BeforeAndAfter:
+        """Find the states before this rank's tokens and after all tokens. Collective.
+
+        Args:
+            state: The state before the forward pass, float32.
+            own: The map of this rank's tokens.
+            transition: The shape of a transition.
+            matrix: Whether transitions are matrices; otherwise decays.
+        """
+        assert self.step is not None
+        what = "a recurrent layer"
+        with self.ring.call(what):
+            return chain_states(self.ring, ChainCall(what, self.step.new, transition, matrix), state, [own])
 
     def __getitem__(self, i: int) -> mx.array | None:
         current.reading = self
@@ -111,15 +140,30 @@ class RecurrentCache(ShardedCache):
         return [] if self.empty() else list(self.arrays)
 
     @property
+    def states(self) -> dict[int, Arrays]:
+        """The state and the earlier ones that are kept, by the number of tokens before them, in ascending order."""
+        found = {**self._kept, **self._last, self.size(): self.arrays}
+        return {size: found[size] for size in sorted(found) if 0 < size <= self.size()}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the state, and of the earlier states that are kept."""
-        kept = {id(x): x.nbytes for arrays in (self.arrays, *self._kept.values()) for x in arrays if x is not None}
+        """Bytes of the state, and of the earlier states that are kept. Every rank has all of them."""
+        kept = {id(x): x.nbytes for arrays in self.states.values() for x in arrays if x is not None}
         return sum(kept.values())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the state on this rank; every rank has all of it."""
-        return sum(x.nbytes for x in self.arrays if x is not None)
+        """As `nbytes`: there is no room for more."""
+        return self.nbytes
+
+    @property
+    def form(self) -> str:
+        """The shapes of the arrays for a batch of one, their dtypes, and their use."""
+        shapes = [slot.shape if x is None else (1, *x.shape[1:]) for slot, x in zip(self.slots, self.arrays)]
+        return ", ".join(
+            f"{slot.kind} {slot.order} {shape} {str(slot.dtype).rpartition('.')[2]}"
+            for slot, shape in zip(self.slots, shapes)
+        )
 
     def is_trimmable(self) -> bool:
         """Return False: a state has no tokens that could be removed."""
@@ -127,28 +171,31 @@ class RecurrentCache(ShardedCache):
 
     def restorable(self, size: int) -> int:
         """The largest number of first tokens, at most `size`, whose state is kept."""
-        return max((n for n in (0, self.size(), *self._kept) if n <= size), default=0)
+        return max((n for n in self.states if n <= size), default=0)
 
     def trim(self, n: int) -> int:
         """Go back to the state before the last `n` tokens, which must be kept; return `n`. Every rank calls it."""
         n = min(n, self.size())
         left = self.size() - n
         if self.restorable(left) != left:
-            raise ArgumentError(f"n: {n} tokens to remove, expected a number that leaves one of {[0, *self._kept]}")
+            raise ArgumentError(f"n: {n} tokens to remove, expected a number that leaves one of {[0, *self.states]}")
         if n:
-            self.arrays = list(self._kept[left]) if left in self._kept else [None] * len(self.slots)
-            self.layout = Layout(((),) * self.ring.size, left)
-            self.offset = left
-            self._kept = {at: arrays for at, arrays in self._kept.items() if at <= left}
-            self._prompt = False
+            self._hold({size: arrays for size, arrays in self.states.items() if size <= left}, left)
         return n
 
-    def restore(self, size: int, arrays: Sequence[mx.array], history: TokenHistory) -> None:
-        """Hold the state after `size` tokens."""
+    def restore(self, states: Mapping[int, Arrays], history: TokenHistory) -> None:
+        """Hold the last one of `states`, and keep the others; see `RecurrentCache.states`."""
+        self._hold(states, max(states))
+        self.history = history
+
+    def _hold(self, states: Mapping[int, Arrays], size: int) -> None:
+        """Hold the state after `size` tokens, and keep those of fewer tokens."""
         self.layout = Layout(((),) * self.ring.size, size)
         self.offset = size
-        self.arrays = list(arrays)
-        self.history = history
+        self.arrays = list(states.get(size, [None] * len(self.slots)))
+        self._kept = {at: list(arrays) for at, arrays in states.items() if at < size}
+        self._last = {}
+        self.mark = 0
 
 
 class TracingRecurrentCache(RecurrentCache):

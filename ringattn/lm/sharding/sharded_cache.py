@@ -11,7 +11,6 @@ from ...core.intervals import length, locate, positions
 from ...errors import ArgumentError
 from ...layout import Layout
 from ...transport.base import Ring
-from ...transport.solo import SoloRing
 from .forward_pass import ShardedCache, current, flat
 from .history import TokenHistory
 from .partition import Step, extended, within
@@ -34,7 +33,7 @@ class CausalMask(str):
 def cache_of_keys(keys: mx.array) -> ShardedKVCache | None:
     """The cache that returned `keys` to a layer in this forward pass."""
     caches = (cache for cache in current.caches if isinstance(cache, ShardedKVCache))
-    return next((cache for cache in caches if cache.fetched_keys is keys), None)
+    return next((cache for cache in caches if cache.gave(keys)), None)
 
 
 class ShardedKVCache(ShardedCache):
@@ -48,13 +47,17 @@ class ShardedKVCache(ShardedCache):
     Attributes:
         layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
+        window: The layer's window in tokens, or ``None``.
         keys, values: ``[batch, kv heads, room, head_dim]``; the first ``layout.local_length(ring.rank)`` are in use.
     """
+
+    loss = "a window has dropped tokens before them"
 
     def __init__(self, ring: Ring, window: int | None = None, history: TokenHistory | None = None):
         super().__init__(ring, history)
         self.window = window
         self.fetched_keys: mx.array | None = None  # the keys that the layer got in this forward pass
+        self._counted: mx.array | None = None  # the keys that another layer got in this forward pass
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -62,6 +65,7 @@ class ShardedKVCache(ShardedCache):
         """Clear the state of the forward pass."""
         super().end()
         self.fetched_keys = None
+        self._counted = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keep this rank's part of new keys and values; return all that it holds ``[batch, kv heads, tokens, _]``."""
@@ -78,11 +82,36 @@ class ShardedKVCache(ShardedCache):
         self.values = _append(self.values, values, before, step.shared)
         self.layout = extended(self.layout, step.new)
         self.offset = step.new.stop
-        self.fetched_keys, values = self.keys_and_values()
+        self.fetched_keys, values = self._all_held()
         return self.fetched_keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values that this rank holds."""
+        """All keys and values that this rank holds.
+
+        In a forward pass other layers ask for them, and may count them to find the position of their queries. They get
+        zeros, as many as one process holds after this rank's tokens; `held_instead` exchanges them.
+        """
+        held = self._all_held()
+        if self.fetched_keys is None or self.step is None:
+            return held
+        count = self._own_start(self.step) + self._computed(self.step)
+        keys, values = (mx.broadcast_to(mx.zeros(1, x.dtype), (*x.shape[:2], count, x.shape[3])) for x in held)
+        self._counted = keys
+        return keys, values
+
+    def gave(self, keys: mx.array) -> bool:
+        """Whether a layer got `keys` from this cache in this forward pass."""
+        return keys is self.fetched_keys or keys is self._counted
+
+    def held_instead(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The keys and values that this rank holds in the place of zeros that `keys_and_values` gave."""
+        return self._all_held() if keys is self._counted else (keys, values)
+
+    def in_trial(self) -> bool:
+        """Whether attention computes nothing, since the pass is a trial."""
+        return False
+
+    def _all_held(self) -> tuple[mx.array, mx.array]:
         if self.keys is None or self.values is None:
             raise ArgumentError("cache: empty, expected at least one token in it")
         return self.keys[:, :, : self.held], self.values[:, :, : self.held]
@@ -121,6 +150,11 @@ class ShardedKVCache(ShardedCache):
         return _bytes_of_tokens(self, self.held)
 
     @property
+    def form(self) -> str:
+        """The window."""
+        return f"keys and values, window {self.window}"
+
+    @property
     def state(self) -> Sequence[Any]:
         """Keys and values of this rank, as mlx-lm's caches return them; nothing while it is empty."""
         return [] if self.keys is None else list(self.keys_and_values())
@@ -149,6 +183,10 @@ class ShardedKVCache(ShardedCache):
         self.values = values
         self.history = history
 
+    def _own_start(self, step: Step) -> int:
+        """The position of the first token that this rank computes in a step."""
+        return step.new.spans[self.ring.rank][0][0] if step.shared else step.new.start
+
     def _computed(self, step: Step) -> int:
         """The number of tokens that this rank computes in a step."""
         return step.new.local_length(self.ring.rank) if step.shared else step.new.length
@@ -172,25 +210,26 @@ class ShardedKVCache(ShardedCache):
         return self.layout.local_length(rank)
 
 
-class TracingCache(ShardedKVCache):
-    """A cache for a trial pass that shows how the layers of a model use theirs. Attention over it computes nothing.
-
-    Attributes:
-        attended: Whether a layer has attended to its keys over the ring.
-    """
-
-    attended = False
-
-    def __init__(self, window: int | None = None):
-        super().__init__(SoloRing(60.0), window)
-
-
 def held_bytes(caches: Sequence[Any]) -> int:
     """Bytes of the context that the caches of a model, sharded or mlx-lm's own, hold on this rank.
 
     Room for more tokens counts in ``nbytes``, but not here: caches grow in steps.
     """
     return sum(_held_bytes(cache) for cache in flat(caches))
+
+
+def contents(caches: Sequence[Any]) -> str:
+    """The kinds of arrays that caches, sharded or mlx-lm's own, hold: for people."""
+    found = {"keys and values" if hasattr(cache, "keys") else "states" for cache in flat(caches)}
+    return "keys, values and states" if len(found) == 2 else found.pop()
+
+
+def held_tokens(caches: Sequence[Any], rank: int) -> int:
+    """The most tokens whose keys and values a cache of a layer, sharded or mlx-lm's own, holds on a rank."""
+    return max(
+        cache.layout.local_length(rank) if isinstance(cache, ShardedCache) else int(getattr(cache, "offset", 0))
+        for cache in flat(caches)
+    )
 
 
 def _held_bytes(cache: Any) -> int:
