@@ -114,6 +114,9 @@ def stream_generate(
             yield response
     except StoppedError:
         return
+    finally:
+        for leaf in leaves:
+            leaf.mark = 0
 
 
 def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:

@@ -69,6 +69,12 @@ class ShardedCache:
         """Clear the state of the forward pass."""
         self.offset = self.layout.stop
 
+    def abandon(self) -> None:
+        """Go back to the tokens before a forward pass that has failed."""
+        assert self.step is not None
+        self.trim(self.size() - self.step.new.start)
+        self.end()
+
     def size(self) -> int:
         """The number of tokens in the context, on all ranks together."""
         return self.layout.stop
@@ -102,17 +108,22 @@ class ShardedCache:
 
 @contextmanager
 def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
-    """Run a forward pass: the tokens of `step` through the layers of `caches`."""
+    """Run a forward pass: the tokens of `step` through the layers of `caches`. If it fails, they stay as they were."""
     for cache in caches:
         cache.begin(step)
     before = current.caches, current.reading
     current.caches, current.reading = caches, None
     try:
         yield
-    finally:
-        current.caches, current.reading = before
+    except BaseException:
+        for cache in caches:
+            cache.abandon()
+        raise
+    else:
         for cache in caches:
             cache.end()
+    finally:
+        current.caches, current.reading = before
 
 
 def flat(caches: Iterable[Any]) -> list[Any]:

@@ -81,6 +81,11 @@ class RecurrentCache(ShardedCache):
             self._kept[self.mark] = list(self.arrays)
         super().end()
 
+    def abandon(self) -> None:
+        """Go back to the state before a forward pass that has failed."""
+        self.arrays = list(self._last[self.size()])
+        super().end()
+
     @property
     def shared(self) -> bool:
         """Whether each rank computes its own tokens in this forward pass."""
