@@ -118,7 +118,7 @@ def stream_generate(
         return
     finally:
         for leaf in leaves:
-            leaf.mark = 0
+            leaf.marks = ()
 
 
 def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:

@@ -20,9 +20,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ringattn import lm
-from ringattn.lm.sharding import partition
+from ringattn.lm.sharding import partition, recurrent_cache
 from ringattn.lm.sharding.forward_pass import flat, restorable, size_of, trim_to
-from ringattn.lm.sharding.recurrent_cache import TAIL, RecurrentCache
+from ringattn.lm.sharding.recurrent_cache import LONG_TAIL, TAIL, RecurrentCache
 from ringattn.lm.sharding.sharded_cache import contents, held_bytes
 
 STEPS = (100, 1, 1, 3, 131, 5, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
@@ -121,12 +121,13 @@ def test_states_that_differ_between_ranks(ring: Ring, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1"])
-def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, name: str) -> None:
+def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Before the last prompt, some tokens before its end, and before the last token: each gives the right tokens."""
+    monkeypatch.setattr(recurrent_cache, "LONG_TAIL", 50)
     model = build(name)
     first, second, third = (rng.integers(0, BASE["vocab_size"], n).tolist() for n in (70, 90, 5))
     answers = {}
-    for kept in (70, 160 - TAIL, 161, 162):
+    for kept in (70, 160 - 50, 160 - TAIL, 161, 162):
         context = [*first, *second][:kept] + [3, 4][: max(0, kept - 160)]
         answers[kept] = [r.token for r in mlx_lm.stream_generate(model, words(), [*context, *third], max_tokens=5)]
     lm.shard(model, ring)
@@ -137,7 +138,7 @@ def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, name: str) -
         tokens = iter([3, 4, 5])
         list(lm.stream_generate(model, words(), second, max_tokens=2, prompt_cache=cache, sampler=sampler))
         found = [n for n in range(163) if restorable(cache, n) == n]
-        assert found == [0, 70, 160 - TAIL, 161, 162]
+        assert found == [0, 70, 160 - 50, 160 - TAIL, 161, 162]
         assert restorable(cache, kept + 1 if kept < 161 else kept) == kept
         trim_to(cache, kept)
         answer = lm.stream_generate(model, words(), third, max_tokens=5, prompt_cache=cache)
@@ -151,10 +152,10 @@ def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, name: str) -
 def test_bytes_are_those_of_all_states_that_are_kept(ring: Ring, name: str) -> None:
     model = lm.shard(build(name), ring)
     cache = model.make_cache()
-    list(lm.stream_generate(model, words(), [5] * 100, max_tokens=2, prompt_cache=cache))
+    list(lm.stream_generate(model, words(), [5] * 1100, max_tokens=2, prompt_cache=cache))
     for layer in (leaf for leaf in flat(cache) if isinstance(leaf, RecurrentCache)):
         state = sum(x.nbytes for x in layer.arrays)
-        assert list(layer.states) == [100 - TAIL, 101, 102]
-        assert layer.nbytes == layer.held_bytes == 3 * state
+        assert list(layer.states) == [1100 - LONG_TAIL, 1100 - TAIL, 1101, 1102]
+        assert layer.nbytes == layer.held_bytes == 4 * state
     assert contents(cache) == "keys, values and states"
     assert held_bytes(cache) == sum(leaf.held_bytes for leaf in flat(cache))

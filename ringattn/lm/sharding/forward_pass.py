@@ -45,11 +45,11 @@ class ShardedCache:
         layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
         step: The tokens of the forward pass; ``None`` before the first one.
-        mark: A number of tokens after which a forward pass is cut in two, since the state there is kept; 0: none.
+        marks: Numbers of tokens after which a forward pass is cut in two, since the state there is kept.
         loss: Why the cache may have lost what is needed to go back to fewer tokens.
     """
 
-    mark = 0
+    marks: tuple[int, ...] = ()
     loss = ""
 
     def __init__(self, ring: Ring, history: TokenHistory | None = None):
@@ -150,7 +150,8 @@ def trim_to(caches: Iterable[Any], size: int) -> None:
 
 def tokens_to_mark(caches: Iterable[ShardedCache]) -> int:
     """The number of new tokens after which the next mark comes; 0: none comes."""
-    return min((left for cache in caches if (left := cache.mark - cache.size()) > 0), default=0)
+    left = (mark - cache.size() for cache in caches for mark in cache.marks)
+    return min((tokens for tokens in left if tokens > 0), default=0)
 
 
 def restorable(caches: Iterable[ShardedCache], size: int) -> int:

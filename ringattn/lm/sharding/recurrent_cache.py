@@ -17,6 +17,7 @@ from .history import TokenHistory
 INPUTS = "inputs"  # the last inputs of a short convolution
 STATE = "state"  # the state of a recurrence
 TAIL = 32  # tokens at a prompt's end: a chat template may write them differently when another turn follows
+LONG_TAIL = 1024  # tokens of a question after a long text: another question about the text may follow
 
 
 Arrays = list[mx.array | None]
@@ -41,8 +42,9 @@ class Slot(NamedTuple):
 class RecurrentCache(ShardedCache):
     """Cache of a recurrent layer. mlx-lm calls it as it calls its own `ArraysCache`.
 
-    A state cannot be trimmed. Instead the cache keeps three earlier states, and can go back to them: before the last
-    prompt, `TAIL` tokens before its end, and before the last forward pass. Each takes as many bytes as the state.
+    A state cannot be trimmed. Instead the cache keeps up to four earlier states, and can go back to them: before the
+    last prompt, `LONG_TAIL` and `TAIL` tokens before its end, and before the last forward pass. Each takes as many
+    bytes as the state.
 
     Args:
         ring: The ring, of `ringattn.init`.
@@ -63,9 +65,9 @@ class RecurrentCache(ShardedCache):
         self._last: dict[int, Arrays] = {}  # before the last forward pass
 
     def expect_prompt(self, tokens: int) -> None:
-        """Keep the state before a prompt of so many tokens, and in it the one before its last `TAIL` tokens."""
+        """Keep the state before a prompt of so many tokens, and in it those before its last tokens."""
         self._kept = {self.size(): list(self.arrays)}
-        self.mark = self.size() + max(0, tokens - TAIL)
+        self.marks = tuple(self.size() + tokens - tail for tail in (LONG_TAIL, TAIL) if tokens > tail)
 
     def begin(self, step: Any) -> None:
         """Set the positions for a forward pass of the tokens of `step`."""
@@ -77,8 +79,8 @@ class RecurrentCache(ShardedCache):
         """Clear the state of the forward pass."""
         assert self.step is not None
         self.layout = Layout(((),) * self.ring.size, self.step.new.stop)
-        if self.size() == self.mark:
-            self._kept[self.mark] = list(self.arrays)
+        if self.size() in self.marks:
+            self._kept[self.size()] = list(self.arrays)
         super().end()
 
     def abandon(self) -> None:
@@ -178,7 +180,7 @@ class RecurrentCache(ShardedCache):
         self.arrays = list(states.get(size, [None] * len(self.slots)))
         self._kept = {at: list(arrays) for at, arrays in states.items() if at < size}
         self._last = {}
-        self.mark = 0
+        self.marks = ()
 
 
 class TracingRecurrentCache(RecurrentCache):
