@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import mlx.core as mx
@@ -91,8 +92,9 @@ def stream_generate(
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-    sizes = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": f"{held.size} tokens"}
-    agreed(ring, BEGIN, tuple((name, str(size)) for name, size in sizes.items()))
+    context = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
+    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": context}
+    agreed(ring, BEGIN, tuple((name, str(value)) for name, value in fields.items()))
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
     for leaf in leaves:
         leaf.expect_prompt(shared_ids.size)
@@ -114,6 +116,9 @@ def stream_generate(
             yield response
     except StoppedError:
         return
+    finally:
+        for leaf in leaves:
+            leaf.marks = ()
 
 
 def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:

@@ -126,6 +126,17 @@ def test_a_question_that_is_interrupted(ring: Ring, family: str, rounds: int) ->
 
 
 @pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+def test_an_answer_that_is_interrupted(ring: Ring, family: str) -> None:
+    """Only the token that was not printed is dropped from the cache."""
+    chat = session(ring, "chatml", family)
+    calls = iter(range(100))  # two rounds of the prompt, then one for each token
+    assert chat.answer(chat.tokens(TURNS[0]), stopped=lambda: next(calls) >= 6) is not None
+    held = size_of(chat.cache)
+    chat.tokens(TURNS[1])
+    assert size_of(chat.cache) == held - 1
+
+
+@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
 @pytest.mark.parametrize("template", ["thinking", "system last"])
 def test_a_conversation_that_is_saved(
     ring: Ring, tmp_path_factory: pytest.TempPathFactory, template: str, family: str

@@ -115,6 +115,21 @@ def test_an_option_that_is_wrong_on_one_rank(ring: Ring, model: nn.Module, optio
     assert len(say(model, LONG[:9])) == 3
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_a_cache_of_other_tokens_on_one_rank(ring: Ring, family: str) -> None:
+    """The ranks have read different prompts of one length."""
+    if ring.size == 1:
+        pytest.skip("one rank differs from none")
+    model = lm.shard(build(family), ring)
+    first, second = model.make_cache(), model.make_cache()
+    say(model, LONG, prompt_cache=first)
+    say(model, LONG[::-1], prompt_cache=second)
+    message = r"^stream_generate: prompt_cache differs between ranks: 243 tokens, digest [0-9a-f]{8} on [^\n]*$"
+    with pytest.raises(ArgumentError, match=message):
+        say(model, LONG[:9], prompt_cache=first if ring.rank else second)
+    assert len(say(model, LONG[:9], prompt_cache=first)) == 3
+
+
 @pytest.mark.parametrize("prompt", [LONG, LONG[:3]], ids=["long", "short"])
 def test_a_text_that_rank_0_leaves_early(ring: Ring, model: nn.Module, prompt: list[int]) -> None:
     """Its next call is not taken for a part of the text that the others are in."""

@@ -45,11 +45,11 @@ class ShardedCache:
         layout: The tokens of the context that each rank holds.
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
         step: The tokens of the forward pass; ``None`` before the first one.
-        mark: A number of tokens after which a forward pass is cut in two, since the state there is kept; 0: none.
+        marks: Numbers of tokens after which a forward pass is cut in two, since the state there is kept.
         loss: Why the cache may have lost what is needed to go back to fewer tokens.
     """
 
-    mark = 0
+    marks: tuple[int, ...] = ()
     loss = ""
 
     def __init__(self, ring: Ring, history: TokenHistory | None = None):
@@ -68,6 +68,12 @@ class ShardedCache:
     def end(self) -> None:
         """Clear the state of the forward pass."""
         self.offset = self.layout.stop
+
+    def abandon(self) -> None:
+        """Go back to the tokens before a forward pass that has failed."""
+        assert self.step is not None
+        self.trim(self.size() - self.step.new.start)
+        self.end()
 
     def size(self) -> int:
         """The number of tokens in the context, on all ranks together."""
@@ -102,17 +108,22 @@ class ShardedCache:
 
 @contextmanager
 def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
-    """Run a forward pass: the tokens of `step` through the layers of `caches`."""
+    """Run a forward pass: the tokens of `step` through the layers of `caches`. If it fails, they stay as they were."""
     for cache in caches:
         cache.begin(step)
     before = current.caches, current.reading
     current.caches, current.reading = caches, None
     try:
         yield
-    finally:
-        current.caches, current.reading = before
+    except BaseException:
+        for cache in caches:
+            cache.abandon()
+        raise
+    else:
         for cache in caches:
             cache.end()
+    finally:
+        current.caches, current.reading = before
 
 
 def flat(caches: Iterable[Any]) -> list[Any]:
@@ -139,7 +150,8 @@ def trim_to(caches: Iterable[Any], size: int) -> None:
 
 def tokens_to_mark(caches: Iterable[ShardedCache]) -> int:
     """The number of new tokens after which the next mark comes; 0: none comes."""
-    return min((left for cache in caches if (left := cache.mark - cache.size()) > 0), default=0)
+    left = (mark - cache.size() for cache in caches for mark in cache.marks)
+    return min((tokens for tokens in left if tokens > 0), default=0)
 
 
 def restorable(caches: Iterable[ShardedCache], size: int) -> int:

@@ -19,6 +19,8 @@ from .history import TokenHistory
 INPUTS = "inputs"  # the last inputs of a short convolution
 STATE = "state"  # the state of a recurrence
 TAIL = 32  # tokens at a prompt's end: a chat template may write them differently when another turn follows
+LONG_TAIL = 1024  # tokens of a question after a long text: another question about the text may follow
+KEPT = 4  # states around the last prompts: a conversation may go back by more than one turn, as after calls of tools
 
 
 Arrays = list[mx.array | None]
@@ -43,8 +45,9 @@ class Slot(NamedTuple):
 class RecurrentCache(ShardedCache):
     """Cache of a recurrent layer. mlx-lm calls it as it calls its own `ArraysCache`.
 
-    A state cannot be trimmed. Instead the cache keeps three earlier states, and can go back to them: before the last
-    prompt, `TAIL` tokens before its end, and before the last forward pass. Each takes as many bytes as the state.
+    A state cannot be trimmed. Instead the cache keeps some earlier states, and can go back to them: the latest `KEPT`
+    of those before each prompt and `LONG_TAIL` and `TAIL` tokens before its end, and the one before the last forward
+    pass. Each takes as many bytes as the state.
 
     Args:
         ring: The ring, of `ringattn.init`.
@@ -61,13 +64,13 @@ class RecurrentCache(ShardedCache):
         self.slots = tuple(slots)
         self.arrays: Arrays = [None] * len(slots)
         self.convolutions = 0  # that have run in this forward pass
-        self._kept: dict[int, Arrays] = {}  # of the last prompt, by the number of tokens before them
+        self._kept: dict[int, Arrays] = {}  # around the last prompts, by the number of tokens before them
         self._last: dict[int, Arrays] = {}  # before the last forward pass
 
     def expect_prompt(self, tokens: int) -> None:
-        """Keep the state before a prompt of so many tokens, and in it the one before its last `TAIL` tokens."""
-        self._kept = {self.size(): list(self.arrays)}
-        self.mark = self.size() + max(0, tokens - TAIL)
+        """Keep the state before a prompt of so many tokens, and in it those before its last tokens."""
+        self._keep()
+        self.marks = tuple(self.size() + tokens - tail for tail in (LONG_TAIL, TAIL) if tokens > tail)
 
     def begin(self, step: Any) -> None:
         """Set the positions for a forward pass of the tokens of `step`."""
@@ -79,8 +82,13 @@ class RecurrentCache(ShardedCache):
         """Clear the state of the forward pass."""
         assert self.step is not None
         self.layout = Layout(((),) * self.ring.size, self.step.new.stop)
-        if self.size() == self.mark:
-            self._kept[self.mark] = list(self.arrays)
+        if self.size() in self.marks:
+            self._keep()
+        super().end()
+
+    def abandon(self) -> None:
+        """Go back to the state before a forward pass that has failed."""
+        self.arrays = list(self._last[self.size()])
         super().end()
 
     @property
@@ -188,6 +196,11 @@ class RecurrentCache(ShardedCache):
         self._hold(states, max(states))
         self.history = history
 
+    def _keep(self) -> None:
+        """Keep the state, and drop the oldest one that is too many."""
+        if self.size():
+            self._kept = dict([*self._kept.items(), (self.size(), list(self.arrays))][-KEPT:])
+
     def _hold(self, states: Mapping[int, Arrays], size: int) -> None:
         """Hold the state after `size` tokens, and keep those of fewer tokens."""
         self.layout = Layout(((),) * self.ring.size, size)
@@ -195,7 +208,7 @@ class RecurrentCache(ShardedCache):
         self.arrays = list(states.get(size, [None] * len(self.slots)))
         self._kept = {at: list(arrays) for at, arrays in states.items() if at < size}
         self._last = {}
-        self.mark = 0
+        self.marks = ()
 
 
 class TracingRecurrentCache(RecurrentCache):

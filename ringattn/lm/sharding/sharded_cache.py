@@ -171,7 +171,8 @@ class ShardedKVCache(ShardedCache):
         """Remove the last `n` tokens; return how many were removed. Every rank calls it."""
         n = min(n, self.layout.stop)
         if n:
-            self.layout = within(self.layout, 0, self.layout.stop - n)
+            left = self.layout.stop - n
+            self.layout = within(self.layout, min(self.layout.start, left), left)
             self.offset = self.layout.stop
         return n
 
