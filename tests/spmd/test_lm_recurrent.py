@@ -15,8 +15,10 @@ if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
 from families import BASE, RECURRENT, build
+from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from ringattn import lm
 from ringattn.lm.sharding.forward_pass import flat
@@ -86,3 +88,30 @@ def test_one_token_of_many(ring: Ring, rng: np.random.Generator, monkeypatch, na
     assert layout.local_length(0) == (80 if ring.size == 1 else 1)
     error = mx.abs(found - layout.shard(expected, ring.rank, axis=1)).max().item()
     assert error < allowed
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_bfloat16(ring: Ring, rng: np.random.Generator, name: str) -> None:
+    """Results have mlx-lm's dtype. The error against float32 is at most twice that of mlx-lm, plus a few ulps."""
+    model = build(name)
+    if any(isinstance(part, SwitchGLU) for part in model.modules()):
+        pytest.skip("MLX mixes experts on a CPU in float32 only")
+    model.set_dtype(mx.bfloat16)
+    ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 102)))
+    steps = (100, 1, 1)
+    plain = logits(model, ids, steps)
+    wide = build(name)
+    wide.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
+    exact = logits(wide, ids, steps)
+    allowed = 2 * mx.abs(plain - exact).max().item() + 4 * 2**-7 * mx.abs(exact).max().item()
+    lm.shard(model, ring)
+    cache = make_prompt_cache(model)
+    start = 0
+    for tokens in steps:
+        found = model(ids[:, start : start + tokens], cache=cache)
+        step = next(iter(flat(cache))).step
+        right = exact[:, start : start + tokens]
+        right = step.new.shard(right, ring.rank, axis=1) if step.shared else right
+        assert found.dtype == plain.dtype
+        assert mx.abs(found - right).max().item() <= allowed
+        start += tokens
