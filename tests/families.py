@@ -356,7 +356,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "expert_layer_offset": 1,
             "expert_layer_period": 2,
             "mamba_expand": 2,
-            "num_experts": 4,
+            "num_experts": 1,
             "num_experts_per_tok": 2,
         },
     ),

@@ -152,8 +152,9 @@ def call(run: Callable[..., Any], options: dict[str, Any], *before: Any) -> tupl
 
 @pytest.mark.parametrize("zeros", [True, False], ids=["from zeros", "from a state"])
 @pytest.mark.parametrize("name", CASES)
-def test_pieces(name: str, zeros: bool) -> None:
+def test_pieces(monkeypatch: pytest.MonkeyPatch, name: str, zeros: bool) -> None:
     """The error against float64 is at most twice that of mlx-lm on the whole sequence in float32, plus a few ulps."""
+    monkeypatch.setattr(elementwise_recurrences, "BLOCK", 6)
     run, plain, tokens, rest, (key, state), axis = CASES[name](np.random.default_rng(5))
     state = mx.zeros_like(state) if zeros else state
     wide = {name: x.astype(mx.float64) for name, x in {**tokens, key: state}.items()}

@@ -15,24 +15,19 @@ from .. import mlx_lm_compat as compat
 from .recurrent_cache import RecurrentCache
 from .running_layer import Result, Run
 
+BLOCK = 256  # tokens whose states are in memory at once: one state of Mamba is 16 times as large as its output
 
-def states_of_tokens(cache: RecurrentCache, a: mx.array, u: mx.array, state: mx.array | None) -> Result:
-    """Find the states after each of this rank's tokens, and after all tokens. Collective.
 
-    Args:
-        cache: The layer's cache.
-        a: The decays of this rank's tokens ``[batch, tokens, ...]``, float32.
-        u: The inputs to the state, like `a`.
-        state: The state before the forward pass ``[batch, ...]``; ``None`` for zeros.
-    """
-    before = mx.zeros_like(a[:, 0]) if state is None else state.astype(mx.float32)
-    if cache.is_first:
-        states = _scan(a, u, before)
-        return states, cache.chain(before, AffineMap(None, states[:, -1]), before.shape, False).after
-    states = _scan(a, u, mx.zeros_like(before))
-    decay = mx.cumprod(a, axis=1)  # from the first token to each one
-    found = cache.chain(before, AffineMap(decay[:, -1], states[:, -1]), before.shape, False)
-    return states + decay * found.before[0][:, None], found.after
+def real_gated(plain: Run, cache: RecurrentCache, x: mx.array, a: mx.array, h0: mx.array | None = None) -> Result:
+    """Run mlx-lm's `rnn_scan` (Griffin, arXiv 2402.19427): x and a ``[batch, tokens, width]``."""
+    a = a.astype(mx.float32)
+    u = x.astype(mx.float32)
+    before = mx.zeros_like(a[:, 0]) if h0 is None else h0.astype(mx.float32)
+    states = _scan(a, u, before if cache.is_first else mx.zeros_like(before))
+    decay = None if cache.is_first else mx.cumprod(a, axis=1)  # from the first token to each one
+    own = AffineMap(None if decay is None else decay[:, -1], states[:, -1])
+    found = cache.chain(before, own, before.shape, False)
+    return states if decay is None else states + decay * found.before[0][:, None], found.after
 
 
 def _scan(a: mx.array, u: mx.array, state: mx.array) -> mx.array:
@@ -42,11 +37,6 @@ def _scan(a: mx.array, u: mx.array, state: mx.array) -> mx.array:
         state = a[:, t] * state + u[:, t]
         states.append(state)
     return mx.stack(states, axis=1)
-
-
-def real_gated(plain: Run, cache: RecurrentCache, x: mx.array, a: mx.array, h0: mx.array | None = None) -> Result:
-    """Run mlx-lm's `rnn_scan` (Griffin, arXiv 2402.19427): x and a ``[batch, tokens, width]``."""
-    return states_of_tokens(cache, a.astype(mx.float32), x.astype(mx.float32), h0)
 
 
 def real_gated_unit(
@@ -68,9 +58,30 @@ def selective_scan(
     """
     dt, B, C = (part.astype(mx.float32) for part in _selection(layer, x))
     wide = x.astype(mx.float32)
-    decay = mx.exp(dt[..., None] * A.astype(mx.float32))
-    states, after = states_of_tokens(cache, decay, (dt * wide)[..., None] * B[..., None, :], state)
-    return (states @ C[..., None])[..., 0] + layer.D * wide, after
+    A = A.astype(mx.float32)
+    before = mx.zeros((x.shape[0], *A.shape)) if state is None else state.astype(mx.float32)
+    blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK)]
+    first = cache.is_first
+    after = before if first else mx.zeros_like(before)
+    outs = []
+    for at in blocks:
+        states = _scan(mx.exp(dt[:, at, :, None] * A), (dt * wide)[:, at, :, None] * B[:, at, None], after)
+        outs.append(_read(states, C[:, at]))
+        after = states[:, -1]
+    time = mx.cumsum(dt, axis=1)[..., None]  # from the first token to each one
+    own = AffineMap(None if first else mx.exp(time[:, -1] * A), after)
+    found = cache.chain(before, own, before.shape, False)
+    if not first:
+        reads = [_read(mx.exp(time[:, at] * A) * found.before[0][:, None], C[:, at]) for at in blocks]
+        outs = [out + more for out, more in zip(outs, reads)]
+    return mx.concatenate(outs, axis=1) + layer.D * wide, found.after
+
+
+def _read(states: mx.array, C: mx.array) -> mx.array:
+    """The outputs of a block of states. They are evaluated, so that the states of other blocks take no memory."""
+    out = (states @ C[..., None])[..., 0]
+    mx.eval(out)
+    return out
 
 
 def _selection(layer: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
