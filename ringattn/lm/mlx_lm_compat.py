@@ -19,11 +19,12 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import UnsupportedModelError
+from .sharding.chunked_cache import Chunk
 
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
 
-Window = int | None  # tokens of a layer's window
+Window = int | None  # tokens of a layer's window, or a Chunk
 
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
@@ -32,6 +33,7 @@ IMPORTED = {
     "KVCache": "mlx_lm.models.cache",
     "RotatingKVCache": "mlx_lm.models.cache",
     "CacheList": "mlx_lm.models.cache",
+    "ChunkedKVCache": "mlx_lm.models.cache",
     "make_prompt_cache": "mlx_lm.models.cache",
     ATTENTION: "mlx_lm.models.base",
     "Llama": "mlx_lm.models.llama:Model",
@@ -61,6 +63,7 @@ PARAMETERS = {
 
 # Attributes of classes that are read or called.
 ATTRIBUTES = {
+    "ChunkedKVCache": ("maybe_trim_front",),
     "KVCache": ("size", "update_and_fetch", "make_mask", "is_trimmable", "trim"),
     "RotatingKVCache": ("size",),
     "TextStateMachine": ("make_state", "split", "flush"),
@@ -148,6 +151,8 @@ def _window(model: nn.Module, layer: int, cache: Any) -> Window:
         return None
     if type(cache) is __getattr__("RotatingKVCache") and cache.keep == 0:
         return int(cache.max_size)
+    if type(cache) is __getattr__("ChunkedKVCache"):
+        return Chunk(cache.chunk_size)
     raise UnsupportedModelError(
         f"model: {model_name(model)} has a {type(cache).__name__} at layer {layer}, expected KVCache or "
         "RotatingKVCache: its state cannot be spread over a ring"

@@ -17,6 +17,7 @@ from . import mlx_lm_compat as compat
 from .mlx_lm_compat import Window
 from .sharding.attention import dispatching
 from .sharding.cache_list import LayerCache, ShardedCacheList, leaves
+from .sharding.chunked_cache import Chunk, ShardedChunkedCache
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import wrapper_of
 from .sharding.partition import Cost, next_step
@@ -71,7 +72,11 @@ class Sharded:
     def make_cache(self) -> list[LayerCache]:
         """An empty cache, one for each layer."""
         history = TokenHistory()
-        return _layer_caches(self.windows, lambda window: ShardedKVCache(self.ring, window, history))
+        return _layer_caches(self.windows, lambda window: self._cache(window, history))
+
+    def _cache(self, window: Window, history: TokenHistory) -> ShardedKVCache:
+        kind = ShardedChunkedCache if isinstance(window, Chunk) else ShardedKVCache
+        return kind(self.ring, window, history)
 
 
 def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:

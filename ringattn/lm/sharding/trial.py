@@ -16,6 +16,7 @@ from ...layout import Layout
 from ...transport.solo import SoloRing
 from ..mlx_lm_compat import model_name
 from .cache_list import leaves
+from .chunked_cache import Chunk
 from .partition import Step
 from .ropes import RopeCall, recorded_ropes
 from .sharded_cache import ShardedKVCache, step_through
@@ -46,6 +47,15 @@ class TracingCache(ShardedKVCache):
     def in_trial(self) -> bool:
         self.attended = True
         return True
+
+    # What a model asks of a cache with chunks.
+    start_position = 0
+
+    def maybe_trim_front(self) -> None:
+        pass
+
+    def constraints(self, mask: Any) -> dict[str, Any]:
+        return {} if isinstance(self.window, Chunk) else super().constraints(mask)
 
 
 def trial_pass(model: nn.Module, kind: type[nn.Module], caches: Sequence[Any]) -> list[RopeCall]:
