@@ -37,7 +37,7 @@ def compared(name: str, ring: Ring) -> tuple[str, str]:
     try:
         lm.shard(model, ring)
     except lm.UnsupportedModelError as error:
-        return REFUSED, _line(str(error)).removeprefix("model: ")
+        return REFUSED, _line(str(error)).removeprefix("model: ").partition(" ")[2]
     worst = 0.0
     for ours, mine in zip(_logits(model, ids, STEPS), expected):
         own = _own(ours.shape[1], mine.shape[1], ring)

@@ -149,6 +149,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: mlx-lm's module, di
     ),
     "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
     "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED, "rope_parameters": SCALED, "n_routed_experts": 4}),
+    "llama4": (
+        "llama4",
+        {
+            "text_config": {
+                **BASE,
+                "model_type": "llama4_text",
+                "attention_bias": False,
+                "attention_chunk_size": 32,
+                "interleave_moe_layer_step": 2,
+                "intermediate_size_mlp": 64,
+                "num_experts_per_tok": 1,
+                "num_local_experts": 4,
+                "rope_scaling": None,
+                "rope_theta": 1e4,
+                "use_qk_norm": True,
+                "floor_scale": 40,
+            }
+        },
+    ),
     "afm7": (
         "afm7",
         {"hidden_dim": 48, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},

@@ -23,7 +23,7 @@ import mlx.nn as nn
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
 
-Window = int | None  # tokens of a layer's window
+Window = int | None  # tokens of a layer's window, or a Chunk
 
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
@@ -33,6 +33,7 @@ IMPORTED = {
     "RotatingKVCache": "mlx_lm.models.cache",
     "ArraysCache": "mlx_lm.models.cache",
     "CacheList": "mlx_lm.models.cache",
+    "ChunkedKVCache": "mlx_lm.models.cache",
     "make_prompt_cache": "mlx_lm.models.cache",
     ATTENTION: "mlx_lm.models.base",
     "Llama": "mlx_lm.models.llama:Model",
@@ -64,6 +65,7 @@ PARAMETERS = {
 
 # Attributes of classes that are read or called.
 ATTRIBUTES = {
+    "ChunkedKVCache": ("maybe_trim_front",),
     "KVCache": ("size", "update_and_fetch", "make_mask", "is_trimmable", "trim"),
     "RotatingKVCache": ("size",),
     "TextStateMachine": ("make_state", "split", "flush"),

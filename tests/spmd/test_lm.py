@@ -135,11 +135,12 @@ def test_trim(ring: Ring, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(np.concatenate(found, 1), np.array(expected)[:, 100:104], atol=1e-4)
 
 
-def test_greedy_tokens(ring: Ring, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "afm7", "iquestloopcoder", "longcat_flash", "deepseek_v32"])
+def test_greedy_tokens(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """mlx-lm's own loop over the ring gives the tokens of one process for prompts of any length."""
     from mlx_lm.generate import generate_step
 
-    model = build("qwen3", seed=1)
+    model = build(name, seed=1)
     prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 403)]
     expected = [[token for token, _ in generate_step(mx.array(p), model, max_tokens=9)] for p in prompts]
     lm.shard(model, ring)

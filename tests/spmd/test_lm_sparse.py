@@ -61,12 +61,12 @@ def test_scores_are_made_in_blocks(ring: Ring, rng: np.random.Generator, monkeyp
     plain = choose
     monkeypatch.setattr(sparse, "SCORES", 400)
     monkeypatch.setattr(sparse, "choose", lambda scores, count: sizes.append(scores.size) or plain(scores, count))
-    model = build("deepseek_v32")
+    model = build("deepseek_v32", num_hidden_layers=1)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 100 * ring.size)))
     expected = model(ids)
     lm.shard(model, ring)
     cache = make_prompt_cache(model)
     found = model(ids, cache=cache)
     own = cache[0][0].step.new.shard(expected, ring.rank, axis=1)
-    assert mx.abs(found - own).max() / mx.abs(expected).max() < 64 * 2**-23
+    assert mx.abs(found - own).max() / mx.abs(expected).max() < 32 * 2**-23
     assert sizes and max(sizes) <= max(400, 100 * ring.size)

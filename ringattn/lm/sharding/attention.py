@@ -33,11 +33,10 @@ def sharded_attention(
         scale, sinks, softcap: As in `ringattn.attention`.
         mask: The mask that the cache's `make_mask` returned, or ``None``.
     """
-    if mask is not None and not isinstance(mask, CausalMask):
-        raise UnsupportedModelError(f"mask: {type(mask).__name__} of the model's own, expected what its cache makes")
     if k.shape[2] != cache.held:
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
     assert cache.step is not None
+    constraints = cache.constraints(mask)
     dtype = mx.result_type(q, k, v)
     if cache.in_trial():
         return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
@@ -47,7 +46,7 @@ def sharded_attention(
         "ring": cache.ring,
         "scale": scale,
         "mask": "causal",
-        "window": cache.window_under(mask),
+        **constraints,
         "sinks": sinks,
         "softcap": softcap,
     }

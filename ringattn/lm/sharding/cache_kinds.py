@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ...errors import ArgumentError, UnsupportedModelError
 from ...transport.base import Ring
 from .. import mlx_lm_compat as compat
+from .chunked_cache import Chunk, ShardedChunkedCache
 from .forward_pass import ShardedCache, flat
 from .history import TokenHistory
 from .recurrent_cache import RecurrentCache, Slot, TracingRecurrentCache
@@ -21,12 +22,13 @@ from .trial import TracingCache
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys and values, the tokens of which are spread over the ranks; `window` in tokens or ``None``."""
+    """Keys and values, the tokens of which are spread over the ranks; `window` in tokens, a `Chunk`, or ``None``."""
 
     window: int | None
 
     def make(self, ring: Ring, history: TokenHistory) -> ShardedKVCache:
-        return ShardedKVCache(ring, self.window, history)
+        kind = ShardedChunkedCache if isinstance(self.window, Chunk) else ShardedKVCache
+        return kind(ring, self.window, history)
 
     def make_tracing(self) -> TracingCache:
         return TracingCache(self.window)
@@ -131,6 +133,8 @@ def _kind(cache: Any) -> Kind:
         return Keys(None)
     if type(cache) is compat.RotatingKVCache and cache.keep == 0:
         return Keys(cache.max_size)
+    if type(cache) is compat.ChunkedKVCache:
+        return Keys(Chunk(cache.chunk_size))
     if type(cache) is compat.ArraysCache:
         return State(len(cache.cache))
     if type(cache) is compat.CacheList:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...core.intervals import length, locate, positions
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnsupportedModelError
 from ...layout import Layout
 from ...transport.base import Ring
 from .forward_pass import ShardedCache, current, flat
@@ -121,11 +121,18 @@ class ShardedKVCache(ShardedCache):
         """The number of tokens that this rank holds."""
         return self.layout.local_length(self.ring.rank)
 
-    def window_under(self, mask: CausalMask | None) -> int | None:
-        """The window of this step's tokens under `mask`.
+    def constraints(self, mask: Any) -> dict[str, Any]:
+        """The options of attention, beside a causal mask, for this step's tokens under `mask`.
 
         For a single token mlx-lm's cache keeps no more than its window, even where the mask allows more.
         """
+        if mask is not None and not isinstance(mask, CausalMask):
+            raise UnsupportedModelError(
+                f"mask: {type(mask).__name__} of the model's own, expected what its cache makes"
+            )
+        return {"window": self._window_under(mask)}
+
+    def _window_under(self, mask: CausalMask | None) -> int | None:
         if mask is None or mask.window is None or self.window is None:
             return self.window if mask is None else mask.window
         assert self.step is not None

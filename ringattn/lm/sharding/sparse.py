@@ -2,7 +2,9 @@
 
 The indexer scores all earlier tokens for a query, and the query attends to the `index_topk` best. A rank holds the
 indexer's keys of its own tokens, as their latent vectors. The choice is that of one process, whatever the number of
-ranks: of equal scores the later token wins, which is what mlx-lm's `mx.argpartition` does on a CPU.
+ranks: of equal scores the later token wins, which is what mlx-lm's `mx.argpartition` does on a CPU. After the first
+layer, inputs differ by rounding between numbers of ranks, as they do between mlx-lm's own chunks: two tokens whose
+scores differ by a few units in the last place may then change places.
 
 - Many tokens: the indexer's keys of all ranks are gathered, ``context * index_head_dim`` values for each layer and
   round, since a query of the indexer is `index_n_heads` times as large as a key. Scores are computed for a block of

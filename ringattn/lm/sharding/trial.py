@@ -15,6 +15,7 @@ from ...errors import ArgumentError, UnsupportedModelError
 from ...layout import Layout
 from ...transport.solo import SoloRing
 from ..mlx_lm_compat import model_name
+from .chunked_cache import Chunk
 from .forward_pass import flat, step_through
 from .partition import Step
 from .ropes import RopeCall, recorded_ropes
@@ -46,6 +47,15 @@ class TracingCache(ShardedKVCache):
     def in_trial(self) -> bool:
         self.attended = True
         return True
+
+    # What a model asks of a cache with chunks.
+    start_position = 0
+
+    def maybe_trim_front(self) -> None:
+        pass
+
+    def constraints(self, mask: Any) -> dict[str, Any]:
+        return {} if isinstance(self.window, Chunk) else super().constraints(mask)
 
 
 def trial_pass(model: nn.Module, kind: type[nn.Module], caches: Sequence[Any]) -> list[RopeCall]:
