@@ -17,8 +17,7 @@ FLOORS = [
     {"core", "extras"},
     {"autograd"},
     {"kernels", "transport"},
-    {"cpu", "metal"},
-    {"cuda"},  # plans and tries its kernels with what metal has for that
+    {"cpu", "cuda", "metal"},
     {"backends", "layout", "launcher"},
     {"attention", "ring", "rope"},
     {"ring_attention", "decode_attention", "training"},
