@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from click.testing import CliRunner
-from spawn import ROOT
+from spawn import ROOT, under_load
 
 import ringattn
 from launch.virtual import Cluster
@@ -73,11 +73,6 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self._now += seconds
-
-
-def under_load(seconds: float) -> float:
-    """Time limit for work that takes `seconds` on an idle machine, longer on a machine with other work."""
-    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def healthy(size: int = 3) -> Examination:
