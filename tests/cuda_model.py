@@ -16,7 +16,7 @@ INT32 = np.iinfo(np.int32)
 def run(call: KernelCall) -> list[mx.array]:
     """Compute the outputs of `call` in float64."""
     assert len(set(call.output_names)) == len(call.output_shapes) == len(call.output_dtypes)
-    assert max(call.blocks[1:]) < 1 << 16 and call.threads <= 1024 and call.shared_memory <= SHARED_BYTES
+    assert max(call.grid[1:]) < 1 << 16 and call.threadgroup[0] <= 1024 and call.shared_memory <= SHARED_BYTES
     buffers = dict(zip(call.input_names, map(_array, call.inputs), strict=True))
     states = _forward(call, buffers) if "queries" in buffers else [buffers[name] for name in ("acc_in", "m_in", "l_in")]
     if "acc_out" in call.output_names and "queries" in buffers:
@@ -42,8 +42,9 @@ def _forward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarra
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     rows, BQ = q_len * d["G"], 16 * d["WARPS"] * d["FRAGMENTS"]
     tiles = -(-rows // BQ)
-    splits, rest = divmod(call.blocks[0], tiles)
-    assert rest == 0 and call.blocks[1:] == (heads // d["G"], batch) and call.threads == 32 * d["WARPS"]
+    splits, rest = divmod(call.grid[0], tiles * call.threadgroup[0])
+    assert rest == 0 and call.grid[1:] == (heads // d["G"], batch)
+    assert call.threadgroup == (32 * d["WARPS"], 1, 1) and call.template == []
     seen, scores = _scores(d, buffers, q, np.repeat(k, heads // k.shape[1], 1))
     v = np.repeat(v, heads // v.shape[1], 1)
     acc = np.zeros((splits, *q.shape[:3], v.shape[3]))
@@ -84,7 +85,10 @@ def _scores(d: dict[str, int], buffers: dict[str, np.ndarray], q: np.ndarray, k:
         seen &= (distance >= low) | (low == INT32.min)
         seen &= (distance <= high) | (high == INT32.max)
     if d["SEGMENTS"]:
-        q_ids, k_ids = buffers["query_ids"][:, None, :, None], buffers["key_ids"][:, None, None]
+        shapes = (len(q), 1, -1, 1), (len(k), 1, 1, -1)
+        lengths = q.shape[2], k.shape[2]
+        ids = (buffers[name][: len(q) * length] for name, length in zip(("query_ids", "key_ids"), lengths))
+        q_ids, k_ids = (x.reshape(shape) for x, shape in zip(ids, shapes))
         seen &= (q_ids == k_ids) & (q_ids >= 0)
     if d["MASK"]:
         mask = buffers["mask"]

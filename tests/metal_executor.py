@@ -38,7 +38,7 @@ def on_gpu(environment: dict[str, str] | None = None) -> bool:
 
 def usual_executor(checks: bool = True) -> launch.Executor:
     """The function that runs the kernels of the tests; `checks` is of the host runtime."""
-    return launch._apple_gpu if on_gpu() else Runtime(checks=checks)
+    return launch.launcher.gpu if on_gpu() else Runtime(checks=checks)
 
 
 def restore_executor() -> None:

@@ -127,6 +127,11 @@ def spawn_mlx(
         ]
 
 
+def under_load(seconds: float) -> float:
+    """Time limit for work that takes `seconds` on an idle machine, longer on a machine with other work."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]

@@ -33,7 +33,7 @@ _memory: OrderedDict[str, Any] = OrderedDict()
 def install() -> None:
     """Make the oracle use stored results. Without the environment variable it computes them."""
     for kind in (oracle.Case, oracle.GradientCase):
-        for name in ("exact", "plain", "sizes"):
+        for name in ("exact", "plain", "sizes", "budget"):
             if hasattr(kind, name) and FOLDER in os.environ:
                 setattr(kind, name, _stored(f"{kind.__name__}.{name}", getattr(kind, name)))
 

@@ -17,8 +17,7 @@ FLOORS = [
     {"core", "extras"},
     {"autograd"},
     {"kernels", "linear", "transport"},
-    {"cpu", "metal"},
-    {"cuda"},  # plans and tries its kernels with what metal has for that
+    {"cpu", "cuda", "metal"},
     {"backends", "layout", "launcher"},
     {"attention", "linear_attention", "ring", "rope"},
     {"ring_attention", "ring_linear_attention", "ring_short_conv", "decode_attention", "training"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -66,12 +68,19 @@ def in_proportion(n: int, shares: Sequence[float], start: int) -> list[Span]:
 
 def locate(part: Spans, whole: Spans) -> Spans:
     """Return the indices of the integers of `part` in the ascending list of those of `whole`, as spans."""
-    found = []
-    before = 0
-    for start, stop in whole:
-        found += [(a - start + before, b - start + before) for a, b in intersection(part, ((start, stop),))]
-        before += stop - start
-    return union(found)
+    pieces = intersection(part, whole)
+    return union((at, at + stop - start) for at, (start, stop) in zip(indices(pieces, whole), pieces))
+
+
+def indices(pieces: Spans, whole: Spans) -> list[int]:
+    """Return the index of the first integer of each piece in the ascending list of the integers of `whole`.
+
+    Each piece lies in one span of `whole`.
+    """
+    starts = [start for start, _ in whole]
+    before = [0, *accumulate(stop - start for start, stop in whole)]
+    held_by = [bisect_right(starts, start) - 1 for start, _ in pieces]
+    return [start - starts[i] + before[i] for i, (start, _) in zip(held_by, pieces)]
 
 
 def tokens_at(axis: int, start: int, stop: int) -> tuple[slice, ...]:

@@ -9,10 +9,10 @@ import mlx.core as mx
 
 from ..core.gradients import Gradients, Rows
 from ..core.online_softmax import State
+from ..kernels.gpu.self_test import UnusableError
 from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..kernels.reference import ReferenceKernel
 from .dispatch import attend
-from .self_test import UnusableError
 from .tiling import MOST_BLOCKS, MOST_DIMS
 
 

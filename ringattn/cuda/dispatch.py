@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs, OutputSpec
-from . import launch, self_test
+from . import launch
 from .forward import combine_call, forward_call
 from .tiling import Tiling
 
@@ -35,7 +35,7 @@ def attend(inputs: KernelInputs, state: State | None, output: OutputSpec | None)
         def few(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
             return plan.launch(inputs.whole(), state, output, min(splits, 2))
 
-        self_test.ensure(few, inputs, state, output, *details)
+        launch.self_test.ensure(few, inputs, state, output, *details)
     if state is not None:
         state = State(*map(mx.contiguous, state))
     return plan.launch(inputs, state, output, splits)

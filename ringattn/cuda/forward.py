@@ -7,11 +7,10 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from ..core.masks import Band, Tile
 from ..core.online_softmax import State
+from ..kernels.gpu.buffers import output_arguments, output_switches, rule_buffers, rule_switches, state_buffers
+from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs, OutputSpec
-from ..metal.forward import band_buffers, output_arguments, output_switches
-from ..metal.tiling import key_tile_ranges
 from . import source
 from .launch import KernelCall
 from .tiling import Tiling
@@ -43,20 +42,9 @@ def forward_call(
         "values": v,
         "numbers": _on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
         "reach": _on_gpu(tiles),
+        **rule_buffers(inputs, (tiling.BQ, tiling.BK), group, len(tiles)),
+        **state_buffers(state, output),
     }
-    band = _needed(inputs)
-    if band is not None:
-        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
-    if rules.segments is not None:
-        buffers |= _segments(*rules.segments, tiling, group, len(tiles))
-    if rules.mask is not None:
-        buffers["mask"] = rules.mask
-        if rules.columns is not None:
-            buffers["mask_columns"] = mx.array(rules.columns.astype(np.int32))
-    if state is not None:
-        buffers |= {"acc_in": state.acc, "m_in": state.m, "l_in": state.l}
-    if output is not None and output.sinks is not None:
-        buffers["sinks"] = output.sinks
     matrix = q.dtype.size == 2
     defines: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
@@ -72,10 +60,7 @@ def forward_call(
         "FRAGMENTS": tiling.fragments,
         "G": group,
         "SOFTCAP": int(rules.softcap is not None),
-        "BAND": int(band is not None),
-        "SEGMENTS": int(rules.segments is not None),
-        "MASK": 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2,
-        "COLUMNS": int("mask_columns" in buffers),
+        **rule_switches(rules, buffers),
         "STATE_IN": int(state is not None),
         **output_switches(output),
     }
@@ -96,9 +81,7 @@ def forward_call(
 def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
     """The call of `combine.cu` for the states of several runs, whose arrays have a first axis `runs`."""
     _, batch, heads, q_len, value_dim = states.acc.shape
-    buffers = {"acc_in": states.acc, "m_in": states.m, "l_in": states.l}
-    if output is not None and output.sinks is not None:
-        buffers["sinks"] = output.sinks
+    buffers = state_buffers(states, output)
     outputs = output_arguments(output, (batch, heads, q_len), value_dim)
     defines: dict[str, int | str] = {
         "OUT": source.TYPES[outputs["output_dtypes"][0]],
@@ -109,7 +92,15 @@ def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
     return _call("combine", ("softmax",), defines, buffers, blocks=blocks, threads=COMBINE_THREADS, **outputs)
 
 
-def _call(kernel: str, parts: tuple[str, ...], defines: dict, buffers: dict[str, mx.array], **others) -> KernelCall:
+def _call(
+    kernel: str,
+    parts: tuple[str, ...],
+    defines: dict,
+    buffers: dict[str, mx.array],
+    blocks: tuple[int, int, int],
+    threads: int,
+    **others,
+) -> KernelCall:
     # MLX declares the buffers by their dtypes, so these belong to the text as well
     dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in buffers.items())
     header = source.header(parts, (*defines.items(), *dtypes))
@@ -119,6 +110,9 @@ def _call(kernel: str, parts: tuple[str, ...], defines: dict, buffers: dict[str,
         source=source.text(f"{kernel}.cu"),
         header=header,
         inputs=list(buffers.values()),
+        template=[],
+        grid=(blocks[0] * threads, *blocks[1:]),
+        threadgroup=(threads, 1, 1),
         **others,
     )
 
@@ -131,31 +125,3 @@ def _on_gpu(x: np.ndarray) -> mx.array:
 @lru_cache(KEPT)
 def _kept(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(np.frombuffer(data, dtype).reshape(shape))
-
-
-def _needed(inputs: KernelInputs) -> Band | None:
-    """The band, or ``None`` where it lets every query see every key."""
-    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
-    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
-
-
-def _segments(q_ids: mx.array, k_ids: mx.array, tiling: Tiling, group: int, q_tiles: int) -> dict[str, mx.array]:
-    """Ids, and the smallest and the largest of each tile ``[B, tiles, 2]``."""
-    if group == 1:
-        q_bounds = _bounds(q_ids, tiling.BQ)
-    else:  # a few queries, whose heads share tiles
-        whole = _bounds(q_ids, q_ids.shape[1])
-        q_bounds = mx.contiguous(mx.broadcast_to(whole, (whole.shape[0], q_tiles, 2)))
-    return {
-        "query_ids": mx.contiguous(q_ids),
-        "key_ids": mx.contiguous(k_ids),
-        "query_bounds": q_bounds,
-        "key_bounds": _bounds(k_ids, tiling.BK),
-    }
-
-
-def _bounds(ids: mx.array, tile: int) -> mx.array:
-    tiles = -(-ids.shape[1] // tile)
-    ids = mx.pad(ids, [(0, 0), (0, tiles * tile - ids.shape[1])], constant_values=-1)
-    ids = ids.reshape(ids.shape[0], tiles, tile)
-    return mx.stack([ids.min(axis=-1), ids.max(axis=-1)], -1)

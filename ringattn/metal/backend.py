@@ -10,12 +10,12 @@ import mlx.core as mx
 from ..core.gradients import Gradients, Rows
 from ..core.online_softmax import State
 from ..kernels import blockwise_backward
+from ..kernels.gpu.buffers import MIN_ELEMENTS
+from ..kernels.gpu.self_test import UnusableError
 from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..kernels.reference import ReferenceKernel
 from .backward import delta, weights
 from .dispatch import attend
-from .forward import MIN_ELEMENTS
-from .self_test import UnusableError
 from .tiling import MAX_HEAD_DIM
 
 

@@ -7,8 +7,9 @@ import mlx.core as mx
 from ..core.gradients import Rows
 from ..kernels import reference
 from ..kernels.blockwise_backward import ScoreBlock, Weights
-from . import launch, self_test, shader_source
-from .forward import band_buffers
+from ..kernels.gpu.buffers import band_buffers, mask_switch
+from ..kernels.gpu.self_test import trial_error
+from . import launch, shader_source
 from .launch import KernelCall
 
 THREADS = 64
@@ -51,7 +52,7 @@ def weights_call(block: ScoreBlock) -> KernelCall:
         buffers |= band_buffers(band, block.q_pos, block.k_pos)
     if rules.segments is not None:
         buffers |= {"query_ids": mx.contiguous(rules.segments[0]), "key_ids": mx.contiguous(rules.segments[1])}
-    kind = 0 if rules.mask is None else 1 if rules.mask.dtype == mx.bool_ else 2
+    kind = mask_switch(rules.mask)
     if rules.mask is not None:
         buffers["mask"] = mx.broadcast_to(rules.mask, shape)
     switches = {"BAND": int(band is not None), "SEGMENTS": int(rules.segments is not None), "MASK": kind}
@@ -85,9 +86,9 @@ def _works(block: ScoreBlock) -> bool:
     """Test the kernel on the first rows and keys of `block`."""
     call = weights_call(block)
     few = block.part(TRIAL)
-    return self_test.works(
+    return launch.self_test.works(
         f"{call.name.removeprefix('ringattn_')} for the gradient{', softcap' if block.rules.softcap else ''}",
-        lambda: self_test.trial_error(
+        lambda: trial_error(
             lambda: launch.run(weights_call(few)), [x for x in reference.elementwise(few) if x is not None]
         ),
     )
@@ -99,8 +100,8 @@ def delta(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> mx.ar
     if launch.default():
         few = [x[:1, :1, :TRIAL] for x in arrays]
         name = f"delta for the gradient, {out.dtype} and {dout.dtype}, head_dim {out.shape[3]}"
-        if not self_test.works(
-            name, lambda: self_test.trial_error(lambda: launch.run(delta_call(*few)), [Rows.of(*few).delta])
+        if not launch.self_test.works(
+            name, lambda: trial_error(lambda: launch.run(delta_call(*few)), [Rows.of(*few).delta])
         ):
             return Rows.of(*arrays).delta
     return launch.run(delta_call(*arrays))[0]

@@ -9,11 +9,13 @@ import mlx.core as mx
 
 from ..autograd.custom_function import InFlight
 from ..core.online_softmax import State
+from ..kernels.gpu.key_tiles import key_tile_ranges
+from ..kernels.gpu.self_test import UnusableError
 from ..kernels.interface import KernelInputs, OutputSpec
-from . import launch, self_test
+from . import launch
 from .device import Device, device
 from .forward import combine_call, forward_call
-from .tiling import Tiling, key_tile_ranges, split_dispatches
+from .tiling import Tiling, split_dispatches
 
 FEW_ROWS = 64  # up to this many query rows that share their keys, the heads of a group are rows of one tile
 LEAST_KEYS = 512  # in each run of keys, where keys are split to fill the GPU
@@ -28,7 +30,7 @@ def attend(inputs: KernelInputs, state: State | None, output: OutputSpec | None)
     """
     inputs = inputs.whole()
     if launch.tensor_ops():
-        with suppress(self_test.UnusableError):  # fall through to the plain kernel
+        with suppress(UnusableError):  # fall through to the plain kernel
             return Plan.of(inputs, device(), tensor_ops=True).attend(state, output)
     return Plan.of(inputs, device()).attend(state, output)
 
@@ -108,7 +110,7 @@ class Plan:
                 plan = Plan.of(inputs.whole(), self.gpu, tensor)
                 return plan.launch_kernels(inputs, state, output, min(splits, 2))
 
-            self_test.ensure(few, part, state, output, *details)
+            launch.self_test.ensure(few, part, state, output, *details)
         return self.launch_kernels(part, state, output, splits)
 
     def launch_kernels(self, part: KernelInputs, state: State | None, output: OutputSpec | None, splits: int) -> Arrays:

@@ -1,4 +1,4 @@
-"""Tiling of a kernel's work: sizes of tiles, key tiles for each query tile, and dispatches of bounded work."""
+"""Tiling of a kernel's work: sizes of tiles, and dispatches of bounded work."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-
-from ..core.masks import Band
 
 THREADGROUP_BYTES = 32_768  # of threadgroup memory, on every Apple GPU
 MAX_HEAD_DIM = 256
@@ -125,28 +123,3 @@ def _run_end(tiles: np.ndarray, start: int, tile_flops: int, budget: int, least:
     """Find the end of a run of query tiles that fits `budget` with all its keys, with at least `least` tiles."""
     work = np.cumsum(_tiles_seen(tiles[start:])) * tile_flops
     return min(start + max(int(np.searchsorted(work, budget, "right")), least, 1), len(tiles))
-
-
-def key_tile_ranges(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: int, group: int, BK: int) -> np.ndarray:
-    """Compute the key tiles of each query tile, int32 ``[q tiles, 4]``: first, full first, full last, last.
-
-    Key tiles before `first` and from `last` on are empty. Those from `full first` up to `full last` are full. The
-    others are partial.
-
-    Args:
-        band: The positions each query sees.
-        q_pos: Ascending positions ``[Lq]``.
-        k_pos: Ascending positions ``[Lk]``.
-        q_rows: The number of rows in a query tile.
-        group: The number of rows of each query.
-        BK: The number of keys in a tile.
-    """
-    rows = len(q_pos) * group
-    starts = np.arange(0, rows, q_rows)
-    lowest, highest = q_pos[starts // group], q_pos[(np.minimum(starts + q_rows, rows) - 1) // group]
-    first, last = band.index_ranges(lowest, highest, k_pos)
-    full_first, full_last = band.index_ranges(highest, lowest, k_pos)
-    first, last = first // BK, -(-last // BK)
-    full_first = np.clip(-(-full_first // BK), first, last)
-    full_last = np.clip(full_last // BK, full_first, last)
-    return np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32)

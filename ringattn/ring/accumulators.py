@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import view
-from ..core.intervals import Spans, length, locate, tokens_at
+from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
 from ..transport.interface import Direction, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens
@@ -58,10 +58,11 @@ class Accumulator:
         """Add `part` to `into`, whose tokens include its own."""
         mx.eval(into.arrays, part.arrays)
         whole, added = ([view(x) for x in block.arrays] for block in (into, part))
-        for span in part.spans:
-            ((at, _),), ((start, result),) = locate((span,), into.spans), locate((span,), part.spans)
-            for first in range(start, result, ROWS):
-                last = min(first + ROWS, result)
+        starts = zip(part.spans, indices(part.spans, into.spans), indices(part.spans, part.spans))
+        for span, at, start in starts:
+            stop = start + length((span,))
+            for first in range(start, stop, ROWS):
+                last = min(first + ROWS, stop)
                 here = tokens_at(2, at + first - start, at + last - start)
                 self.merge([x[here] for x in whole], [x[tokens_at(2, first, last)] for x in added])
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import view
-from ..core.intervals import Spans, intersection, locate, tokens_at
+from ..core.intervals import Spans, indices, intersection, locate, tokens_at
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def rows(block: Block, spans: Spans) -> Block:
 
 def copy_tokens(x: np.ndarray, held: Spans, into: np.ndarray, wanted: Spans, axis: int, tokens: Spans) -> None:
     """Copy `tokens` from `x`, which holds `held`, to their places in `into`, which holds `wanted`."""
-    for span in tokens:
-        for piece in intersection((span,), held):
-            ((start, stop),), ((to, end),) = locate((piece,), held), locate((piece,), wanted)
-            into[tokens_at(axis, to, end)] = x[tokens_at(axis, start, stop)]
+    pieces = intersection(tokens, held)
+    for (start, stop), at, to in zip(pieces, indices(pieces, held), indices(pieces, wanted)):
+        n = stop - start
+        into[tokens_at(axis, to, to + n)] = x[tokens_at(axis, at, at + n)]

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..cuda import self_test as cuda_self_test
+from ..cuda import launch as cuda_launch
 from ..errors import KernelWarning
-from ..metal import self_test
+from ..metal import launch
 from ..reporting.one_line import in_one_line
 from ..reporting.tables import format_table
 
@@ -46,8 +46,8 @@ def run_check(check: Check) -> tuple[float, str]:
 
     A GPU kernel that was replaced by plain operations is a problem, even if the answer is right.
     """
-    cuda_self_test.forget()
-    self_test.forget()  # otherwise no warning comes for a kernel that an earlier check needed too
+    for self_test in (launch.self_test, cuda_launch.self_test):
+        self_test.forget()  # otherwise no warning comes for a kernel that an earlier check needed too
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)
         try:

@@ -13,7 +13,7 @@ from metal_executor import restore_executor, usual_executor
 from ringattn.cli import main
 from ringattn.cli.commands import verify as command
 from ringattn.linear import chunks
-from ringattn.metal import launch, self_test, set_executor
+from ringattn.metal import launch, set_executor
 from ringattn.reporting.one_line import in_one_line
 from ringattn.verify import variants
 from ringattn.verify.feature_checks import ring_findings, verify_local
@@ -46,7 +46,7 @@ def as_on_a_mac(monkeypatch):
     monkeypatch.setattr(launch, "default", lambda: True)
     monkeypatch.setattr(launch, "available", lambda: True)
     yield
-    self_test.forget()
+    launch.self_test.forget()
     restore_executor()
 
 

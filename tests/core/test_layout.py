@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Layout
-from ringattn.core.intervals import intersection, length, locate, positions, union
+from ringattn.core.intervals import indices, intersection, length, locate, positions, union
 
 steady = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -79,6 +79,7 @@ def test_spans_are_sets(a, b):
     found = locate(part, x)
     assert positions(x)[positions(found)].tolist() == positions(part).tolist()
     assert found == union(found), "as few spans as can be"
+    assert [positions(x)[i] for i in indices(part, x)] == [start for start, _ in part]
 
 
 # Positions of a layout

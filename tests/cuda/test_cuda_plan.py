@@ -11,7 +11,7 @@ import pytest
 
 import ringattn as ra
 from ringattn import backends
-from ringattn.cuda import dispatch, launch, self_test, set_executor
+from ringattn.cuda import dispatch, launch, set_executor
 from ringattn.cuda.tiling import SHARED_BYTES, Tiling
 from ringattn.errors import ArgumentError, ArgumentTypeError, KernelWarning
 from ringattn.verify.features import FEATURES
@@ -26,8 +26,8 @@ def model(monkeypatch):
         calls.append(call)
         return cuda_model.run(call)
 
-    monkeypatch.setattr(launch, "_executor", run)
-    monkeypatch.setattr(self_test, "_verdicts", {})
+    monkeypatch.setattr(launch.launcher, "executor", run)
+    monkeypatch.setattr(launch.self_test, "verdicts", {})
     return calls
 
 
@@ -104,7 +104,7 @@ def test_kernels_of_other_text_have_other_names(model) -> None:
 
 
 def test_the_backend_needs_an_nvidia_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(launch, "_executor", launch._nvidia_gpu)
+    monkeypatch.setattr(launch.launcher, "executor", launch.launcher.gpu)
     monkeypatch.setattr(launch, "gpu", lambda: False)
     with pytest.raises(ArgumentError, match="'cuda' needs an NVIDIA GPU.*expected 'host' or 'reference'"):
         backends.select("cuda")
@@ -137,7 +137,7 @@ def as_on_a_gpu(monkeypatch):
 def test_every_feature_passes_its_trial(as_on_a_gpu, feature: str, recwarn) -> None:
     case = FEATURES[feature]()
     check(case, *attend(case))
-    assert list(self_test._verdicts.values()) == [True]
+    assert list(launch.self_test.verdicts.values()) == [True]
     assert not [x for x in recwarn if issubclass(x.category, KernelWarning)]
 
 
@@ -151,7 +151,7 @@ def wrong(call):
 
 @pytest.mark.parametrize("run,what", [(broken, "Failed to compile kernel"), (wrong, "its answer is wrong")])
 def test_what_does_not_work_is_replaced_with_one_warning(as_on_a_gpu, monkeypatch, run, what: str) -> None:
-    monkeypatch.setattr(launch, "_executor", run)
+    monkeypatch.setattr(launch.launcher, "executor", run)
     case = FEATURES["causal"]()
     with pytest.warns(KernelWarning, match=f"CUDA kernel .*float32 to float32.*{what}.*ringattn verify") as warned:
         check(case, *attend(case))

@@ -54,7 +54,7 @@ def calls_of(monkeypatch, run: Callable[[], object]) -> list[KernelCall]:
         return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_executor", zeros)
+        patch.setattr(launch.launcher, "executor", zeros)
         mx.eval(run())
     return calls
 

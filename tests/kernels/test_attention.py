@@ -245,6 +245,27 @@ def test_strided_inputs(backend, dtype):
 
 
 @every_backend
+def test_strided_segments_and_sinks(backend: str) -> None:
+    """Every second number of an array gives the bits of a copy, in the results and in the gradients."""
+    wide = mx.array(np.random.default_rng(0).integers(0, 3, (2, 140)), mx.int32)
+    strided = {"segments": (wide[:, 60::2], wide[:, ::2]), "sinks": normal(0, 8)[::2]}
+    copies = {
+        "segments": tuple(mx.array(np.array(ids)) for ids in strided["segments"]),
+        "sinks": mx.array(np.array(strided["sinks"])),
+    }
+    case = make(40, 70, **strided)
+    check(case, *run(case, backend))
+    results = []
+    for options in (strided, copies):
+
+        def loss(q: mx.array, options=options) -> mx.array:
+            return ra.attention(q, case.k, case.v, backend=backend, **options).square().sum()
+
+        results.append([*run(case, backend, **options), mx.grad(loss)(case.q)])
+    assert all(map(same_bits, *results))
+
+
+@every_backend
 def test_keys_in_a_gap_between_queries(backend: str) -> None:
     """No query of a tile sees the keys between two of its queries."""
     r = np.random.default_rng(0)

@@ -70,7 +70,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, attend: Callable[[], object]) -> li
         return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_executor", zeros)
+        patch.setattr(launch.launcher, "executor", zeros)
         mx.eval(attend())
     return calls
 

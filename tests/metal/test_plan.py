@@ -10,12 +10,13 @@ from metal_executor import restore_executor, usual_executor
 import ringattn as ra
 from ringattn.core.masks import Band, Tile
 from ringattn.core.rules import ScoreRules
+from ringattn.kernels.gpu.key_tiles import key_tile_ranges
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.metal import device, dispatch, set_executor
 from ringattn.metal.backend import MetalKernel
 from ringattn.metal.device import Device
 from ringattn.metal.dispatch import Plan
-from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, key_tile_ranges, split_dispatches
+from ringattn.metal.tiling import THREADGROUP_BYTES, Tiling, split_dispatches
 from ringattn.verify.oracle import FLOATS, Case, check
 from tools.hostmetal import Runtime
 

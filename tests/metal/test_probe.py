@@ -11,7 +11,7 @@ from metal_executor import restore_executor, usual_executor
 
 import ringattn as ra
 from ringattn.errors import KernelWarning
-from ringattn.metal import launch, self_test, set_executor
+from ringattn.metal import launch, set_executor
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import ratios
 
@@ -21,7 +21,7 @@ def as_on_a_mac(monkeypatch):
     """Self-test kernel variants with any executor."""
     monkeypatch.setattr(launch, "default", lambda: True)
     monkeypatch.setattr(launch, "available", lambda: True)
-    monkeypatch.setattr(self_test, "_verdicts", {})
+    monkeypatch.setattr(launch.self_test, "verdicts", {})
     yield
     restore_executor()
 
@@ -37,7 +37,7 @@ def test_every_feature_passes_its_trial(as_on_a_mac, feature):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert worst(feature) <= 1
-    assert all(self_test._verdicts.values()) and len(self_test._verdicts) == 1
+    assert all(launch.self_test.verdicts.values()) and len(launch.self_test.verdicts) == 1
 
 
 def test_a_ring_hop_passes_its_trial(as_on_a_mac):
@@ -46,7 +46,7 @@ def test_a_ring_hop_passes_its_trial(as_on_a_mac):
     with warnings.catch_warnings(), ra.init("solo") as ring:
         warnings.simplefilter("error")
         ra.ring_attention(x, x, x, ring=ring, layout=layout, mask="causal", backend="metal")
-    assert list(self_test._verdicts.values()) == [True]
+    assert list(launch.self_test.verdicts.values()) == [True]
 
 
 def test_keys_in_several_runs_pass_their_trial(as_on_a_mac):
@@ -54,7 +54,7 @@ def test_keys_in_several_runs_pass_their_trial(as_on_a_mac):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ra.attention(x[:, :, :1], x, x, backend="metal", sinks=mx.zeros(1))
-    assert [name.endswith("keys split") for name in self_test._verdicts] == [True]
+    assert [name.endswith("keys split") for name in launch.self_test.verdicts] == [True]
 
 
 def broken(call):

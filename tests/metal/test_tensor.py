@@ -11,7 +11,7 @@ from metal_executor import restore_executor
 
 import ringattn as ra
 from ringattn.errors import KernelWarning
-from ringattn.metal import launch, self_test, set_executor
+from ringattn.metal import launch, set_executor
 from ringattn.metal.device import matrix_units
 from ringattn.metal.tiling import Tiling
 from ringattn.verify.features import FEATURES
@@ -127,7 +127,7 @@ def test_plain_kernel_takes_over_where_it_fails(monkeypatch):
 
     monkeypatch.setattr(launch, "default", lambda: True)
     monkeypatch.setattr(launch, "available", lambda: True)
-    monkeypatch.setattr(self_test, "_verdicts", {})
+    monkeypatch.setattr(launch.self_test, "verdicts", {})
     set_executor(without_units, tensor_ops=True)
     try:
         case = FEATURES["causal, float16"]()
@@ -138,7 +138,7 @@ def test_plain_kernel_takes_over_where_it_fails(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             set_executor(runtime, tensor_ops=True)
-            monkeypatch.setattr(self_test, "_verdicts", {})
+            monkeypatch.setattr(launch.self_test, "verdicts", {})
             check(case, *run(case))
         assert runtime.last.tensor_ops > 0
     finally:

@@ -8,8 +8,11 @@ part, and compares with its part of the whole result. A rank that fails breaks t
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,14 @@ collect_ignore_glob = ["test_*.py"] if launched_by() == "solo" else []
 _rings: list[Ring] = []
 
 
+def pytest_configure() -> None:
+    """Lower the priority of this process: tests that run beside it measure times."""
+    if launched_by() != "solo":
+        os.nice(5)
+        with suppress(OSError):  # Linux gives each session a share of its own, whatever the priorities of its processes
+            Path("/proc/self/autogroup").write_text("5")
+
+
 @pytest.fixture(scope="session")
 def ring() -> Iterator[Ring]:
     """Ring of all ranks."""
@@ -31,6 +42,16 @@ def ring() -> Iterator[Ring]:
     _rings.append(ring)
     yield ring
     ring.close()
+
+
+@pytest.fixture
+def both(ring: Ring) -> Iterator[Ring]:
+    """Ring whose blocks travel in both directions."""
+    if ring.size < 3 or not ring.duplex:
+        pytest.skip("nothing to go both ways on")
+    ring.both_ways = True
+    yield ring
+    ring.both_ways = None
 
 
 @pytest.fixture(autouse=True)

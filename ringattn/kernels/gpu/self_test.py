@@ -1,4 +1,4 @@
-"""Self-test of kernel variants: on a Mac, each is tested on a few tokens before its first use.
+"""Self-test of kernel variants: on a GPU, each is tested on a few tokens before its first use.
 
 MLX compiles a kernel when its output is evaluated. That may be long after the call, in the middle of a user's model.
 """
@@ -12,11 +12,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from ..core.masks import Band
-from ..core.online_softmax import State, finish
-from ..errors import KernelWarning
-from ..kernels.interface import KernelInputs, OutputSpec
-from ..kernels.reference import ReferenceKernel
+from ...core.masks import Band
+from ...core.online_softmax import State, finish
+from ...errors import KernelWarning
+from ..interface import KernelInputs, OutputSpec
+from ..reference import ReferenceKernel
 
 MOST_QUERIES = 72  # of a test: more rows than any tile has
 MOST_KEYS = 40  # of a test: the last tile of keys is not whole
@@ -24,7 +24,7 @@ TOLERANCE = 0.05  # of the largest value: a test finds wrong results, not inexac
 
 Arrays = list[mx.array]
 Attend = Callable[[KernelInputs, State | None, OutputSpec | None], Arrays]
-_verdicts: dict[str, bool] = {}
+_reference = ReferenceKernel()
 
 
 class UnusableError(Exception):
@@ -50,51 +50,60 @@ def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None
     return ", ".join(details + [feature for feature, there in features.items() if there])
 
 
-def ensure(attend: Attend, inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str) -> None:
-    """Test `attend` once on a few tokens that need the same kernels as `inputs`.
+class SelfTest:
+    """Self-test of the kernel variants of one backend.
 
-    Args:
-        attend: Attends to `inputs`, from a state or ``None``, and returns an output or a state.
-        inputs: The inputs of the call that needs the kernels.
-        state: The state of that call.
-        output: The output of that call.
-        *details: Further properties that distinguish the kernels.
-
-    Raises:
-        UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first time,
-            a warning is given too.
+    Attributes:
+        backend: The backend's name in messages.
+        verdicts: Whether each tested variant works, by its description.
     """
-    name = ", ".join([variant(inputs, state, output), *details])
-    if not works(name, lambda: _trial_error(attend, _trial_inputs(inputs), state is not None, output)):
-        raise UnusableError(name)
 
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.verdicts: dict[str, bool] = {}
 
-def works(name: str, trial: Callable[[], str]) -> bool:
-    """Return whether the kernel variant `name` works here. Warn once if it does not.
+    def ensure(
+        self, attend: Attend, inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str
+    ) -> None:
+        """Test `attend` once on a few tokens that need the same kernels as `inputs`.
 
-    Args:
-        name: The variant.
-        trial: Runs the test and returns its error, or an empty string. Called the first time only.
-    """
-    if name not in _verdicts:
-        error = trial()
-        _verdicts[name] = not error
-        if error:
-            warnings.warn(
-                f"the Metal kernel ({name}) does not work on this system, and slower operations replace it: "
-                f"{error} (please open an issue with this line and the output of `ringattn verify`)",
-                KernelWarning,
-                stacklevel=2,
-            )
-    return _verdicts[name]
+        Args:
+            attend: Attends to `inputs`, from a state or ``None``, and returns an output or a state.
+            inputs: The inputs of the call that needs the kernels.
+            state: The state of that call.
+            output: The output of that call.
+            *details: Further properties that distinguish the kernels.
 
+        Raises:
+            UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first
+                time, a warning is given too.
+        """
+        name = ", ".join([variant(inputs, state, output), *details])
+        if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs), state is not None, output)):
+            raise UnusableError(name)
 
-_reference = ReferenceKernel()
+    def works(self, name: str, trial: Callable[[], str]) -> bool:
+        """Return whether the kernel variant `name` works here. Warn once if it does not.
 
+        Args:
+            name: The variant.
+            trial: Runs the test and returns its error, or an empty string. Called the first time only.
+        """
+        if name not in self.verdicts:
+            error = trial()
+            self.verdicts[name] = not error
+            if error:
+                warnings.warn(
+                    f"the {self.backend} kernel ({name}) does not work on this system, and slower operations replace "
+                    f"it: {error} (please open an issue with this line and the output of `ringattn verify`)",
+                    KernelWarning,
+                    stacklevel=2,
+                )
+        return self.verdicts[name]
 
-def forget() -> None:
-    """Forget all results, so that every variant is tested again."""
-    _verdicts.clear()
+    def forget(self) -> None:
+        """Forget all results, so that every variant is tested again."""
+        self.verdicts.clear()
 
 
 def _trial_error(attend: Attend, inputs: KernelInputs, with_state: bool, output: OutputSpec | None) -> str:
