@@ -27,6 +27,7 @@ from .ring_attention import ring_attention
 from .rope import rope
 from .transport import init
 from .transport.base import Ring
+from .transport.grid import Grid, grid
 
 _sgemm.install()
 
@@ -46,6 +47,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "Grid",
     "Layout",
     "Ring",
     "RingAttentionError",
@@ -53,6 +55,7 @@ __all__ = [
     "TransformError",
     "attention",
     "decode_attention",
+    "grid",
     "init",
     "merge",
     "ring_attention",

@@ -16,7 +16,7 @@ from ..failures.control_channel import MpiControlChannel
 from ..failures.heartbeats import Member
 from ..handshake import introduce
 from ..interface import Buffers, Signal, Transfer, Transport
-from ..process_ring import ProcessRing
+from ..process_ring import ABORT_AFTER, ProcessRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
 from .polling import wait_until
@@ -84,6 +84,8 @@ class MpiRing(ProcessRing):
                 ring = None
                 if color is not None:
                     ring = MpiRing(self._MPI, comm, [m for m, own in zip(self._members, colors) if own == color])
+                    if self._guarded_thread is not None:
+                        ring._report_to(self, [rank for rank, own in enumerate(colors) if own == color])
                     comm.Free()  # the new ring has its own duplicates
                 self._stuck = False
                 return ring
@@ -165,13 +167,19 @@ class MpiRing(ProcessRing):
         """End all processes of the job."""
         self._comm.Abort(self.exit_code)
 
+    @property
+    def _cause_wait(self) -> float:
+        """MPI does not report the end of a rank: another rank's death shows only in its missing heartbeats."""
+        return 0.0 if self._guarded_thread is None else self.timeout + 2 * self._interval
+
     def _in_flight_with(self, peer: int) -> list[list]:
         return self._engine.in_flight_with(peer)
 
     def _beat(self) -> None:
         self._life.beat()
         self._check_links(self._engine.moving(self._life.moving), self._engine.rate)
-        if self.broken and self._stuck:
+        overdue = self._broken_for() > ABORT_AFTER and self._guarded_thread is not None and not self._noticed
+        if self.broken and (self._stuck or overdue):
             shutdown.abort_from_helper(self)
 
     def _wait_until(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
