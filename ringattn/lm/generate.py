@@ -78,9 +78,7 @@ def stream_generate(
     """
     import mlx_lm
 
-    if not isinstance(model, Sharded):
-        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    ring = model.ring
+    ring = everyone_of(model)
     ids: np.ndarray | None = None
     with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
@@ -101,7 +99,7 @@ def stream_generate(
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=prefill_step_size * ring.size,
+            prefill_step_size=prefill_step_size * model.ring.size,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:
@@ -109,6 +107,18 @@ def stream_generate(
             yield response
     except StoppedError:
         return
+
+
+def everyone_of(model: nn.Module) -> Transport:
+    """The ring of all ranks that have a part of a sharded model."""
+    if not isinstance(model, Sharded):
+        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
+    if model.everyone is None:
+        raise ArgumentError(
+            f"model: its weights are divided among {model.part[1]} ranks, and one rank must sample for all: give "
+            "ringattn.lm.shard a grid, of ringattn.grid(ring, group=group)"
+        )
+    return model.everyone
 
 
 def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:

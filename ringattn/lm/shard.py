@@ -13,6 +13,8 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..layout import Layout
 from ..ring.call import check_ring
 from ..transport.base import Ring
+from ..transport.consensus import agree
+from ..transport.grid import Grid
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
@@ -22,15 +24,25 @@ from .sharding.layer_adapters import ADAPTERS
 from .sharding.partition import Cost, Step, next_step
 from .sharding.ropes import RopeCall, longest_context, recorded_ropes
 from .sharding.sharded_cache import ShardedKVCache, TracingCache, step_through
+from .sharding.weights import check_no_pipeline, evaluate_weights, group_of, shard_weights
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 
 
 class Sharded:
-    """The class that `shard` puts before a model's own class."""
+    """The class that `shard` puts before a model's own class.
+
+    Attributes:
+        ring: The ring over which the context is spread.
+        everyone: The ring of all ranks that have a part of the model; ``None`` where it is not known.
+        part: The rank's part of the weights and the number of parts, ``(0, 1)`` where each rank has all of them.
+        weights: The speed of each rank of `ring`.
+    """
 
     ring: Transport
+    everyone: Transport | None
+    part: tuple[int, int]
     weights: tuple[float, ...]
     cost: Cost
     windows: list[int | None]
@@ -73,43 +85,75 @@ class Sharded:
         return [ShardedKVCache(self.ring, window, history) for window in self.windows]
 
 
-def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
-    """Spread the context of `model` over `ring`: each rank keeps a part of the keys and values, and all the weights.
+def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None = None) -> nn.Module:
+    """Spread the context of `model` over `ring`: each rank keeps a part of the keys and values.
 
     The model is changed in place, as by mlx-lm's own `model.shard`. Its `make_cache` then returns sharded caches. A
     call with such a cache is collective, and every rank passes the same tokens. Many tokens are cut into one chunk a
     rank; few tokens are computed by every rank. With other caches, or none, the model works as before.
 
+    With a `ringattn.grid`, the ranks of a row share the weights, and the context is spread over the column. A model
+    that mlx-lm's `model.shard` has divided already is accepted as it is.
+
     Args:
-        model: An mlx-lm model whose layers call mlx-lm's attention. Its weights are the same on every rank.
-        ring: The ring, of `ringattn.init`.
-        weights: The speed of each rank, one number a rank: its share of prefill and of the cache. Default: all equal.
+        model: An mlx-lm model whose layers call mlx-lm's attention. Its weights are the same on every rank, or divided
+            over the rank's row.
+        ring: The ring, of `ringattn.init`; or a grid; or, for a model that is divided already, the ring of all ranks
+            that hold the same part of the weights (a column).
+        weights: The speed of each rank of the ring or the column, one number a rank: its share of prefill and of the
+            cache. Default: all equal.
 
     Returns:
         `model`.
 
     Raises:
-        UnsupportedModelError: A layer or cache of the model cannot be sharded; the message names it.
+        UnsupportedModelError: A layer or cache of the model cannot be sharded, or its weights cannot be divided among
+            the ranks of a row; the message names it.
+        ArgumentError: The ranks of `ring` hold different parts of the weights.
     """
-    ring = check_ring(ring)
+    grid = ring if isinstance(ring, Grid) else None
+    ring = check_ring(ring if grid is None else grid.column)
     weights = (1.0,) * ring.size if weights is None else tuple(map(float, weights))
     if len(weights) != ring.size or not all(0 < w < float("inf") for w in weights):
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
+    check_no_pipeline(model)
     windows = list(_windows(model))
+    part = _divide_weights(model, ring, grid)
     _patch_attention(model)
     longest = longest_context(_trace(model, windows))
     kind = type(model)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
+    everyone = ring if part[1] == 1 else None
     for name, value in (
         ("ring", ring),
+        ("everyone", everyone if grid is None else check_ring(grid.ring)),
+        ("part", part),
         ("weights", weights),
         ("windows", windows),
-        ("cost", cost_of(model)),
+        ("cost", cost_of(model, part[1])),
         ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model
+
+
+def _divide_weights(model: nn.Module, ring: Transport, grid: Grid | None) -> tuple[int, int]:
+    """Divide the weights over the grid's row, unless they are divided already; return the part of this rank.
+
+    Collective where the weights were divided before: a ring that crosses rows would give wrong numbers.
+    """
+    group = group_of(model)
+    if group is None and grid is not None and grid.row is not None:
+        shard_weights(model, grid.row)
+        evaluate_weights(model)
+        group = grid.row
+    part = (0, 1) if group is None else (group.rank(), group.size())
+    if grid is not None and part[1] != grid.tensor:
+        raise ArgumentError(f"model: its weights are divided by {part[1]}, expected {grid.tensor}, the row of the grid")
+    if part[1] > 1:
+        agree(ring, "shard", (("part of the weights", f"{part[0] + 1} of {part[1]}"),))
+    return part
 
 
 def _windows(model: nn.Module) -> Iterator[int | None]:
@@ -170,8 +214,11 @@ def _adapted_call(adapter: Any, plain: Any) -> Any:
     return call
 
 
-def cost_of(model: nn.Module) -> Cost:
-    """Operations of one layer on a token: two for each weight that it meets, and those of a score and its value."""
+def cost_of(model: nn.Module, parts: int = 1) -> Cost:
+    """Operations of one layer on a token: two for each weight that it meets, and those of a score and its value.
+
+    `parts` is the number of ranks among which the weights and the heads are divided.
+    """
     args = compat.model_args(model)
     layers = max(1, len(model.layers))
     experts = getattr(args, "num_experts_per_tok", None) or EXPERTS
@@ -183,4 +230,4 @@ def cost_of(model: nn.Module) -> Cost:
             linear += 2 * size * (experts / weight.shape[0] if weight.ndim == 3 else 1)
     heads = getattr(args, "num_attention_heads", 0) or 0
     dim = getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) // heads if heads else 0)
-    return Cost(linear / layers, 4.0 * heads * dim)
+    return Cost(linear / layers, 4.0 * heads * dim / parts)

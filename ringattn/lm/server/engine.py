@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
-from ..generate import stream_generate
+from ..generate import everyone_of, stream_generate
 from ..mlx_lm_compat import model_args
 from ..shard import Sharded
 from .api.fields import RequestError
@@ -82,7 +82,7 @@ class Engine:
     def __init__(self, model: Sharded, tokenizer: Any, pool_size: int, prefill_step_size: int | None = None):
         self.model = model
         self.tokenizer = tokenizer
-        self.ring = model.ring
+        self.ring = everyone_of(model)  # type: ignore[arg-type]
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
