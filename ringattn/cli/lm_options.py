@@ -45,6 +45,14 @@ OPTIONS = (
     *HOSTS,
     *PROCESSES,
     click.option(
+        "--tensor",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        metavar="T",
+        help="Ranks that share the weights, neighbours each; the context is spread over the groups of T ranks.",
+    ),
+    click.option(
         "--model",
         required=True,
         metavar="PATH",
@@ -75,7 +83,11 @@ OPTIONS = (
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
         "[default: 512 on a CPU, 8192 on a GPU]",
     ),
-    click.option("--weights", metavar="W,W,...", help="Speeds of the ranks: their shares of prefill and cache."),
+    click.option(
+        "--weights",
+        metavar="W,W,...",
+        help="Speeds of the ranks, or of the groups of --tensor ranks: their shares of prefill and cache.",
+    ),
 )
 
 CONVERSATION = (

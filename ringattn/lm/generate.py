@@ -15,7 +15,7 @@ from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
-from .shard import Sharded
+from .shard import Sharded, everyone_of, sharded
 from .sharding.sharded_cache import ShardedKVCache
 
 # Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
@@ -78,12 +78,12 @@ def stream_generate(
     """
     import mlx_lm
 
-    ring = everyone_of(model)
+    ring = everyone_of(known := sharded(model))
     ids: np.ndarray | None = None
     with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
-        held = _checked_tokens(model, prompt_cache)
+        held = _checked_tokens(known, prompt_cache)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
@@ -99,7 +99,7 @@ def stream_generate(
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=prefill_step_size * model.ring.size,
+            prefill_step_size=prefill_step_size * known.ring.size,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:
@@ -107,18 +107,6 @@ def stream_generate(
             yield response
     except StoppedError:
         return
-
-
-def everyone_of(model: nn.Module) -> Transport:
-    """The ring of all ranks that have a part of a sharded model."""
-    if not isinstance(model, Sharded):
-        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    if model.everyone is None:
-        raise ArgumentError(
-            f"model: its weights are divided among {model.part[1]} ranks, and one rank must sample for all: give "
-            "ringattn.lm.shard a grid, of ringattn.grid(ring, group=group)"
-        )
-    return model.everyone
 
 
 def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:

@@ -138,6 +138,23 @@ def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None =
     return model
 
 
+def sharded(model: nn.Module) -> Any:
+    """`model`, if it is sharded."""
+    if not isinstance(model, Sharded):
+        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
+    return model
+
+
+def everyone_of(model: Sharded) -> Transport:
+    """The ring of all ranks that have a part of a sharded model."""
+    if model.everyone is None:
+        raise ArgumentError(
+            f"model: its weights are divided among {model.part[1]} ranks, and one rank must sample for all: give "
+            "ringattn.lm.shard a grid, of ringattn.grid(ring, group=group)"
+        )
+    return model.everyone
+
+
 def _divide_weights(model: nn.Module, ring: Transport, grid: Grid | None) -> tuple[int, int]:
     """Divide the weights over the grid's row, unless they are divided already; return the part of this rank.
 

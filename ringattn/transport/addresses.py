@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 
 ADDRESSES = "RINGATTN_ADDRESSES"  # of all hosts of the job, with commas between them; the launcher sets it
 INTERFACE = "RINGATTN_INTERFACE"  # the network interface for messages between hosts; the launcher sets it
+RDMA = "RINGATTN_RDMA"  # the RDMA devices of all hosts, as in MLX's host files; the launcher sets it
 _SIOCGIFADDR = 0x8915 if sys.platform == "linux" else 0xC0206921
 
 

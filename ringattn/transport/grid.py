@@ -98,8 +98,7 @@ def grid(
     ring.guard_uninterruptible_calls()
     if group is None:
         group = open_row(ring, tensor, backend)
-    else:
-        _check_row(ring, group)
+    _check_row(ring, group)
     column = ring.split(ring.rank % tensor)
     assert column is not None
     return Grid(ring, column, group, tensor)

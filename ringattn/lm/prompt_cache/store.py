@@ -24,7 +24,7 @@ from ...layout import Layout
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, raise_on_all_ranks
 from ...transport.interface import Transport
-from ..shard import Sharded
+from ..shard import Sharded, everyone_of, sharded
 from ..sharding.history import TokenHistory
 from ..sharding.sharded_cache import ShardedKVCache, pick
 from .atomic_files import Part, sweep
@@ -41,6 +41,8 @@ def save_cache(
 ) -> None:
     """Write a sharded cache to disk. Collective. An earlier cache at `path` stays until the new one is complete.
 
+    On a grid each column writes a manifest: the first one at `path`, the others beside it.
+
     Args:
         path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
             no disk each writes its own part.
@@ -56,24 +58,27 @@ def save_cache(
     path = Path(path)
     if not cache or not cache[0].size():
         raise ArgumentError("cache: empty, expected at least one token in it")
-    ring = _ring_of(model)
-    made_by = shared_fingerprint(ring, model)
-    with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
-        with raise_on_all_ranks(ring, SAVE):
+    ring, everyone = _rings_of(model)
+    made_by = shared_fingerprint(everyone, model)
+    name = path.name
+    path = _path_of_part(path, model)
+    with Part(path, f"{_generation(everyone)}-{ring.rank + 1}of{ring.size}") as part:
+        with raise_on_all_ranks(everyone, SAVE):
             arrays = {f"{i}.{name}": x for i, c in enumerate(cache) for name, x in zip(NAMES, c.state)}
             part.write({TOKENS: mx.array(cache[0].tokens), **arrays})
             own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
             payload = memoryview(json.dumps(own).encode())
             layers = tuple(map(Layer.of, cache))
-        replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
-        files = tuple(File(**reply["file"]) for reply in replies)
-        with raise_on_all_ranks(ring, SAVE):
+        replies = [json.loads(bytes(reply)) for reply in agree(everyone, SAVE, (("path", name),), payload=[payload])]
+        part_of_weights, parts = model.part
+        files = tuple(File(**reply["file"]) for reply in replies[part_of_weights::parts])
+        with raise_on_all_ranks(everyone, SAVE):
             part.write_manifest(Manifest(files, layers, made_by, replies[0]["metadata"]).text())
-        agree(ring, SAVE, (("path", path.name),))  # every rank's file is on disk
+        agree(everyone, SAVE, (("path", name),))  # every rank's file is on disk
         part.complete = True
-        with raise_on_all_ranks(ring, SAVE):
+        with raise_on_all_ranks(everyone, SAVE):
             part.publish()
-        agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
+        agree(everyone, SAVE, (("path", name),))  # every rank has the new manifest
     with suppress(CacheFileError, OSError):  # the cache is saved already
         sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
@@ -93,10 +98,11 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
         CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. The message names the
             file and the reason. The error of another rank is an `ArgumentError`.
     """
-    ring = _ring_of(model)
-    path = Path(path)
-    expected = shared_fingerprint(ring, model)
-    with raise_on_all_ranks(ring, LOAD):
+    ring, everyone = _rings_of(model)
+    name = Path(path).name
+    path = _path_of_part(Path(path), model)
+    expected = shared_fingerprint(everyone, model)
+    with raise_on_all_ranks(everyone, LOAD):
         manifest = Manifest.read(path)
         cache = model.make_cache()
         manifest.check_model(path, expected, cache)
@@ -105,15 +111,22 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[ShardedKVCache]
         for i, c in enumerate(cache):
             c.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
-    agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
+        saved = manifest.files[0].name.rpartition("-")[0].rpartition(".")[2]  # the same in all columns' manifests
+    agree(ring, LOAD, (("path", f"{name} ({digest})"),))
+    agree(everyone, LOAD, (("the columns of the cache", saved),))
     return cache, dict(manifest.metadata)
 
 
-def _ring_of(model: nn.Module) -> Transport:
-    """The ring of a sharded model."""
-    if not isinstance(model, Sharded):
-        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    return model.ring
+def _rings_of(model: nn.Module) -> tuple[Transport, Transport]:
+    """The ring of a sharded model's context, and that of all ranks."""
+    known: Sharded = sharded(model)
+    return known.ring, everyone_of(known)
+
+
+def _path_of_part(path: Path, model: Any) -> Path:
+    """The manifest of the ranks that hold the same part of the weights as this one."""
+    part, parts = model.part
+    return path if part == 0 else path.with_name(f"{path.stem}.heads-{part + 1}of{parts}{path.suffix}")
 
 
 def _arrays(path: Path, manifest: Manifest, ring: Transport) -> list[dict[str, mx.array] | None]:

@@ -16,9 +16,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
-from ..generate import everyone_of, stream_generate
+from ..generate import stream_generate
 from ..mlx_lm_compat import model_args
-from ..shard import Sharded
+from ..shard import Sharded, everyone_of
 from .api.fields import RequestError
 from .api.requests import Request
 from .cache_pool import PromptCachePool
@@ -82,7 +82,7 @@ class Engine:
     def __init__(self, model: Sharded, tokenizer: Any, pool_size: int, prefill_step_size: int | None = None):
         self.model = model
         self.tokenizer = tokenizer
-        self.ring = everyone_of(model)  # type: ignore[arg-type]
+        self.ring = everyone_of(model)
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size

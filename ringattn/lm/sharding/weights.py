@@ -51,8 +51,8 @@ def check_no_pipeline(model: nn.Module) -> None:
     stages = max((getattr(part, "pipeline_size", 1) for part in model.modules()), default=1)
     if stages > 1:
         raise UnsupportedModelError(
-            f"model: the layers of {model_name(model)} are divided into {stages} stages by pipeline, expected all layers "
-            "on every rank: divide the weights with ringattn.grid instead"
+            f"model: the layers of {model_name(model)} are divided into {stages} stages by pipeline, expected all "
+            "layers on every rank: divide the weights with ringattn.grid instead"
         )
 
 

@@ -18,26 +18,32 @@ from pathlib import Path
 import mlx.core as mx
 
 from ...errors import ArgumentError, RingError
-from ..addresses import address_for_peers
+from ..addresses import RDMA, address_for_peers
 from ..consensus import agree, raise_on_all_ranks
 from ..interface import Transport
 
 CALL = "grid"
 BACKENDS = ("ring", "jaccl", "nccl")
-RDMA = "RINGATTN_RDMA"  # the RDMA devices of all hosts, as in MLX's host files; the launcher sets it
 
 Address = tuple[str, int]
 
+_row: mx.distributed.Group | None = None  # of this process
+
 
 def open_row(ring: Transport, tensor: int, backend: str | None = None) -> mx.distributed.Group:
-    """Join the ranks of this rank's row, `tensor` neighbours of `ring`. Collective.
+    """Join the ranks of this rank's row, `tensor` neighbours of `ring`. Collective. A second call returns the same row.
 
     Raises:
         ArgumentError: The backend is unknown or not available on a rank.
         RingError: A row could not be connected.
     """
+    global _row
     with raise_on_all_ranks(ring, CALL):
         backend = _checked_backend(backend)
+        if _row is not None:
+            if (_row.size(), _row.rank()) != (tensor, ring.rank % tensor):
+                raise ArgumentError(f"tensor: {tensor}, expected {_row.size()}: a process can join one row in its life")
+            return _row
         address = address_for_peers(ring.hosts)
         reserved = _reserve_port(address)
     with closing(reserved):
@@ -47,9 +53,8 @@ def open_row(ring: Transport, tensor: int, backend: str | None = None) -> mx.dis
         first = ring.rank // tensor * tensor
         members = [tuple(json.loads(bytes(reply))) for reply in replies[first : first + tensor]]
         with ring.break_ring_on_error():
-            group = _connect(backend, ring.rank % tensor, members, first)
-    agree(ring, CALL)
-    return group
+            _row = _connect(backend, ring.rank % tensor, members, first)
+    return _row
 
 
 def _checked_backend(backend: str | None) -> str:
@@ -84,7 +89,9 @@ def _connect(backend: str, rank: int, members: Sequence[Address], first: int) ->
                 group = mx.distributed.init(strict=True, backend=backend)
             except (RuntimeError, ValueError) as error:
                 why = " ".join(str(error).split())
-                raise RingError(f"mx.distributed could not connect a row with its backend {backend!r}: {why}") from error
+                raise RingError(
+                    f"mx.distributed could not connect a row with its backend {backend!r}: {why}"
+                ) from error
     if (group.size(), group.rank()) != (len(members), rank):
         raise RingError(
             f"mx.distributed runs in this process already, as rank {group.rank()} of {group.size()}, expected rank "
