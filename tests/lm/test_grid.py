@@ -31,26 +31,24 @@ LOAD = """
 import json, sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
-import mlx_lm, transformers
+import mlx_lm
 import ringattn as ra
 from ringattn import lm
-from ringattn.lm import load as loading
 
 def memory(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
-loading.mlx_lm = mlx_lm
-folder, tensor = sys.argv[1], int(sys.argv[2])
-dtype = getattr(mx, sys.argv[3]) if sys.argv[3:] else None
-with ra.init() as ring, ra.grid(ring, tensor) as grid:
+folder = sys.argv[1]
+with ra.init() as ring, ra.grid(ring, 2) as grid:
     mlx_lm.utils.load_tokenizer(folder)  # imports
     before = memory("VmRSS")
-    model, _ = lm.load(folder, dtype, grid=grid)
+    model, _ = lm.load(folder, grid=grid)
     peak = memory("VmHWM") - before
+    arrays = mx.get_peak_memory()
     lm.shard(model, grid)
     held = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
-    print("found: " + json.dumps([peak, held]), flush=True)
+    print("found: " + json.dumps([peak, arrays, held]), flush=True)
 """
 
 
@@ -70,13 +68,13 @@ def test_loading_holds_a_part_of_the_weights(tmp_path: Path, bits: int | None) -
     whole = sum(x.nbytes for _, x in leaves)
     largest = max(x.nbytes for _, x in leaves)
     del model, leaves
-    found = {}
-    for tensor in (1, 2):
-        result = spawn(2, ["-c", LOAD, str(folder), str(tensor)], timeout=120)
-        assert result.code == 0, str(result)
-        found[tensor] = [json.loads(line) for line in re.findall("found: (.*)", result.output)]
-    assert whole > (100 if bits else 400) * 1e6 and len(found[1]) == len(found[2]) == 2
-    assert all(held == whole for _, held in found[1])
-    for peak, held in found[2]:
+    # glibc keeps freed blocks of up to 32 MB for later ones, unless its threshold is given.
+    env = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    result = spawn(2, ["-c", LOAD, str(folder)], timeout=300, env=env)
+    assert result.code == 0, str(result)
+    found = [json.loads(line) for line in re.findall("found: (.*)", result.output)]
+    assert whole > (100 if bits else 400) * 1e6 and len(found) == 2
+    for peak, arrays, held in found:
         assert held < 0.51 * whole
-        assert peak < held + largest + 16e6, (peak / 1e6, held / 1e6, whole / 1e6)
+        assert arrays < held + largest + 1e6, (found, largest, whole)
+        assert peak < held + largest + 8e6, (found, largest, whole)

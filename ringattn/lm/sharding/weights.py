@@ -57,10 +57,11 @@ def check_no_pipeline(model: nn.Module) -> None:
 
 
 def evaluate_weights(model: nn.Module) -> None:
-    """Read or compute the weights one after the other, so that memory never holds more than one whole tensor."""
+    """Read or compute the weights one after the other, so that memory holds at most one that is not divided yet."""
     leaves: Any = tree_flatten(model.parameters())
     for _, weight in leaves:
         mx.eval(weight)
+        mx.clear_cache()  # MLX would keep the memory of the whole tensor for later arrays
 
 
 def _integers(model: nn.Module) -> dict[tuple[str, str], int]:
