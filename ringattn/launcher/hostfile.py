@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Host:
 
     ssh: str
     slots: int = 1
-    rdma: tuple[Any, ...] = ()
+    rdma: tuple[Any, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.ssh, str) or not _NAME.fullmatch(self.ssh):

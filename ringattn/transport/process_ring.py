@@ -21,7 +21,7 @@ from .failures.stall_timer import Moving, StallTimer
 from .failures.status_file import status
 from .interface import Transport
 
-ABORT_AFTER = 0.5  # s in which the main thread may find by itself that the ring broke
+ABORT_AFTER = 0.3  # s in which the main thread may find by itself that the ring broke
 
 
 class ProcessRing(Transport):

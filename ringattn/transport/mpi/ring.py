@@ -65,7 +65,7 @@ class MpiRing(ProcessRing):
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         self._engine = MessageEngine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
-        self._progress = ProgressThread(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
+        self._progress = ProgressThread(self._engine, self._beat, self._beat_interval, self.fail, lambda: self.retired)
         shutdown.register_ring(self)
 
     # What users call
@@ -174,6 +174,10 @@ class MpiRing(ProcessRing):
 
     def _in_flight_with(self, peer: int) -> list[list]:
         return self._engine.in_flight_with(peer)
+
+    def _beat_interval(self) -> float:
+        """Seconds between two heartbeats; few once a ring is broken whose main thread may not notice."""
+        return min(self._interval, 0.1) if self.broken and self._guarded_thread is not None else self._interval
 
     def _beat(self) -> None:
         self._life.beat()
