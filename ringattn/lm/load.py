@@ -57,16 +57,17 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, *, grid: Grid | None =
         warnings.warn(problem, VersionWarning, stacklevel=2)
     if mx.default_device().type == mx.DeviceType.cpu and (slow := sgemm.advice()):
         warnings.warn(slow, KernelWarning, stacklevel=2)
+    row = None if grid is None else grid.row
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
     if file.suffix == ".gguf":
         model, tokenizer = load_gguf(file, dtype)
     else:
-        model, tokenizer = mlx_lm.load(str(path), lazy=True)[:2]
+        model, tokenizer = mlx_lm.load(str(path), **({} if row is None else {"lazy": True}))[:2]
         if dtype is not None:
             model = compat.dequantize_model(model)
             model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in FLOATS else x, model.parameters()))
-    if grid is not None and grid.row is not None:
-        shard_weights(model, grid.row)
+    if row is not None:
+        shard_weights(model, row)
     evaluate_weights(model)
     if mx.default_device().type == mx.DeviceType.cpu and (kind := _slow_on_a_cpu(model)):
         advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
