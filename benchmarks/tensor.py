@@ -35,6 +35,7 @@ CONFIG = {
 }
 PREFILL = 1024  # tokens
 STEPS = 12  # new tokens
+RUNS = 3
 RATES = ("1gbit", "10gbit")
 MOST = 1e-4  # difference of logits, of the largest one
 
@@ -50,7 +51,7 @@ def main() -> None:
             for how in ("tensor", "ring"):
                 runs = [
                     run_ranks("benchmarks.tensor", 2, 1, how, hosts=cluster.addresses, base=cluster.environment)
-                    for _ in range(3)
+                    for _ in range(RUNS)
                 ]
                 seconds = [median(max(rank[name] for rank in run) for run in runs) for name in ("prefill", "decode")]
                 sent = median(sum(rank["bytes"] for rank in run) for run in runs) / PREFILL

@@ -62,7 +62,8 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, *, grid: Grid | None =
     if file.suffix == ".gguf":
         model, tokenizer = load_gguf(file, dtype)
     else:
-        model, tokenizer = mlx_lm.load(str(path), **({} if row is None else {"lazy": True}))[:2]
+        lazily: dict[str, Any] = {} if row is None else {"lazy": True}
+        model, tokenizer = mlx_lm.load(str(path), **lazily)[:2]
         if dtype is not None:
             model = compat.dequantize_model(model)
             model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in FLOATS else x, model.parameters()))
