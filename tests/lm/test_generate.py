@@ -366,3 +366,15 @@ def test_weights_shared_by_two_ranks(tiny: str, tmp_path: Path) -> None:
 def test_wrong_tensor(tiny: str, ranks: str, tensor: str, told: str) -> None:
     found = run("-n", ranks, "--tensor", tensor, "--model", tiny, "-p", QUESTION)
     assert found.returncode == 1 and told in found.stderr and "Traceback" not in found.stderr, found
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["3", "6"])
+def test_smollm2_with_shared_weights(ranks: str) -> None:
+    """SmolLM2 has 9 heads and 3 of keys: three ranks share them, also twice, and give the tokens of one process."""
+    prompt = ["-p", "Tell me about the sea in a long sentence, please.", "-m", "12"]
+    one = run_here(*SMOLLM2, *prompt)
+    many = run("-n", ranks, "--tensor", "3", *SMOLLM2, *prompt)
+    assert (one.returncode, many.returncode) == (0, 0), one.stderr + many.stderr
+    assert many.stdout == one.stdout != ""
