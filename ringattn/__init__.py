@@ -30,6 +30,7 @@ from .ring_short_conv import ring_short_conv
 from .rope import rope
 from .transport import init
 from .transport.base import Ring
+from .transport.grid import Grid, grid
 
 _sgemm.install()
 
@@ -49,6 +50,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "Grid",
     "Layout",
     "Ring",
     "RingAttentionError",
@@ -56,6 +58,7 @@ __all__ = [
     "TransformError",
     "attention",
     "decode_attention",
+    "grid",
     "init",
     "linear_attention",
     "merge",

@@ -90,6 +90,8 @@ def decode_attention(
     Each rank attends to its own keys. Then one exchange gives every rank all states, and every rank merges them to the
     same bits. Options without a description here are those of `attention`.
 
+    A caller that holds some of the heads passes these, with the ring of the ranks that hold the same heads.
+
     Args:
         q: The new queries ``[batch, heads, q tokens, head_dim]``, equal on every rank.
         k: This rank's keys ``[batch, kv heads, local tokens, head_dim]``, in the order of `kv_layout`. May be empty.

@@ -84,6 +84,9 @@ def ring_attention(
     it holds. A rank needs memory for its own tensors and two travelling blocks. The result is that of `attention` on
     the whole sequence, with the same bits on every run. Options without a description here are those of `attention`.
 
+    Each head is computed by itself. A caller that holds some of the heads passes these (and their sinks), with the ring
+    of the ranks that hold the same heads; `grid` makes such rings.
+
     The call is differentiable (mx.grad, mx.vjp) in q, k, v, sinks and an additive mask, through `out` and through the
     lse. The gradient is collective too. It is that of the sum of all ranks' losses: each rank gets the gradients of its
     own q, k and v, and its queries' part of the gradient of sinks. If the loss of a rank does not use the result, the

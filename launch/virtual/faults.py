@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cluster import Cluster
-from .victim import WRONG
+from .victim import IN_A_ROW, WRONG
 
 HOSTS = 3
 TIMEOUT = 5  # s without a heartbeat
@@ -38,8 +38,12 @@ FAULTS = {
     "ends with a code": r"rank 1 \(mac1\) failed .*SystemExit: 5",
     "other arguments": r"ring_attention: scale differs between ranks: 0.25 on ranks 0 and 2, 0.5 on rank 1",
     "another version": r"ringattn differs between ranks: \S+ on ranks 0 and 2, 0.0.1 on rank 1",
+    f"killed{IN_A_ROW}": r"rank 1 \(mac1\) was killed by SIGKILL",
+    f"stopped{IN_A_ROW}": r"rank 1 \(mac1\) gave no sign of life for 5 s; it was last heard of (in|after) all_red",
+    f"cable pulled{IN_A_ROW}": r"rank 1 \(mac1\)(: the connection to it was lost| gave no sign of life for 5 s)",
 }
-CODES = {"killed": 137, "no memory left": 137, "ends with a code": 5}  # of the launcher; of other faults any but 0
+CODES = {"killed": 137, "no memory left": 137, "ends with a code": 5, f"killed{IN_A_ROW}": 137}
+# Exit codes of the launcher; of other faults any but 0.
 _SENT = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
 
@@ -106,9 +110,10 @@ def _strike(cluster: Cluster, process: subprocess.Popen, folder: Path, fault: st
         time.sleep(0.02)
     time.sleep(delay)
     begin = time.monotonic()
-    if fault in _SENT:
-        os.kill(int((folder / "1.pid").read_text()), _SENT[fault])
-    elif fault == "cable pulled":
+    kind = fault.removesuffix(IN_A_ROW)
+    if kind in _SENT:
+        os.kill(int((folder / "1.pid").read_text()), _SENT[kind])
+    elif kind == "cable pulled":
         cluster.unplug(1)
     else:
         (folder / "now").touch()

@@ -71,6 +71,16 @@ def ranks_option(what: str, least: int = 1, most: int | None = None, default: in
     )
 
 
+tensor_option = click.option(
+    "--tensor",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="T",
+    help="Neighbours that share the weights; the context is spread over the groups of T ranks.",
+)
+
+
 def with_options(*options: Callable) -> Callable[[Callable], Callable]:
     """Decorator that gives a command these options, in this order."""
 

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import click
 from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..extras import require
 from ..transport.environment import launched_by
+from ..transport.grid import Grid
 from ..transport.interface import Transport
 from . import leave
 from .progress_bar import is_visible
@@ -69,11 +70,11 @@ def _join_ring(
 
     An error on one rank is an error on all ranks. Rank 0 prints it.
     """
-    from .. import init
+    from .. import grid, init
     from ..ring.call import check_ring
     from ..transport.consensus import agree, raise_on_all_ranks
 
-    with check_ring(init()) as ring:
+    with check_ring(init()) as ring, ExitStack() as stack:
         try:
             with raise_on_all_ranks(ring, call):
                 _check_placement(placement, ring)
@@ -81,13 +82,15 @@ def _join_ring(
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, call, tuple((name, str(value)) for name, value in options.items()))
 
+            with _names_of_options():
+                arranged = stack.enter_context(grid(ring, options["tensor"]))
             if ring.rank == 0 and is_visible():
                 click.echo(f"Loading {options['model']} ...", err=True)
             with _warnings_in_one_line(ring.rank == 0):
                 with raise_on_all_ranks(ring, call):
-                    model, tokenizer = load_model(options)
+                    model, tokenizer = load_model(options, arranged)
                 agree(ring, call)
-                return work(Session(ring, model, tokenizer, options, text)) or 0
+                return work(Session(arranged, model, tokenizer, options, text)) or 0
         except (ArgumentError, MissingExtraError) as error:
             if ring.rank == 0:
                 click.echo(f"Error: {error}", err=True)
@@ -118,14 +121,25 @@ def _warnings_in_one_line(is_first: bool) -> Iterator[None]:
         yield
 
 
-def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
+@contextmanager
+def _names_of_options() -> Iterator[None]:
+    """Replace the names of arguments at the beginning of an error by those of the options."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor):", r"\1--\2:", str(error))) from None
+
+
+def load_model(options: dict[str, Any], grid: Grid) -> tuple[Any, Any]:
     """Load model and tokenizer, with errors that name the options."""
     import mlx.core as mx
 
     from .. import lm
 
     try:
-        model, tokenizer = lm.load(options["model"], getattr(mx, options["dtype"]) if options["dtype"] else None)
+        with _names_of_options():
+            dtype = getattr(mx, options["dtype"]) if options["dtype"] else None
+            model, tokenizer = lm.load(options["model"], dtype, grid=grid)
     except MissingExtraError:
         raise
     except ArgumentError as error:

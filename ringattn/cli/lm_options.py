@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .host_options import HOSTS, PROCESSES, ranks_option
+from .host_options import HOSTS, PROCESSES, ranks_option, tensor_option
 
 
 class Number(click.FloatRange):
@@ -44,6 +44,7 @@ OPTIONS = (
     ),
     *HOSTS,
     *PROCESSES,
+    tensor_option,
     click.option(
         "--model",
         required=True,
@@ -75,7 +76,11 @@ OPTIONS = (
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
         "[default: 512 on a CPU, 8192 on a GPU]",
     ),
-    click.option("--weights", metavar="W,W,...", help="Speeds of the ranks: their shares of prefill and cache."),
+    click.option(
+        "--weights",
+        metavar="W,W,...",
+        help="Speeds of the ranks, or of the groups of --tensor ranks: their shares of prefill and cache.",
+    ),
 )
 
 CONVERSATION = (

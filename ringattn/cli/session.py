@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ArgumentError
-from ..transport.interface import Transport
+from ..transport.grid import Grid
 from .progress_bar import make_callback
 
 if TYPE_CHECKING:
@@ -19,24 +19,28 @@ class Session:
     """Model on a ring, with the cache of the conversation.
 
     Attributes:
+        grid: All ranks, and their rows.
+        ring: The ring of all ranks.
         options: Options of the command.
         text: Prompt that the command has read; ``None`` on ranks other than 0.
     """
 
-    def __init__(self, ring: Transport, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
+    def __init__(self, grid: Grid, model: Any, tokenizer: Any, options: dict[str, Any], text: Any = None):
         import mlx.core as mx
 
         from .. import lm
         from ..lm.sharding.forward_pass import tokens_of
+        from ..ring.call import check_ring
 
-        self.ring = ring
+        self.grid = grid
+        self.ring = check_ring(grid.ring)
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
         self.text = text
         weights = options["weights"]
         file = options.get("prompt_cache_file")
-        lm.shard(model, ring, weights=None if weights is None else _numbers(weights))
+        lm.shard(model, grid, weights=None if weights is None else _numbers(weights))
         if options["seed"] is not None:
             mx.random.seed(options["seed"])
         if file is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from ..launcher.hostfile import Cluster, check_variable
 from ..launcher.mpiexec import Mpiexec, build_command, build_environment, check_command, find_mpiexec, mismatch
 from ..launcher.preflight import check_hosts, home_address
 from ..launcher.supervisor import run
+from ..transport.addresses import ADDRESSES, INTERFACE, RDMA
 from .host_options import chosen_cluster, count_ranks
 
 PASSED_ON = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
@@ -82,6 +84,7 @@ def prepare(
     cluster = chosen_cluster(placement.hosts, placement.hostfile, placement.interface)
     count = count_ranks(placement.ranks, cluster)
     given = _variables([*(cluster.variables if cluster else ()), *placement.variables])
+    given |= _for_rows(cluster, placement.interface)
     environment = _environment(placement, cluster is not None, prefix, given)
     mpiexec = find_mpiexec(placement.mpiexec)
     if not dry_run:
@@ -111,6 +114,19 @@ def _environment(placement: Placement, remote: bool, prefix: bool | None, given:
         prefix=remote if prefix is None else prefix,
         base={**os.environ, **given},
     )
+
+
+def _for_rows(cluster: Cluster | None, interface: str | None) -> dict[str, str]:
+    """Variables with which ranks on several hosts connect groups of `mx.distributed`, for `ringattn.grid`."""
+    if cluster is None:
+        return {}
+    variables = {ADDRESSES: ",".join(host.address for host in cluster.hosts)}
+    if interface is not None:
+        variables[INTERFACE] = interface
+    devices = [host.rdma for host in cluster.hosts]
+    if all(len(own) == len(devices) == cluster.slots for own in devices):  # one rank a host
+        variables[RDMA] = json.dumps(devices)
+    return variables
 
 
 def _warnings(placement: Placement, cluster: Cluster | None, mpiexec: Mpiexec) -> list[str]:

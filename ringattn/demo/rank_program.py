@@ -28,7 +28,7 @@ class PrefillTrace:
         events: Events of that round.
     """
 
-    def __init__(self, ring: Ring, progress: ProgressFile):
+    def __init__(self, ring: Ring, progress: ProgressFile | None):
         self.events: list[Event] = []
         self._ring = ring
         self._progress = progress
@@ -41,23 +41,24 @@ class PrefillTrace:
             self._longest = done - self._done
         self._done = done
         self._ring.trace = [] if done < total else None  # decoding is not traced
-        if self._ring.rank == 0:
+        if self._progress is not None:
             self._progress.write(done, total)
 
 
-def run(task: ReadingTask, ring: Ring, progress: ProgressFile) -> RankResult:
+def run(task: ReadingTask, grid: ra.Grid, progress: ProgressFile) -> RankResult:
     """Read the document, answer the question, and return the result of this rank."""
-    model, tokenizer = lm.load(task.model, mx.float32)
+    model, tokenizer = lm.load(task.model, mx.float32, grid=grid)
     ids = prompt(tokenizer, task.document)
-    trace = PrefillTrace(ring, progress)
+    ring = grid.column
+    trace = PrefillTrace(ring, progress if grid.ring.rank == 0 else None)
     if not task.plain:
-        lm.shard(model, ring)
+        lm.shard(model, grid)
     cache = make_prompt_cache(model)
     sent = ring.bytes_sent
     responses = list(_answer(task, model, tokenizer, ids, cache, trace))
     last = responses[-1]
     return RankResult(
-        rank=ring.rank,
+        rank=grid.ring.rank,
         prompt=len(ids),
         tokens=[response.token for response in responses],
         text="".join(response.text for response in responses),
@@ -88,7 +89,8 @@ def main() -> None:
     with ra.init("solo" if task.plain else None) as ring:
         if ring.size != max(1, task.ranks):
             raise SystemExit(f"ringattn.demo.rank_program: started with {ring.size} ranks, expected {task.ranks}")
-        run(task, ring, ProgressFile(folder)).write(folder)
+        with ra.grid(ring, task.tensor) as grid:
+            run(task, grid, ProgressFile(folder)).write(folder)
 
 
 if __name__ == "__main__":

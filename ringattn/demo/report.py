@@ -21,7 +21,7 @@ def report(ring: TaskResult, single: TaskResult) -> str:
     return "\n".join(
         [
             "",
-            f"{ring.task.model_title}, float32, reads {first.prompt:,} tokens on {ring.task.ranks} ranks and answers.",
+            f"{ring.task.model_title}, float32, reads {first.prompt:,} tokens on {ring.task.ranks_title} and answers.",
             "",
             f"Question:  {QUESTION}",
             f"Answer:    {first.text.strip()}",

@@ -23,6 +23,7 @@ class ReadingTask:
         chunk: Tokens that a rank computes in one round of prefill; ``None`` for the default.
         max_tokens: Largest number of tokens of the answer.
         document: Text of the document.
+        tensor: Number of neighbours that share the weights.
     """
 
     model: str
@@ -30,11 +31,17 @@ class ReadingTask:
     chunk: int | None
     max_tokens: int
     document: str
+    tensor: int = 1
 
     @property
     def plain(self) -> bool:
         """Whether one process with plain mlx-lm does the task."""
         return self.ranks == 0
+
+    @property
+    def ranks_title(self) -> str:
+        """Number of ranks, and how many of them share the weights."""
+        return f"{self.ranks} ranks" + (f" in rows of {self.tensor}" if self.tensor > 1 else "")
 
     @property
     def model_title(self) -> str:

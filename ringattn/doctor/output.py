@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 def as_text(exam: Examination, findings: Sequence[Finding], dtype: str) -> str:
     """Tables of hosts, versions, speeds and links, and a line for each finding."""
-    parts = [_hosts(exam), _versions(exam), _speeds(exam), _links(exam), _break_even(exam, dtype)]
+    parts = [_hosts(exam), _versions(exam), _speeds(exam), _links(exam), _rows(exam), _break_even(exam, dtype)]
     parts.append("\n".join(map(str, findings)) or "nothing is wrong")
     return "\n\n".join(part for part in parts if part)
 
@@ -36,6 +36,10 @@ def as_json(exam: Examination, findings: Sequence[Finding], dtype: str) -> dict[
                 "both_gb_s": link.both / 1e9,
             }
             for link in exam.reports.links
+        ],
+        "rows": [
+            {"ranks": list(row.ranks), "latency_us": row.latency * 1e6, "gb_s": row.bandwidth / 1e9}
+            for row in exam.reports.rows
         ],
         "slowest_link": list(slowest.ranks) if slowest else None,
         "hop_gb_s": exam.reports.hop / 1e9 if exam.reports.hop else None,
@@ -115,6 +119,15 @@ def _links(exam: Examination) -> str:
     if exam.reports.hop is None:
         return table
     return f"{table}\nall links at once, as in a hop: {format_number(exam.reports.hop / 1e9, 3)} GB/s each"
+
+
+def _rows(exam: Examination) -> str:
+    rows = [
+        [exam.label(*row.ranks), f"{format_number(row.latency * 1e6)} us", format_number(row.bandwidth / 1e9, 3)]
+        for row in exam.reports.rows
+    ]
+    header = ["row", "sum for a token", "GB/s each"]
+    return f"sums over mx.distributed, all rows at once\n{format_table(header, rows)}" if rows else ""
 
 
 def _break_even(exam: Examination, dtype: str) -> str:

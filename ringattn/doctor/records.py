@@ -16,6 +16,7 @@ from .compute_speed import ComputeSpeeds
 from .connectivity import FailedConnection
 from .host_info import HostInfo
 from .link_speed import LinkSpeed
+from .row_speed import RowSpeed
 
 MARK = "ringattn-doctor:"
 
@@ -40,6 +41,7 @@ class RankReports:
     links: list[LinkSpeed] = field(default_factory=list)
     hop: float | None = None  # bytes per second that every rank sends while all send
     failed_connections: list[FailedConnection] = field(default_factory=list)  # these keep MPI from starting
+    rows: list[RowSpeed] = field(default_factory=list)
 
 
 def write_record(rank: int, **fields: Any) -> None:
@@ -54,6 +56,8 @@ def parse_records(output: str) -> RankReports:
         rank = reports.ranks.setdefault(record["rank"], RankReport())
         if "link" in record:
             reports.links.append(LinkSpeed(**{**record["link"], "ranks": tuple(record["link"]["ranks"])}))
+        if "row" in record:
+            reports.rows.append(RowSpeed(**{**record["row"], "ranks": tuple(record["row"]["ranks"])}))
         reports.failed_connections += [FailedConnection(**failed) for failed in record.get("failed_connections", ())]
         reports.hop = record.get("hop", reports.hop)
         for name, kind in (("host", HostInfo), ("speeds", ComputeSpeeds), ("mpi", Library)):
@@ -62,6 +66,7 @@ def parse_records(output: str) -> RankReports:
         rank.problem = record.get("problem", rank.problem)
         rank.doing = record.get("doing", rank.doing)
         rank.done = record.get("done", rank.done)
+    reports.rows.sort(key=lambda row: row.ranks)
     reports.ranks = dict(sorted(reports.ranks.items()))
     return reports
 

@@ -34,12 +34,14 @@ class Target:
         cluster: Hosts of the ranks; ``None``: this machine.
         interface: Network interface of the hosts for messages.
         mpiexec: Path of the mpiexec to use; ``None`` for the default.
+        tensor: Number of neighbours that share a model's weights.
     """
 
     size: int
     cluster: Cluster | None = None
     interface: str | None = None
     mpiexec: str | None = None
+    tensor: int = 1
 
 
 def examine_cluster(target: Target, model: AttentionModel, dtype: str, seconds: float) -> Examination:
@@ -56,7 +58,7 @@ def examine_cluster(target: Target, model: AttentionModel, dtype: str, seconds: 
     Raises:
         LaunchError: This machine has no address that the hosts can use.
     """
-    numbers = (model.heads, model.kv_heads, model.head_dim)
+    numbers = (model.heads, model.kv_heads, model.head_dim, target.tensor)
     worker = [sys.executable, "-m", "ringattn.doctor.worker", str(int(seconds + GRACE)), dtype, *map(str, numbers)]
     try:
         mpiexec = find_mpiexec(target.mpiexec)
@@ -87,6 +89,7 @@ def _examine(
         size,
         parse_records(output),
         hosts=tuple(names),
+        tensor=target.tensor,
         mpi_mismatch=mismatch(mpiexec),
         exit_status=status,
         time_limit=seconds,
@@ -105,7 +108,7 @@ def _options(target: Target, hosts: Sequence[Host], size: int) -> Iterator[list[
         return
     with closing(Coordinator(home_address(hosts), size)) as coordinator, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "hosts.json")
-        entries = [{"ssh": host.ssh, "slots": host.slots} for host in hosts]
+        entries = [{"ssh": host.ssh, "slots": host.slots, "rdma": list(host.rdma)} for host in hosts]
         variables = [*target.cluster.variables, f"{ENDPOINT}={coordinator.endpoint}"]
         path.write_text(json.dumps({"hosts": entries, "envs": variables}))
         through = ["--interface", target.interface] if target.interface else []

@@ -1,7 +1,7 @@
 """Program of every rank of ``ringattn doctor``.
 
-``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM [HOST,HOST,...]``: the last where there are several
-hosts; the environment then says where the doctor listens, see `connectivity`.
+``python -m ringattn.doctor.worker SECONDS DTYPE HEADS KV_HEADS DIM TENSOR [HOST,HOST,...]``: the last where there are
+several hosts; the environment then says where the doctor listens, see `connectivity`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from ..launcher.rank_wrapper import launched_rank
 from ..ring.call import check_ring
 from ..transport import init
 from ..transport.environment import launched_by
+from ..transport.grid import grid
 from .compute_speed import measure
 from .connectivity import ENDPOINT, find_failed_connections
 from .host_info import collect
 from .link_speed import measure_hop, measure_link, pairs
 from .records import write_record
+from .row_speed import measure_row
 
 
 def main() -> int:
     """Measure, and write records. Return the exit status."""
-    seconds, dtype, heads, kv_heads, head_dim, *several = sys.argv[1:]
+    seconds, dtype, heads, kv_heads, head_dim, tensor, *several = sys.argv[1:]
     signal.alarm(int(seconds))  # end this process at last even if its parent is gone
     rank = int(launched_rank())
     try:
@@ -37,7 +39,7 @@ def main() -> int:
         if several and not _reach_all(rank, *several):
             return 1  # MPI would wait for ever for a connection
         if launched_by() == "mpi":
-            _measure_ring(rank)
+            _measure_ring(rank, int(tensor))
     except RingAttentionError as error:
         write_record(rank, problem=" ".join(str(error).split()))
         return 1
@@ -54,7 +56,7 @@ def _reach_all(rank: int, hosts: str) -> bool:
     return not failed_connections
 
 
-def _measure_ring(rank: int) -> None:
+def _measure_ring(rank: int, tensor: int) -> None:
     from ..transport.mpi.library import library
 
     write_record(rank, doing="starting MPI")
@@ -72,6 +74,13 @@ def _measure_ring(rank: int) -> None:
             write_record(rank, doing="measuring a hop of all ranks")
             write_record(rank, hop=measure_hop(ring))  # the same on all ranks
         ring.barrier()
+        if tensor > 1 and ring.size % tensor == 0:  # hosts may have been left out
+            write_record(rank, doing="connecting the rows over mx.distributed")
+            with grid(ring, tensor) as rows:
+                write_record(rank, doing="measuring sums over the rows")
+                row = measure_row(rows)
+            if ring.rank == row.ranks[0]:
+                write_record(rank, row=asdict(row))
 
 
 if __name__ == "__main__":

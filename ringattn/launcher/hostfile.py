@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..errors import LaunchError
 # A name or an address, perhaps with a user before it. No character that ssh or a shell would interpret.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# The keys of MLX's files. "rdma" is for mlx.launch's own transports; MPI cannot use it.
+# The keys of MLX's files. "rdma" is for groups of `mx.distributed` (`ringattn.grid`); MPI cannot use it.
 _KEYS = ("hosts", "backend", "envs")
 _HOST_KEYS = ("ssh", "ips", "rdma", "slots")
 
@@ -26,10 +26,12 @@ class Host:
     Attributes:
         ssh: The destination for ssh: an address or a name, perhaps with a user before it.
         slots: The number of ranks, at most.
+        rdma: Its RDMA devices towards each host, as in MLX's files: a name, several names or ``None``.
     """
 
     ssh: str
     slots: int = 1
+    rdma: tuple[Any, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.ssh, str) or not _NAME.fullmatch(self.ssh):
@@ -154,7 +156,10 @@ def _parse_entry(where: str, entry: Any) -> Host:
     if not isinstance(entry, dict) or not isinstance(entry.get("ssh"), str):
         raise LaunchError(f"{where}: {entry!r}, expected an object with 'ssh'")
     _check_keys(where, entry, _HOST_KEYS)
-    return _host(where, _destination(where, entry), entry.get("slots"))
+    rdma = entry.get("rdma") or []
+    if not isinstance(rdma, list):
+        raise LaunchError(f"{where}: rdma {rdma!r}, expected a list with a device, or null, for each host")
+    return replace(_host(where, _destination(where, entry), entry.get("slots")), rdma=tuple(rdma))
 
 
 def _check_keys(where: str, table: dict[str, Any], known: Sequence[str]) -> None:

@@ -7,6 +7,7 @@
             ...
 
 The weights are the same on every rank. Each rank holds a part of the keys and values and does a part of the prefill.
+On a `ringattn.grid`, the ranks of a row share the weights.
 """
 
 from ..errors import CacheFileError, ContextWarning, UnsupportedModelError, VersionWarning

@@ -50,8 +50,13 @@ class Choice:
         self._progress = progress
 
     def token(self, logprobs: mx.array) -> mx.array:
-        """Sample on rank 0; return the token ``[1]`` on every rank."""
+        """Sample on rank 0; return the token ``[1]`` on every rank.
+
+        Every rank evaluates `logprobs`, because rank 0 may need the other ranks of its row for it.
+        """
         own: np.ndarray | None = None
+        with raise_on_all_ranks(self._ring, NEXT):
+            mx.eval(logprobs)
         if self._ring.rank == 0:
             with raise_on_all_ranks(self._ring, NEXT):
                 sample = self._sampler(logprobs).reshape(1).item()

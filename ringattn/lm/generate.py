@@ -16,7 +16,7 @@ from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
 from .prompt import Prompt, prompt_ids, warn_of_length
-from .shard import Sharded
+from .shard import everyone_of, sharded
 from .sharding.cache_kinds import check_caches
 from .sharding.forward_pass import ShardedCache
 
@@ -80,14 +80,12 @@ def stream_generate(
     """
     import mlx_lm
 
-    if not isinstance(model, Sharded):
-        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    ring = model.ring
+    ring = everyone_of(known := sharded(model))
     ids: np.ndarray | None = None
     with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
-        leaves = [] if prompt_cache is None else check_caches("prompt_cache", prompt_cache, model.make_cache())
+        leaves = [] if prompt_cache is None else check_caches("prompt_cache", prompt_cache, known.make_cache())
         held = leaves[0].tokens.reshape(-1) if leaves else np.zeros(0, np.int32)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
@@ -108,7 +106,7 @@ def stream_generate(
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=prefill_step_size * ring.size,
+            prefill_step_size=prefill_step_size * known.ring.size,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:

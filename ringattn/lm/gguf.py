@@ -49,7 +49,7 @@ def find_smollm2() -> Path:
 
 
 def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer; see `ringattn.lm.load`.
+    """Load a model and its tokenizer; see `ringattn.lm.load`. Conversions of the weights are not evaluated.
 
     Raises:
         UnsupportedModelError: The file has another architecture or tokenizer than Llama's.
@@ -59,9 +59,7 @@ def load_gguf(path: Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any
     _expect(path, metadata, "general.architecture", ("llama",))
     _expect(path, metadata, "llama.rope.scaling.type", (None, "none"))
     try:
-        model = _model(tensors, metadata, dtype)
-        mx.eval(model.parameters())
-        return model, tokenizer_of(path, metadata)
+        return _model(tensors, metadata, dtype), tokenizer_of(path, metadata)
     except KeyError as error:  # a tensor that Llama does not have, or a missing number
         raise UnsupportedModelError(f"model: {path.name}: {error.args[0]}, expected what a Llama has") from None
 

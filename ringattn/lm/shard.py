@@ -11,6 +11,8 @@ import mlx.nn as nn
 from ..errors import ArgumentError, UnsupportedModelError
 from ..ring.call import check_ring
 from ..transport.base import Ring
+from ..transport.consensus import agree
+from ..transport.grid import Grid
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
@@ -25,15 +27,25 @@ from .sharding.ropes import longest_context
 from .sharding.sharded_cache import ShardedKVCache
 from .sharding.short_convolution import patch_convolutions
 from .sharding.trial import trial_pass
+from .sharding.weights import check_no_pipeline, evaluate_weights, group_of, shard_weights
 
 REMEDY = "sample on one rank, as ringattn.lm.stream_generate does, or give all ranks the same mx.random.seed"
 EXPERTS = 2  # of a mixture that work on one token, where the model does not say
 
 
 class Sharded:
-    """The class that `shard` puts before a model's own class."""
+    """The class that `shard` puts before a model's own class.
+
+    Attributes:
+        ring: The ring over which the context is spread.
+        everyone: The ring of all ranks that have a part of the model; ``None`` where it is not known.
+        part: The rank's part of the weights and the number of parts, ``(0, 1)`` where each rank has all of them.
+        weights: The speed of each rank of `ring`.
+    """
 
     ring: Transport
+    everyone: Transport | None
+    part: tuple[int, int]
     weights: tuple[float, ...]
     cost: Cost
     kinds: list[Kind]  # of the layers' caches
@@ -80,8 +92,8 @@ class Sharded:
         return [kind.make(self.ring, history) for kind in self.kinds]
 
 
-def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) -> nn.Module:
-    """Spread the context of `model` over `ring`: each rank keeps a part of the keys and values, and all the weights.
+def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None = None) -> nn.Module:
+    """Spread the context of `model` over `ring`: each rank keeps a part of the keys and values.
 
     The states of recurrent layers are the same on every rank, and do not grow with the context.
 
@@ -89,23 +101,33 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     call with such a cache is collective, and every rank passes the same tokens. Many tokens are cut into one chunk a
     rank; few tokens are computed by every rank. With other caches, or none, the model works as before.
 
+    With a `ringattn.grid`, the ranks of a row share the weights, and the context is spread over the column. A model
+    that mlx-lm's `model.shard` has divided already is accepted as it is.
+
     Args:
         model: An mlx-lm model whose layers call mlx-lm's attention and recurrences. Its weights are the same on every
-            rank.
-        ring: The ring, of `ringattn.init`.
-        weights: The speed of each rank, one number a rank: its share of prefill and of the cache. Default: all equal.
+            rank, or divided over the rank's row.
+        ring: The ring, of `ringattn.init`; or a grid; or, for a model that is divided already, the ring of all ranks
+            that hold the same part of the weights (a column).
+        weights: The speed of each rank of the ring or the column, one number a rank: its share of prefill and of the
+            cache. Default: all equal.
 
     Returns:
         `model`.
 
     Raises:
-        UnsupportedModelError: A layer or cache of the model cannot be sharded; the message names it.
+        UnsupportedModelError: A layer or cache of the model cannot be sharded, or its weights cannot be divided among
+            the ranks of a row; the message names it.
+        ArgumentError: The ranks of `ring` hold different parts of the weights.
     """
-    ring = check_ring(ring)
+    grid = ring if isinstance(ring, Grid) else None
+    ring = check_ring(ring if grid is None else grid.column)
     weights = (1.0,) * ring.size if weights is None else tuple(map(float, weights))
     if len(weights) != ring.size or not all(0 < w < float("inf") for w in weights):
         raise ArgumentError(f"weights: {weights}, expected {ring.size} finite numbers above 0, one a rank")
+    check_no_pipeline(model)
     kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
+    part = _divide_weights(model, ring, grid)
     patch_convolutions(model)
     _patch_functions(model)
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
@@ -114,11 +136,14 @@ def shard(model: nn.Module, ring: Ring, weights: Sequence[float] | None = None) 
     kinds = traced_kinds(model, kinds, caches)
     if not isinstance(model, Sharded):
         model.__class__ = type(f"Sharded{kind.__name__}", (Sharded, kind), {"__module__": kind.__module__})
+    everyone = ring if part[1] == 1 else None
     for name, value in (
         ("ring", ring),
+        ("everyone", everyone if grid is None else check_ring(grid.ring)),
+        ("part", part),
         ("weights", weights),
         ("kinds", kinds),
-        ("cost", cost_of(model, kinds)),
+        ("cost", cost_of(model, kinds, part[1])),
         ("longest", longest),
     ):
         object.__setattr__(model, name, value)  # not as parameters
@@ -129,6 +154,41 @@ def _part(rest: dict[str, Any], tokens: slice) -> dict[str, Any]:
     """The further arguments of a model's call for some of its tokens."""
     embeddings = rest.get("input_embeddings")
     return rest if embeddings is None else {**rest, "input_embeddings": embeddings[:, tokens]}
+
+
+def sharded(model: nn.Module) -> Any:
+    """`model`, if it is sharded."""
+    if not isinstance(model, Sharded):
+        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
+    return model
+
+
+def everyone_of(model: Sharded) -> Transport:
+    """The ring of all ranks that have a part of a sharded model."""
+    if model.everyone is None:
+        raise ArgumentError(
+            f"model: its weights are divided among {model.part[1]} ranks, and one rank must sample for all: give "
+            "ringattn.lm.shard a grid, of ringattn.grid(ring, group=group)"
+        )
+    return model.everyone
+
+
+def _divide_weights(model: nn.Module, ring: Transport, grid: Grid | None) -> tuple[int, int]:
+    """Divide the weights over the grid's row, unless they are divided already; return the part of this rank.
+
+    Collective where the weights were divided before: a ring that crosses rows would give wrong numbers.
+    """
+    group = group_of(model)
+    if group is None and grid is not None and grid.row is not None:
+        shard_weights(model, grid.row)
+        evaluate_weights(model)
+        group = grid.row
+    part = (0, 1) if group is None else (group.rank(), group.size())
+    if grid is not None and part[1] != grid.tensor:
+        raise ArgumentError(f"model: its weights are divided by {part[1]}, expected {grid.tensor}, the row of the grid")
+    if part[1] > 1:
+        agree(ring, "shard", (("part of the weights", f"{part[0] + 1} of {part[1]}"),))
+    return part
 
 
 def _patch_functions(model: nn.Module) -> None:
@@ -154,8 +214,11 @@ def _patch_functions(model: nn.Module) -> None:
         raise UnsupportedModelError(f"model: {name} has no layer that calls mlx-lm's {compat.ATTENTION}")
 
 
-def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:
-    """Operations of a mean layer on a token: two for each weight that it meets, and those of a score and its value."""
+def cost_of(model: nn.Module, kinds: Sequence[Kind], parts: int = 1) -> Cost:
+    """Operations of a mean layer on a token: two for each weight that it meets, and those of a score and its value.
+
+    `parts` is the number of ranks among which the weights and the heads are divided.
+    """
     described = (compat.model_args(part) for part in (model, *model.modules()))
     args = next((args for args in described if hasattr(args, "num_attention_heads")), None)
     layers = max(1, len(model.layers))
@@ -169,4 +232,4 @@ def cost_of(model: nn.Module, kinds: Sequence[Kind]) -> Cost:
     heads = getattr(args, "num_attention_heads", 0) or 0
     dim = getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) // heads if heads else 0)
     attending = sum(isinstance(cache, ShardedKVCache) for kind in kinds for cache in flat([kind.make_tracing()]))
-    return Cost(linear / layers, 4.0 * heads * dim * attending / layers)
+    return Cost(linear / layers, 4.0 * heads * dim * attending / layers / parts)

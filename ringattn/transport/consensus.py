@@ -99,12 +99,23 @@ def agree_in_graph(ring: Transport, what: str, fields: Fields, payload: mx.array
 
 @contextmanager
 def raise_on_all_ranks(ring: Transport, what: str) -> Iterator[None]:
-    """Run local checks. An exception raised here is raised on every rank."""
+    """Run local checks. An exception raised here is raised on every rank.
+
+    An error of `mx.distributed` breaks the ring instead, because another rank's death is its cause.
+    """
     try:
         yield
     except Exception as error:
+        if is_lost_peer(error):
+            ring.fail(error)
+            raise
         agree(ring, what, (), error)
         raise
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `mx.distributed` raised `error`: it does so where a connection to another rank is lost."""
+    return isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]", "[nccl]"))
 
 
 def _head(ring: Transport, what: str, fields: Fields = (), error: BaseException | None = None) -> bytes:

@@ -78,6 +78,12 @@ class Transport(Ring):
     def split(self, color: int | None) -> Transport | None:
         """See `Ring.split`."""
 
+    def guard_uninterruptible_calls(self) -> None:  # noqa: B027  (a ring of one rank has no peer that could die)
+        """End the process, with the cause, when the ring breaks and the main thread does not notice.
+
+        For programs in which the main thread waits for other ranks where this ring cannot interrupt it.
+        """
+
     @abc.abstractmethod
     def exchange(self, payload: Buffers) -> list[memoryview]:
         """Give every rank this rank's bytes and return those of all ranks, in rank order, in one message round.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import mlx.core as mx
 
 from ..errors import RingError
 from . import collectives
-from .consensus import agree
+from .consensus import agree, is_lost_peer
 from .failures.bandwidth import LinkRate
 from .failures.cause import Cause
 from .failures.control_channel import ControlChannel
@@ -19,6 +20,8 @@ from .failures.heartbeats import GRACE, Liveness, Member, Place
 from .failures.stall_timer import Moving, StallTimer
 from .failures.status_file import status
 from .interface import Transport
+
+ABORT_AFTER = 0.3  # s in which the main thread may find by itself that the ring broke
 
 
 class ProcessRing(Transport):
@@ -44,6 +47,11 @@ class ProcessRing(Transport):
         self._members = members
         self._place: Place = ("", 0)
         self._closed = False
+        self._parent: ProcessRing | None = None  # the guarded ring that this one was split from
+        self._names: Sequence[int] = range(self.size)  # of the ranks in messages: their ranks in the parent
+        self._guarded_thread: int | None = None  # it makes calls that nothing can interrupt
+        self._noticed = False  # that thread knows that the ring is broken
+        self._broken_since: float | None = None
         # Often enough for the rank with the shortest timeout.
         self._interval = min(1.0, min(member.timeout for member in members) / 10)
         self._life = Liveness(
@@ -87,11 +95,34 @@ class ProcessRing(Transport):
 
     # What the library calls
 
-    def await_cause(self, error: BaseException) -> None:  # noqa: B027  (most errors are their own cause)
+    def guard_uninterruptible_calls(self) -> None:
+        self._guarded_thread = threading.get_ident()
+
+    def _report_to(self, parent: ProcessRing, members: Sequence[int]) -> None:
+        """Break with the guarded ring `parent`, of which `members` are the ranks of this one, and by its judgement."""
+        self._parent = parent
+        self._names = [parent._names[member] for member in members]
+        self._life.judges = False
+
+    def await_cause(self, error: BaseException) -> None:
         """Wait for the message that explains `error`, which may be a mere consequence of another rank's death."""
+        if is_lost_peer(error):
+            deadline = time.monotonic() + self._cause_wait
+            while not self.broken and time.monotonic() < deadline:
+                time.sleep(5e-3)
+                self.process_messages()
+
+    @property
+    def _cause_wait(self) -> float:
+        """Seconds in which the cause of an error of `mx.distributed`, another rank's death, may arrive."""
+        return 1.0
 
     def fail(self, error: BaseException) -> None:
+        if self._parent is not None and not self.broken:  # ranks of other columns wait for this one, too
+            self._parent.fail(error)
+            error = self._parent.error or error
         self.await_cause(error)
+        self._noticed = self._noticed or threading.get_ident() == self._guarded_thread
         if isinstance(error, RingError) and error.rank is not None:  # its text is complete
             self._life.fail(Cause("other", error.rank, error.host, hop=error.hop, detail=str(error)), error)
         else:
@@ -100,6 +131,8 @@ class ProcessRing(Transport):
     def set_progress(self, what: str, hop: int) -> None:
         if self._life.error is None:  # a broken ring stays where it broke
             self._place = (what, hop)
+            if self._parent is not None and not self._parent.broken:
+                self._parent._place = self._place
             status.write(what, hop)
 
     # What failures/shutdown.py calls
@@ -140,13 +173,27 @@ class ProcessRing(Transport):
     def abort(self) -> None:
         """End this process with `exit_code`, and the other processes of the job where the transport can."""
 
+    def _broken_for(self) -> float:
+        """Seconds since the helper thread first saw that the ring is broken."""
+        now = time.monotonic()
+        if self.broken and self._broken_since is None:
+            self._broken_since = now
+        return 0.0 if self._broken_since is None else now - self._broken_since
+
     # Waits that check peers
 
     def _check(self) -> None:
-        if self._life.error is not None:
-            raise self._life.error
+        if self._parent is not None:
+            self._parent.process_messages()
+            self._parent._raise_error()
+        self._raise_error()
         if self._closed:
             raise RingError("this ring is closed")
+
+    def _raise_error(self) -> None:
+        if self._life.error is not None:
+            self._noticed = self._noticed or threading.get_ident() == self._guarded_thread
+            raise self._life.error
 
     def _peer_check(self, missing: Callable[[], set[int]]) -> Callable[[], None]:
         """A function to call now and then in a wait: it raises if a rank that is `missing` has left or is dead."""
@@ -159,7 +206,8 @@ class ProcessRing(Transport):
             for peer in missing() & self._life.left:
                 # Messages that it sent before it left may still be on the way.
                 if now - since.setdefault(peer, now) > GRACE:
-                    raise Cause("left", peer, self.hosts[peer], *self._place, f"rank {self.rank}").error
+                    own = f"rank {self._names[self.rank]}"
+                    raise Cause("left", self._names[peer], self.hosts[peer], *self._place, own).error
 
         return check
 
@@ -179,7 +227,7 @@ class ProcessRing(Transport):
             if ages[one.key] > allowed:
                 detail = f"{one.bytes} bytes {'to' if one.sending else 'from'}"
                 note = f": both ends have been at it for {allowed:.1f} s, and it lives; look at the cable between them"
-                self.fail(Cause("stuck", one.peer, self.hosts[one.peer], *self._place, detail, note).error)
+                self.fail(Cause("stuck", self._names[one.peer], self.hosts[one.peer], *self._place, detail, note).error)
         return ages
 
     @contextmanager

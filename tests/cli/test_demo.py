@@ -200,3 +200,18 @@ def test_demo_runs_and_its_verdict_is_the_exit_status(
     result = invoke(*options)
     assert result.exit_code == 1
     assert "FAILED" in result.output
+
+
+@pytest.mark.ranks
+@needs_mlx_lm
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_demo_with_shared_weights(tmp_path: Path, ranks: int) -> None:
+    options = ("--model", str(make_folder(tmp_path)), "--ranks", str(ranks), "--tensor", "2", "--characters", "300")
+    result = invoke(*options, "--max-tokens", "4", "--picture", str(tmp_path / "ring.png"))
+    assert result.exit_code == 0, result.output
+    assert f"on {ranks} ranks in rows of 2" in result.output and "Check passed: its 4 tokens" in result.output
+
+
+def test_demo_with_a_tensor_that_does_not_divide() -> None:
+    result = invoke("--ranks", "4", "--tensor", "3")
+    assert result.exit_code == 2 and "--tensor: 3, expected a divisor of 4, the number of ranks" in result.output

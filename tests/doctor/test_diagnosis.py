@@ -16,6 +16,7 @@ from ringattn.doctor.diagnosis import diagnose
 from ringattn.doctor.diagnosis.examination import Examination
 from ringattn.doctor.output import as_json, as_text
 from ringattn.doctor.records import Library, RankReports
+from ringattn.doctor.row_speed import RowSpeed
 from ringattn.errors import RingError
 from ringattn.launcher.hostfile import Host
 from ringattn.launcher.preflight import Trouble
@@ -266,6 +267,34 @@ def test_slow_link():
     [line] = found(exam)
     assert line.startswith("warning: link 1-2: 1.00 GB/s, where others have 3.00") and "cable" in line
     assert exam.slowest_link == exam.reports.links[1]
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(4, 2), (6, 2), (6, 3), (3, 3)])
+def test_slow_links_within_rows(size, tensor):
+    """Slow links belong between rows, where less is sent."""
+    exam = replace(healthy(size), tensor=tensor)
+    for rank in range(0, size, tensor):
+        exam.reports.links[rank] = replace(exam.reports.links[rank], to_left=1e9)
+    rows = [line for line in found(exam) if line.startswith("warning: rows: ")]
+    if size == tensor:  # there is one row, and every order has the same links
+        assert not rows
+        return
+    [line] = rows
+    assert (
+        f"a row of {tensor} has 1.00 GB/s, and would have 3.00 in another order; begin the list of hosts with" in line
+    )
+    assert line.endswith("rank 1 (mac1)")
+    exam.reports.links = exam.reports.links[-1:] + exam.reports.links[:-1]
+    exam.reports.links = [replace(link, ranks=pair) for link, pair in zip(exam.reports.links, link_speed.pairs(size))]
+    if tensor == 2:
+        assert not [line for line in found(exam) if "rows" in line]
+
+
+def test_rows_are_shown():
+    exam = healthy(4)
+    exam.reports.rows = [RowSpeed((0, 1), 50e-6, 2.5e9), RowSpeed((2, 3), 60e-6, 2e9)]
+    assert "ranks 2, 3 (mac2, mac3)  60 us            2.00" in as_text(exam, [], "float16")
+    assert as_json(exam, [], "float16")["rows"][0] == {"ranks": [0, 1], "latency_us": pytest.approx(50), "gb_s": 2.5}
 
 
 def test_links_that_need_long_contexts():

@@ -361,3 +361,41 @@ def test_two_interrupts_at_once_end_all_ranks(tiny):
     time.sleep(0.1)
     chat.interrupt()
     assert chat.process.wait(20) == 130
+
+
+@pytest.mark.model
+def test_weights_shared_by_two_ranks(tiny: str, tmp_path: Path) -> None:
+    """Two ranks with half of the weights each answer as one, and continue a saved cache."""
+    cache = str(tmp_path / "cache.json")
+    one = run_here("--model", tiny, "-p", QUESTION, "-m", "9")
+    two = run("-n", "2", "--tensor", "2", "--model", tiny, "-p", QUESTION, "-m", "9", "--save-prompt-cache", cache)
+    assert two.returncode == 0 and two.stdout == one.stdout, two
+    again = run("-n", "2", "--tensor", "2", "--model", tiny, "-p", "w4", "-m", "3", "--prompt-cache-file", cache)
+    assert again.returncode == 0 and again.stdout, again
+    alone = run_here("--model", tiny, "-p", "w4", "-m", "3", "--prompt-cache-file", cache)
+    assert alone.returncode == 1 and "another model's" in alone.stderr
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "told"),
+    [
+        ("2", "3", "Error: --tensor: 3, expected a divisor of 2, the number of ranks"),
+        ("3", "3", "Error: --tensor: 3, expected a divisor of 4, the attention heads of llama"),
+    ],
+)
+def test_wrong_tensor(tiny: str, ranks: str, tensor: str, told: str) -> None:
+    found = run("-n", ranks, "--tensor", tensor, "--model", tiny, "-p", QUESTION)
+    assert found.returncode == 1 and told in found.stderr and "Traceback" not in found.stderr, found
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["3", "6"])
+def test_smollm2_with_shared_weights(ranks: str) -> None:
+    """SmolLM2 has 9 heads and 3 of keys: three ranks share them, also twice, and give the tokens of one process."""
+    prompt = ["-p", "Tell me about the sea in a long sentence, please.", "-m", "12"]
+    one = run_here(*SMOLLM2, *prompt)
+    many = run("-n", ranks, "--tensor", "3", *SMOLLM2, *prompt)
+    assert (one.returncode, many.returncode) == (0, 0), one.stderr + many.stderr
+    assert many.stdout == one.stdout != ""

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from ringattn import Ring
+from ringattn import Ring, grid
 
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
@@ -48,7 +48,7 @@ def session(ring: Ring, template: str, family: str, **options: Any) -> Session:
         "model": "x",
         **{"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
     }
-    return Session(ring, build(family), tokenizer, {**defaults, **options})
+    return Session(grid(ring), build(family), tokenizer, {**defaults, **options})
 
 
 def expected(chat: Session, messages: list[dict[str, str]], family: str) -> tuple[list[int], list[int]]:

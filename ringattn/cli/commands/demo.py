@@ -12,7 +12,7 @@ from ...demo.document import read_document
 from ...demo.processes import TaskResult, run_task
 from ...demo.task import MODEL, ReadingTask
 from ...extras import require
-from ..host_options import ranks_option
+from ..host_options import ranks_option, tensor_option
 
 BAR_STEPS = 1000
 MINUTES = "This takes about 1 minute on 4 cores and 2 on 2."
@@ -29,6 +29,7 @@ def _checked_picture(context: click.Context, option: click.Parameter, path: Path
 
 @click.command()
 @ranks_option("Processes to spread it over.", least=2, most=64, default=4)
+@tensor_option
 @click.option(
     "--characters",
     type=click.IntRange(min=100),
@@ -52,7 +53,9 @@ def _checked_picture(context: click.Context, option: click.Parameter, path: Path
     help="Where to draw the timeline of the ring; '' for nowhere.",
 )
 @click.option("--model", default=MODEL, hidden=True)  # for tests with a tiny model
-def demo(ranks: int, characters: int | None, chunk: int, max_tokens: int, picture: Path, model: str) -> None:
+def demo(
+    ranks: int, tensor: int, characters: int | None, chunk: int, max_tokens: int, picture: Path, model: str
+) -> None:
     """Let a whole language model read a real document on several processes and answer a question about it.
 
     SmolLM2-135M reads CPython's help on its debugger, some 5,000 tokens, with its keys and values spread over local
@@ -60,9 +63,13 @@ def demo(ranks: int, characters: int | None, chunk: int, max_tokens: int, pictur
     """
     from ...demo import report
 
+    if ranks % tensor:
+        raise click.UsageError(f"--tensor: {tensor}, expected a divisor of {ranks}, the number of ranks")
     _check_installed(model, picture)
     document = read_document()[:characters]
-    over_ring, plain = (ReadingTask(model, size, chunk, max_tokens, document) for size in (ranks, 0))
+    over_ring, plain = (
+        ReadingTask(model, size, chunk, max_tokens, document, t) for size, t in ((ranks, tensor), (0, 1))
+    )
     click.echo(_plan(over_ring), err=True)
     ring = _run_with_progress(over_ring)
     single = _run_with_progress(plain)
@@ -89,14 +96,14 @@ def _check_installed(model: str, picture: Path) -> None:
 def _plan(task: ReadingTask) -> str:
     """Announcement of the work and of the time that it takes."""
     return (
-        f"{task.model_title} reads {len(task.document):,} characters on {task.ranks} ranks, then in 1 process of plain "
+        f"{task.model_title} reads {len(task.document):,} characters on {task.ranks_title}, then in 1 process of plain "
         f"mlx-lm. Nothing is downloaded. {MINUTES}"
     )
 
 
 def _run_with_progress(task: ReadingTask) -> TaskResult:
     """Run `task` and show its progress: a bar on a terminal, lines elsewhere."""
-    label = "1 process, plain mlx-lm" if task.plain else f"{task.ranks} ranks"
+    label = "1 process, plain mlx-lm" if task.plain else task.ranks_title
     with tempfile.TemporaryDirectory(prefix="ringattn-demo-") as folder:
         if not sys.stderr.isatty():
             return run_task(task, Path(folder), ProgressLines(label))

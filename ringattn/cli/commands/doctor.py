@@ -11,12 +11,12 @@ from ...doctor.breakeven import AttentionModel
 from ...doctor.diagnosis import diagnose
 from ...doctor.output import as_json, as_text
 from ...doctor.runner import DTYPES, Target, examine_cluster
-from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
+from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, tensor_option, with_options
 from .bench import parse_heads
 
 
 @click.command()
-@with_options(ranks_option("Ranks.  [default: 2, or one for each slot of the hosts]"), *HOSTS)
+@with_options(ranks_option("Ranks.  [default: 2, or one for each slot of the hosts]"), *HOSTS, tensor_option)
 @click.option(
     "--heads",
     default="32/8",
@@ -42,6 +42,7 @@ def doctor(
     hostfile: Path | None,
     interface: str | None,
     mpiexec: str | None,
+    tensor: int,
     heads: tuple[int, int],
     head_dim: int,
     dtype: str,
@@ -55,19 +56,25 @@ def doctor(
     compute. Per link, in the ring's order: latency, and bandwidth each way and both ways at once. For a model: the
     number of tokens per rank from which the transfers of its attention hide behind its compute.
 
+    With --tensor, also the rows of ranks that share a model's weights: latency and bandwidth of their sums over
+    mx.distributed, and whether the rows would have faster links if the list of hosts began with another host.
+
     A host that cannot be reached, or lacks something, is reported and left out. Before MPI starts, every host tries a
     TCP connection to every other. If one fails, it is reported, and no link is measured. The exit status is 1 if
     something will not work. What only costs speed is a warning.
 
     --json prints ok, size, ranks (rank, host, gflop_s, spread, mpi, done), links (ranks, latency_us, to_right_gb_s,
-    to_left_gb_s, both_gb_s), slowest_link, hop_gb_s (of every link while all are in use), break_even_tokens (per rank),
-    model and findings (fatal, where, what, remedy); null stands for a value that is not known.
+    to_left_gb_s, both_gb_s), rows (ranks, latency_us, gb_s), slowest_link, hop_gb_s (of every link while all are in
+    use), break_even_tokens (per rank), model and findings (fatal, where, what, remedy); null stands for a value that is
+    not known.
     """
     model = AttentionModel(*heads, head_dim, DTYPES[dtype], causal)
     cluster = chosen_cluster(hosts, hostfile, interface)
     size = count_ranks(2 if ranks is None and cluster is None else ranks, cluster)
+    if size % tensor:
+        raise click.UsageError(f"--tensor: {tensor}, expected a divisor of {size}, the number of ranks")
     click.echo(f"examining {size} rank{'s' * (size > 1)} ...", err=True)
-    exam = examine_cluster(Target(size, cluster, interface, mpiexec), model, dtype, timeout)
+    exam = examine_cluster(Target(size, cluster, interface, mpiexec, tensor), model, dtype, timeout)
     findings = diagnose(exam)
     click.echo(json.dumps(as_json(exam, findings, dtype), indent=1) if json_output else as_text(exam, findings, dtype))
     raise SystemExit(1 if any(finding.fatal for finding in findings) else 0)

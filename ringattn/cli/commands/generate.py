@@ -46,10 +46,12 @@ def _generate(session: Session) -> None:
     session.save()
     if session.is_first:
         held = held_bytes(session.cache) / 1e6
+        tensor = session.grid.tensor
+        rows = f" in rows of {tensor}" if tensor > 1 else ""
         click.echo(
             f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s. Generation: "
             f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s. "
-            f"Ranks: {session.ring.size}, {contents(session.cache)} on this one: {held:.1f} MB.",
+            f"Ranks: {session.ring.size}{rows}, {contents(session.cache)} on this one: {held:.1f} MB.",
             err=True,
         )
 

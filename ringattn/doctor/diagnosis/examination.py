@@ -20,6 +20,7 @@ class Examination:
         reports: Reports of all ranks.
         model: Attention whose hops are judged.
         hosts: Hosts of the ranks as the user named them; empty for this machine.
+        tensor: Number of neighbours that share a model's weights.
         troubles: Hosts without ranks, and why.
         launch_problem: Why no ring was started, with the remedy.
         mpi_mismatch: Message that mpiexec and the MPI library do not belong together, with the remedy.
@@ -32,6 +33,7 @@ class Examination:
     reports: RankReports
     model: AttentionModel = field(default_factory=AttentionModel)
     hosts: tuple[str, ...] = ()
+    tensor: int = 1
     troubles: tuple[Trouble, ...] = ()
     launch_problem: str | None = None
     mpi_mismatch: str | None = None

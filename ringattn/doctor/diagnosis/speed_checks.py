@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 
 from ...native import tf32
@@ -74,6 +74,30 @@ def _links(exam: Examination) -> Iterator[Finding]:
             yield Finding(False, f"link {link.ranks[0]}-{link.ranks[1]}", what, "look at its cable and its interface")
 
 
+def _rows(exam: Examination) -> Iterator[Finding]:
+    """Rows whose links are slower than they would be if the list of hosts began elsewhere."""
+    speeds = {link.ranks[0]: link.slowest for link in exam.reports.links}
+    if exam.tensor == 1 or exam.size <= exam.tensor or len(speeds) != exam.size:
+        return
+    slowest = [slowest_in_rows(speeds, exam.tensor, first) for first in range(exam.tensor)]
+    best = slowest.index(max(slowest))
+    if slowest[0] < SLOW_LINK * slowest[best]:
+        now, then = (format_number(speed / 1e9, 2) for speed in (slowest[0], slowest[best]))
+        what = f"the slowest link within a row of {exam.tensor} has {now} GB/s, and would have {then} in another order"
+        yield Finding(False, "rows", what, f"begin the list of hosts with {exam.label(best)}")
+
+
+def slowest_in_rows(speeds: Mapping[int, float], tensor: int, first: int) -> float:
+    """Least speed of a link within a row of `tensor` ranks, if rank `first` is the first one of a row.
+
+    Args:
+        speeds: Speed of the link from each rank to its right neighbour.
+        tensor: Ranks in a row.
+        first: First rank of a row.
+    """
+    return min(speed for rank, speed in speeds.items() if (rank - first) % tensor < tensor - 1)
+
+
 def _context_length(exam: Examination) -> Iterator[Finding]:
     """Links that need very long contexts to hide transfers."""
     if exam.break_even is not None and exam.break_even > MANY_TOKENS:
@@ -81,4 +105,4 @@ def _context_length(exam: Examination) -> Iterator[Finding]:
         yield Finding(False, "links", what, "use faster ones (see launch/README.md), or longer contexts")
 
 
-CHECKS = (_metal, _precision, _busy, _blas, _links, _context_length)
+CHECKS = (_metal, _precision, _busy, _blas, _links, _rows, _context_length)

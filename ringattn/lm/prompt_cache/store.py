@@ -24,7 +24,7 @@ from ...layout import Layout
 from ...transport.collectives import broadcast_bytes
 from ...transport.consensus import agree, raise_on_all_ranks
 from ...transport.interface import Transport
-from ..shard import Sharded
+from ..shard import everyone_of, sharded
 from ..sharding.cache_kinds import check_caches
 from ..sharding.forward_pass import flat
 from ..sharding.history import TokenHistory
@@ -44,6 +44,8 @@ def save_cache(
 ) -> None:
     """Write a sharded cache to disk. Collective. An earlier cache at `path` stays until the new one is complete.
 
+    On a grid each column writes a manifest: the first one at `path`, the others beside it.
+
     Args:
         path: The manifest, a JSON file; the ranks' files go beside it. The same on every rank; on machines that share
             no disk each writes its own part.
@@ -57,29 +59,32 @@ def save_cache(
             stays.
     """
     path = Path(path)
-    ring = _ring_of(model)
-    with raise_on_all_ranks(ring, SAVE):
+    ring, everyone = _rings_of(model)
+    with raise_on_all_ranks(everyone, SAVE):
         leaves = check_caches("cache", cache, model.make_cache())
         if not leaves[0].size():
             raise ArgumentError("cache: empty, expected at least one token in it")
-    made_by = shared_fingerprint(ring, model)
-    with Part(path, f"{_generation(ring)}-{ring.rank + 1}of{ring.size}") as part:
-        with raise_on_all_ranks(ring, SAVE):
+    made_by = shared_fingerprint(everyone, model)
+    name = path.name
+    path = _path_of_part(path, model)
+    with Part(path, f"{_generation(everyone)}-{ring.rank + 1}of{ring.size}") as part:
+        with raise_on_all_ranks(everyone, SAVE):
             arrays = {f"{i}.{name}": x for i, leaf in enumerate(leaves) for name, x in arrays_of(leaf).items()}
             tokens = leaves[0].tokens
             part.write({TOKENS: mx.array(tokens), **arrays})
             own = {"file": vars(_described(part.data)), "metadata": dict(metadata or {})}
             payload = memoryview(json.dumps(own).encode())
             layers = tuple(map(describe, leaves))
-        replies = [json.loads(bytes(reply)) for reply in agree(ring, SAVE, (("path", path.name),), payload=[payload])]
-        files = tuple(File(**reply["file"]) for reply in replies)
-        with raise_on_all_ranks(ring, SAVE):
+        replies = [json.loads(bytes(reply)) for reply in agree(everyone, SAVE, (("path", name),), payload=[payload])]
+        part_of_weights, parts = model.part
+        files = tuple(File(**reply["file"]) for reply in replies[part_of_weights::parts])
+        with raise_on_all_ranks(everyone, SAVE):
             part.write_manifest(Manifest(files, tokens.shape, layers, made_by, replies[0]["metadata"]).text())
-        agree(ring, SAVE, (("path", path.name),))  # every rank's file is on disk
+        agree(everyone, SAVE, (("path", name),))  # every rank's file is on disk
         part.complete = True
-        with raise_on_all_ranks(ring, SAVE):
+        with raise_on_all_ranks(everyone, SAVE):
             part.publish()
-        agree(ring, SAVE, (("path", path.name),))  # every rank has the new manifest
+        agree(everyone, SAVE, (("path", name),))  # every rank has the new manifest
     with suppress(CacheFileError, OSError):  # the cache is saved already
         sweep(path, lambda: {file.name for file in Manifest.read(path).files})
 
@@ -99,10 +104,11 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str,
         CacheFileError: A file is missing, torn, or does not belong to the manifest or the model. The message names the
             file and the reason. The error of another rank is an `ArgumentError`.
     """
-    ring = _ring_of(model)
-    path = Path(path)
-    expected = shared_fingerprint(ring, model)
-    with raise_on_all_ranks(ring, LOAD):
+    ring, everyone = _rings_of(model)
+    name = Path(path).name
+    path = _path_of_part(Path(path), model)
+    expected = shared_fingerprint(everyone, model)
+    with raise_on_all_ranks(everyone, LOAD):
         manifest = Manifest.read(path)
         cache = model.make_cache()
         leaves = flat(cache)
@@ -112,15 +118,22 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str,
         for i, leaf in enumerate(leaves):
             leaf.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
-    agree(ring, LOAD, (("path", f"{path.name} ({digest})"),))
+        saved = manifest.files[0].name.rpartition("-")[0].rpartition(".")[2]  # the same in all columns' manifests
+    agree(ring, LOAD, (("path", f"{name} ({digest})"),))
+    agree(everyone, LOAD, (("the columns of the cache", saved),))
     return cache, dict(manifest.metadata)
 
 
-def _ring_of(model: nn.Module) -> Transport:
-    """The ring of a sharded model."""
-    if not isinstance(model, Sharded):
-        raise ArgumentError("model: not sharded, expected one that went through ringattn.lm.shard")
-    return model.ring
+def _rings_of(model: nn.Module) -> tuple[Transport, Transport]:
+    """The ring of a sharded model's context, and that of all ranks."""
+    known = sharded(model)
+    return known.ring, everyone_of(known)
+
+
+def _path_of_part(path: Path, model: Any) -> Path:
+    """The manifest of the ranks that hold the same part of the weights as this one."""
+    part, parts = model.part
+    return path if part == 0 else path.with_name(f"{path.stem}.heads-{part + 1}of{parts}{path.suffix}")
 
 
 def _arrays(path: Path, manifest: Manifest, ring: Transport) -> list[dict[str, mx.array] | None]:

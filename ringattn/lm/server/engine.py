@@ -18,7 +18,7 @@ from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
 from ..generate import stream_generate
 from ..mlx_lm_compat import model_args
-from ..shard import Sharded
+from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
 from .api.fields import RequestError
 from .api.requests import Request
@@ -91,7 +91,7 @@ class Engine:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.ring = model.ring
+        self.ring = everyone_of(model)
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size

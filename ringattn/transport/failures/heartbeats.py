@@ -66,6 +66,7 @@ class Liveness:
         self.cause: Cause | None = None
         self.error: RingError | None = None  # made from `cause`
         self.left: set[int] = set()
+        self.judges = True  # whether a silent rank breaks the ring; False where another ring of all ranks does that
         self._channel = channel
         self._members = members
         self._timeout = members[rank].timeout
@@ -111,7 +112,7 @@ class Liveness:
             self.moving.pop(peer, None)  # it moves no message until it can send heartbeats again
         for peer in self._peers:
             self._silent[peer] += awake
-            if self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
+            if self.judges and self._silent[peer] > self._timeout and peer not in self.left and self.error is None:
                 note = "" if self._members[peer].job_rank >= 0 else UNWATCHED
                 self._declare_dead("silent", peer, f"{self._timeout:g} s", note)
 

@@ -31,7 +31,7 @@ from ..failures.heartbeats import Member
 from ..failures.stall_timer import Moving
 from ..handshake import introduce
 from ..interface import Buffers, Signal, Transfer, Transport
-from ..process_ring import ProcessRing
+from ..process_ring import ABORT_AFTER, ProcessRing
 from ..solo import SoloRing
 from .all_gather import INLINE_BYTES
 from .backend import launched_size
@@ -40,8 +40,6 @@ from .process import ProcessLinks, process_links
 from .scheduler import Wait
 
 _CHECKED_BYTES = 512  # of each rank's payload in a gather in the graph: its head, and the start of an error's text
-_CAUSE_WAIT = 1.0  # s in which the cause of an error of mx.distributed, another rank's death, may arrive
-_ABORT_AFTER = 0.5  # s in which the main thread may find by itself that the ring broke
 
 
 def open_ring(timeout: float | None) -> Ring:
@@ -65,7 +63,6 @@ class MlxRing(ProcessRing):
         self._channel = links.new_channel()
         super().__init__(links.control_channel(self._channel), links.rank, members)
         self._unchecked: deque[tuple[mx.array, Callable[[list[memoryview]], object]]] = deque()
-        self._broken_since: float | None = None
         self.duplex = self._scheduler.group.duplex
         self._rate = LinkRate()
         links.add_ring(self._channel, self)
@@ -159,13 +156,6 @@ class MlxRing(ProcessRing):
             wait = self._wait_for(lambda: self._scheduler.message_peers(self._channel))
             wait(lambda: all(transfer.done for transfer in transfers))
 
-    def await_cause(self, error: BaseException) -> None:
-        if isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]")):
-            deadline = time.monotonic() + _CAUSE_WAIT
-            while not self.broken and time.monotonic() < deadline:
-                time.sleep(5e-3)
-                self.process_messages()
-
     def _wait_for(self, peers: Callable[[], set[int]]) -> Wait:
         """Return a wait that raises when one of `peers` breaks the ring or leaves it."""
         check = self._peer_check(peers)
@@ -185,9 +175,7 @@ class MlxRing(ProcessRing):
         self._check_all_links()
         if not self.broken:
             return
-        now = time.monotonic()
-        self._broken_since = now if self._broken_since is None else self._broken_since
-        if self._scheduler.pending and now - self._broken_since > _ABORT_AFTER:
+        if self._broken_for() > ABORT_AFTER and self._scheduler.pending:
             shutdown.abort_from_helper(self)
 
     def _check_all_links(self) -> None:

@@ -194,7 +194,7 @@ class ProgressThread:
     Args:
         engine: The engine to step.
         beat: Called every `interval` seconds.
-        interval: Seconds between two heartbeats.
+        interval: Returns the seconds between two heartbeats.
         on_error: Called with an exception of the engine; the thread goes on with the heartbeats.
         retired: Called whenever the thread wakes; the thread ends when it returns ``True``.
     """
@@ -203,7 +203,7 @@ class ProgressThread:
         self,
         engine: MessageEngine,
         beat: Callable[[], None],
-        interval: float,
+        interval: Callable[[], float],
         on_error: Callable[[BaseException], None],
         retired: Callable[[], bool],
     ):
@@ -235,7 +235,7 @@ class ProgressThread:
         while not self._retired():
             if time.monotonic() >= due:
                 self._guard(self._beat)
-                due = time.monotonic() + self._interval
+                due = time.monotonic() + self._interval()
             if not self._sleep_if_idle(due):
                 self._guard(self._engine.step)
                 time.sleep(self._engine.poll_interval)

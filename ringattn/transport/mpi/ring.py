@@ -16,7 +16,7 @@ from ..failures.control_channel import MpiControlChannel
 from ..failures.heartbeats import Member
 from ..handshake import introduce
 from ..interface import Buffers, Signal, Transfer, Transport
-from ..process_ring import ProcessRing
+from ..process_ring import ABORT_AFTER, ProcessRing
 from .all_to_all import Round, Swap
 from .library import load_mpi
 from .polling import wait_until
@@ -65,7 +65,7 @@ class MpiRing(ProcessRing):
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         self._engine = MessageEngine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
-        self._progress = ProgressThread(self._engine, self._beat, self._interval, self.fail, lambda: self.retired)
+        self._progress = ProgressThread(self._engine, self._beat, self._beat_interval, self.fail, lambda: self.retired)
         shutdown.register_ring(self)
 
     # What users call
@@ -84,6 +84,8 @@ class MpiRing(ProcessRing):
                 ring = None
                 if color is not None:
                     ring = MpiRing(self._MPI, comm, [m for m, own in zip(self._members, colors) if own == color])
+                    if self._guarded_thread is not None:
+                        ring._report_to(self, [rank for rank, own in enumerate(colors) if own == color])
                     comm.Free()  # the new ring has its own duplicates
                 self._stuck = False
                 return ring
@@ -165,13 +167,23 @@ class MpiRing(ProcessRing):
         """End all processes of the job."""
         self._comm.Abort(self.exit_code)
 
+    @property
+    def _cause_wait(self) -> float:
+        """MPI does not report the end of a rank: another rank's death shows only in its missing heartbeats."""
+        return 0.0 if self._guarded_thread is None else self.timeout + 2 * self._interval
+
     def _in_flight_with(self, peer: int) -> list[list]:
         return self._engine.in_flight_with(peer)
+
+    def _beat_interval(self) -> float:
+        """Seconds between two heartbeats; few once a ring is broken whose main thread may not notice."""
+        return min(self._interval, 0.1) if self.broken and self._guarded_thread is not None else self._interval
 
     def _beat(self) -> None:
         self._life.beat()
         self._check_links(self._engine.moving(self._life.moving), self._engine.rate)
-        if self.broken and self._stuck:
+        overdue = self._broken_for() > ABORT_AFTER and self._guarded_thread is not None and not self._noticed
+        if self.broken and (self._stuck or overdue):
             shutdown.abort_from_helper(self)
 
     def _wait_until(self, poll: Callable[[], bool], missing: Callable[[], set[int]], bulk: bool = False) -> None:
