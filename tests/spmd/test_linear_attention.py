@@ -257,7 +257,7 @@ def test_states_that_differ(ring: Ring) -> None:
         pytest.skip("one rank")
     case = linear_case(4, length=60, beta=1.0)
     case.state = case.state * (2.0 if ring.rank == 1 else 1.0)
-    with pytest.raises(ArgumentError, match="ring_linear_attention: state differs between ranks"):
+    with pytest.raises(ArgumentError, match="ring_linear_attention: states differ between ranks"):
         run(ring, Layout.contiguous(60, ring.size), case)
 
 
