@@ -184,7 +184,8 @@ class ProcessRing(Transport):
 
     def _check(self) -> None:
         if self._parent is not None:
-            self._parent.process_messages()
+            if not self._parent._closed:  # its communicators may be gone afterwards
+                self._parent.process_messages()
             self._parent._raise_error()
         self._raise_error()
         if self._closed:

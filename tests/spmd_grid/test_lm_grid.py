@@ -68,7 +68,7 @@ def make(name: str, tensor: int, seed: int = 0) -> nn.Module:
     """Build a small model whose heads `tensor` ranks can share."""
     module, changes = families()[name]
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "moe_intermediate_size": 48}
-    sizes |= {"num_attention_groups": 2, "share_expert_dim": 48, "shared_intermediate_size": 0}
+    sizes |= {"num_attention_groups": 2, "share_expert_dim": 48, "shared_intermediate_size": 0, "hidden_size": 48}
     if "kv_lora_rank" in changes:
         sizes["num_key_value_heads"] = 4
     return build_other(module, {**changes, **{key: size * tensor for key, size in sizes.items()}}, seed)
