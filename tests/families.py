@@ -393,6 +393,13 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 5,
         },
     ),
+    "gear": (
+        "gear",
+        {
+            "layer_types": ["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"],
+            "sliding_window": 21,
+        },
+    ),
     "longcat_flash_ngram": (
         "longcat_flash_ngram",
         {
