@@ -54,7 +54,7 @@ def page(rows: Sequence[Row]) -> str:
     """The text of the page."""
     by_verdict = sorted(rows, key=lambda row: row.verdict)
     counts = {verdict: len(list(group)) for verdict, group in groupby(by_verdict, key=lambda row: row.verdict)}
-    text = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items(), key=lambda item: -item[1]))
+    text = ", ".join(f"{verdict} {number}" for verdict, number in sorted(counts.items(), key=lambda item: -item[1]))
     head = INTRODUCTION.format(version=version("mlx-lm"), ranks=RANKS, count=len(rows), counts=text)
     return "\n".join([head, "| family | verdict | reason |", "|---|---|---|", *map(str, rows), ""])
 

@@ -11,12 +11,12 @@ import pytest
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
-from compare_families import WRONG
+from compare_families import UNBUILT, WRONG
 from every_family import families
 from models_page import PAGE, rows_of
 
 FAMILIES = families()
-OFTEN = FAMILIES[::4]  # half a minute's worth
+OFTEN = FAMILIES[::2]  # half a minute's worth
 REMEDY = "docs/models.md is out of date: run `make models`"
 
 
@@ -38,4 +38,5 @@ def test_families_do_what_the_page_says(names: list[str]) -> None:
     lines = PAGE.read_text().splitlines()
     for row in rows_of(names):
         assert row.verdict != WRONG, row
-        assert str(row) in lines, f"{row}: {REMEDY}"
+        unknown = any(line.startswith(f"| {row.family} | {UNBUILT} |") for line in lines)  # on the page's machine
+        assert unknown or str(row) in lines, f"{row}: {REMEDY}"
