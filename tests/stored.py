@@ -35,12 +35,16 @@ def install() -> None:
     for kind in (oracle.Case, oracle.GradientCase):
         for name in ("exact", "plain", "sizes", "budget"):
             if hasattr(kind, name) and FOLDER in os.environ:
-                setattr(kind, name, _stored(f"{kind.__name__}.{name}", getattr(kind, name)))
+                setattr(kind, name, stored(f"{kind.__name__}.{name}", getattr(kind, name)))
 
 
-def _stored(name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def stored(name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Compute the result of a problem once for all processes; `name` distinguishes problems of another kind."""
+
     @wraps(compute)
     def result(problem: Any) -> Any:
+        if FOLDER not in os.environ:
+            return compute(problem)
         key = hashlib.sha256(b"".join(_parts((name, problem)))).hexdigest()
         if key not in _memory:
             _memory[key] = _from_folder(Path(os.environ[FOLDER]) / key, lambda: compute(problem))

@@ -123,7 +123,7 @@ def chain_inputs(
     spans = sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
     parts = _norm_parts(ring, x.dtype)
     parts += [Part(rank, (batch, min(halo, stop - start), channels)) for (start, stop), rank in spans]
-    own = [_norm(state).view(x.dtype)]
+    own = [_as_bits(_norm(state), x.dtype)]
     at = 0
     for start, stop in layout.spans[ring.rank]:
         at += stop - start
@@ -141,14 +141,19 @@ def _norm(x: mx.array) -> mx.array:
     return mx.sqrt(mx.sum(mx.stop_gradient(x).astype(mx.float32) ** 2)).reshape(1)
 
 
+def _as_bits(norm: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A norm as the bits of numbers of `dtype`; a wider one begins with it."""
+    return mx.pad(norm, (0, max(4, dtype.size) // 4 - 1)).view(dtype)
+
+
 def _norm_parts(ring: Transport, dtype: mx.Dtype) -> list[Part]:
     """The norm of each rank, as the bits of numbers of `dtype`."""
-    return [Part(rank, (mx.float32.size // dtype.size,)) for rank in range(ring.size)]
+    return [Part(rank, (max(4, dtype.size) // dtype.size,)) for rank in range(ring.size)]
 
 
 def _check_norms(what: str, name: str, found: Sequence[mx.array]) -> None:
     """Raise unless the arrays `name` before the sequence have the same norm on all ranks."""
-    norms = np.array(mx.concatenate([mx.stop_gradient(x).view(mx.float32) for x in found])).tolist()
+    norms = np.array(mx.concatenate([mx.stop_gradient(x).view(mx.float32)[:1] for x in found])).tolist()
     if not all(isclose(norm, norms[0], rel_tol=NEAR) or (norm != norm and norms[0] != norms[0]) for norm in norms):
         shown = by_rank([f"of norm {norm:.6g}" for norm in norms])
         raise ArgumentError(f"{what}: {name} differ between ranks: {shown}, expected the same on every rank")

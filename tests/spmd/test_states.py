@@ -84,13 +84,13 @@ def test_gradient(ring: Ring, rng: np.random.Generator, name: str) -> None:
             np.testing.assert_allclose(np.array(x), np.array(y), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int64], ids=["float32", "bfloat16", "int64"])
 @pytest.mark.parametrize("halo", [1, 3, 16])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_inputs_before_each_span(ring: Ring, rng: np.random.Generator, name: str, halo: int, dtype: mx.Dtype) -> None:
     """A halo may come from several ranks, and from before the sequence."""
     layout = LAYOUTS[name](ring.size)
-    state, x = (mx.array(rng.standard_normal((2, n, 5)), dtype) for n in (halo, layout.length))
+    state, x = (mx.array(9 * rng.standard_normal((2, n, 5))).astype(dtype) for n in (halo, layout.length))
     whole = mx.concatenate([state, x], axis=1)
     before, after = chain_inputs(ring, "test", layout, state, layout.shard(x, ring.rank, axis=1))
     starts = [start - layout.start for start, _ in layout.spans[ring.rank]]
