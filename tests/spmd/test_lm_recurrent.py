@@ -46,7 +46,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, name: str) -> None:
     model = build(name)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
-    allowed = tolerance(model, ids, expected, (37, 63, 5, 131, 6), (1, 99, 71, 71))
+    allowed = tolerance(model, ids, expected, (25,) * 9 + (17,), (1,) * 100 + (142,))
     lm.shard(model, ring)
     cache = make_prompt_cache(model)
     start = 0
@@ -80,7 +80,7 @@ def test_one_token_of_many(ring: Ring, rng: np.random.Generator, monkeypatch, na
     model = build(name).eval()
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 80)))
     expected = logits(model, ids, (80,))
-    allowed = tolerance(model, ids, expected, (37, 43), (1, 79))
+    allowed = tolerance(model, ids, expected, (20,) * 4, (1,) * 80)
     lm.shard(model, ring, weights=[1e-3] * (ring.size - 1) + [1])
     cache = make_prompt_cache(model)
     found = model(ids, cache=cache)
