@@ -10,7 +10,9 @@ pytestmark = pytest.mark.ranks
 
 # What depends on the number of ranks. Two and three ranks cover every way in which the other tests can fail.
 EVERY_SIZE = ("test_both_ways", "test_comm", "test_gradient", "test_in_graph", "test_links", "test_ring")
-REST = sorted(path.stem for path in (ROOT / "tests/spmd").glob("test_*.py") if path.stem not in EVERY_SIZE)
+FAMILIES = "test_lm_recurrent"  # every family on two ranks, and on more some that differ in kind
+KINDS = "qwen3_5 or kimi_linear or falcon_h1 or lfm2 or rwkv7 or jamba"
+REST = sorted(path.stem for path in (ROOT / "tests/spmd").glob("test_*.py") if path.stem not in (*EVERY_SIZE, FAMILIES))
 
 
 def run_everywhere(size: int, *arguments: str) -> None:
@@ -26,6 +28,14 @@ def test_spmd(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4, 5))])
 def test_spmd_the_rest(size: int) -> None:
     run_everywhere(size, *map("tests/spmd/{}.py".format, REST))
+
+
+@pytest.mark.parametrize(
+    ("size", "families"),
+    [(2, ""), (3, KINDS), *(pytest.param(size, "", marks=pytest.mark.slow) for size in (1, 3, 4, 5))],
+)
+def test_spmd_recurrent_families(size: int, families: str) -> None:
+    run_everywhere(size, f"tests/spmd/{FAMILIES}.py", "-k", families)
 
 
 @pytest.mark.parametrize(
