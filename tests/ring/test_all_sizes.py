@@ -51,7 +51,8 @@ def test_spmd_recurrent_families(size: int, families: str) -> None:
 )
 def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
     """Tests pass over mx.distributed. `one_way` simulates links on which a rank must not send and receive at once."""
-    arguments = ["-m", "pytest", f"tests/spmd/{what}", "-x", "-p", "no:cacheprovider"]
+    files = [what] if what else [f"{name}.py" for name in (*EVERY_SIZE, *REST)]
+    arguments = ["-m", "pytest", *map("tests/spmd/{}".format, files), "-x", "-p", "no:cacheprovider"]
     results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
     assert all(result.code == 0 for result in results), "\n".join(map(str, results))
 
