@@ -20,7 +20,8 @@ TYPES = ["sliding_attention", "full_attention"] * 2
 SCALED = {"type": "default", "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
 ROPE = {**SCALED, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
 
-# Values of fields that count something, whatever their default: real models are too large for a test.
+# Values of fields that count something, whatever their default: real models are too large for a test. Where layers can
+# have windows, some have.
 SIZES: dict[str, Any] = {
     "vocab_size hidden_size_vocab num_vocab": VOCABULARY,
     "hidden_size d_model n_embd dim model_dim hidden_dim": 64,
@@ -45,6 +46,7 @@ SIZES: dict[str, Any] = {
     "index_topk": 16,
     "sliding_window sliding_window_size window_size attention_window_size loop_window_size": WINDOW,
     "sliding_window_pattern": 2,
+    "layer_types": TYPES,
     "max_position_embeddings n_positions n_ctx model_max_length block_size": 4096,
     "conv_L_cache conv_kernel conv1d_width mamba_d_conv linear_conv_kernel_dim short_conv_kernel_size": 4,
     "state_size ssm_state_size mamba_d_state": 16,
@@ -55,7 +57,6 @@ SIZES: dict[str, Any] = {
 }
 # Values of fields that have no default.
 NEEDED: dict[str, Any] = {
-    "layer_types": TYPES,
     "rope_scaling": None,
     "rope_parameters": ROPE,
     "topk_method": "noaux_tc",
@@ -99,7 +100,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
     },
     "gemma4": {"num_kv_shared_layers": 2},
-    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": TYPES},
+    "gemma4_text": {"num_kv_shared_layers": 2},
+    "gear": {"layer_types": ["conv_mixer", "full_attention"] * 2},
     "gptj": {"rotary_dim": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1, "mamba_expand": 1},
     "hunyuan": {
@@ -119,8 +121,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"hybrid_layer_pattern": [1, 0] * 2, "moe_layer_freq": [0, 1] * 2, **SWA},
     "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
     "minimax": {"rotary_dim": 16},
-    "ministral3": {"rope_parameters": ROPE, "layer_types": TYPES},
-    "minimax_m3_vl": {"index_block_size": 8, "index_topk_blocks": 2, "sparse_attention_freq": [0, 1] * 2},
+    "ministral3": {"rope_parameters": ROPE},
+    "minimax_m3_vl": {
+        "layer_types": None,
+        "index_block_size": 8,
+        "index_topk_blocks": 2,
+        "sparse_attention_freq": [0, 1] * 2,
+    },
     "mistral4": {"rope_parameters": ROPE},
     "muse_spark": {
         "num_shared_experts": 0,
@@ -129,7 +136,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 20.0,
     },
     "nemotron-nas": {"block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}}] * 4},
-    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "*"], "time_step_limit": None},
+    "nemotron_h": {"layer_types": None, "hybrid_override_pattern": ["M", "*", "-", "*"], "time_step_limit": None},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
     "phi3small": {"vocab_size": 100_352},  # it names tokens up to there
     "phixtral": {"rotary_dim": 16},
@@ -138,7 +146,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"decoder_sparse_step": 2, "mlp_only_layers": []},
     "qwen3_vl": {"rope_theta": 1e4},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "spark2_5": {"rope_parameters": dict.fromkeys(TYPES, SCALED), "layer_types": TYPES},
+    "spark2_5": {"rope_parameters": dict.fromkeys(TYPES, SCALED)},
 }
 
 

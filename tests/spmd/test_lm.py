@@ -46,7 +46,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     lm.shard(model, ring)
     sharded = make_prompt_cache(model)
     steps = flat(sharded)
-    assert all(type(c) is lm.ShardedKVCache for c in steps)
+    assert all(isinstance(c, lm.ShardedKVCache) for c in steps)
     for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # mlx-lm's cache may drop one of several
         ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
         expected, found = model(ids, cache=plain), model(ids, cache=sharded)
@@ -58,7 +58,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
         assert error < ULPS * 2**-23, (tokens, error * 2**23)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_logits_in_16_bits(ring: Ring, rng: np.random.Generator, name: str, dtype: mx.Dtype) -> None:
     """The error is at most twice that of mlx-lm itself; some layers have float32 queries for 16-bit keys."""
