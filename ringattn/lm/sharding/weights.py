@@ -26,17 +26,21 @@ def shard_weights(model: nn.Module, group: mx.distributed.Group) -> None:
     if isinstance(heads, int) and heads % size:
         raise UnsupportedModelError(f"tensor: {size}, expected a divisor of {heads}, the attention heads of {name}")
     before = _integers(model)
+    whole = _sizes(model)
     try:
         model.shard(group)
-    except (ValueError, AttributeError, TypeError, RuntimeError) as error:
+    except (ValueError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())
         raise UnsupportedModelError(f"tensor: {size}, and mlx-lm cannot divide {name} by it: {why}") from None
     for where, value in _integers(model).items():
         # mlx-lm rounds: three heads over two ranks would be one head a rank, of another size.
-        if value * size not in (before.get(where, value * size), before.get(where, 0) * size):
+        if where in before and before[where] not in (value, value * size):
             raise UnsupportedModelError(
                 f"tensor: {size}, expected a divisor of {before[where]}, the {where[1]} of {name}"
             )
+    for path, own in _sizes(model).items():
+        if path in whole and whole[path] not in (own, own * size):  # values would be lost
+            raise UnsupportedModelError(f"tensor: {size}, expected a divisor of the sizes of {path} of {name}")
 
 
 def group_of(model: nn.Module) -> mx.distributed.Group | None:
@@ -62,6 +66,12 @@ def evaluate_weights(model: nn.Module) -> None:
     for _, weight in leaves:
         mx.eval(weight)
         mx.clear_cache()  # MLX would keep the memory of the whole tensor for later arrays
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """The number of values of each weight, by its name."""
+    leaves: Any = tree_flatten(model.parameters())
+    return {path: weight.size for path, weight in leaves}
 
 
 def _integers(model: nn.Module) -> dict[tuple[str, str], int]:
