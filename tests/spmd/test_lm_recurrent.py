@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -22,11 +21,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
-from stored import stored
+from plain_lm import greedy, logits, tolerance
 
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
-from ringattn.lm.prompt_cache.fingerprint import fingerprint
 from ringattn.lm.sharding import partition, recurrences
 from ringattn.lm.sharding.forward_pass import flat
 from ringattn.lm.sharding.recurrent_cache import RecurrentCache
@@ -34,36 +32,6 @@ from ringattn.ring import parts
 
 STEPS = (70, 1, 1, 3, 91, 5, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
 OTHERS = ((37, 63, 5, 67), (22,) * 7 + (18,), (1,) * 70 + (102,))  # pieces in which mlx-lm reads them too
-ULPS = 32  # of the largest logit, float32
-
-
-def logits(model: nn.Module, ids: mx.array, steps: tuple[int, ...]) -> mx.array:
-    """The logits of plain mlx-lm for `ids`, read in pieces of `steps` tokens."""
-
-    def read(_: Any) -> Any:
-        cache = make_prompt_cache(model)
-        starts = np.cumsum([0, *steps])
-        found = mx.concatenate([model(ids[:, a:b], cache=cache) for a, b in zip(starts, starts[1:])], axis=1)
-        return str(found.dtype).rpartition(".")[2], np.array(found.astype(mx.float64))
-
-    dtype, found = stored("logits", read)((fingerprint(model), ids, steps))
-    return mx.array(found, mx.float64).astype(getattr(mx, dtype))
-
-
-def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The tokens of plain mlx-lm after `prompt`."""
-
-    def answer(_: Any) -> list[int]:
-        return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
-
-    found: list[int] = stored("greedy", answer)((fingerprint(model), prompt, count))
-    return found
-
-
-def tolerance(model: nn.Module, ids: mx.array, expected: mx.array, *others: tuple[int, ...]) -> float:
-    """The difference that is allowed: 32 ulps, or twice that of mlx-lm itself when it reads `ids` in other pieces."""
-    own = max(mx.abs(logits(model, ids, steps) - expected).max().item() for steps in others)
-    return max(ULPS * 2**-23 * mx.abs(expected).max().item(), 2 * own)
 
 
 @pytest.mark.parametrize(
