@@ -130,7 +130,7 @@ def _names_of_options() -> Iterator[None]:
         raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor):", r"\1--\2:", str(error))) from None
 
 
-def load_model(options: dict[str, Any], grid: Grid) -> tuple[Any, Any]:
+def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer, with errors that name the options."""
     import mlx.core as mx
 
