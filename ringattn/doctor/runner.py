@@ -108,11 +108,16 @@ def _options(target: Target, hosts: Sequence[Host], size: int) -> Iterator[list[
         return
     with closing(Coordinator(home_address(hosts), size)) as coordinator, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "hosts.json")
-        entries = [{"ssh": host.ssh, "slots": host.slots, "rdma": list(host.rdma)} for host in hosts]
+        entries = [_entry(host) for host in hosts]
         variables = [*target.cluster.variables, f"{ENDPOINT}={coordinator.endpoint}"]
         path.write_text(json.dumps({"hosts": entries, "envs": variables}))
         through = ["--interface", target.interface] if target.interface else []
         yield ["--no-prefix", "--hostfile", str(path), *through]
+
+
+def _entry(host: Host) -> dict[str, object]:
+    """A host in the form of MLX's host files."""
+    return {"ssh": host.ssh, "slots": host.slots, **({"rdma": list(host.rdma)} if host.rdma else {})}
 
 
 def _run(line: Sequence[str], seconds: float) -> tuple[int | None, str, str]:

@@ -29,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.parametrize("slots", [1, 2])
 def test_generate_on_two_hosts(cluster: Cluster, tmp_path: Path, slots: int) -> None:
     """A row between hosts, and rows on one host each, give the answer of one process."""
-    folder = families.save_llama(tmp_path)
+    folder = families.save(tmp_path)
     command = [sys.executable, "-m", "ringattn.cli", "generate", "--model", str(folder), "-p", "w1 w2 w3", "-m", "9"]
     hosts = ",".join(f"{address}:{slots}" for address in cluster.addresses)
     options = {"capture_output": True, "text": True, "cwd": ROOT}

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
-from families import build, save_llama, save_weights
+from families import build, save, save_weights
 from mlx.utils import tree_flatten
 from spawn import spawn
 
@@ -57,7 +57,7 @@ with ra.init() as ring, ra.grid(ring, 2) as grid:
 def test_loading_holds_a_part_of_the_weights(tmp_path: Path, bits: int | None) -> None:
     """In its peak, a rank holds its part of the weights and less than one whole tensor more."""
     sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
-    folder = save_llama(tmp_path, **sizes, head_dim=192)
+    folder = save(tmp_path, **sizes, head_dim=192)
     model = build("llama", **sizes, head_dim=192)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits)

@@ -22,10 +22,10 @@ from mlx_lm.models.cache import KVCache
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
 from ringattn.lm.sharding.attention import dispatching
+from ringattn.lm.sharding.forward_pass import step_through
 from ringattn.lm.sharding.latent import ATTRIBUTES
 from ringattn.lm.sharding.layer_adapters import wrapper_of
 from ringattn.lm.sharding.partition import Cost, next_step
-from ringattn.lm.sharding.sharded_cache import step_through
 
 FAMILIES = ("bailing_hybrid", "bailing_moe_v3", "kimi_k3", "kimi_linear")  # without a rope, with gates, other names
 
