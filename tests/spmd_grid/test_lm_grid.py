@@ -15,7 +15,7 @@ import ringattn as ra
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
-from families import ALL, BASE, RECURRENT, WINDOWS, build, build_other, words
+from families import ALL, BASE, WINDOWS, build, build_other, words
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from plain_lm import ULPS, logits, tolerance
@@ -51,6 +51,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # families of mlx-lm with `sh
         | {"moe_top_k": 2, "moe_intermediate_size": 48, "share_expert_dim": 48, "moe_layers_enum": "1,2,3"},
     ),
 }
+SIZES = {  # that one rank of a row has a part of
+    "hidden_size": 48,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 48,
+    "share_expert_dim": 48,
+    "shared_expert_intermediate_size": 48,
+    "shared_intermediate_size": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_attention_groups": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "num_heads": 4,
+}
 
 
 def families() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -68,11 +84,16 @@ def families() -> dict[str, tuple[str, dict[str, Any]]]:
 def make(name: str, tensor: int, seed: int = 0) -> nn.Module:
     """Build a small model whose heads `tensor` ranks can share."""
     module, changes = families()[name]
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "moe_intermediate_size": 48}
-    sizes |= {"num_attention_groups": 2, "share_expert_dim": 48, "shared_intermediate_size": 0, "hidden_size": 48}
-    if "kv_lora_rank" in changes:
-        sizes["num_key_value_heads"] = 4
-    return build_other(module, {**changes, **{key: size * tensor for key, size in sizes.items()}}, seed)
+    sizes = {**SIZES, **({"num_key_value_heads": 4} if "kv_lora_rank" in str(changes) else {})}
+    scaled = {key: size * tensor for key, size in sizes.items()}
+    nested = {key: {**one, **_known(scaled, one)} for key, one in changes.items() if isinstance(one, dict)}
+    return build_other(module, {**changes, **scaled, **nested}, seed)
+
+
+def _known(sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that a part of a configuration has, also in its own parts."""
+    parts = {key: {**one, **_known(sizes, one)} for key, one in config.items() if isinstance(one, dict)}
+    return {key: size for key, size in sizes.items() if key in config} | parts
 
 
 @pytest.mark.parametrize("name", families())
@@ -81,7 +102,7 @@ def test_logits(grid: ra.Grid, rng: np.random.Generator, name: str) -> None:
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
     others = ((22,) * (ids.shape[1] // 22) + (ids.shape[1] % 22,), (1,) * 100 + (ids.shape[1] - 100,))
-    allowed = tolerance(model, ids, expected, *(others if name in RECURRENT else ()))
+    allowed = tolerance(model, ids, expected, *others)
     lm.shard(model, grid)
     cache = make_prompt_cache(model)
     start = 0
