@@ -23,7 +23,6 @@ import mlx.nn as nn
 OLDEST = "0.32.2"  # the first version of mlx-lm that was tested
 BOUND = "0.33"  # the first version that was not; the extra `lm` in pyproject.toml has the same two
 
-Window = int | None  # tokens of a layer's window, or a Chunk
 
 ATTENTION = "scaled_dot_product_attention"  # the function of mlx_lm.models.base that its models import
 
@@ -145,6 +144,18 @@ def model_args(model: nn.Module) -> Any:
 def model_name(model: nn.Module) -> str:
     """The name of a model's family, for messages."""
     return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
+
+
+def is_mixture(part: nn.Module) -> bool:
+    """Whether a part of a model holds the weights of many experts, of which a token meets a few."""
+    return "SwitchLinear" in type(part).__name__
+
+
+def score_dim(args: Any, heads: int) -> float:
+    """The mean dimension of a head's products with a key and with a value, by the arguments of a model."""
+    if (rank := getattr(args, "kv_lora_rank", None)) is not None:  # latent vectors are keys and values of all heads
+        return float(rank + getattr(args, "qk_rope_head_dim", 0) / 2)
+    return float(getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) / heads if heads else 0))
 
 
 def defining_modules(model: nn.Module) -> list[ModuleType]:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..errors import ArgumentError, UnsupportedModelError
 from ..ring.call import check_ring
 from ..transport.base import Ring
-from ..transport.consensus import agree
+from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.grid import Grid
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
@@ -187,7 +187,8 @@ def _divide_weights(model: nn.Module, ring: Transport, grid: Grid | None) -> tup
     if grid is not None and part[1] != grid.tensor:
         raise ArgumentError(f"model: its weights are divided by {part[1]}, expected {grid.tensor}, the row of the grid")
     if part[1] > 1:
-        agree(ring, "shard", (("part of the weights", f"{part[0] + 1} of {part[1]}"),))
+        with raise_on_all_ranks(ring if grid is None else check_ring(grid.ring), "shard"):
+            agree(ring, "shard", (("part of the weights", f"{part[0] + 1} of {part[1]}"),))
     return part
 
 
@@ -228,8 +229,8 @@ def cost_of(model: nn.Module, kinds: Sequence[Kind], parts: int = 1) -> Cost:
         weight = part.get("weight") if isinstance(part, dict) else None
         if isinstance(weight, mx.array) and weight.ndim >= 2:
             size = weight.size * (32 // part.bits if hasattr(part, "bits") else 1)
-            linear += 2 * size * (experts / weight.shape[0] if weight.ndim == 3 else 1)
+            linear += 2 * size * (experts / weight.shape[0] if compat.is_mixture(part) else 1)
     heads = getattr(args, "num_attention_heads", 0) or 0
-    dim = getattr(args, "head_dim", None) or (getattr(args, "hidden_size", 0) // heads if heads else 0)
+    dim = compat.score_dim(args, heads)
     attending = sum(isinstance(cache, ShardedKVCache) for kind in kinds for cache in flat([kind.make_tracing()]))
     return Cost(linear / layers, 4.0 * heads * dim * attending / layers / parts)

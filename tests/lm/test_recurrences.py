@@ -172,3 +172,21 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch, name: str, zeros: bool) -> None
         scale = mx.abs(right).max().item()
         allowed = 2 * mx.abs(one.reshape(found.shape) - right).max().item() + 8 * ULP * scale
         assert mx.abs(found - right).max().item() <= allowed
+
+
+@pytest.mark.parametrize("module", [bailing_moe_linear, bailing_hybrid], ids=["rounded", "exact"])
+def test_decays_near_1_are_those_of_mlx_lm(module: Any) -> None:
+    """mlx-lm may round a decay to the dtype of the layer: 0.998 is 1 in bfloat16. All ranks use the same one."""
+    rng = np.random.default_rng(5)
+    rows = (1, HEADS, 512)
+    q, k, v = (normal(rng, *rows, dim).astype(mx.bfloat16) for dim in (KEYS, KEYS, VALUES))
+    g = mx.array([-1e-3, -2e-3, -4e-3, -0.1])
+    zeros = mx.zeros((1, HEADS, KEYS, VALUES))
+    right, state = module.recurrent_gla(q, k, v, g, scale=1.0, h=zeros)
+    cache = Pieces()
+    for part in (slice(256), slice(256, None)):
+        piece = [x[:, :, part] for x in (q, k, v)]
+        found, after = recurrences.constant_decay(module.recurrent_gla, cache, *piece, g, 1.0, None)
+    for one, other in ((found, right[:, :, 256:]), (after, state)):
+        errors = mx.abs(one - other).max(axis=(0, 2, 3)) / mx.abs(other).max(axis=(0, 2, 3))
+        assert errors.max().item() < 2**-7, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ringattn import lm
 from ringattn.core.intervals import positions
 from ringattn.lm.sharding import sparse
+from ringattn.lm.sharding.forward_pass import flat
 from ringattn.lm.sharding.sparse import Candidates, choose
 
 
@@ -70,3 +72,23 @@ def test_scores_are_made_in_blocks(ring: Ring, rng: np.random.Generator, monkeyp
     own = cache[0][0].step.new.shard(expected, ring.rank, axis=1)
     assert mx.abs(found - own).max() / mx.abs(expected).max() < 32 * 2**-23
     assert sizes and max(sizes) <= max(400, 100 * ring.size)
+
+
+def test_decoding_keeps_no_graph(ring: Ring) -> None:
+    """The indexer's keys and values are evaluated with each token, below and above its number of tokens."""
+    model = lm.shard(build("deepseek_v32"), ring)
+    for tokens in (3, 60):
+        cache = make_prompt_cache(model)
+        model(mx.zeros((1, tokens), mx.int32), cache=cache)
+        sizes = []
+        for _ in range(6):
+            mx.eval(model(mx.zeros((1, 1), mx.int32), cache=cache))
+            sizes.append(sum(_edges(x) for layer in flat(cache) for x in (layer.keys, layer.values)))
+        assert sizes[-1] == sizes[1], (tokens, sizes)
+
+
+def _edges(x: mx.array) -> int:
+    """The number of operations that an array is waiting for."""
+    text = io.StringIO()
+    mx.export_to_dot(text, x)
+    return text.getvalue().count("->")

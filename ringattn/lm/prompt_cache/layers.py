@@ -54,26 +54,29 @@ class SavedStates:
     Attributes:
         form: The `form` of the cache.
         sizes: The numbers of tokens before the states, in ascending order.
-        arrays: The shape and dtype of each array of a state.
+        arrays: The shape and dtype of each array of each state. A short prompt may leave a narrower dtype.
     """
 
     form: str
     sizes: tuple[int, ...]
-    arrays: tuple[tuple[tuple[int, ...], str], ...]
+    arrays: tuple[tuple[tuple[tuple[int, ...], str], ...], ...]
 
     @classmethod
     def of(cls, cache: RecurrentCache) -> SavedStates:
         """Describe a cache."""
-        arrays = tuple((tuple(x.shape), str(x.dtype)) for x in cache.arrays if x is not None)
-        return cls(cache.form, tuple(cache.states), arrays)
+        states = cache.states
+        arrays = tuple(tuple((tuple(x.shape), str(x.dtype)) for x in held if x is not None) for held in states.values())
+        return cls(cache.form, tuple(states), arrays)
 
     def expected(self, file: int) -> Expected:
         """Shape and dtype of each array in a file."""
-        return {state_name(size, i): found for size in self.sizes for i, found in enumerate(self.arrays)}
+        states = zip(self.sizes, self.arrays)
+        return {state_name(size, i): found for size, arrays in states for i, found in enumerate(arrays)}
 
     def states(self, arrays: Mapping[str, mx.array]) -> dict[int, list[mx.array | None]]:
         """The states in the arrays of a file."""
-        return {size: [arrays[state_name(size, i)] for i in range(len(self.arrays))] for size in self.sizes}
+        counts = zip(self.sizes, map(len, self.arrays))
+        return {size: [arrays[state_name(size, i)] for i in range(count)] for size, count in counts}
 
 
 SavedLayer = SavedKeys | SavedStates

@@ -56,7 +56,7 @@ def save_cache(
     Raises:
         ArgumentError: The cache is empty or another model's, or the model is not sharded.
         OSError: This rank could not write a file; on the other ranks it is an ArgumentError. No file of the attempt
-            stays.
+            stays, unless it failed while manifests were replaced.
     """
     path = Path(path)
     ring, everyone = _rings_of(model)
@@ -119,7 +119,8 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str,
             leaf.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
         saved = manifest.files[0].name.rpartition("-")[0].rpartition(".")[2]  # the same in all columns' manifests
-    agree(ring, LOAD, (("path", f"{name} ({digest})"),))
+    with raise_on_all_ranks(everyone, LOAD):
+        agree(ring, LOAD, (("path", f"{name} ({digest})"),))
     agree(everyone, LOAD, (("the columns of the cache", saved),))
     return cache, dict(manifest.metadata)
 

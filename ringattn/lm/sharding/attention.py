@@ -55,6 +55,11 @@ def sharded_attention(
     return decode_attention(q, k, v, start=cache.step.new.start, **options)
 
 
+def split_heads(x: mx.array, count: int) -> mx.array:
+    """``[batch, tokens, count * dim]`` as ``[batch, count, tokens, dim]``."""
+    return x.reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
+
+
 class LayerView:
     """What an adapted layer gets in the place of its cache. Its call of mlx-lm's attention comes to `attend`."""
 

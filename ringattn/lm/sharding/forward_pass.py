@@ -108,7 +108,10 @@ class ShardedCache:
 
 @contextmanager
 def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
-    """Run a forward pass: the tokens of `step` through the layers of `caches`. If it fails, they stay as they were."""
+    """Run a forward pass: the tokens of `step` through the layers of `caches`. If it fails, they hold what they held.
+
+    Layers with a window may have dropped tokens that no later token needs.
+    """
     for cache in caches:
         cache.begin(step)
     before = current.caches, current.reading

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import sharded_attention
+from .attention import LayerView, sharded_attention, split_heads
 from .forward_pass import flat
 from .latent import ATTRIBUTES as LATENT
 from .latent import LatentView
@@ -28,26 +28,23 @@ def gemma2(plain: Callable, call: inspect.BoundArguments) -> mx.array:
     """Run Gemma 2's attention: scores with a softcap (mlx_lm.models.gemma2.Attention)."""
     given: Any = call.arguments
     layer, x, cache = given["self"], given["x"], given["cache"]
-    q = layer.rope(_split_heads(layer.q_proj(x), layer.n_heads), offset=cache.offset)
-    k = layer.rope(_split_heads(layer.k_proj(x), layer.n_kv_heads), offset=cache.offset)
-    v = _split_heads(layer.v_proj(x), layer.n_kv_heads)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), offset=cache.offset)
+    k = layer.rope(split_heads(layer.k_proj(x), layer.n_kv_heads), offset=cache.offset)
+    v = split_heads(layer.v_proj(x), layer.n_kv_heads)
     k, v = cache.update_and_fetch(k, v)
     out = sharded_attention(q, k, v, cache, layer.scale, given.get("mask"), softcap=layer.attn_logit_softcapping)
     return layer.o_proj(_join_heads(out))
 
 
-def latent(plain: Callable, call: inspect.BoundArguments) -> mx.array:
-    """Run a layer of latent attention; see `latent`."""
-    view = LatentView(call.arguments["cache"], call.arguments.get("mask"))
-    call.arguments.update(mask=None, cache=view)
+def with_view(view: Callable[..., LayerView], plain: Callable, call: inspect.BoundArguments) -> mx.array:
+    """Run a layer's own code, with a view in the place of its cache."""
+    own = view(call.arguments["cache"], call.arguments.get("mask"))
+    call.arguments.update(mask=None, cache=own)
     return plain(*call.args, **call.kwargs)
 
 
-def sparse(plain: Callable, call: inspect.BoundArguments) -> mx.array:
-    """Run a layer of latent attention to the tokens that an indexer chooses; see `sparse`."""
-    view = SparseView(call.arguments["cache"], call.arguments.get("mask"))
-    call.arguments.update(mask=None, cache=view)
-    return plain(*call.args, **call.kwargs)
+latent = partial(with_view, LatentView)
+sparse = partial(with_view, SparseView)  # of the tokens that an indexer chooses
 
 
 def wrapper_of(part: nn.Module) -> Callable[[Callable], Callable] | None:
@@ -85,11 +82,6 @@ def _kind(part: nn.Module) -> tuple[str, str]:
     return type(part).__module__, type(part).__name__
 
 
-def _split_heads(x: mx.array, count: int) -> mx.array:
-    """``[batch, tokens, count * dim]`` as ``[batch, count, tokens, dim]``."""
-    return x.reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
-
-
 def _join_heads(x: mx.array) -> mx.array:
-    """The inverse of `_split_heads`."""
+    """The inverse of `split_heads`."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)

@@ -159,12 +159,14 @@ def constant_decay(
         out, after = plain(q, k, v, g, scale=scale, h=before)
         states = cache.chain(before, AffineMap(None, after.astype(mx.float32)), transition, False)
         return out, states.after
-    out, offset = plain(q.astype(mx.float32), k, v, g, scale=scale, h=mx.zeros_like(before))
-    rate = g.astype(mx.float32).reshape(1, heads, 1, 1)
+    out, offset = plain(q, k, v, g, scale=scale, h=mx.zeros_like(before))
+    one = [x[:, :, :1] for x in (q, mx.zeros_like(k), mx.zeros_like(v))]
+    _, used = plain(*one, g, scale=scale, h=mx.ones_like(before))  # mlx-lm rounds decays to the layer's dtype
+    rate = mx.log(used[:1, :, :1, :1].astype(mx.float32))
     own = AffineMap(mx.broadcast_to(mx.exp(rate * tokens), transition), offset.astype(mx.float32))
     states = cache.chain(before, own, transition, False)
     decay = mx.exp(rate * mx.arange(1, tokens + 1)[:, None])
-    return (out + decay * (q.astype(mx.float32) * scale @ states.before[0])).astype(q.dtype), states.after
+    return out + decay * ((q * scale).astype(mx.float32) @ states.before[0]), states.after
 
 
 def wkv7(

@@ -199,7 +199,8 @@ class RecurrentCache(ShardedCache):
     def _keep(self) -> None:
         """Keep the state, and drop the oldest one that is too many."""
         if self.size():
-            self._kept = dict([*self._kept.items(), (self.size(), list(self.arrays))][-KEPT:])
+            kept = {**self._kept, self.size(): list(self.arrays)}
+            self._kept = dict(list(kept.items())[-KEPT:])
 
     def _hold(self, states: Mapping[int, Arrays], size: int) -> None:
         """Hold the state after `size` tokens, and keep those of fewer tokens."""

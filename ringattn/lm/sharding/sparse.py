@@ -24,6 +24,7 @@ from ...core.intervals import positions
 from ...decode_attention import decode_attention
 from ...layout import Layout
 from ...ring_attention import ring_attention
+from .attention import split_heads
 from .latent import LatentView
 from .sharded_cache import CausalMask
 
@@ -50,11 +51,11 @@ class SparseView(LatentView):
             x: The layer's input ``[batch, tokens, hidden]``.
             q_latent: The latent vectors of its queries ``[batch, tokens, rank]``.
         """
-        q = _split_heads(indexer.wq_b(q_latent), indexer.n_heads)
+        q = split_heads(indexer.wq_b(q_latent), indexer.n_heads)
         q = indexer.rope(q, offset=self.offset)
         k = indexer.rope(indexer.k_norm(indexer.wk(x))[:, None], offset=self.offset)
         weights = indexer.weights_proj(x) * (indexer.n_heads**-0.5 * indexer.softmax_scale)
-        held, _ = self.index_cache.update_and_fetch(k, k[..., :0])
+        held, _ = self.index_cache.update_and_fetch(k, mx.zeros((*k.shape[:-1], 0), k.dtype))
         if self.index_cache.in_trial() or self.index_cache.size() <= indexer.index_topk:
             return
         score = Scores(q, weights.swapaxes(-1, -2)[..., None])
@@ -70,6 +71,10 @@ class SparseView(LatentView):
 
     def run(self, q: mx.array, k: mx.array, scale: float, sinks: Any) -> mx.array:
         """Attend to the chosen tokens."""
+        # Nothing else evaluates these in each call, and what is not evaluated keeps all that it is made from.
+        self.latents = mx.depends(
+            self.latents, [x for x in (self.index_cache.keys, self.index_cache.values) if x is not None]
+        )
         chosen = self._chosen
         if chosen is None:
             return super().run(q, k, scale, sinks)
@@ -197,10 +202,6 @@ def _padded(mask: mx.array, columns: int) -> mx.array:
 def _one_after_another(counts: list[int]) -> Layout:
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     return Layout(tuple(((end - count, end),) for count, end in zip(counts, ends)), 0)
-
-
-def _split_heads(x: mx.array, count: int) -> mx.array:
-    return x.reshape(*x.shape[:2], count, -1).swapaxes(1, 2)
 
 
 def choosing(plain: Callable) -> Callable:
