@@ -17,7 +17,7 @@ from spawn import spawn
 pytestmark = pytest.mark.ranks
 
 
-SHAPES = [(1, 1), (2, 2), (4, 2), (3, 3), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 4), (6, 3)))]
+SHAPES = [(2, 2), (4, 2), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, 1), (3, 3), (4, 4), (6, 3)))]
 
 
 @pytest.mark.parametrize(("ranks", "tensor"), SHAPES)
