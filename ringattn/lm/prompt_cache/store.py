@@ -119,9 +119,12 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str,
             leaf.restore(*_part(i, manifest, ring, arrays), history)
         digest = blake2b(manifest.text().encode(), digest_size=8).hexdigest()
         saved = manifest.files[0].name.rpartition("-")[0].rpartition(".")[2]  # the same in all columns' manifests
-    with raise_on_all_ranks(everyone, LOAD):
-        agree(ring, LOAD, (("path", f"{name} ({digest})"),))
-    agree(everyone, LOAD, (("the columns of the cache", saved),))
+    own = (("path", f"{name} ({digest})"),)
+    agree(everyone, LOAD, (*(own if ring is everyone else ()), ("the columns of the cache", saved)))
+    if ring is not everyone:  # each column of a grid has a manifest of its own
+        with raise_on_all_ranks(everyone, LOAD):
+            agree(ring, LOAD, own)
+        agree(everyone, LOAD)
     return cache, dict(manifest.metadata)
 
 
