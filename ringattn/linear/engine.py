@@ -16,7 +16,7 @@ GROUP = 1 << 13  # tokens, counted for each head, whose chunks are computed toge
 
 
 class _Carried(NamedTuple):
-    """What one group of chunks passes to the next, with the axes of the heads split: ``[B, Hk, Hv / Hk, ...]``."""
+    """Results that one group of chunks gives the next, with the axes of the heads split: ``[B, Hk, Hv / Hk, ...]``."""
 
     state: mx.array
     transition: mx.array | None  # of all tokens so far; None where the state before them is known

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.affine import AffineMap, states_of_spans
+from ..core.intervals import Span
 from ..errors import ArgumentError
 from ..layout import Layout
 from ..transport.consensus import Fields, by_rank
@@ -46,9 +47,9 @@ class ChainCall(NamedTuple):
     matrix: bool
 
 
-def owners(layout: Layout) -> list[int]:
-    """The rank of each span, in the order of the tokens."""
-    return [rank for _, rank in sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)]
+def spans_in_order(layout: Layout) -> list[tuple[Span, int]]:
+    """All spans in the order of the tokens, each with its rank."""
+    return sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
 
 
 def is_first(layout: Layout, rank: int, index: int) -> bool:
@@ -81,7 +82,7 @@ def chain_states(
         ArgumentError: On every rank, if the ranks differ in their arguments or in the state.
     """
     what, layout, transition, matrix = call
-    of_spans = owners(layout)
+    of_spans = [rank for _, rank in spans_in_order(layout)]
     parts = _norm_parts(ring, mx.float32)
     for i, rank in enumerate(of_spans):
         parts += [Part(rank, tuple(transition))] if i else []
@@ -120,7 +121,7 @@ def chain_inputs(
         ArgumentError: On every rank, if the ranks differ in their arguments or in the inputs before the sequence.
     """
     batch, halo, channels = state.shape
-    spans = sorted((span, rank) for rank, held in enumerate(layout.spans) for span in held)
+    spans = spans_in_order(layout)
     parts = _norm_parts(ring, x.dtype)
     parts += [Part(rank, (batch, min(halo, stop - start), channels)) for (start, stop), rank in spans]
     own = [_as_bits(_norm(state), x.dtype)]

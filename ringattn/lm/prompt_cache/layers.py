@@ -93,7 +93,7 @@ def describe(cache: Any) -> SavedLayer:
 
 
 def arrays_of(cache: Any) -> dict[str, mx.array]:
-    """This rank's arrays of a cache, by their names in a file."""
+    """Name this rank's arrays of a cache as in its file."""
     if not isinstance(cache, RecurrentCache):
         return dict(zip(NAMES, cache.state))
     states = cache.states.items()

@@ -61,7 +61,7 @@ def split_heads(x: mx.array, count: int) -> mx.array:
 
 
 class LayerView:
-    """What an adapted layer gets in the place of its cache. Its call of mlx-lm's attention comes to `attend`."""
+    """Stand-in for the cache of an adapted layer. Its call of mlx-lm's attention comes to `attend`."""
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
         """Attend as mlx-lm's function does. Collective."""

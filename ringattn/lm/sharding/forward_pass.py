@@ -62,8 +62,11 @@ class ShardedCache:
     def begin(self, step: Step) -> None:
         """Set the positions for a forward pass of the tokens of `step`."""
         self.step = step
-        own = step.new.spans[self.ring.rank]
-        self.offset = own[0][0] if step.shared else step.new.start
+        self.offset = self.own_start(step)
+
+    def own_start(self, step: Step) -> int:
+        """The position of the first token that this rank computes in a step."""
+        return step.new.spans[self.ring.rank][0][0] if step.shared else step.new.start
 
     def end(self) -> None:
         """Clear the state of the forward pass."""

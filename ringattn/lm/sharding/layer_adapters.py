@@ -48,7 +48,7 @@ sparse = partial(with_view, SparseView)  # of the tokens that an indexer chooses
 
 
 def wrapper_of(part: nn.Module) -> Callable[[Callable], Callable] | None:
-    """What to wrap the `__call__` of a part of a model in; ``None`` where it needs nothing."""
+    """Choose a wrapper for the `__call__` of a part of a model; ``None`` where it needs none."""
     if _kind(part) == INDEXER:
         return choosing
     adapter = ADAPTERS.get(_kind(part))

@@ -94,7 +94,7 @@ class ShardedKVCache(ShardedCache):
         held = self._all_held()
         if self.fetched_keys is None or self.step is None:
             return held
-        count = self._own_start(self.step) + self._computed(self.step)
+        count = self.own_start(self.step) + self._computed(self.step)
         keys, values = (mx.broadcast_to(mx.zeros(1, x.dtype), (*x.shape[:2], count, x.shape[3])) for x in held)
         self._counted = keys
         return keys, values
@@ -190,10 +190,6 @@ class ShardedKVCache(ShardedCache):
         self.keys = keys
         self.values = values
         self.history = history
-
-    def _own_start(self, step: Step) -> int:
-        """The position of the first token that this rank computes in a step."""
-        return step.new.spans[self.ring.rank][0][0] if step.shared else step.new.start
 
     def _computed(self, step: Step) -> int:
         """The number of tokens that this rank computes in a step."""
