@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..reporting.tables import format_table
 from .records import Record
 
-LONG = 4  # longest lengths that a fit over lengths takes: constant costs show in short ones
+ENOUGH = 4  # points for a fit with a constant
+POWERS = np.arange(-400, 401) / 100  # that a fit with a constant tries
 
 Measure = Callable[[Record], float]
 
@@ -32,8 +35,31 @@ class Fit:
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float:
-    """Exponent p of ``y = a * x ** p`` by least squares of the logarithms; NaN with fewer than two values of x."""
-    logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    """Exponent p of the growth of y with x; NaN with fewer than two values of x.
+
+    From `ENOUGH` points on, p is that of ``y = c + a * x ** p`` with the least relative squares: the constant c is what
+    any call costs. With fewer points it is that of ``y = a * x ** p``.
+    """
+    points = [(x, y) for x, y in points if y > 0]
+    if len({x for x, _ in points}) < ENOUGH:
+        return _without_constant(points)
+    x, y = np.array(points, np.float64).T
+    residuals = [_residual(x / x.max(), y, power) for power in POWERS]
+    return float(POWERS[int(np.argmin(residuals))])
+
+
+def _residual(x: np.ndarray, y: np.ndarray, power: float) -> float:
+    """Sum of squared relative differences from the best ``c + a * x ** power`` with c of at least 0."""
+    grown = x**power / y
+    both = np.stack([1 / y, grown], 1)
+    found, *_ = np.linalg.lstsq(both, np.ones(len(y)), rcond=None)
+    if found[0] < 0:
+        both, found = grown[:, None], np.array([grown.sum() / (grown**2).sum()])
+    return float(((both @ found - 1) ** 2).sum())
+
+
+def _without_constant(points: Sequence[tuple[float, float]]) -> float:
+    logs = [(math.log(x), math.log(y)) for x, y in points]
     if len({x for x, _ in logs}) < 2:
         return math.nan
     mean_x = sum(x for x, _ in logs) / len(logs)
@@ -54,7 +80,7 @@ def fits(records: Sequence[Record], cores: int) -> list[Fit]:
         return []
     found = []
     for count in sorted({ranks[0], ranks[-1]}):
-        own = sorted((r for r in good if r.case["ranks"] == count), key=lambda r: r.case["tokens"])[-LONG:]
+        own = sorted((r for r in good if r.case["ranks"] == count), key=lambda r: r.case["tokens"])
         on = f"against tokens, {count} rank{'s' * (count > 1)}"
         found.append(_fit(f"time {on}", own, "tokens", lambda r: r.median, 2.0))
         found.append(_fit(f"memory of a rank {on}", own, "tokens", lambda r: r.figures["peak_bytes"], 1.0))
@@ -67,7 +93,8 @@ def fits(records: Sequence[Record], cores: int) -> list[Fit]:
     at = f"against ranks, {longest:,} tokens"
     found.append(_fit(f"time {at}, up to {cores} cores", few, "ranks", lambda r: r.median, -1.0))
     found.append(_fit(f"time {at}, that share {cores} cores", many, "ranks", lambda r: r.median, 0.0))
-    found.append(_fit(f"memory of a rank {at}", own, "ranks", lambda r: r.figures["peak_bytes"], -1.0))
+    rings = [r for r in own if int(r.case["ranks"]) > 1]  # one rank has no travelling blocks
+    found.append(_fit(f"memory of a rank {at}", rings, "ranks", lambda r: r.figures["peak_bytes"], -1.0))
     return [fit for fit in found if fit.points > 1]
 
 

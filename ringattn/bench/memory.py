@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        mx.clear_cache()  # what MLX holds for later arrays would hide growth
+        _release()
         self._on_gpu = mx.default_device().type == mx.DeviceType.gpu
         if self._on_gpu:
             mx.reset_peak_memory()
@@ -31,6 +32,13 @@ class PeakMemory:
     def growth(self) -> int:
         """Bytes by which the peak has grown."""
         return int(mx.get_peak_memory() if self._on_gpu else _peak()) - self._before
+
+
+def _release() -> None:
+    """Give free memory back to the system: growth into memory that MLX or the C library holds could not be seen."""
+    mx.clear_cache()
+    with contextlib.suppress(AttributeError, OSError):  # glibc has it, and other libraries hold less
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak() -> int:

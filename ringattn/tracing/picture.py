@@ -19,7 +19,7 @@ _COLORS = {"compute": "#0072B2", "send": "#E69F00", "wait": "#D9D9D9", "exchange
 _LABELS = {
     "compute": "attention to what this hop brought",
     "send": "block on its way to the next rank (long: no room there yet)",
-    "wait": "waiting for a block or for other ranks",
+    "wait": "waiting",
 }
 CALLS = 2  # in the picture
 
@@ -42,9 +42,9 @@ def draw(tracks: Sequence[Track], path: Path) -> None:
 def window(tracks: Sequence[Track]) -> tuple[float, float]:
     """Start and stop of the calls in the picture, on the rank that reaches them first.
 
-    These are `CALLS` calls in the middle of the kind of calls that takes the longest. A kind are the calls of one name
-    and strategy that compute in the same number of hops and send the same bytes: of a prompt that is read in several
-    rounds, the layers of the longest rounds.
+    These are `CALLS` calls in the middle of the kind of calls that takes the longest, of those that send blocks if any
+    do. A kind are the calls of one name, strategy and number of bytes: of a prompt that is read in several rounds, the
+    layers of the longest rounds.
     """
     counted = min(tracks, key=lambda track: len(track.events))
     calls = _attending(counted.events)
@@ -54,7 +54,8 @@ def window(tracks: Sequence[Track]) -> tuple[float, float]:
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for index, call in enumerate(calls):
         kinds[call.call, call.strategy, call.bytes].append(index)
-    longest = max(kinds.values(), key=lambda found: sum(calls[i].stop - calls[i].start for i in found))
+    sending = {kind: found for kind, found in kinds.items() if calls[found[0]].bytes} or kinds
+    longest = max(sending.values(), key=lambda found: sum(calls[i].stop - calls[i].start for i in found))
     first = longest[max(0, len(longest) // 2 - CALLS // 2)]
     last = min(first + CALLS, len(calls)) - 1
     shown = [_attending(track.events)[first : last + 1] for track in tracks]

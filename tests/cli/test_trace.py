@@ -75,4 +75,4 @@ def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert process_names(path) == ["rank 0", "rank 1"]
     names = {event["name"] for event in json.loads(path.read_text())["traceEvents"]}
-    assert {"ring_attention pass_kv", "decode_attention"} <= names, names
+    assert "decode_attention" in names and any(name.startswith("ring_attention pass_") for name in names), names

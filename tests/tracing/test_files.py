@@ -113,6 +113,15 @@ def test_the_picture_shows_the_kind_of_calls_that_takes_the_longest() -> None:
     assert picture.window(tracks) == pytest.approx((1e9 + 1, 1e9 + 2.9))
 
 
+def test_the_picture_shows_calls_that_send_blocks() -> None:
+    (track,) = made_up(1)
+    decoding = [
+        Event("compute", 0, 1e9 + 10, 1e9 + 90, 0, "decode_attention"),
+        Event("call", 0, 1e9 + 10, 1e9 + 90, 0, "decode_attention"),
+    ]
+    assert picture.window([Track(0, "mac", [*track.events, *decoding])]) == pytest.approx((1e9 + 1, 1e9 + 2.9))
+
+
 def test_parts_of_events_within_a_window() -> None:
     events = within(made_up(4)[0].events, 1e9 + 0.05, 1e9 + 0.25)
     found = {(e.kind, e.hop) for e in events if e.kind != "call"}
