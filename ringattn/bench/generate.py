@@ -72,10 +72,11 @@ class ModelBench:
         found = of_all(ring, {"sent_bytes": sent, "peak_bytes": memory.growth()})
         figures = {
             "prompt_tokens_s": length / median(first),
-            "token_s": median(later) if later else float("nan"),
             "sent_bytes": sum(found["sent_bytes"]),
             "peak_bytes": max(found["peak_bytes"]),
         }
+        if later:
+            figures["token_s"] = median(later)
         return Record("generate", case, first, figures)
 
     def _prompt(self, length: int) -> list[int]:

@@ -23,7 +23,7 @@ def test_a_ring_is_measured(ring, layout, strategy, gradient):
     assert figures["compute_s"] > 0 and figures["transfer_s"] > 0 and figures["efficiency"] > 0
     assert 0 <= figures["overlap"] <= 1 and 0 <= figures["error"] <= 1
     assert ("sent_ratio" in figures) == (ring.size > 1)
-    if ring.size > 1:
+    if ring.size > 1 and strategy in ("pass_kv", "gather"):  # queries and their results may be fewer bytes
         assert figures["sent_ratio"] >= 0.999
 
 
