@@ -9,7 +9,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..tracing.spans import Event
+from ..tracing.spans import NO_TRACER, Event, Recorder, Tracer
 
 __all__ = ["Event", "Ring"]
 
@@ -37,6 +37,7 @@ class Ring(abc.ABC):
     bytes_sent: int = 0
     duplex: bool = True
     _both_ways: bool | None = None
+    _tracer: Tracer = NO_TRACER
 
     def __repr__(self) -> str:
         return f"Ring(backend={self.backend!r}, rank={self.rank}, size={self.size}, hosts={self.hosts!r})"
@@ -70,13 +71,13 @@ class Ring(abc.ABC):
         self._both_ways = value
 
     @property
-    @abc.abstractmethod
     def trace(self) -> MutableSequence[Event] | None:
         """The list that collects `Event`s, or ``None``. Set a list to record, and ``None`` to stop."""
+        return self._tracer.events
 
     @trace.setter
-    @abc.abstractmethod
-    def trace(self, events: MutableSequence[Event] | None) -> None: ...
+    def trace(self, events: MutableSequence[Event] | None) -> None:
+        self._tracer = NO_TRACER if events is None else Recorder(events)
 
     @abc.abstractmethod
     def split(self, color: int | None) -> Ring | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import RingError
-from ..tracing.spans import NO_TRACER, Event, Recorder, Tracer
+from ..tracing.spans import Tracer
 from .base import Ring
 from .shared_input import SharedInput
 
@@ -60,26 +60,24 @@ class Transport(Ring):
     Attributes:
         in_graph_bytes: Bytes that the payload of an `exchange_in_graph` may have; 0 where the transport has none.
         shared_input: An input that must be the same on all ranks in every call, besides its arguments.
-        tracer: The recorder of this rank's spans, or one that records nothing.
         finish_trace: Writes the files of the trace, if there is one. Collective; `close` calls it first.
     """
 
     in_graph_bytes: int = 0
     shared_input: SharedInput | None = None
-    tracer: Tracer = NO_TRACER
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
         self.finish_trace: Callable[[], None] = lambda: None
 
     @property
-    def trace(self) -> MutableSequence[Event] | None:
-        """See `Ring.trace`."""
-        return self.tracer.events
+    def tracer(self) -> Tracer:
+        """The recorder of this rank's spans, or one that records nothing."""
+        return self._tracer
 
-    @trace.setter
-    def trace(self, events: MutableSequence[Event] | None) -> None:
-        self.tracer = NO_TRACER if events is None else Recorder(events)
+    @tracer.setter
+    def tracer(self, tracer: Tracer) -> None:
+        self._tracer = tracer
 
     @property
     def neighbours_on_other_hosts(self) -> bool:
