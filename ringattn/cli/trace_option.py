@@ -10,14 +10,15 @@ import click
 
 from ..extras import require
 from ..tracing.files import PICTURES, SUFFIXES, VARIABLE, join_names
+from ..transport.environment import launched_by
 
 
 def _checked(context: click.Context, option: click.Parameter, given: tuple[Path, ...]) -> tuple[Path, ...]:
     """Fail before the run if the trace cannot be written. Pass it on to this process's rings and to all ranks.
 
-    The variable reaches ranks on every host, as all variables of ringattn do.
+    The variable reaches ranks on every host, as all variables of ringattn do. Ranks check nothing: only rank 0 writes.
     """
-    for path in given:
+    for path in given if launched_by() == "solo" else ():
         if path.suffix.lower() not in SUFFIXES:
             raise click.BadParameter(f"{str(path)!r}, expected a name that ends in {', '.join(SUFFIXES)}")
         if not path.absolute().parent.is_dir():

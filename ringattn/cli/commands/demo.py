@@ -76,6 +76,8 @@ def demo(
         ReadingTask(model, size, chunk, max_tokens, document, t) for size, t in ((ranks, tensor), (0, 1))
     )
     click.echo(_plan(over_ring), err=True)
+    if picture.name:
+        picture.unlink(missing_ok=True)  # an old one must not pass for the new one
     traces = split_names(os.environ.get(VARIABLE, ""))
     ring = _run_with_progress(over_ring, [*traces, *([picture] if picture.name else [])])
     single = _run_with_progress(plain)
