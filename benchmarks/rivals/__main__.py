@@ -1,0 +1,46 @@
+"""Command line ``python -m benchmarks.rivals``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .results import FOLDER
+
+
+def main() -> None:
+    """Run a comparison, or write the page from the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description="ringattn beside its rivals.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    operator = commands.add_parser("operator", help="attention alone")
+    operator.add_argument("--links", default="loopback,1gbit", help="loopback, and rates of virtual hosts' links")
+    operator.add_argument("--rounds", type=int, default=2, help="rounds in which the fastest rivals take turns")
+    operator.add_argument("--only", default="", help="regular expression for the problems, as they are printed")
+    operator.add_argument("--rivals", default="", help="regular expression for the rivals, as 'ringmaster:ulysses'")
+    operator.add_argument("--tokens", type=int, default=0, help="one length in the place of all")
+    operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
+    operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
+    arguments = parser.parse_args()
+    {"operator": _operator}[arguments.command](arguments)
+
+
+def _operator(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from .operator import Operator, problems
+
+    wanted = [one for one in problems(arguments.whole) if re.search(arguments.only, _name(one))]
+    if arguments.tokens:
+        wanted = list(dict.fromkeys(replace(one, tokens=arguments.tokens) for one in wanted))
+    keep = re.compile(arguments.rivals)
+    measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
+    measured.run(wanted, arguments.json)
+
+
+def _name(problem) -> str:
+    return f"{problem.label()} {'gradient' if problem.gradient else 'forward'}"
+
+
+if __name__ == "__main__":
+    main()
