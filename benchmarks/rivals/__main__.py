@@ -21,8 +21,18 @@ def main() -> None:
     operator.add_argument("--tokens", type=int, default=0, help="one length in the place of all")
     operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
     operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
+    job = commands.add_parser("job", help="a whole language model on virtual hosts; needs root")
+    job.add_argument("--rates", default="", help="rates of links in the place of all, with commas between")
+    job.add_argument("--models", default="", help="regular expression for the models: smollm2, larger")
+    job.add_argument("--ways", default="", help="regular expression for the ways, as 'tensor mlx' or 'ring ringattn'")
+    job.add_argument("--prompts", default="", help="lengths in the place of all, with commas between")
+    job.add_argument("--whole", action="store_true", help="all lengths at all rates")
+    job.add_argument("--json", type=Path, default=FOLDER / "job.json", help="file for the results")
+    page = commands.add_parser("page", help="write the results into docs/benchmarks.md, and draw them")
+    page.add_argument("--folder", type=Path, default=FOLDER, help="folder of the results")
+    page.add_argument("--gpu", type=Path, help="records of tools.nvidia.scaling and scaling_torch, in one JSON list")
     arguments = parser.parse_args()
-    {"operator": _operator}[arguments.command](arguments)
+    {"operator": _operator, "job": _job, "page": _page}[arguments.command](arguments)
 
 
 def _operator(arguments: argparse.Namespace) -> None:
@@ -36,6 +46,28 @@ def _operator(arguments: argparse.Namespace) -> None:
     keep = re.compile(arguments.rivals)
     measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
     measured.run(wanted, arguments.json)
+
+
+def _job(arguments: argparse.Namespace) -> None:
+    from .job import run, runs
+
+    prompts = tuple(map(int, arguments.prompts.split(","))) if arguments.prompts else None
+    rates = arguments.rates.split(",") if arguments.rates else None
+    plan = [
+        (rate, model, prompts or lengths)
+        for rate, model, lengths in runs(arguments.whole)
+        if re.search(arguments.models, model) and (rates is None or rate in rates)
+    ]
+    keep = re.compile(arguments.ways)
+    run(plan, lambda way: bool(keep.search(f"{way.name} {way.attention}")), arguments.json)
+
+
+def _page(arguments: argparse.Namespace) -> None:
+    from .page import PICTURE, write
+    from .picture import draw
+
+    draw(arguments.folder, PICTURE)
+    print(write(arguments.folder, arguments.gpu))
 
 
 def _name(problem) -> str:

@@ -1,4 +1,4 @@
-"""Attention problems that all rivals solve, with their data. Needs NumPy alone: a rival's environment has no ringattn."""
+"""Attention problems that all rivals solve, with their data. Needs NumPy alone: rivals run without ringattn."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from launch.virtual import Cluster
 
@@ -36,7 +37,13 @@ class Command:
     host: str = ""
 
 
-def plain_commands(python: str, arguments: Sequence[str], ranks: int, cluster: Cluster | None) -> list[Command]:
+def plain_commands(
+    python: str,
+    arguments: Sequence[str],
+    ranks: int,
+    cluster: Cluster | None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> list[Command]:
     """Commands of ranks without a launcher: variables of PyTorch and of MLX say how they find each other."""
     hosts = cluster.addresses[:ranks] if cluster else [""] * ranks
     threads = str(1 if ranks > 1 or cluster else os.cpu_count())
@@ -49,9 +56,12 @@ def plain_commands(python: str, arguments: Sequence[str], ranks: int, cluster: C
         "RINGATTN_THREADS": threads,
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     line = [python, "-m", *arguments]
-    return [Command(line, {**shared, "RANK": str(rank)}, host) for rank, host in enumerate(hosts)]
+    return [
+        Command(line, {**shared, "RANK": str(rank), "MLX_RANK": str(rank)}, host) for rank, host in enumerate(hosts)
+    ]
 
 
 def ring_command(arguments: Sequence[str], ranks: int, cluster: Cluster | None) -> list[Command]:

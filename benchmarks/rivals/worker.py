@@ -2,9 +2,9 @@
 
     python -m benchmarks.rivals.worker FILE MODULE WAY PROBLEM REFERENCE
 
-Runs in the environment of the rival. Writes JSON to ``FILE.rank``: the seconds of each call, the errors and the versions,
-or the reason why the rival failed. PROBLEM is JSON. The first rival of a problem writes its answer to the folder
-REFERENCE, after a comparison of some rows with float64; all others are compared with it.
+Runs in the environment of the rival. Writes JSON to ``FILE.rank``: the seconds of each call, the errors and the
+versions, or the reason why the rival failed. PROBLEM is JSON. The first rival of a problem writes its answer to the
+folder REFERENCE, after a comparison of some rows with float64; all others are compared with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -56,7 +57,8 @@ def measure(module: str, way: str, problem: Problem, reference: Path, rank: int,
     errors = compare(problem, work.positions, work.answer(), reference)
     wrong = {name: error for name, error in errors.items() if not error < MOST}
     if wrong:
-        raise ValueError(f"wrong answer: {wrong}")
+        parts = (f"{name} differs by {error:.1g} of its largest value" for name, error in wrong.items())
+        raise ValueError(f"wrong answer: {', '.join(parts)}")
     seconds = []
     for _ in range(problem.repeats):
         work.barrier()
@@ -68,7 +70,7 @@ def measure(module: str, way: str, problem: Problem, reference: Path, rank: int,
 
 
 def compare(problem: Problem, positions: np.ndarray, found: list[np.ndarray], reference: Path) -> dict[str, float]:
-    """Errors of the results, of the largest value of each; with the first answer, those of some rows against float64."""
+    """Errors of the results, of the largest value of each; for the first answer, of some rows against float64."""
     files = [reference / f"{name}.npy" for name, _ in zip(NAMES, found)]
     if all(file.exists() for file in files):
         expected = [np.load(file, mmap_mode="r") for file in files]
@@ -82,9 +84,11 @@ def compare(problem: Problem, positions: np.ndarray, found: list[np.ndarray], re
 
 
 def one_line(error: Exception) -> str:
-    """Kind of an error and the first line of its message that says something."""
+    """Kind of an error and the line of its message that says most: compilers name the cause in a later line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    cause = [line for line in lines[1:] if re.search(r"not support|[a-z]Error\b", line)]
+    text = [*lines[:1], *cause[:1]]
+    return f"{type(error).__name__}: {' '.join(text)}".partition(". This could be")[0][:300]
 
 
 if __name__ == "__main__":

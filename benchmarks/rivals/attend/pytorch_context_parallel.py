@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import _attention as cp
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -41,7 +41,7 @@ def _sdpa(problem, mesh, rank, size, barrier) -> Work:
     group = problem.heads // problem.kv_heads
 
     def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=group > 1)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=group > 1)
 
     work = torch_ranks.work(problem, positions, arrays, attend, barrier)
     work.patched = patched
