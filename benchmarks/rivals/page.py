@@ -22,9 +22,9 @@ with those of mlx-lm on one host. `python -m benchmarks.rivals operator`, `sudo 
 `python -m benchmarks.rivals page` make this section."""
 OPERATOR = """### The operator
 
-Attention in float32 over 2 ranks with one thread each; "one process" has two threads. The loopback interface carries TCP
-for all of them. The throttled link joins two virtual hosts with a core each, which one process with two threads cannot
-use. Each library has its fastest way for the problem. Times are medians of the slowest rank."""
+Attention in float32 over 2 ranks with one thread each; "one process" has two threads. The loopback interface carries
+TCP for all of them. The throttled link joins two virtual hosts with a core each, which one process with two threads
+cannot use. Each library has its fastest way for the problem. Times are medians of the slowest rank."""
 JOB = """### A whole language model
 
 Two virtual hosts with a core each, float32, all with the same BLAS (that which ringattn gives MLX). "larger": random

@@ -81,19 +81,21 @@ def failures(rows: Iterable[OperatorRow | JobRow]) -> str:
     found: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         if row.failed:
-            if isinstance(row, OperatorRow):
-                where = _kind(row.problem)
-            else:
-                where = f"{row.model}, {row.rate}"
-            way = row.way if isinstance(row, OperatorRow) else f"{row.attention}'s attention"
-            name = row.rival if isinstance(row, OperatorRow) else row.way
-            found.setdefault((name, way, row.failed.replace("|", "/")), set()).add(where)
+            found.setdefault(_failure(row), set()).add(_where(row))
     lines = [[name, way, "; ".join(sorted(where)), reason] for (name, way, reason), where in found.items()]
     return markdown(["rival", "way", "where", "why there is no time"], lines) if lines else "None failed."
 
 
-def _kind(problem: Problem) -> str:
-    return f"{'causal' if problem.causal else 'full'}{', gradient' if problem.gradient else ''}"
+def _failure(row: OperatorRow | JobRow) -> tuple[str, str, str]:
+    """Rival, way and reason."""
+    reason = row.failed.replace("|", "/")
+    return (row.rival, row.way, reason) if isinstance(row, OperatorRow) else (row.way, row.attention, reason)
+
+
+def _where(row: OperatorRow | JobRow) -> str:
+    if isinstance(row, JobRow):
+        return f"{row.model}, {row.rate}"
+    return f"{'causal' if row.problem.causal else 'full'}{', gradient' if row.problem.gradient else ''}"
 
 
 def job_table(rows: Sequence[JobRow], model: str) -> str:

@@ -8,6 +8,7 @@ the log-probabilities of the first token to the folder REFERENCE; all others are
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import ringattn as ra  # before MLX, for its BLAS
+from ringattn.lm.sharding.weights import evaluate_weights
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -54,8 +56,7 @@ def measure(name: str, way: str, attention: str, prompts: list[int], reference: 
     if attention == "ringattn" and way != "ring":
         use_fused_attention(model)
     generate, peers = prepare(way, model, tokenizer)
-    mx.eval(model.parameters())
-    mx.clear_cache()
+    evaluate_weights(model)
     for _ in generate(ids[:WARM], NEW):
         pass
     return {str(length): _one(generate, peers, ids[:length], reference / f"{name}-{length}.npy") for length in prompts}
@@ -63,6 +64,7 @@ def measure(name: str, way: str, attention: str, prompts: list[int], reference: 
 
 def _one(generate: Generate, peers: Peers, ids: mx.array, expected: Path) -> dict[str, float]:
     mx.clear_cache()
+    return_freed_memory()
     peak = PeakMemory()
     peers.barrier()
     sent = _sent()
@@ -77,6 +79,13 @@ def _one(generate: Generate, peers: Peers, ids: mx.array, expected: Path) -> dic
     if peers.rank == peers.logits_on:
         found["error"] = _error(first, expected)
     return found
+
+
+def return_freed_memory() -> None:
+    """Let the C library give the pages that it holds for later back to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _error(found: np.ndarray, expected: Path) -> float:
