@@ -97,7 +97,7 @@ class Operator:
 
     def _attempt(self, rival: Rival, problem: Problem, link: str, cluster: Cluster | None, folder: Path) -> dict | str:
         """Result of one run of a rival, or the reason why there is none."""
-        kind = (rival, link, problem.causal, problem.gradient)
+        kind = (rival, link, problem.kind())
         if kind in self._failures:
             return self._failures[kind]
         need, free = rival.memory(problem), _free_memory()

@@ -51,9 +51,11 @@ def _operator(axes, rows: Sequence[OperatorRow]) -> None:
         places = [n + i * height for n, name in enumerate(names) if name in found]
         middles = [median(found[name]) for name in names if name in found]
         label = f"{kind[0]}, {'with the gradient' if kind[1] else 'forward'}"
-        axes.barh(places, middles, height, color=color, label=label)
+        if places:
+            axes.barh(places, [middle - 1 for middle in middles], height, left=1, color=color, label=label)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    _plain(axes.xaxis)
     axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names)
     axes.invert_yaxis()
     axes.set_xlabel("time in units of ringattn's (median of all problems)")
@@ -72,9 +74,21 @@ def _job(axes, rows: Sequence[JobRow]) -> None:
     for (name, own), color in zip(lines.items(), COLORS):
         width = 2.5 if name == OURS else 1.2
         axes.plot([row.prompt for row in own], [row.first for row in own], "o-", color=color, label=name, lw=width)
+    prompts = sorted({row.prompt for own in lines.values() for row in own})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(prompts, [f"{prompt / 1024:g}K" for prompt in prompts])
     axes.set_yscale("log")
+    _plain(axes.yaxis)
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("seconds to the first token")
     axes.set_title(f"A language model on 2 hosts, {rate}", loc="left")
     axes.legend(frameon=False, fontsize=8.5)
+
+
+def _plain(axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, without exponents."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

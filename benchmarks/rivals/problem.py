@@ -50,6 +50,12 @@ class Problem:
         mask = "causal" if self.causal else "full"
         return f"{self.tokens // 1024}K, {self.heads}/{self.kv_heads} x {self.dim}, {mask}"
 
+    def kind(self) -> str:
+        """Description of what a library must be able to do, at any size."""
+        grouped = "grouped heads" if self.heads != self.kv_heads else ""
+        names = ("causal" if self.causal else "full", "gradient" if self.gradient else "", grouped)
+        return ", ".join(filter(None, names))
+
     def as_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
         return asdict(self)

@@ -93,9 +93,7 @@ def _failure(row: OperatorRow | JobRow) -> tuple[str, str, str]:
 
 
 def _where(row: OperatorRow | JobRow) -> str:
-    if isinstance(row, JobRow):
-        return f"{row.model}, {row.rate}"
-    return f"{'causal' if row.problem.causal else 'full'}{', gradient' if row.problem.gradient else ''}"
+    return row.problem.kind() if isinstance(row, OperatorRow) else f"{row.model}, {row.rate}"
 
 
 def job_table(rows: Sequence[JobRow], model: str) -> str:

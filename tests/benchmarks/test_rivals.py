@@ -58,7 +58,7 @@ def test_throttled_link_has_an_aim_of_its_own() -> None:
 
 def test_failures_keep_the_table_whole() -> None:
     lines = tables.failures(ROWS).splitlines()
-    assert lines[2:] == ["| broken | own | causal | ValueError: no / kernel |"]
+    assert lines[2:] == ["| broken | own | causal, grouped heads | ValueError: no / kernel |"]
     assert tables.failures(ROWS[:2]) == "None failed."
 
 
