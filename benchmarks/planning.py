@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -39,10 +40,11 @@ from .common import run_ranks, show, write_result
 
 AIM = 0.15
 SMALL, LARGE = 384, 1024  # tokens of the calls by which the rates are measured
-SHORT = (128, 384)  # tokens of the prompts by which the rates are measured
+SHORT = (256, 512)  # tokens of the prompts by which the rates are measured
 CHUNK = 512  # tokens of a rank in a round
-STEPS = 8  # new tokens
-REPEATS = 5
+DECODES = 8  # calls in a row
+STEPS = 6  # new tokens
+REPEATS = 4
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -100,7 +102,10 @@ def main() -> None:
                     free_work = 1 / (2 * found[0]["bandwidth"])
                 for name, predicted, measured in _compare(what, found, free_work or 0.0):
                     ratios.append(predicted / measured)
-                    rows.append([hosts, rate or "free", name, f"{predicted:.3f}", f"{measured:.3f}", f"{ratios[-1]:.2f}"])
+                    print(f"  {hosts} hosts, {rate}: {name}: {ratios[-1]:.2f}", file=sys.stderr, flush=True)
+                    rows.append(
+                        [hosts, rate or "free", name, f"{predicted:.3f}", f"{measured:.3f}", f"{ratios[-1]:.2f}"]
+                    )
     head = ["hosts", "links", "what", "predicted, s", "measured, s", "ratio"]
     show("Predicted and measured, float32, a core a host (4 hosts share 2 cores)", head, rows)
     within = sum(abs(ratio - 1) <= AIM for ratio in ratios)
@@ -120,7 +125,9 @@ def _predict_calls(found: list[dict], link: Link) -> list[tuple[str, float, floa
         shape = attention_shape(call.heads, call.kv_heads, call.dim, 4)
         kind = shape.attending[0]
         fitted = [_line(kind.pair_flops, SMALL**2, s["small"], LARGE**2, s["large"]) for s in seconds]
-        ring = Ring(np.array([rate for _, rate in fitted]), float(np.mean([c for c, _ in fitted])), (link,) * len(found))
+        ring = Ring(
+            np.array([rate for _, rate in fitted]), float(np.mean([c for c, _ in fitted])), (link,) * len(found)
+        )
         layout = ra.Layout.zigzag(call.tokens, len(found))
         spans = list(layout.spans)
         sizes = ra_sizes(kind)
@@ -149,14 +156,15 @@ def _predict_model(found: list[dict], link: Link) -> list[tuple[str, float, floa
     kind = shape.attending[0]
     machines = [_machine(one, shape) for one in found]
     links = [link] * len(found)
-    ring = Ring(np.array([m.attention for m in machines]), machines[0].call, tuple(links))
     weights = [1.0] * len(found)
+    latency = median(one["exchange"] for one in found) / DECODES
+    ring = Ring(np.array([m.attention for m in machines]), 0.0, (replace(link, latency=latency),) * len(found))
     result = []
     for prompt in PROMPTS:
         reading = read_on_ring(shape, machines, links, prompt, CHUNK, weights)
         measured = max(one["prefill"][str(prompt)] for one in found)
         result.append((f"prompt of {prompt}, {reading.strategy}", reading.seconds, measured))
-        token = token_on_ring(shape, machines, ring, prompt, weights)
+        token = token_on_ring(shape, [replace(one, layer=0.0) for one in machines], ring, prompt, weights)
         measured = max(one["decode"][str(prompt)] for one in found)
         result.append((f"a token after {prompt}", token, measured))
     assert kind.count == shape.depth
@@ -173,7 +181,7 @@ def _machine(one: dict, shape) -> Machine:
         linear.append(one["alone"][str(n)] - shape.depth * (pairs / attention + call))
     fixed, flops = _line(shape.linear, SHORT[0], linear[0], SHORT[1], linear[1])
     keys = SHORT[1] * kind.key * kind.count
-    return Machine(
+    return Machine(  # its bandwidth contains all of a token's work beside the keys
         "host", flops, attention, (shape.read + shape.head) / max(one["token"] - keys / one["keys"], 1e-6), 0.0,
         call=call, layer=fixed / shape.depth, keys=one["keys"],
     )  # fmt: skip
@@ -238,29 +246,31 @@ def _time_calls(ring: ra.Ring) -> dict:
     return {"calls": found}
 
 
+def _decode(ring: ra.Ring, local: list[mx.array]) -> None:
+    """Attend from one token to a few keys, so that the exchange of states takes most of the time."""
+    layout = ra.Layout.contiguous(SMALL, ring.size)
+    q, *keys = local
+    own = [x[:, :, : layout.local_length(ring.rank)] for x in keys]
+    for _ in range(DECODES):
+        mx.eval(ra.decode_attention(q[:, :, :1], *own, ring=ring, kv_layout=layout))
+
+
 def _time_model(ring: ra.Ring) -> dict:
     from mlx.utils import tree_map
-    from mlx_lm.models.cache import make_prompt_cache
 
     model = _model()
     mx.eval(model.parameters())
     lm.shard(model, ring)
     ids = mx.random.randint(0, CONFIG["vocab_size"], (1, max(PROMPTS)))
-    plain = make_prompt_cache(type(model).__mro__[2](model.args))  # mlx-lm's own, for one rank
+    solo = _model()
+    mx.eval(solo.parameters())
+    lm.shard(solo, ra.init("solo"))
 
-    def read(tokens: int, cache: list, step: int) -> None:
+    def read(model, tokens: int, step: int) -> list:
+        cache = model.make_cache()
         for start in range(0, tokens, step):
             model(ids[:, start : min(start + step, tokens)], cache=cache)
             mx.eval(tree_map(lambda one: one.state, cache))
-
-    def alone(tokens: int) -> list:
-        cache = [type(one)() for one in plain]
-        read(tokens, cache, tokens)
-        return cache
-
-    def on_ring(tokens: int) -> list:
-        cache = model.make_cache()
-        read(tokens, cache, CHUNK * ring.size)
         return cache
 
     heads, kv_heads, dim = (CONFIG[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -271,21 +281,31 @@ def _time_model(ring: ra.Ring) -> dict:
 
     calls = {"small": lambda: attend(SMALL, SMALL), "large": lambda: attend(LARGE, LARGE)}
     calls |= {f"one {n}": lambda n=n: attend(1, n) for n in (SMALL, LARGE)}
-    calls |= {f"alone {n}": lambda n=n: alone(n) for n in SHORT}
-    calls |= {f"ring {n}": lambda n=n: on_ring(n) for n in PROMPTS}
+    calls |= {f"solo {n}": lambda n=n: read(solo, n, n) for n in SHORT}
+    calls |= {f"ring {n}": lambda n=n: read(model, n, CHUNK * ring.size) for n in PROMPTS}
+    calls |= {f"decode {one.size}": lambda one=one: _decode(one, local) for one in (ra.init("solo"), ring)}
     timed = turns({name: _together(ring, work) for name, work in calls.items()}, REPEATS + 1)
     seconds = {name: median(times[1:]) for name, times in timed.items()}
 
-    caches = {"token": alone(SHORT[1]), **{str(n): on_ring(n) for n in PROMPTS}}
-    steps = {name: lambda cache=cache: mx.eval(model(ids[:, :1], cache=cache)) for name, cache in caches.items()}
-    tokens = {name: median(times[2:]) for name, times in turns(steps, STEPS + 2).items()}
+    runs = {"token": (solo, SHORT[1], SHORT[1]), **{str(n): (model, n, CHUNK * ring.size) for n in PROMPTS}}
+    caches = {name: (run[0], read(*run)) for name, run in runs.items()}
+
+    def step(name: str) -> None:
+        run, cache = caches[name]
+        mx.eval(run(ids[:, :1], cache=cache))
+
+    tokens = {
+        name: median(times[2:])
+        for name, times in turns({name: lambda name=name: step(name) for name in caches}, STEPS + 2).items()
+    }
     key = 2 * kv_heads * dim * 4
     keys = (LARGE - SMALL) * key / max(seconds[f"one {LARGE}"] - seconds[f"one {SMALL}"], 1e-7)
     return {
         "small": seconds["small"],
         "large": seconds["large"],
         "keys": keys,
-        "alone": {n: seconds[f"alone {n}"] for n in SHORT},
+        "alone": {n: seconds[f"solo {n}"] for n in SHORT},
+        "exchange": max(0.0, seconds[f"decode {ring.size}"] - seconds["decode 1"]),
         "token": tokens.pop("token"),
         "prefill": {n: seconds[f"ring {n}"] for n in PROMPTS},
         "decode": tokens,

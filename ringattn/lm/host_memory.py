@@ -27,13 +27,19 @@ def memory_of_rank(ring: Transport) -> int:
     given = os.environ.get(MEMORY)
     if given is not None:
         return parse_bytes(MEMORY, given)
+    own_gpu = mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available()
+    here = 1 if own_gpu else ring.hosts.count(ring.hosts[ring.rank])
+    return usable_memory() // here
+
+
+def usable_memory() -> int:
+    """Bytes of this host, or of the GPU of a rank that has one of its own, that the ranks may use."""
     gpu = mx.default_device().type == mx.DeviceType.gpu
     info = mx.device_info() if gpu else {}
     if gpu and not mx.metal.is_available():
         return int(info.get("total_memory") or info.get("memory_size") or UNLIMITED)  # a rank has a GPU of its own
-    here = ring.hosts.count(ring.hosts[ring.rank])
-    whole = info.get("max_recommended_working_set_size") or USABLE * min(_physical(), *_cgroup_limits())
-    return int(whole) // here
+    whole = info.get("max_recommended_working_set_size") or USABLE * min(_physical(), *cgroup_limits())
+    return int(whole)
 
 
 def parse_bytes(name: str, text: str) -> int:
@@ -53,17 +59,22 @@ def _physical() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """Limits of the memory cgroups, of version 1 or 2, that this process is in."""
+def cgroup_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Limits of the memory cgroups, of version 1 or 2, that this process is in, and `UNLIMITED`.
+
+    Args:
+        groups: File with the process's cgroups.
+        mounted: Folder of all cgroups.
+    """
     yield UNLIMITED
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = groups.read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup", controllers)
+            root = mounted / controllers
             own = root / path.lstrip("/")
             for folder in (own, *own.parents):
                 if folder.is_relative_to(root):

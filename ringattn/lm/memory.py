@@ -17,7 +17,7 @@ from .sharding.partition import RUN
 from .sharding.recurrent_cache import KEPT
 from .sharding.sharded_cache import GROWTH, SLACK, ShardedKVCache
 
-PROCESS = 500 << 20  # bytes of Python, MLX, mlx-lm and the tokenizer; 430 MB were measured on Linux
+PROCESS = 256 << 20  # bytes of Python, MLX, mlx-lm and the tokenizer; about 130 MiB were measured on Linux with a small one
 BLOCKS = 3  # of a layer's keys beside the cache: two that travel, and the copy to which new tokens are appended
 MOST = 1 << 31  # tokens; a longer context counts as no limit
 

@@ -13,7 +13,7 @@ from ..layout import Layout
 from ..lm.sharding.partition import LEAST, round_layout
 from ..ring.schedule import Sizes
 from .demand import choose
-from .hops import Ring, call_timing
+from .hops import Ring, Timing, call_timing
 from .links import Link
 from .machines import Machine
 from .shape import Attending, ModelShape
@@ -81,6 +81,30 @@ def read_on_ring(
     return found
 
 
+def attend_on_ring(shape: ModelShape, rows: Sequence[Machine], links: Sequence[Link], layout: Layout) -> Reading:
+    """Time of causal attention to a whole sequence in the attending layers, without a model around it."""
+    ring = Ring(np.array([m.attention for m in rows]), max(m.call for m in rows), tuple(links))
+    found = Reading()
+    for kind in shape.attending:
+        spans = list(layout.spans)
+        sizes = Sizes(kind.key), kind.query
+        strategy, demand = choose(spans, spans, Band.of(True, kind.window), *sizes)
+        moved = sizes[strategy == "pass_q"]
+        _add(found, kind.count, call_timing(ring, demand, moved, kind.pair_flops), ring.exchange())
+        found.sent += kind.count * demand.bytes(moved)
+        found.strategy = strategy
+    return found
+
+
+def _add(found: Reading, count: int, timing: Timing, others: float | np.ndarray) -> None:
+    """Add the layers of one kind; `others` are the seconds of each rank beside attention."""
+    found.seconds += count * float((timing.finish + others).max())
+    most = int(np.argmax(timing.transfer))
+    found.transfer += count * float(timing.transfer[most])
+    waited = timing.finish[most] - timing.compute[most]
+    found.exposed += count * float(min(waited, timing.transfer[most]))
+
+
 def _round(
     part: ModelShape,
     rows: Sequence[Machine],
@@ -98,19 +122,14 @@ def _round(
     attended = 0
     for kind in part.attending:
         timing, strategy, sent = _attention(kind, ring, layout, start)
-        ends = timing.finish + linear
-        last = int(np.argmax(ends))
-        found.seconds += kind.count * (ends[last] + ring.exchange())
-        found.transfer += kind.count * float(timing.transfer.max())
-        waited = (timing.finish - timing.compute)[int(np.argmax(timing.transfer))]
-        found.exposed += kind.count * float(min(waited, timing.transfer.max()))
+        _add(found, kind.count, timing, linear + ring.exchange())
         found.sent += kind.count * sent
         found.strategy = strategy
         attended += kind.count
     found.seconds += max(0, part.depth - attended) * (float(linear.max()) + ring.exchange())
 
 
-def _attention(kind: Attending, ring: Ring, layout: Layout, start: int):
+def _attention(kind: Attending, ring: Ring, layout: Layout, start: int) -> tuple[Timing, str, int]:
     """Timing, strategy and bytes of one layer's attention in a round."""
     keys = _held(layout, start, kind.window)
     sizes = Sizes(kind.key), kind.query

@@ -79,6 +79,12 @@ class ModelShape:
         return not self.divided
 
     @property
+    def attention_heads(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads and head dimension of the first kind of attention."""
+        kind = self.attending[0] if self.attending else Attending(1, 4.0 * 128, 0, Sizes(0))
+        return self.heads, max(1, min(kind.kv_heads, self.heads)), max(1, round(kind.pair_flops / 4 / self.heads))
+
+    @property
     def cost(self) -> Cost:
         """The cost of a mean layer, by which a round of prefill is partitioned."""
         pairs = sum(kind.count * kind.pair_flops for kind in self.attending)
@@ -116,4 +122,6 @@ def attention_shape(heads: int, kv_heads: int, head_dim: int, item: int, layers:
     """Attention alone, of so many heads and elements of `item` bytes."""
     query = Sizes(heads * head_dim * item, heads * (head_dim + 2) * 4)
     kind = Attending(layers, 4.0 * heads * head_dim, 2 * kv_heads * head_dim * item, query, kv_heads)
-    return ModelShape(f"attention, {heads}/{kv_heads} heads of {head_dim}", layers, (kind,), heads=heads)
+    held = 2 * query.block + query.result  # queries, output and state
+    name = f"attention, {heads}/{kv_heads} heads of {head_dim}"
+    return ModelShape(name, layers, (kind,), heads=heads, activations=held)
