@@ -125,9 +125,9 @@ def _predict_calls(found: list[dict], link: Link) -> list[tuple[str, float, floa
         shape = attention_shape(call.heads, call.kv_heads, call.dim, 4)
         kind = shape.attending[0]
         fitted = [_line(kind.pair_flops, SMALL**2, s["small"], LARGE**2, s["large"]) for s in seconds]
-        ring = Ring(
-            np.array([rate for _, rate in fitted]), float(np.mean([c for c, _ in fitted])), (link,) * len(found)
-        )
+        cut = median(_cut(kind.pair_flops, *line, s["causal"]) for line, s in zip(fitted, seconds))
+        rates = np.array([rate for _, rate in fitted])
+        ring = Ring(rates, float(np.mean([fixed for fixed, _ in fitted])), (link,) * len(found), cut)
         layout = ra.Layout.zigzag(call.tokens, len(found))
         spans = list(layout.spans)
         sizes = ra_sizes(kind)
@@ -149,6 +149,12 @@ def _line(unit: float, small: float, first: float, large: float, second: float) 
     """Constant part in seconds, and operations per second, of two measurements."""
     slope = max(second - first, 1e-9) / (large - small)
     return max(0.0, first - slope * small), unit / slope
+
+
+def _cut(unit: float, call: float, rate: float, seconds: float) -> float:
+    """Seconds of a query on a mask's edge beside its pairs, of a causal call."""
+    pairs = LARGE * (LARGE + 1) / 2
+    return max(0.0, (seconds - call - pairs * unit / rate) / LARGE)
 
 
 def _predict_model(found: list[dict], link: Link) -> list[tuple[str, float, float]]:
@@ -175,15 +181,16 @@ def _machine(one: dict, shape) -> Machine:
     """The rates of a rank, from a kernel call, two short prompts, and a token after them on one rank."""
     kind = shape.attending[0]
     call, attention = _line(kind.pair_flops, SMALL**2, one["small"], LARGE**2, one["large"])
+    cut = _cut(kind.pair_flops, call, attention, one["causal"])
     linear = []
     for n in SHORT:
         pairs = n * (n + 1) / 2 * kind.pair_flops
-        linear.append(one["alone"][str(n)] - shape.depth * (pairs / attention + call))
+        linear.append(one["alone"][str(n)] - shape.depth * (pairs / attention + call + cut * n))
     fixed, flops = _line(shape.linear, SHORT[0], linear[0], SHORT[1], linear[1])
     keys = SHORT[1] * kind.key * kind.count
     return Machine(  # its bandwidth contains all of a token's work beside the keys
         "host", flops, attention, (shape.read + shape.head) / max(one["token"] - keys / one["keys"], 1e-6), 0.0,
-        call=call, layer=fixed / shape.depth, keys=one["keys"],
+        call=call, cut=cut, layer=fixed / shape.depth, keys=one["keys"],
     )  # fmt: skip
 
 
@@ -233,12 +240,15 @@ def _time_calls(ring: ra.Ring) -> dict:
         def attend(local=local, layout=layout, mask=mask) -> None:
             mx.eval(ra.ring_attention(*local, ring=ring, layout=layout, mask=mask))
 
-        def alone(tokens: int, local=local) -> None:
-            mx.eval(ra.attention(*(x[:, :, :tokens] for x in local)))
+        whole = [_random(1, heads, LARGE, call.dim) for heads in (call.heads, call.kv_heads, call.kv_heads)]
+
+        def alone(tokens: int, mask: str | None = None, whole=whole) -> None:
+            mx.eval(ra.attention(*(x[:, :, :tokens] for x in whole), mask=mask))
 
         calls = {
             "small": lambda alone=alone: alone(SMALL),
             "large": lambda alone=alone: alone(LARGE),
+            "causal": lambda alone=alone: alone(LARGE, "causal"),
             "ring": attend,
         }
         timed = turns({name: _together(ring, work) for name, work in calls.items()}, REPEATS + 1)
@@ -276,10 +286,11 @@ def _time_model(ring: ra.Ring) -> dict:
     heads, kv_heads, dim = (CONFIG[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     local = [_random(1, h, LARGE, dim) for h in (heads, kv_heads, kv_heads)]
 
-    def attend(queries: int, tokens: int) -> None:
-        mx.eval(ra.attention(local[0][:, :, :queries], *(x[:, :, :tokens] for x in local[1:])))
+    def attend(queries: int, tokens: int, mask: str | None = None) -> None:
+        mx.eval(ra.attention(local[0][:, :, :queries], *(x[:, :, :tokens] for x in local[1:]), mask=mask))
 
     calls = {"small": lambda: attend(SMALL, SMALL), "large": lambda: attend(LARGE, LARGE)}
+    calls["causal"] = lambda: attend(LARGE, LARGE, "causal")
     calls |= {f"one {n}": lambda n=n: attend(1, n) for n in (SMALL, LARGE)}
     calls |= {f"solo {n}": lambda n=n: read(solo, n, n) for n in SHORT}
     calls |= {f"ring {n}": lambda n=n: read(model, n, CHUNK * ring.size) for n in PROMPTS}
@@ -303,6 +314,7 @@ def _time_model(ring: ra.Ring) -> dict:
     return {
         "small": seconds["small"],
         "large": seconds["large"],
+        "causal": seconds["causal"],
         "keys": keys,
         "alone": {n: seconds[f"solo {n}"] for n in SHORT},
         "exchange": max(0.0, seconds[f"decode {ring.size}"] - seconds["decode 1"]),

@@ -17,7 +17,7 @@ from .sharding.partition import RUN
 from .sharding.recurrent_cache import KEPT
 from .sharding.sharded_cache import GROWTH, SLACK, ShardedKVCache
 
-PROCESS = 256 << 20  # bytes of Python, MLX, mlx-lm and the tokenizer; about 130 MiB were measured on Linux with a small one
+PROCESS = 256 << 20  # bytes of Python, MLX and mlx-lm; on Linux about 130 MiB were measured, with a small tokenizer
 BLOCKS = 3  # of a layer's keys beside the cache: two that travel, and the copy to which new tokens are appended
 MOST = 1 << 31  # tokens; a longer context counts as no limit
 

@@ -43,6 +43,7 @@ IMPORTED = {
     "JambaMambaMixer": "mlx_lm.models.jamba",
     "dequantize_model": "mlx_lm.utils",
     "_get_classes": "mlx_lm.utils",
+    "load_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
     "TextStateMachine": "mlx_lm.generate",

@@ -9,12 +9,11 @@ import numpy as np
 
 from ..layout import Layout
 from .decode import token_on_ring, token_through_pipeline
-from .hops import Ring
 from .links import Link
 from .machines import Machine
 from .nested import read_on_rings
 from .prediction import Arrangement, Prediction, divisors
-from .prefill import Reading, attend_on_ring, read_on_ring, read_through_pipeline
+from .prefill import Reading, attend_on_ring, read_on_ring, read_through_pipeline, ring_of
 from .shape import ModelShape
 
 
@@ -151,8 +150,7 @@ def _on_ring(
         reading = read_on_rings(shape, rows, (cluster.link, outer), arrangement, job.context, job.chunk)
     else:
         reading = read_on_ring(shape, rows, links, job.context, job.chunk, weights, tensor, row_link)
-    ring = Ring(np.array([row.attention for row in rows]), max(row.call for row in rows), links)
-    token = token_on_ring(shape, rows, ring, job.context, weights, tensor, row_link)
+    token = token_on_ring(shape, rows, ring_of(rows, links), job.context, weights, tensor, row_link)
     footprint = shape.part(tensor).footprint()
     total = sum(weights)
     needs = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.intervals import Spans
+from ..core.intervals import Spans, length
 from ..core.masks import Band
 from ..ring.schedule import Sizes
 
@@ -25,11 +25,13 @@ class Demand:
         pairs: Attending pairs of the staying tokens of a rank and the travelling tokens of a source ``[rank, source]``.
         blocks: Tokens of a source that arrive at hop h ``[source, hop]``; 0 at hop 0.
         results: Tokens of a source whose results leave the rank of hop h ``[source, hop]``; 0 at hop 0.
+        cut: Query tokens of each rank that do not see all of the rank's own keys ``[rank]``.
     """
 
     pairs: np.ndarray
     blocks: np.ndarray
     results: np.ndarray
+    cut: np.ndarray
 
     def bytes(self, sizes: Sizes) -> int:
         """Bytes that all ranks send."""
@@ -42,14 +44,16 @@ def pass_kv(queries: list[Spans], keys: list[Spans], band: Band) -> Demand:
     Exact for causal and full masks. With a window, the counts of tokens are an upper bound where a rank whose tokens
     stay has several spans.
     """
+    pairs = count_pairs(queries, keys, band)
     blocks = _travelling(keys, _reach(queries, band))
-    return Demand(count_pairs(queries, keys, band), blocks, np.zeros_like(blocks))
+    return Demand(pairs, blocks, np.zeros_like(blocks), _cut(queries, keys, pairs))
 
 
 def pass_q(queries: list[Spans], keys: list[Spans], band: Band) -> Demand:
     """Demand of queries that travel, with their results one hop behind; see `pass_kv`."""
+    pairs = count_pairs(queries, keys, band)
     seen = _reach(keys, band.transposed)
-    return Demand(count_pairs(queries, keys, band).T, _travelling(queries, seen), _returning(queries, seen))
+    return Demand(pairs.T, _travelling(queries, seen), _returning(queries, seen), _cut(queries, keys, pairs))
 
 
 def choose(queries: list[Spans], keys: list[Spans], band: Band, key: Sizes, query: Sizes) -> tuple[str, Demand]:
@@ -75,6 +79,12 @@ def count_pairs(queries: list[Spans], keys: list[Spans], band: Band) -> np.ndarr
     if band.low is not None:
         pairs = pairs - _up_to(a, b, c, d, band.low - 1)
     return pairs.sum((2, 3))
+
+
+def _cut(queries: list[Spans], keys: list[Spans], pairs: np.ndarray) -> np.ndarray:
+    """Query tokens of each rank where the mask hides some of the rank's own keys."""
+    q_len, k_len = (np.array([length(spans) for spans in ranks]) for ranks in (queries, keys))
+    return np.where(pairs.diagonal() < q_len * k_len, q_len, 0)
 
 
 def _up_to(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, reach: int) -> np.ndarray:

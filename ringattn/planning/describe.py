@@ -40,7 +40,7 @@ def read_shape(path: str, dtype: str | None = None) -> ModelShape:
     require("mlx_lm", "ringattn[lm]")
     file = find_smollm2() if path == SMOLLM2 else Path(path)
     try:
-        model = load_gguf(file, None)[0] if file.suffix == ".gguf" else unread_model(_config(path))
+        model = _model(file, path)
         if dtype is not None:
             model = compat.dequantize_model(model)
             model.update(tree_map(lambda x: _cast(x, DTYPES[dtype]), model.parameters()))
@@ -49,6 +49,16 @@ def read_shape(path: str, dtype: str | None = None) -> ModelShape:
         raise ArgumentError(f"--model: {path}: {error}") from None
     except Exception as error:  # mlx-lm raises anything for a configuration that it does not know
         raise ArgumentError(f"--model: {path}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _model(file: Path, path: str) -> nn.Module:
+    """The model of a file or a folder, or one with the configuration of `path`. No weight is read."""
+    if file.suffix == ".gguf":
+        return load_gguf(file, None)[0]
+    if next(file.glob("model*.safetensors"), None) is not None:
+        model: nn.Module = compat.load_model(file, lazy=True)[0]
+        return model
+    return unread_model(_config(path))
 
 
 def unread_model(config: Mapping[str, Any]) -> nn.Module:

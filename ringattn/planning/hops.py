@@ -21,12 +21,14 @@ class Ring:
     Attributes:
         attention: Operations per second of each rank's attention.
         call: Seconds of a call of the kernel beside its operations.
+        cut: Seconds of a query token on the mask's edge beside its visible pairs: tiles are computed whole there.
         links: Link of each rank to its right neighbour.
     """
 
     attention: np.ndarray
     call: float
     links: tuple[Link, ...]
+    cut: float = 0.0
 
     @property
     def size(self) -> int:
@@ -72,7 +74,7 @@ def call_timing(ring: Ring, demand: Demand, sizes: Sizes, pair_flops: float) -> 
     work = np.array([link.work for link in ring.links])
     flops = demand.pairs * pair_flops / ring.attention[:, None]
     kernel = flops + ring.call * (demand.pairs > 0)
-
+    kernel[ranks, ranks] += ring.cut * demand.cut
     done = kernel[ranks, ranks]
     compute = done.copy()
     arrived = np.zeros(size)

@@ -27,6 +27,7 @@ class Machine:
         bandwidth: Bytes per second at which weights are read for a new token.
         memory: Bytes that the rank may use.
         call: Seconds of a call of the attention kernel beside its operations.
+        cut: Seconds of a query token on a mask's edge beside its visible pairs.
         layer: Seconds of a layer beside its operations.
         keys: Bytes per second at which keys are read for a new token; ``None``: as `bandwidth`.
         source: Origin of the rates.
@@ -38,6 +39,7 @@ class Machine:
     bandwidth: float
     memory: float
     call: float = 0.0
+    cut: float = 0.0
     layer: float = 0.0
     keys: float | None = None
     source: str = ""

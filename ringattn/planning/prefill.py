@@ -19,6 +19,12 @@ from .machines import Machine
 from .shape import Attending, ModelShape
 
 
+def ring_of(rows: Sequence[Machine], links: Sequence[Link]) -> Ring:
+    """The ring of these machines."""
+    rates = np.array([m.attention for m in rows])
+    return Ring(rates, max(m.call for m in rows), tuple(links), max(m.cut for m in rows))
+
+
 @dataclass
 class Reading:
     """Result of reading a prompt.
@@ -66,7 +72,7 @@ def read_on_ring(
         row_link: Link within a row.
     """
     part = shape.part(tensor)
-    ring = Ring(np.array([m.attention for m in rows]), max(m.call for m in rows), tuple(links))
+    ring = ring_of(rows, links)
     found = Reading()
     done = 0
     while done < tokens:
@@ -83,7 +89,7 @@ def read_on_ring(
 
 def attend_on_ring(shape: ModelShape, rows: Sequence[Machine], links: Sequence[Link], layout: Layout) -> Reading:
     """Time of causal attention to a whole sequence in the attending layers, without a model around it."""
-    ring = Ring(np.array([m.attention for m in rows]), max(m.call for m in rows), tuple(links))
+    ring = ring_of(rows, links)
     found = Reading()
     for kind in shape.attending:
         spans = list(layout.spans)
@@ -212,5 +218,6 @@ def _alone(shape: ModelShape, machine: Machine, start: int, new: int) -> float:
         before = start if kind.window is None else min(start, kind.window)
         own = new * (new + 1) / 2 if kind.window is None else new * min(new, kind.window) / 2
         pairs += kind.count * kind.pair_flops * (new * before + own)
-    calls = machine.layer * shape.depth + machine.call * sum(kind.count for kind in shape.attending)
+    calls = machine.layer * shape.depth
+    calls += (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
     return shape.linear * new / machine.flops + pairs / machine.attention + calls
