@@ -93,8 +93,10 @@ def _held(layer: CacheLayer, tokens: int, share: float, chunk: int) -> int:
 
 def footprint_of(model: nn.Module, kinds: Sequence[Kind], caches: Sequence[Any]) -> Footprint:
     """The footprint of a model on this rank, whose layers have left their keys in `caches` in a trial pass."""
-    keys = [cache for cache in flat(caches) if isinstance(cache, ShardedKVCache) and cache.keys is not None]
-    layers = tuple(CacheLayer(_token_bytes(cache), cache.window, cache.keys.shape[1]) for cache in keys)
+    leaves = [cache for cache in flat(caches) if isinstance(cache, ShardedKVCache)]
+    layers = tuple(
+        CacheLayer(_token_bytes(cache), cache.window, cache.keys.shape[1]) for cache in leaves if cache.keys is not None
+    )
     weights: Any = tree_flatten(model.parameters())
     kept = KEPT + 2  # with the state itself, and the one before the last pass
     states = kept * sum(map(_state_bytes, kinds))

@@ -83,11 +83,15 @@ def _cluster(cluster: Cluster) -> str:
 
 def _rates(machine: Machine) -> str:
     rates = [
-        f"products {format_number(machine.flops / 1e12, 2)} TFLOP/s",
-        f"attention {format_number(machine.attention / 1e12, 2)}",
+        f"products {_flops(machine.flops)}",
+        f"attention {_flops(machine.attention)}",
         f"memory {format_number(machine.bandwidth / 1e9)} GB/s, {format_number(machine.memory / GIB, 1)} GiB to use",
     ]
     return f"{machine.name}: {', '.join(rates)} ({machine.source})"
+
+
+def _flops(rate: float) -> str:
+    return f"{format_number(rate / 1e12, 1)} TFLOP/s" if rate >= 1e12 else f"{format_number(rate / 1e9)} GFLOP/s"
 
 
 def _link(link: Link) -> str:

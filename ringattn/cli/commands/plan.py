@@ -106,8 +106,9 @@ def _shape(options: dict[str, Any]) -> ModelShape:
     if (options["model"] is None) == (options["heads"] is None):
         raise click.UsageError("--model, --heads: expected one of them")
     if options["model"] is None:
+        heads, kv_heads = options["heads"]
         item = DTYPES[options["dtype"] or "float16"]
-        return attention_shape(*options["heads"], options["head_dim"], item, options["layers"])
+        return attention_shape(heads, kv_heads, options["head_dim"], item, options["layers"])
     from ...planning.describe import read_shape
 
     return read_shape(options["model"], options["dtype"])
