@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...errors import ArgumentError
+from ..bench_options import parse_heads
 from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
-from .bench import parse_heads
 
 if TYPE_CHECKING:
     from ...planning import Cluster, Job, ModelShape, Prediction
