@@ -157,3 +157,17 @@ def test_a_process_takes_no_more_than_is_reserved() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     (kib,) = re.findall(r"VmRSS:\s*(\d+)", shown)
     assert int(kib) << 10 < PROCESS
+
+
+@pytest.mark.ranks
+def test_generate_says_so_in_one_line(tmp_path: Path) -> None:
+    folder = families.save(tmp_path)
+    line = [sys.executable, "-m", "ringattn.cli", "generate", "-n", "2", "--env", f"{MEMORY}={PROCESS + (1 << 20)}"]
+    line += ["--model", str(folder), "--prefill-step-size", "16", "-p", "w1 " * 5000, "--ignore-chat-template"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and done.stdout == ""
+    errors = [one for one in done.stderr.splitlines() if one.startswith("Error: ")]
+    assert len(errors) == 1, done.stderr
+    assert re.match(r"Error: (rank \d: )?prompt: 5,\d{3} tokens of context need .*; [\d,]+ tokens fit", errors[0]), (
+        errors
+    )
