@@ -101,6 +101,14 @@ def test_the_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 x " in done.output and "measured by the doctor" in done.output
 
 
+@pytest.mark.parametrize(("given", "slow"), [((), True), (("--dtype", "float32"), False)])
+def test_measured_rates_are_those_of_float32(folder: str, given: tuple[str, ...], slow: bool) -> None:
+    """A CPU has no other rate of products."""
+    done = plan("--model", folder, "--context", "64", "--measure", *given)
+    assert done.exit_code == 0, done.output
+    assert ("20 times more slowly" in done.output) is slow
+
+
 def test_the_help_lists_all_chips_and_links() -> None:
     from ringattn.planning.links import LINKS
 
@@ -120,7 +128,18 @@ def test_the_help_lists_all_chips_and_links() -> None:
         ((*ATTENTION, "--machine", "m4", "--link", "rope"), "--link: 'rope', expected"),
         ((*ATTENTION, *CLUSTER, "--island", "2"), "--island, --outer-link: expected both or neither"),
         ((*ATTENTION, *CLUSTER, "--island", "3", "--outer-link", "1gbe"), "--island: 3, expected a divisor of 4"),
-        ((*ATTENTION, *CLUSTER, "--json", "/no/such/folder/plan.json"), "--json: /no/such/folder/plan.json"),
+        (
+            (*ATTENTION, *CLUSTER, "--json", "/no/such/folder/plan.json"),
+            "--json: /no/such/folder/plan.json: there is no",
+        ),
+        (
+            (*ATTENTION, "--machine", "600*m1", "--machine", "600*m2"),
+            "--machine: 1,200 machines, expected at most 1,024",
+        ),
+        ((*ATTENTION, *CLUSTER, "-n", "4", "--hosts", "a,b"), "-n, --hosts: only with --measure"),
+        ((*ATTENTION, *CLUSTER, "--timeout", "120"), "--timeout: only with --measure"),
+        ((*ATTENTION, "--measure", "--link", "10gbe"), "--link: not with --measure"),
+        (("--model", "x", *CLUSTER, "--layers", "2"), "--layers: only with --heads"),
         (("--model", "/no/such/folder", *CLUSTER), "--model: /no/such/folder: no such file or folder"),
     ],
 )
