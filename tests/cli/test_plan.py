@@ -81,6 +81,18 @@ def test_what_does_not_fit(folder: str) -> None:
     done = plan("--model", folder, "--machine", "17/800:260M", "--context", "1000000000")
     assert done.exit_code == 1
     assert "TOO LITTLE" in done.output and "does not fit: at most " in done.output
+    done = plan("--model", folder, "--machine", "17/800:10M", "--context", "1")
+    assert done.exit_code == 1
+    assert "does not fit: the weights leave no room" in done.output
+
+
+@pytest.mark.parametrize(("context", "warned"), [("64", False), ("65", True)])
+def test_a_context_that_the_model_was_not_made_for(context: str, warned: bool, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**CONFIG, "vocab_size": 262, "max_position_embeddings": 64}))
+    done = plan("--model", str(config), *CLUSTER, "--context", context)
+    assert "made for contexts of 64 tokens" in done.output
+    assert ("likely to be wrong" in done.output) is warned
 
 
 def test_what_ringattn_does_not_run_is_marked() -> None:
@@ -155,6 +167,7 @@ def test_wrong_configurations_in_one_line(config: str, tmp_path: Path) -> None:
     file.write_text(config)
     done = plan("--model", str(file), *CLUSTER)
     assert done.exit_code == 1 and done.output.startswith(f"Error: --model: {file}: ")
+    assert ("expected a config.json of mlx-lm" in done.output) is ("model_type" not in config)
     assert len(done.output.splitlines()) == 1
 
 
