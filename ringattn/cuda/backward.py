@@ -38,8 +38,8 @@ def deal(reach: np.ndarray, splits: int) -> np.ndarray:
 def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, splits: int) -> KernelCall:
     """The call of `backward.cu`.
 
-    Its outputs are float32, without the factor `scale`: dq ``[splits, B, Hq, Lq, D]``, to be added up over the first
-    axis; dk ``[B, Hq, Lk, D]`` and dv ``[B, Hq, Lk, Dv]``, to be added up over the heads of a group; and with an
+    Its outputs are float32, without the factor `scale`: dq ``[splits, B * Hq * dq_numbers]`` for `collect_queries.cu`;
+    dk ``[B, Hq, Lk, D]`` and dv ``[B, Hq, Lk, Dv]``, to be added up over the heads of a group; and with an
     additive mask its gradient ``[B, Hq, Lq, Lk]``.
 
     Args:
@@ -53,10 +53,10 @@ def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, spli
     k_len, head_dim, value_dim = k.shape[2], q.shape[3], v.shape[3]
     reach = query_tile_ranges(inputs, tiling)
     buffers = {
-        "queries": q,
-        "keys": k,
-        "values": v,
-        "dout": rows.dout,
+        "queries": mx.contiguous(q),
+        "keys": mx.contiguous(k),
+        "values": mx.contiguous(v),
+        "dout": mx.contiguous(rows.dout),
         "lse": rows.lse,
         "delta": rows.delta,
         "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
@@ -82,7 +82,7 @@ def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, spli
         **rule_switches(rules, buffers),
     }
     outputs = {
-        "dq": (splits, batch, heads, q_len, head_dim),
+        "dq": (splits, batch * heads * tiling.dq_numbers(q_len)),
         "dk": (batch, heads, k_len, head_dim),
         "dv": (batch, heads, k_len, value_dim),
     }
@@ -112,6 +112,29 @@ def collect_call(parts: mx.array, sums: mx.array, factor: float) -> KernelCall:
         {"WIDTH": width},
         {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
         blocks=(-(-sums.size // (THREADS * width)), 1, 1),
+        threads=THREADS,
+        output_names=["out"],
+        output_shapes=[sums.shape],
+        output_dtypes=[mx.float32],
+    )
+
+
+def collect_queries_call(parts: mx.array, sums: mx.array, factor: float, tiling: GradientTiling) -> KernelCall:
+    """The call of `collect_queries.cu`: `sums` ``[B, Hq, Lq, D]`` and, times `factor`, the dq of `backward_call`."""
+    return kernel_call(
+        "collect_queries",
+        (),
+        {
+            "D": sums.shape[3],
+            "QUERIES": tiling.QUERIES,
+            "WARPS": tiling.warps,
+            "FRAGMENTS": tiling.fragments,
+            "CHUNKS": tiling.chunks,
+            "Q_WARPS": tiling.q_warps,
+            "D_WARPS": tiling.d_warps,
+        },
+        {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
+        blocks=(-(-parts.shape[1] // (4 * THREADS)), 1, 1),
         threads=THREADS,
         output_names=["out"],
         output_shapes=[sums.shape],

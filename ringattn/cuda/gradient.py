@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,7 @@ from ..core.intervals import cut
 from ..kernels.gpu.self_test import trial_error
 from ..kernels.interface import KernelInputs
 from . import launch
-from .backward import backward_call, collect_call, rows_call
+from .backward import backward_call, collect_call, collect_queries_call, rows_call
 from .device import shared_bytes
 from .gradient_tiling import QUERY_TILES, GradientTiling
 
@@ -40,7 +41,7 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
 def _few(x: mx.array) -> mx.array:
     """Some numbers in the dtype and the number of dims of `x`: its own may not be evaluated in mx.compile."""
     shape = (1, 1, TRIAL, *x.shape[3:])
-    return mx.sin(mx.arange(np.prod(shape))).reshape(shape).astype(x.dtype)
+    return mx.sin(mx.arange(prod(shape))).reshape(shape).astype(x.dtype)
 
 
 def _rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
@@ -105,7 +106,7 @@ class Plan:
         tiling = GradientTiling.of(q.dtype, q.shape[3], v.shape[3], shared_bytes())
         keys = _most(k.shape[2], WORKSPACE // (4 * heads * (k.shape[3] + v.shape[3])), tiling.KEYS)
         splits = _splits(heads, -(-keys // tiling.KEYS), tiling.blocks)
-        queries = min(WORKSPACE // (4 * heads * splits * q.shape[3]), QUERY_TILES * tiling.QUERIES)
+        queries = min(WORKSPACE // (4 * heads * splits * tiling.BD), QUERY_TILES * tiling.QUERIES)
         if inputs.rules.mask is not None and inputs.rules.mask.dtype != mx.bool_:
             queries = min(queries, max(SCORES // (heads * keys), 1024))
             keys = _most(keys, SCORES // (heads * min(queries, q.shape[2])), tiling.KEYS)
@@ -123,7 +124,7 @@ class Plan:
         part = inputs.part(slice(*queries), slice(*keys))
         dq, dk, dv, *dmask = launch.run(backward_call(part, rows, self.tiling, self.splits))
         scale, columns = inputs.rules.scale, slice(*keys)
-        q = _collected(dq.reshape(1, self.splits, -1), sums.q, scale)
+        q = launch.run(collect_queries_call(dq, mx.contiguous(sums.q), scale, self.tiling))[0]
         k = _added(sums.k, dk, inputs.group, scale, columns)
         v = _added(sums.v, dv, inputs.group, 1.0, columns)
         mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask

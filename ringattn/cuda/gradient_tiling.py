@@ -58,13 +58,32 @@ class GradientTiling:
         return FRAGMENT * self.warps // self.halves
 
     @property
+    def q_warps(self) -> int:
+        """Warps along the queries of dq."""
+        return self.QUERIES // FRAGMENT // self.fragments
+
+    @property
+    def d_warps(self) -> int:
+        """Warps along the dims of dq."""
+        return self.warps // self.q_warps
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 16 dims of dq that a warp has."""
+        return -(-self.BD // (FRAGMENT * self.d_warps))
+
+    def dq_numbers(self, q_len: int) -> int:
+        """Numbers of dq of one head, in whole tiles and with padded dims."""
+        return -(-q_len // self.QUERIES) * self.QUERIES * FRAGMENT * self.d_warps * self.chunks
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return WARP * self.warps
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of K, V, the stages of Q and dout, two ds and, with two halves, p, lse and delta, and a block's notes."""
+        """Bytes of K, V, the stages of Q, dout, lse and delta, two ds, p if there are two halves, and notes."""
         rows = self.KEYS + self.stages * self.QUERIES
         tiles = rows * ((self.BD + self.BV) * self.item + 32)
         weights = (1 + self.halves) * self.KEYS * (self.QUERIES * self.item + 16)

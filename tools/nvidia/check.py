@@ -62,8 +62,8 @@ SMALL_GRADIENTS = [
 ]
 
 RANDOM = 200  # problems with a random choice of every feature
-RANDOM_GRADIENTS = 100
-STEP = 25  # of them in one check
+RANDOM_GRADIENTS = 40
+STEP = 5  # of them in one check
 
 Checks = list[Callable[[], None]]
 
@@ -196,7 +196,8 @@ def check_gradient(shape: AttentionShape) -> None:
     first = gradient(ours, *arrays)
     same = all(mx.array_equal(a, b).item() for _ in range(4) for a, b in zip(first, gradient(ours, *arrays)))
     seconds = medians({"ours": lambda: gradient(ours, *arrays), "mlx": lambda: gradient(theirs, *arrays)}, 3)
-    right = np.isfinite(errors["ours"]) and errors["ours"] <= 2 * errors["mlx"]
+    floor = 1e-5 if shape.dtype == mx.float32 else 0.0  # what MLX's float32 products, the reference, may miss
+    right = np.isfinite(errors["ours"]) and errors["ours"] <= 2 * errors["mlx"] + floor
     what = " ".join(f"{name}: error {errors[name]:.1e}, {seconds[name]:.3f} s;" for name in errors)
     report(f"gradient, {words(shape)}", right and same, what + ("" if same else " OTHER BITS AGAIN"))
 

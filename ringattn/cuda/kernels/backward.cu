@@ -6,14 +6,16 @@
 // of p and ds, and with half of the dims of dk and dv.
 //
 // dk and dv stay in registers while the queries pass. dq is added up in memory, in an array that belongs to this thread
-// block: no atomics, and the same order of sums in every run. It is one tile of queries behind, so that one barrier for
-// each tile is enough, and its sums arrive from memory while s is computed. scale is left to `collect.cu`.
+// block: no atomics, and the same order of sums in every run. Its product is one tile of
+// queries behind, so that one barrier for each tile is enough. scale is left to `collect.cu`.
 
   constexpr int KEYS = RA_WARPS / RA_HALVES * 16, QUERIES = RA_QUERIES; // in a tile
   constexpr int COLUMNS = QUERIES / RA_HALVES;                          // of p and ds, of a warp
   constexpr int LDS = QUERIES + PART;
   constexpr int Q_WARPS = QUERIES / 16 / RA_FRAGMENTS, D_WARPS = RA_WARPS / Q_WARPS; // that share dq
   constexpr int CHUNKS = (BD / 16 + D_WARPS - 1) / D_WARPS;                          // of 16 dims of dq, of a warp
+  constexpr bool WHOLE = BD == 16 * D_WARPS * CHUNKS;                                // whether all of them exist
+  constexpr bool D_PARTS = RA_D % PART == 0, DV_PARTS = RA_DV % PART == 0;           // rows begin at 16 bytes
 
   extern __shared__ __align__(16) unsigned char memory[];
   RA_T* k_tile = reinterpret_cast<RA_T*>(memory);
@@ -32,49 +34,50 @@
   const int q_tile_count = (q_len + QUERIES - 1) / QUERIES;
   const int head = blockIdx.y, batch = blockIdx.z, kv_head = head / (heads / keys_shape[1]);
   const long long place = static_cast<long long>(batch) * heads + head;
-  const RA_T* q = queries + batch * queries_strides[0] + head * queries_strides[1];
-  const RA_T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
-  const RA_T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
-  const RA_T* dout_rows = dout + batch * dout_strides[0] + head * dout_strides[1];
-  const bool q_parts = in_parts(queries, queries_strides, RA_D), k_parts = in_parts(keys, keys_strides, RA_D);
-  const bool v_parts = in_parts(values, values_strides, RA_DV), dout_parts = in_parts(dout, dout_strides, RA_DV);
-  float* dq_rows = dq + (blockIdx.x * (static_cast<long long>(heads) * gridDim.z) + place) * q_len * RA_D;
+  const long long kv_place = (static_cast<long long>(batch) * keys_shape[1] + kv_head) * k_len;
+  const long long dq_place = (blockIdx.x * (static_cast<long long>(heads) * gridDim.z) + place) * q_tile_count;
   const float scale = numbers[0];
 
   auto load_queries = [&](int tile, int stage) {
-    const int first = tile * QUERIES, here = min(q_len - first, QUERIES);
-    load<QUERIES, BD, LDK>(q_tiles + stage * QUERIES * LDK, q + first * queries_strides[2], queries_strides[2],
-                           queries_strides[3], RA_D, here, q_parts);
-    load<QUERIES, BV, LDV>(dout_tiles + stage * QUERIES * LDV, dout_rows + first * dout_strides[2], dout_strides[2],
-                           dout_strides[3], RA_DV, here, dout_parts);
+    const int here = min(q_len - tile * QUERIES, QUERIES);
+    const long long first = place * q_len + tile * QUERIES;
+    load<QUERIES, BD, LDK>(q_tiles + stage * QUERIES * LDK, queries + first * RA_D, RA_D, 1, RA_D, here, D_PARTS);
+    load<QUERIES, BV, LDV>(dout_tiles + stage * QUERIES * LDV, dout + first * RA_DV, RA_DV, 1, RA_DV, here, DV_PARTS);
     for (int i = threadIdx.x; i < 2 * QUERIES; i += THREADS) {
-      const int row = min(i % QUERIES, here - 1);
-      copy_word(saved + stage * 2 * QUERIES + i, (i < QUERIES ? lse : delta) + place * q_len + first + row);
+      copy_word(saved + stage * 2 * QUERIES + i, (i < QUERIES ? lse : delta) + first + min(i % QUERIES, here - 1));
     }
+    commit_copies(); // at once: a later end of the group waits for the sums of dq, which come from memory
   };
 
-  // dq of a tile of queries: what earlier keys left, and then the product with these keys
+  // dq of a tile of queries: what earlier keys left, and then the product with these keys. In memory each lane has four
+  // neighbours, as `collect_queries.cu` knows.
   float dq_sums[RA_FRAGMENTS][2 * CHUNKS][4];
-  auto for_dq = [&](int tile, auto use) {
-    RA_UNROLL
-    for (int r = 0; r < 2 * RA_FRAGMENTS; r++) {
-      const int row = tile * QUERIES + 16 * RA_FRAGMENTS * q_warp + lane / 4 + 8 * r;
-      float* at = dq_rows + row * static_cast<long long>(RA_D) + d_warp * 16 + lane % 4 * 2;
-      RA_UNROLL
-      for (int i = 0; i < 2 * CHUNKS; i++) {
-        const int step = i / 2 * D_WARPS * 16 + i % 2 * 8;
-        use(at + step, &dq_sums[r / 2][i][r % 2 * 2], row < q_len ? RA_D - d_warp * 16 - lane % 4 * 2 - step : 0);
-      }
-    }
+  auto dq_of = [&](int tile) {
+    return reinterpret_cast<float4*>(dq) + (dq_place + tile) * (QUERIES * 4 * CHUNKS * D_WARPS) +
+        warp * (RA_FRAGMENTS * 2 * CHUNKS * 32) + lane;
   };
   auto begin_dq = [&](int tile) {
     const bool again = begun[tile];
-    for_dq(tile, [&](const float* from, float* to, int dims) { load_two<RA_D>(to, from, again ? dims : 0); });
+    const float4* from = dq_of(tile);
+    RA_UNROLL
+    for (int i = 0; i < RA_FRAGMENTS * 2 * CHUNKS; i++) {
+      const float4 x = again ? from[32 * i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      float(&to)[4] = dq_sums[i / (2 * CHUNKS)][i % (2 * CHUNKS)];
+      to[0] = x.x;
+      to[1] = x.y;
+      to[2] = x.z;
+      to[3] = x.w;
+    }
   };
   auto finish_dq = [&](int tile, int turn) {
     multiply_columns<KEYS, LDS, LDK, 16 * D_WARPS>(dq_sums, ds_tiles + turn * KEYS * LDS + 16 * RA_FRAGMENTS * q_warp,
-                                                   k_tile + 16 * d_warp, BD - 16 * d_warp);
-    for_dq(tile, [&](float* to, const float* from, int dims) { store_two<RA_D>(to, from, dims); });
+                                                   k_tile + 16 * d_warp, WHOLE ? BD : BD - 16 * d_warp);
+    float4* to = dq_of(tile);
+    RA_UNROLL
+    for (int i = 0; i < RA_FRAGMENTS * 2 * CHUNKS; i++) {
+      const float(&x)[4] = dq_sums[i / (2 * CHUNKS)][i % (2 * CHUNKS)];
+      to[32 * i] = make_float4(x[0], x[1], x[2], x[3]);
+    }
   };
 
   int settled = -1; // the tile whose dq was written last: after a barrier it has begun
@@ -89,7 +92,7 @@
   }
   for (int n = 0; n < blocks_shape[1] && blocks[blockIdx.x * blocks_shape[1] + n] >= 0; n++) {
     const int block = blocks[blockIdx.x * blocks_shape[1] + n], key = block * KEYS, keys_here = min(k_len - key, KEYS);
-    const int full_first = reach[4 * block + 1], full_last = reach[4 * block + 2], last = reach[4 * block + 3];
+    const int last = reach[4 * block + 3];
     int tile = reach[4 * block];
 #if RA_SEGMENTS
     const int2 k_bounds = bounds_of(key_bounds + 2 * batch * key_bounds_shape[1], block);
@@ -97,12 +100,15 @@
     tile = next_shared(tile, last, k_bounds, q_bounds);
 #endif
     __syncthreads(); // everyone is done with the keys before
-    load<KEYS, BD, LDK>(k_tile, k + key * keys_strides[2], keys_strides[2], keys_strides[3], RA_D, keys_here, k_parts);
-    load<KEYS, BV, LDV>(v_tile, v + key * values_strides[2], values_strides[2], values_strides[3], RA_DV, keys_here, v_parts);
+    settle();
+    settled = -1;
+    load<KEYS, BD, LDK>(k_tile, keys + (kv_place + key) * RA_D, RA_D, 1, RA_D, keys_here, D_PARTS);
+    load<KEYS, BV, LDV>(v_tile, values + (kv_place + key) * RA_DV, RA_DV, 1, RA_DV, keys_here, DV_PARTS);
+    commit_copies();
     if (tile < last) {
       load_queries(tile, 0);
     }
-    wait_for_copies();
+    wait_for_committed();
     __syncthreads();
     const bool odd_block = __syncthreads_or(finds_odd<KEYS, BD, LDK>(k_tile));
     if (odd_block) { // such keys are zeros in the products, and NaN in the scores of those who see them
@@ -123,22 +129,19 @@
       const int next = tile + 1;
 #endif
       const bool full =
-          !RA_MASK && same && !odd_block && keys_here == KEYS && tile >= full_first && tile < full_last;
+          !RA_MASK && same && !odd_block && keys_here == KEYS && tile >= reach[4 * block + 1] && tile < reach[4 * block + 2];
       RA_T* q_tile = q_tiles + stage * QUERIES * LDK;
       RA_T* dout_tile = dout_tiles + stage * QUERIES * LDV;
       float* saved_lse = saved + stage * 2 * QUERIES;
       const int query = tile * QUERIES;
 
-      wait_for_copies();
+      wait_for_committed();
       __syncthreads(); // the queries and ds are there, and everyone is done with the queries before
       if (RA_STAGES == 2 && next < last) {
         load_queries(next, RA_STAGES - 1 - stage);
       }
       settle();
-      if (before >= 0) {
-        begin_dq(before);
-        settled = before;
-      }
+      settled = before;
       if (!full && __syncthreads_or(finds_odd<QUERIES, BD, LDK>(q_tile) | finds_odd<QUERIES, BV, LDV>(dout_tile))) {
         for (int r = threadIdx.x; r < QUERIES; r += THREADS) {
           const bool odd = clear_odd_row<BD>(q_tile + r * LDK) | clear_odd_row<BV>(dout_tile + r * LDV);
@@ -265,6 +268,7 @@
 #endif
       }
 
+      begin_dq(tile); // its sums come from memory while dk is computed
 #if RA_HALVES == 1
       multiply_weights<LDK>(dk_sums, ds, q_tile);
 #else
@@ -294,10 +298,9 @@
     }
     __syncthreads(); // ds is there
     settle();
+    settled = before;
     if (before >= 0) {
-      begin_dq(before);
       finish_dq(before, 1 - turn);
-      settled = before;
     }
 
     RA_UNROLL
@@ -322,9 +325,9 @@
   __syncthreads();
   for (int tile = 0; tile < q_tile_count; tile++) {
     if (!begun[tile]) {
-      const int count = min(q_len - tile * QUERIES, QUERIES) * RA_D;
-      for (int i = threadIdx.x; i < count; i += THREADS) {
-        dq_rows[static_cast<long long>(tile) * QUERIES * RA_D + i] = 0.0f;
+      float4* to = dq_of(tile);
+      for (int i = 0; i < RA_FRAGMENTS * 2 * CHUNKS; i++) {
+        to[32 * i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
     }
   }

@@ -31,6 +31,14 @@ RA_FUNC void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+RA_FUNC void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+RA_FUNC void wait_for_committed() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
 // Whether every row of an array begins at a multiple of 16 bytes, and its numbers follow each other.
 template <typename Strides>
 RA_FUNC bool in_parts(const void* start, const Strides& strides, int dims) {
@@ -76,7 +84,7 @@ RA_FUNC float quad_sum(float x) {
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
-// Store or load two neighbours of a row with DIMS numbers, of which the next `dims` belong to it.
+// Store two neighbours of a row with DIMS numbers, of which the next `dims` belong to it.
 template <int DIMS>
 RA_FUNC void store_two(float* to, const float* two, int dims) {
   if constexpr (DIMS % 2 == 0) {
@@ -86,20 +94,6 @@ RA_FUNC void store_two(float* to, const float* two, int dims) {
   } else {
     for (int i = 0; i < min(dims, 2); i++) {
       to[i] = two[i];
-    }
-  }
-}
-
-template <int DIMS>
-RA_FUNC void load_two(float* two, const float* from, int dims) {
-  if constexpr (DIMS % 2 == 0) {
-    const float2 x = dims > 0 ? *reinterpret_cast<const float2*>(from) : make_float2(0.0f, 0.0f);
-    two[0] = x.x;
-    two[1] = x.y;
-  } else {
-    RA_UNROLL
-    for (int i = 0; i < 2; i++) {
-      two[i] = i < dims ? from[i] : 0.0f;
     }
   }
 }
