@@ -21,7 +21,7 @@ from .ring.blocks import raw
 from .ring.call import check_layout, check_ring
 from .transport.base import Ring
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, raise_on_all_ranks
-from .transport.interface import Transport, timed
+from .transport.interface import Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -176,7 +176,7 @@ class _DecodeCall:
 
     def _alone(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> tuple[mx.array, mx.array]:
         """Attend on a ring of one rank. There is nothing to exchange, so the result may stay lazy."""
-        with timed(self.ring, "compute", 0):
+        with self.ring.tracer.span("compute", 0):
             start_evaluation(q, k, v, *options.arrays)  # raises under a transformation
             output = OutputSpec(options.out_dtype, True, options.sinks)
             out, lse = self.kernel.finish(self._inputs(q, k, v, options), output)
@@ -190,7 +190,7 @@ class _DecodeCall:
         return KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns))
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
-        with timed(self.ring, "compute", 0):
+        with self.ring.tracer.span("compute", 0):
             state: State = self.kernel.forward(self._inputs(q, k, v, options))
             if lazy:
                 # Raise here under a transformation. Without this, no rank would check the exchange.

@@ -15,12 +15,13 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
+from ..tracing.spans import RESULTS
 from ..transport.interface import Direction, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens
 from .relay import Slots
 from .schedule import Schedule
 
-TAGS = 4096  # the first tag of results; the tag of a block is its hop
+TAGS = RESULTS  # the first tag of results; the tag of a block is its hop
 ROWS = 1024  # tokens merged at a time, to bound the memory
 
 Arrays = Sequence[mx.array]

@@ -19,7 +19,7 @@ from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
 from ..transport.base import Ring
 from ..transport.consensus import Fields
-from ..transport.interface import Transfer, Transport, timed
+from ..transport.interface import Transfer, Transport
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
@@ -128,7 +128,7 @@ class RingCall:
 
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
-        with timed(self.ring, "compute", hop):
+        with self.ring.tracer.span("compute", hop):
             state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             mx.eval(*state)
         return state
@@ -136,7 +136,7 @@ class RingCall:
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
         """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""
         rows = Rows(*queries.arrays[1:4])
-        with timed(self.ring, "compute", hop):
+        with self.ring.tracer.span("compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
             sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
             mx.eval(*sums[:3])
@@ -174,7 +174,7 @@ class RingCall:
         """Wait for the `transfers` that are not None, and record the wait in the ring's trace."""
         waiting = [transfer for transfer in transfers if transfer is not None]
         if not all(transfer.done for transfer in waiting):
-            with timed(self.ring, "wait", hop):
+            with self.ring.tracer.span("wait", hop):
                 self.ring.wait(*waiting)
 
 

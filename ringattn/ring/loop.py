@@ -36,7 +36,9 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
         fields = call.fields()
     agree(call.ring, WHAT, fields)
     with call.ring.break_ring_on_error():
-        state = _STRATEGIES[call.chosen()](call)
+        strategy = call.chosen()
+        call.ring.tracer.choose(strategy)
+        state = _STRATEGIES[strategy](call)
         out, lse = finish(state, call.options.sinks, call.options.out_dtype)
         del state
         mx.eval(out, lse)

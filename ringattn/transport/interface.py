@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,7 +17,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import RingError
-from .base import Event, Ring
+from ..tracing.spans import Tracer
+from .base import Ring
 from .shared_input import SharedInput
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
@@ -60,6 +60,7 @@ class Transport(Ring):
     Attributes:
         in_graph_bytes: Bytes that the payload of an `exchange_in_graph` may have; 0 where the transport has none.
         shared_input: An input that must be the same on all ranks in every call, besides its arguments.
+        finish_trace: Writes the files of the trace, if there is one. Collective; `close` calls it first.
     """
 
     in_graph_bytes: int = 0
@@ -67,6 +68,16 @@ class Transport(Ring):
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
+        self.finish_trace: Callable[[], None] = lambda: None
+
+    @property
+    def tracer(self) -> Tracer:
+        """The recorder of this rank's spans, or one that records nothing."""
+        return self._tracer
+
+    @tracer.setter
+    def tracer(self, tracer: Tracer) -> None:
+        self._tracer = tracer
 
     @property
     def neighbours_on_other_hosts(self) -> bool:
@@ -183,10 +194,12 @@ class Call:
             text = f"{self._what}: this ring is in use by another thread, and a ring runs one call at a time"
             raise RingError(text)
         self._ring.set_progress(self._what, 0)
+        self._ring.tracer.begin(self._what)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ring.tracer.end()
         if error is None:
             self._ring.set_progress(f"after {self._what}", 0)  # after an exception the place says where it happened
         self._ring._busy.release()
@@ -205,12 +218,3 @@ class Direction(NamedTuple):
     def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
         """See `Transport.recv`."""
         return self.ring.recv(buffers, tag=tag, after=after, step=self.step)
-
-
-@contextmanager
-def timed(ring: Ring, kind: str, hop: int) -> Iterator[None]:
-    """Add the duration of the body to the ring's trace, if it has one."""
-    start = time.time()
-    yield
-    if ring.trace is not None:
-        ring.trace.append(Event(kind, hop, start, time.time()))
