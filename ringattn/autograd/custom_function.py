@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..errors import RingAttentionError, TransformError
+from ..native.cuda import Driver, driver
 from .checkpointing import record_or_replay
 
 Arrays = Sequence[mx.array]
@@ -89,8 +90,20 @@ def evaluated_copies(arrays: Arrays) -> Arrays:
 
 
 def _copy(x: mx.array) -> mx.array:
+    gpu = driver()
+    if gpu is not None and x.size:
+        return _copy_on_gpu(gpu, x)
     y = mx.array(view(x))
     return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
+
+
+def _copy_on_gpu(gpu: Driver, x: mx.array) -> mx.array:
+    """Copy `x` without a view on the host, which would move it there."""
+    x = mx.contiguous(x)
+    y = mx.zeros(x.shape, x.dtype)
+    source, target = gpu.locate([x, y])[1]()
+    gpu.copy(target, source, x.nbytes)
+    return y
 
 
 _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, intersection, locate, tokens_at
+from ..transport.interface import Load
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Block:
     axes: tuple[int, ...]
     spans: Spans
 
-    def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
+    def load(self, spans: Spans) -> Load:
         """Return a function that reads the tokens at `spans` for a send. A transfer calls it when it starts.
 
         All tokens together are sent from their memory, without a copy: the arrays must be packed. A part is copied.
@@ -39,6 +39,10 @@ class Block:
         views = [view(x) for x in self.arrays]
         at = locate(spans, self.spans)
         return lambda: [_pack(x, axis, at) for x, axis in zip(views, self.axes)]
+
+    def packs(self, spans: Spans) -> bool:
+        """Whether `load` reads the tokens when the message is ready to start, and not where they are."""
+        return spans != self.spans
 
     @property
     def packed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,10 @@ from ..core.validation import check_choice, check_flag, check_qkv
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.interface import Kernel, KernelInputs
 from ..layout import Layout
+from ..native.cuda import on_gpu
 from ..transport.base import Ring
-from ..transport.consensus import Fields
+from ..transport.consensus import Fields, agree
+from ..transport.gpu.links import DeviceLinks
 from ..transport.interface import Transfer, Transport, timed
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
@@ -26,7 +29,12 @@ from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Size
 
 @dataclass(frozen=True)
 class RingCall:
-    """One checked call on this rank. `arrays` are q, k, v and the arrays of the options."""
+    """One checked call on this rank.
+
+    Attributes:
+        arrays: q, k, v and the arrays of the options.
+        links: The links between the GPUs, where blocks travel over these.
+    """
 
     ring: Transport
     layout: Layout
@@ -35,6 +43,7 @@ class RingCall:
     strategy: str | None
     kernel: Kernel
     arrays: tuple[mx.array, ...]
+    links: DeviceLinks | None = None
 
     @classmethod
     def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> RingCall:
@@ -55,6 +64,18 @@ class RingCall:
     def bind(self, arrays: tuple[mx.array, ...]) -> RingCall:
         """Replace the arrays by `arrays`, which a transformation passes."""
         return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
+
+    def agreed(self, what: str, fields: Fields) -> RingCall:
+        """Agree with the other ranks on this call. Blocks stay on the GPUs if every rank computes on its GPU."""
+        if not self.ring.has_gpus:
+            agree(self.ring, what, fields)
+            return self
+        able = self.kernel.lazy and self.strategy != "gather" and on_gpu()
+        replies = agree(self.ring, what, fields, payload=[memoryview(bytes([able]))])
+        if not all(reply[0] for reply in replies):
+            return self
+        with self.ring.break_ring_on_error():
+            return replace(self, links=self.ring.connect_gpus())
 
     def fields(self) -> Fields:
         """List the values that all ranks must agree on."""
@@ -130,7 +151,7 @@ class RingCall:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
         with timed(self.ring, "compute", hop):
             state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
-            mx.eval(*state)
+            self._finish(state)
         return state
 
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
@@ -139,8 +160,13 @@ class RingCall:
         with timed(self.ring, "compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
             sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
-            mx.eval(*sums[:3])
+            self._finish(sums[:3])
         return sums
+
+    def _finish(self, arrays: Sequence[mx.array]) -> None:
+        """Wait for a hop's results, unless this rank's GPU can go on with the next hop's."""
+        if self.links is None or self.ring.trace is not None:
+            mx.eval(*arrays)
 
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
         """Make a kernel's inputs from two blocks."""

@@ -14,13 +14,15 @@ import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
 from ..core.online_softmax import State, finish
-from ..transport.consensus import agree, raise_on_all_ranks
-from .accumulators import Accumulator, add_states, post_results
+from ..transport.consensus import raise_on_all_ranks
+from .accumulators import Accumulator, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import RingCall
+from .device_results import accumulator_for
 from .relay import collect, interleave_hops, relay
 from .schedule import Schedule
+from .slots import Arrival
 
 WHAT = "ring_attention"
 
@@ -34,7 +36,7 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
         mx.eval(*call.keys().arrays)
         start_evaluation(*call.arrays)
         fields = call.fields()
-    agree(call.ring, WHAT, fields)
+    call = call.agreed(WHAT, fields)
     with call.ring.break_ring_on_error():
         state = _STRATEGIES[call.chosen()](call)
         out, lse = finish(state, call.options.sinks, call.options.out_dtype)
@@ -45,8 +47,9 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
 
 def _pass_kv(call: RingCall) -> State:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
-    arrivals, sends = relay(call.ring, call.keys(), call.schedules())
+    arrivals, sends = relay(call.ring, call.keys(), call.schedules(), call.links)
     queries = call.queries()
+    releases = Releases(call)
     state = None
     h = 0
     for h, hop, arrival in arrivals:
@@ -54,9 +57,30 @@ def _pass_kv(call: RingCall) -> State:
         if hop.compute:
             call.wait(h, arrival.transfer)
             state = call.attend(h, queries, arrival.block, state)
-        arrival.release()
+        releases.add(arrival, [state.l] if state is not None and hop.compute else [])
     call.wait(h + 1, *sends)
     return call.empty_state(call.arrays[0].shape[2]) if state is None else state
+
+
+class Releases:
+    """Release of blocks when the work on them is over. On GPUs the next work starts before that."""
+
+    def __init__(self, call: RingCall):
+        self._links = call.links
+        self._last: tuple[Arrival, Arrays] | None = None
+
+    def add(self, arrival: Arrival, results: Arrays) -> None:
+        """Release `arrival` once `results` are there, and on GPUs the one before it; start what can start."""
+        if self._links is None:
+            arrival.release()
+            return
+        self._links.advance()
+        if self._last is not None:
+            before, done = self._last
+            mx.eval(*done)
+            before.release()
+            self._links.advance()
+        self._last = arrival, results
 
 
 def _gather(call: RingCall) -> State:
@@ -75,7 +99,8 @@ def _pass_q(call: RingCall) -> State:
     def add(h: int, block: Block) -> State:
         return call.attend(h, block, keys, None)
 
-    return State(*round_trip(call, call.queries(), call.schedules(), Accumulator(call.empty_state, add_states), add))
+    results = accumulator_for(call.links)(call.empty_state, merge_state_arrays)
+    return State(*round_trip(call, call.queries(), call.schedules(), results, add))
 
 
 def round_trip(
@@ -86,8 +111,9 @@ def round_trip(
     compute: Callable[[int, Block], Arrays],
 ) -> tuple[mx.array, ...]:
     """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home."""
-    arrivals, sends = relay(call.ring, own, schedules)
-    routes = [post_results(call.ring, schedule, accumulator) for schedule in schedules]
+    arrivals, sends = relay(call.ring, own, schedules, call.links)
+    routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
+    releases = Releases(call)
     home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
@@ -96,20 +122,20 @@ def round_trip(
         if hop.compute:
             call.wait(h, arrival.transfer)
             added = accumulator.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
-        arrival.release()
+        releases.add(arrival, () if added is None else added.arrays)
         following.allow_receive()
         if h == 0:
             home_part = home_part or added
         elif hop.state:
             call.wait(h, here.arrival.transfer)
-            here.send_total(here.total(accumulator, added))
+            here.send_total(accumulator, here.total(accumulator, added))
             here.arrival.release()
     totals: list[Block] = []
     for results in routes:
         call.wait(h + 1, results[-1].arrival.transfer)
         totals.append(results[-1].total(accumulator, None if totals else home_part))
     for part in totals[1:]:
-        accumulator.add(totals[0], part)
+        totals[0] = accumulator.add(totals[0], part)
     call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
     return totals[0].arrays
 

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -21,7 +22,23 @@ from ..errors import RingError
 from .base import Event, Ring
 from .shared_input import SharedInput
 
+if TYPE_CHECKING:
+    from .gpu.links import DeviceLinks
+
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
+RESULT_TAGS = 4096  # the first tag of results; the tag of a block is its hop
+
+
+class DeviceBuffer(NamedTuple):
+    """Bytes on this rank's GPU, and the array that they belong to, which lives as long as this does."""
+
+    address: int
+    nbytes: int
+    owner: Any
+
+
+# Gives the buffers of a message, memoryviews or `DeviceBuffer`s, when it starts.
+Load = Callable[[], Sequence[Any]]
 
 
 class Signal:
@@ -60,9 +77,11 @@ class Transport(Ring):
     Attributes:
         in_graph_bytes: Bytes that the payload of an `exchange_in_graph` may have; 0 where the transport has none.
         shared_input: An input that must be the same on all ranks in every call, besides its arguments.
+        has_gpus: Whether blocks can travel from GPU to GPU, by `connect_gpus`; the same on all ranks.
     """
 
     in_graph_bytes: int = 0
+    has_gpus: bool = False
     shared_input: SharedInput | None = None
 
     def __init__(self) -> None:
@@ -130,6 +149,10 @@ class Transport(Ring):
     def wait(self, *transfers: Transfer) -> None:
         """Return when all are done; raise `RingError` when the ring breaks first."""
 
+    def connect_gpus(self) -> DeviceLinks:
+        """Return the links between the GPUs of a ring with `has_gpus`. The first call is collective."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def fail(self, error: BaseException) -> None:
         """Report to every peer that this rank cannot go on because of `error`. The ring is broken afterwards."""
@@ -192,19 +215,31 @@ class Call:
         self._ring._busy.release()
 
 
-class Direction(NamedTuple):
-    """One direction around a ring: messages come from the rank before and go to the next."""
+@dataclass(frozen=True)
+class Direction:
+    """One direction around a ring: messages come from the rank before and go to the next.
+
+    Attributes:
+        ring: The ring.
+        step: 1 to the right, -1 to the left.
+        links: The links between the GPUs, where blocks travel over these.
+    """
 
     ring: Transport
-    step: int  # 1 to the right, -1 to the left
+    step: int
+    links: DeviceLinks | None = None
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
-        """See `Transport.send`."""
+    def send(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), late: bool = False) -> Transfer:
+        """See `Transport.send`, and `DeviceLinks.send` for `late`."""
+        if self.links is not None:
+            return self.links.send(load, tag=tag, after=after, step=self.step, late=late)
         return self.ring.send(load, tag=tag, after=after, step=self.step)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
-        """See `Transport.recv`."""
-        return self.ring.recv(buffers, tag=tag, after=after, step=self.step)
+    def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
+        """See `Transport.recv`. `load` returns the places of the bytes."""
+        if self.links is not None:
+            return self.links.recv(load, tag=tag, after=after, step=self.step)
+        return self.ring.recv(load(), tag=tag, after=after, step=self.step)
 
 
 @contextmanager
