@@ -15,9 +15,8 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
-from ..transport.gpu.links import DeviceLinks
 from ..transport.interface import RESULT_TAGS as TAGS
-from ..transport.interface import Direction, Load, Signal, Transfer, Transport
+from ..transport.interface import Direction, Links, Load, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens
 from .device_slots import slots_for
 from .schedule import Schedule
@@ -133,7 +132,7 @@ class ResultHop:
 
 
 def post_results(
-    ring: Transport, schedule: Schedule, accumulator: Accumulator, links: DeviceLinks | None = None
+    ring: Transport, schedule: Schedule, accumulator: Accumulator, links: Links | None = None
 ) -> list[ResultHop]:
     """Post all messages of the results: one for each hop, and at the end the one that returns home."""
     direction = Direction(ring, schedule.step, links)

@@ -21,8 +21,7 @@ from ..layout import Layout
 from ..native.cuda import on_gpu
 from ..transport.base import Ring
 from ..transport.consensus import Fields, agree
-from ..transport.gpu.links import DeviceLinks
-from ..transport.interface import Transfer, Transport, timed
+from ..transport.interface import Links, Transfer, Transport, timed
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
@@ -43,7 +42,7 @@ class RingCall:
     strategy: str | None
     kernel: Kernel
     arrays: tuple[mx.array, ...]
-    links: DeviceLinks | None = None
+    links: Links | None = None
 
     @classmethod
     def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> RingCall:

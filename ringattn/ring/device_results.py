@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..core.intervals import Spans, length
-from ..transport.gpu.links import DeviceLinks
-from ..transport.interface import Load
+from ..transport.interface import Links, Load
 from .accumulators import Accumulator, Arrays, shared_tokens
 from .blocks import Block
 from .device_slots import packed
@@ -23,7 +22,7 @@ class DeviceAccumulator(Accumulator):
         links: The links that results travel on.
     """
 
-    links: DeviceLinks
+    links: Links
 
     def block(self, arrays: Arrays, spans: Spans) -> Block:
         return Block(tuple(arrays), (2,) * len(arrays), spans)
@@ -54,6 +53,6 @@ class DeviceAccumulator(Accumulator):
         return block.load(spans)
 
 
-def accumulator_for(links: DeviceLinks | None) -> Callable[..., Accumulator]:
+def accumulator_for(links: Links | None) -> Callable[..., Accumulator]:
     """Return what makes the accumulator of results that travel through the host, or over `links`."""
     return Accumulator if links is None else lambda zeros, merge: DeviceAccumulator(zeros, merge, links)

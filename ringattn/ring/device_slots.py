@@ -14,8 +14,7 @@ import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
 from ..core.intervals import Spans, length, locate
-from ..transport.gpu.links import DeviceLinks
-from ..transport.interface import DeviceBuffer, Direction, Load, Signal, Transfer
+from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer
 from .blocks import Block, rows
 from .slots import Arrival, Slots
 
@@ -31,7 +30,7 @@ class DeviceBlock(Block):
         places: Returns the address of each array.
     """
 
-    links: DeviceLinks
+    links: Links
     places: Callable[[], Sequence[int]]
 
     def load(self, spans: Spans) -> Load:
@@ -68,11 +67,11 @@ class Memory:
 
     buffers: tuple[mx.array, ...]
     axes: tuple[int, ...]
-    links: DeviceLinks
+    links: Links
     places: Callable[[], Sequence[int]]
 
     @classmethod
-    def of(cls, buffers: Sequence[mx.array], axes: tuple[int, ...], links: DeviceLinks) -> Memory:
+    def of(cls, buffers: Sequence[mx.array], axes: tuple[int, ...], links: Links) -> Memory:
         """Start to evaluate `buffers`, and to find their addresses."""
         lazy, places = links.locate(buffers)
         start_evaluation(*buffers, *lazy)
@@ -85,7 +84,7 @@ class Memory:
         return DeviceBlock(arrays, self.axes, spans, self.links, self.places)
 
 
-def packed(block: Block, spans: Spans, links: DeviceLinks, room: int = 0) -> Memory:
+def packed(block: Block, spans: Spans, links: Links, room: int = 0) -> Memory:
     """Pack the tokens at `spans` of `block` into buffers.
 
     Given `room`, the buffers have place for so many tokens, and are copies: other blocks may be written to them.
@@ -103,7 +102,7 @@ def packed(block: Block, spans: Spans, links: DeviceLinks, room: int = 0) -> Mem
 class DeviceSlots(Slots):
     """Two buffers on the GPU that receive the blocks of one kind in turn."""
 
-    def __init__(self, links: DeviceLinks, like: Block, spans: Sequence[Spans], keep: Spans = ()):
+    def __init__(self, links: Links, like: Block, spans: Sequence[Spans], keep: Spans = ()):
         """Allocate the buffers. See `Slots`."""
         most = max(map(length, [*spans, keep]), default=0)
         count = min(2, sum(1 for held in [*spans, keep] if held))

@@ -10,8 +10,7 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..core.intervals import length, union
-from ..transport.gpu.links import DeviceLinks
-from ..transport.interface import Direction, Transfer, Transport
+from ..transport.interface import Direction, Links, Transfer, Transport
 from .blocks import Block, copy_tokens
 from .device_slots import slots_for
 from .schedule import Hop, Schedule
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 def relay(
-    ring: Transport, own: Block, schedules: Sequence[Schedule], links: DeviceLinks | None = None
+    ring: Transport, own: Block, schedules: Sequence[Schedule], links: Links | None = None
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     """Post all transfers of blocks. Each block is forwarded on arrival, even while this rank computes.
 

@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
 from ..errors import RingError
 from .base import Event, Ring
 from .shared_input import SharedInput
-
-if TYPE_CHECKING:
-    from .gpu.links import DeviceLinks
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
 RESULT_TAGS = 4096  # the first tag of results; the tag of a block is its hop
@@ -69,6 +66,27 @@ class Transfer(abc.ABC):
     @abc.abstractmethod
     def done(self) -> bool:
         """Whether the whole message has left (send) or arrived (recv)."""
+
+
+class Links(Protocol):
+    """Links between the GPUs of a ring's ranks, beside its transport."""
+
+    def send(
+        self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1, late: bool = False
+    ) -> Transfer:
+        """Send the `DeviceBuffer`s that `load` returns. See `Transport.send`. It starts in `advance`.
+
+        With `late`, `load` reads what the messages in `after` bring, so that these must have arrived before.
+        """
+
+    def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
+        """Receive into the `DeviceBuffer`s that `load` returns. See `Transport.recv`. It starts in `advance`."""
+
+    def advance(self) -> None:
+        """Finish and start messages."""
+
+    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
 
 
 class Transport(Ring):
@@ -149,7 +167,7 @@ class Transport(Ring):
     def wait(self, *transfers: Transfer) -> None:
         """Return when all are done; raise `RingError` when the ring breaks first."""
 
-    def connect_gpus(self) -> DeviceLinks:
+    def connect_gpus(self) -> Links:
         """Return the links between the GPUs of a ring with `has_gpus`. The first call is collective."""
         raise NotImplementedError
 
@@ -227,10 +245,10 @@ class Direction:
 
     ring: Transport
     step: int
-    links: DeviceLinks | None = None
+    links: Links | None = None
 
     def send(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), late: bool = False) -> Transfer:
-        """See `Transport.send`, and `DeviceLinks.send` for `late`."""
+        """See `Transport.send`, and `Links.send` for `late`."""
         if self.links is not None:
             return self.links.send(load, tag=tag, after=after, step=self.step, late=late)
         return self.ring.send(load, tag=tag, after=after, step=self.step)

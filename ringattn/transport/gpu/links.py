@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
-from ..interface import RESULT_TAGS, DeviceBuffer, Load, Signal, Transfer
+from ..interface import RESULT_TAGS, DeviceBuffer, Links, Load, Signal, Transfer
 from .nccl import Piece
 
 
@@ -89,7 +89,7 @@ class _Round:
     messages: list[DeviceMessage] = field(default_factory=list)
 
 
-class DeviceLinks:
+class DeviceLinks(Links):
     """Messages of a ring between its GPUs.
 
     Args:
@@ -112,14 +112,11 @@ class DeviceLinks:
     def send(
         self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1, late: bool = False
     ) -> Transfer:
-        """See `Transport.send`. It starts in `advance`, which also calls `load`.
-
-        With `late`, `load` reads what the messages in `after` bring, so that these must have arrived before.
-        """
+        """See `Links.send`."""
         return self._add(DeviceMessage("send", (self._rank + step) % self._size, tag, load, after, late))
 
     def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
-        """See `Transport.recv`. It starts in `advance`, which also calls `load`, for the places of the bytes."""
+        """See `Links.recv`."""
         return self._add(DeviceMessage("recv", (self._rank - step) % self._size, tag, load, after, False))
 
     def _add(self, message: DeviceMessage) -> DeviceMessage:
@@ -127,7 +124,7 @@ class DeviceLinks:
         return message
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
+        """See `Links.locate`."""
         return self._network.locate(arrays)
 
     def advance(self) -> None:
