@@ -102,7 +102,7 @@ def _copy_on_gpu(gpu: Driver, x: mx.array) -> mx.array:
     x = mx.contiguous(x)
     y = mx.zeros(x.shape, x.dtype)
     source, target = gpu.locate([x, y])[1]()
-    gpu.copy(target, source, x.nbytes)
+    gpu.copy_all([target], [source], [x.nbytes])
     return y
 
 

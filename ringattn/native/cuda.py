@@ -7,6 +7,7 @@ does see the addresses of its inputs, and writes them where the host can read th
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 BOXES, BOX = 64, 16  # places for addresses that may be under way at a time, and the addresses of one
+_SMALLEST = 1 << 16  # bytes of pinned memory
 _NOT_READY = 600
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
 
@@ -43,6 +45,7 @@ class Driver:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         self._call("cuDeviceGetUuid", ctypes.byref(uuid), device)
         self.uuid = bytes(uuid).hex()
+        self._free: dict[int, list[int]] = {}
         self.use()
         self.copies = self.stream()
         self._boxes = self.pinned(8 * BOXES * BOX)
@@ -84,10 +87,20 @@ class Driver:
         return True
 
     def pinned(self, count: int) -> memoryview:
-        """Allocate `count` bytes of the host that copies reach at full speed. They live as long as the process."""
-        address = Pointer()
-        self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(max(count, 1)), _PORTABLE)
-        return memoryview((ctypes.c_char * count).from_address(address.value or 0)).cast("B")
+        """Return at least `count` bytes of the host that copies reach at full speed.
+
+        To allocate them takes long, so they return to this driver when nothing refers to them.
+        """
+        size = max(_SMALLEST, 1 << (count - 1).bit_length() if count > 1 else 1)
+        free = self._free.setdefault(size, [])
+        if not free:
+            address = Pointer()
+            self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), _PORTABLE)
+            free.append(address.value or 0)
+        at = free.pop()
+        memory = (ctypes.c_char * size).from_address(at)
+        weakref.finalize(memory, free.append, at).atexit = False
+        return memoryview(memory).cast("B")
 
     def memory(self, count: int) -> int:
         """Allocate `count` bytes of the GPU, and return their address. They live as long as the process."""
@@ -95,9 +108,12 @@ class Driver:
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(count))
         return address.value or 0
 
-    def copy(self, target: int, source: int, count: int) -> None:
-        """Copy `count` bytes between addresses of the GPU or of pinned memory, and wait."""
-        self._call("cuMemcpyAsync", Pointer(target), Pointer(source), ctypes.c_size_t(count), self.copies)
+    def copy_all(self, targets: Sequence[int], sources: Sequence[int], counts: Sequence[int]) -> None:
+        """Copy bytes between addresses of the GPU or of pinned memory, and wait."""
+        for target, source, count in zip(targets, sources, counts):
+            if count:
+                where = Pointer(target), Pointer(source)
+                self._call("cuMemcpyAsync", *where, ctypes.c_size_t(count), self.copies)
         self._call("cuStreamSynchronize", self.copies)
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:

@@ -17,10 +17,11 @@ from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
 from ..transport.interface import RESULT_TAGS as TAGS
 from ..transport.interface import Direction, Links, Load, Signal, Transfer, Transport
-from .blocks import Block, copy_tokens
+from .blocks import Block, copy_tokens, evaluate
 from .device_slots import slots_for
 from .schedule import Schedule
 from .slots import Slots
+from .staging import to_host
 
 ROWS = 1024  # tokens merged at a time, to bound the memory
 
@@ -41,23 +42,23 @@ class Accumulator:
 
     def block(self, arrays: Arrays, spans: Spans) -> Block:
         """Make a block of `arrays` with the tokens at `spans`. It can be sent and added to."""
-        return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
+        return to_host(Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans))
 
     def expand(self, block: Block | None, spans: Spans) -> Block:
         """Expand `block` to the tokens at `spans`, which include its own. The other tokens get zeros."""
         if block is not None and block.spans == spans:
             return block
         whole = self.block(self.zeros(length(spans)), spans)
-        mx.eval(whole.arrays)
+        evaluate(whole.arrays)
         if block is not None:
-            mx.eval(block.arrays)
+            evaluate(block.arrays)
             for into, x in zip(whole.arrays, block.arrays):
                 copy_tokens(view(x), block.spans, view(into), spans, 2, block.spans)
         return whole
 
     def add(self, into: Block, part: Block) -> Block:
         """Add `part` to `into`, whose tokens include its own, and return the sum. It may reuse the memory of `into`."""
-        mx.eval(into.arrays, part.arrays)
+        evaluate(into.arrays, part.arrays)
         whole, added = ([view(x) for x in block.arrays] for block in (into, part))
         for here, there in shared_tokens(part.spans, into.spans, ROWS):
             cut = [x[here] for x in whole]

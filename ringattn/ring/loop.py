@@ -23,6 +23,7 @@ from .device_results import accumulator_for
 from .relay import collect, interleave_hops, relay
 from .schedule import Schedule
 from .slots import Arrival
+from .staging import from_host
 
 WHAT = "ring_attention"
 
@@ -56,7 +57,7 @@ def _pass_kv(call: RingCall) -> State:
         call.ring.set_progress(WHAT, h)
         if hop.compute:
             call.wait(h, arrival.transfer)
-            state = call.attend(h, queries, arrival.block, state)
+            state = call.attend(h, queries, from_host(arrival.block), state)
         releases.add(arrival, [state.l] if state is not None and hop.compute else [])
     call.wait(h + 1, *sends)
     return call.empty_state(call.arrays[0].shape[2]) if state is None else state
@@ -121,7 +122,7 @@ def round_trip(
         added = None
         if hop.compute:
             call.wait(h, arrival.transfer)
-            added = accumulator.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
+            added = accumulator.block(compute(h, rows_of(from_host(arrival.block), hop.compute)), hop.compute)
         releases.add(arrival, () if added is None else added.arrays)
         following.allow_receive()
         if h == 0:
@@ -137,7 +138,7 @@ def round_trip(
     for part in totals[1:]:
         totals[0] = accumulator.add(totals[0], part)
     call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
-    return totals[0].arrays
+    return from_host(totals[0]).arrays
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-import mlx.core as mx
-
 from ..core.arrays import view
 from ..core.intervals import length, union
 from ..transport.interface import Direction, Links, Transfer, Transport
-from .blocks import Block, copy_tokens
+from .blocks import Block, copy_tokens, evaluate
 from .device_slots import slots_for
 from .schedule import Hop, Schedule
 from .slots import Arrival, with_tokens
+from .staging import from_host, to_host
 
 T = TypeVar("T")
 
@@ -38,14 +37,15 @@ def _post_route(
     direction: Direction, own: Block, hops: Sequence[Hop]
 ) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
     first = hops[0].send
-    as_it_is = direction.links is None and first == own.spans and own.packed
+    sent = to_host(own) if direction.links is None else own
+    as_it_is = direction.links is None and first == sent.spans and sent.packed
     copied = () if as_it_is else first
-    slots = slots_for(direction)(own, [hop.held for hop in hops[1:]], keep=copied)
+    slots = slots_for(direction)(sent, [hop.held for hop in hops[1:]], keep=copied)
     arrivals, sends = [], []
     for h, hop in enumerate(hops):
         arrival = slots.recv(direction, hop.held, h - 1) if h else Arrival(own)
         if hop.send:
-            source = slots.keep(copied) if h == 0 and copied else arrival
+            source = arrival if h else slots.keep(copied) if copied else Arrival(sent)
             sends.append(source.forward(direction, hop.send, h))
         arrivals.append((h, hop, arrival))
     return arrivals, sends
@@ -61,11 +61,12 @@ def interleave_hops(routes: Iterable[Iterable[T]]) -> list[T]:
 
 def collect(ring: Transport, own: Block, schedules: Sequence[Schedule]) -> Block:
     """Collect all tokens that the hops of `schedules` compute on in one block, in the order of their positions."""
+    own = to_host(own)
     arrivals, sends = relay(ring, own, schedules)
     spans = union(span for _, hop, _ in arrivals for span in hop.compute)
     shapes = [with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
-    arrays = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, own.arrays)]
-    mx.eval(arrays, own.arrays)
+    arrays = [own.empty(i, shape) for i, shape in enumerate(shapes)]
+    evaluate(own.arrays)
     for _, hop, arrival in arrivals:
         if hop.compute and arrival.transfer is not None:
             ring.wait(arrival.transfer)
@@ -74,4 +75,4 @@ def collect(ring: Transport, own: Block, schedules: Sequence[Schedule]) -> Block
                 copy_tokens(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)
         arrival.release()
     ring.wait(*sends)
-    return Block(tuple(arrays), own.axes, spans)
+    return from_host(own.like(arrays, spans))

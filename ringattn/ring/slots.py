@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import mlx.core as mx
-
 from ..core.arrays import view
 from ..core.intervals import Spans, length
 from ..transport.interface import Direction, Load, Signal, Transfer
-from .blocks import NOTHING, Block, copy_tokens, raw
+from .blocks import NOTHING, Block, copy_tokens, evaluate, raw
 
 
 class Slots:
@@ -29,8 +27,7 @@ class Slots:
         most = max(map(length, [*spans, keep]), default=0)
         count = min(2, sum(1 for held in [*spans, keep] if held))
         shapes = [_flat(self._shape(i, most), axis) for i, axis in enumerate(like.axes)]
-        self._memory = [[mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count)]
-        mx.eval(self._memory)
+        self._memory = [[like.empty(i, shape) for i, shape in enumerate(shapes)] for _ in range(count)]
         self._users: list[list[Transfer | Signal]] = [[] for _ in range(count)]
         self._next = 0
 
@@ -48,8 +45,8 @@ class Slots:
         for i, (memory, axis) in enumerate(zip(self._memory[at], self._like.axes)):
             shape = self._shape(i, length(spans))
             arrays.append(memory[: _flat(shape, axis)[0]].reshape(shape))
-        mx.eval(arrays)
-        return Block(tuple(arrays), self._like.axes, spans)
+        evaluate(arrays)
+        return self._like.like(arrays, spans)
 
     def recv(self, direction: Direction, spans: Spans, tag: int, after: Sequence[Signal] = ()) -> Arrival:
         """Receive the tokens at `spans` into the next slot, once its last users and all of `after` are done.
