@@ -75,6 +75,15 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
 
 
+def may_start() -> bool:
+    """Return whether `start_evaluation` does not wait: outside a transformation."""
+    try:
+        mx.async_eval(mx.array(0) + 0)
+    except ValueError:
+        return False
+    return True
+
+
 def evaluated_copies(arrays: Arrays) -> Arrays:
     """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import backends
 from ..autograd.custom_function import evaluated_copies
 from ..core.gradients import Gradients, Rows
-from ..core.intervals import positions
+from ..core.intervals import Spans, positions
 from ..core.online_softmax import State
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
@@ -69,12 +71,16 @@ class RingCall:
         if not self.ring.has_gpus:
             agree(self.ring, what, fields)
             return self
-        able = self.kernel.lazy and self.strategy != "gather" and on_gpu()
-        replies = agree(self.ring, what, fields, payload=[memoryview(bytes([able]))])
+        replies = agree(self.ring, what, fields, payload=[memoryview(bytes([self.stays_on_gpu]))])
         if not all(reply[0] for reply in replies):
-            return self
+            return replace(self, links=None)
         with self.ring.break_ring_on_error():
             return replace(self, links=self.ring.connect_gpus())
+
+    @property
+    def stays_on_gpu(self) -> bool:
+        """Whether this rank's blocks can travel from GPU to GPU."""
+        return self.ring.has_gpus and self.kernel.lazy and self.strategy != "gather" and on_gpu()
 
     def fields(self) -> Fields:
         """List the values that all ranks must agree on."""
@@ -170,14 +176,14 @@ class RingCall:
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
         """Make a kernel's inputs from two blocks."""
         options = self.options
-        k_pos = positions(keys.spans)
+        k_pos = _positions(keys.spans)
         rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
         columns = None if mask is None else k_pos - self.kv_layout.start
         rules = replace(options, mask=mask, segments=segments).rules(columns)
         k, v = keys.arrays[:2]
-        return KernelInputs(queries.arrays[0], k, v, positions(queries.spans), k_pos, rules)
+        return KernelInputs(queries.arrays[0], k, v, _positions(queries.spans), k_pos, rules)
 
     def empty_state(self, tokens: int) -> State:
         """Make the state of `tokens` queries over no keys."""
@@ -201,6 +207,14 @@ class RingCall:
         if not all(transfer.done for transfer in waiting):
             with timed(self.ring, "wait", hop):
                 self.ring.wait(*waiting)
+
+
+@lru_cache(maxsize=64)
+def _positions(spans: Spans) -> np.ndarray:
+    """List the positions of `spans`, in an array that is the same in every call, and read-only."""
+    found = positions(spans)
+    found.flags.writeable = False
+    return found
 
 
 def check_ring(ring: Any) -> Transport:

@@ -48,7 +48,7 @@ class DeviceAccumulator(Accumulator):
         return self.block(arrays, whole.spans)
 
     def sendable(self, total: Block, spans: Spans) -> Load:
-        block = packed(total, spans, self.links).block(spans)
+        block = packed(total, spans, self.links)
         block.places()  # the results are there
         return block.load(spans)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
-from ..core.intervals import Spans, length, locate
+from ..core.intervals import Spans, length, locate, tokens_at
 from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer
 from .blocks import Block, rows
 from .slots import Arrival, Slots
@@ -36,7 +37,7 @@ class DeviceBlock(Block):
     def load(self, spans: Spans) -> Load:
         """Return a function that finds the tokens at `spans` for a message. Both ends cut a message at its spans."""
         if self.packs(spans):
-            return lambda: packed(self, spans, self.links).block(spans).load(spans)()
+            return lambda: packed(self, spans, self.links).load(spans)()
         few = len(spans) <= MOST_PIECES
         cuts = [locate((span,), self.spans)[0] for span in spans] if few else [(0, length(spans))]
         widths = [x.dtype.size * prod(x.shape) // max(1, x.shape[axis]) for x, axis in zip(self.arrays, self.axes)]
@@ -70,13 +71,6 @@ class Memory:
     links: Links
     places: Callable[[], Sequence[int]]
 
-    @classmethod
-    def of(cls, buffers: Sequence[mx.array], axes: tuple[int, ...], links: Links) -> Memory:
-        """Start to evaluate `buffers`, and to find their addresses."""
-        lazy, places = links.locate(buffers)
-        start_evaluation(*buffers, *lazy)
-        return cls(tuple(buffers), axes, links, places)
-
     def block(self, spans: Spans) -> DeviceBlock:
         """View the front of the buffers as a block of the tokens at `spans`."""
         n = length(spans)
@@ -84,19 +78,36 @@ class Memory:
         return DeviceBlock(arrays, self.axes, spans, self.links, self.places)
 
 
-def packed(block: Block, spans: Spans, links: Links, room: int = 0) -> Memory:
-    """Pack the tokens at `spans` of `block` into buffers.
+def placed(groups: Sequence[Sequence[mx.array]], axes: tuple[int, ...], links: Links) -> list[Memory]:
+    """Start to evaluate groups of buffers, and to find their addresses."""
+    every = [x for group in groups for x in group]
+    lazy, read = links.locate(every)
+    start_evaluation(*every, *lazy)
+    places = cache(read)
 
-    Given `room`, the buffers have place for so many tokens, and are copies: other blocks may be written to them.
-    """
+    def part(at: int) -> Callable[[], Sequence[int]]:
+        return lambda: places()[at : at + len(axes)]
+
+    return [Memory(tuple(group), axes, links, part(i * len(axes))) for i, group in enumerate(groups)]
+
+
+def packed(block: Block, spans: Spans, links: Links) -> DeviceBlock:
+    """Pack the tokens at `spans` of `block` into buffers, to send them."""
     cut = rows(block, spans)
+    buffers = [mx.contiguous(mx.moveaxis(x, axis, 0)) for x, axis in zip(cut.arrays, cut.axes)]
+    return placed([buffers], cut.axes, links)[0].block(spans)
+
+
+def _copied(block: Block, spans: Spans, room: int) -> list[mx.array]:
+    """Copy the tokens at `spans` of `block` to new buffers with place for `room` tokens."""
+    at = locate(spans, block.spans)
+    more = room + 1 - length(spans)  # at least 1: without padding, MLX might return the memory of `block`
     buffers = []
-    for x, axis in zip(cut.arrays, cut.axes):
-        first = mx.moveaxis(x, axis, 0)
-        more = room + 1 - length(spans)  # at least 1: without padding, MLX might return the memory of `block`
-        pad = [(0, more), *[(0, 0)] * (x.ndim - 1)]
-        buffers.append(mx.pad(first, pad) if room else mx.contiguous(first))
-    return Memory.of(buffers, cut.axes, links)
+    for x, axis in zip(block.arrays, block.axes):
+        padding = mx.zeros(_token_first(x.shape, axis, more), x.dtype)
+        pieces = [mx.moveaxis(x[tokens_at(axis, *span)], axis, 0) for span in at]
+        buffers.append(mx.concatenate([*pieces, padding]))
+    return buffers
 
 
 class DeviceSlots(Slots):
@@ -106,13 +117,13 @@ class DeviceSlots(Slots):
         """Allocate the buffers. See `Slots`."""
         most = max(map(length, [*spans, keep]), default=0)
         count = min(2, sum(1 for held in [*spans, keep] if held))
-        self._on_gpu = []
-        for _ in range(count - bool(keep)):
-            shapes = [_token_first(x.shape, axis, most) for x, axis in zip(like.arrays, like.axes)]
-            buffers = [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)]
-            self._on_gpu.append(Memory.of(buffers, like.axes, links))
+        shapes = [_token_first(x.shape, axis, most) for x, axis in zip(like.arrays, like.axes)]
+        groups = [
+            [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count - bool(keep))
+        ]
         if keep:
-            self._on_gpu.append(packed(like, keep, links, most))
+            groups.append(_copied(like, keep, most))
+        self._on_gpu = placed(groups, like.axes, links) if groups else []
         self._users: list[list[Transfer | Signal]] = [[] for _ in self._on_gpu]
         self._next = 0
 

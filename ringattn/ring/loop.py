@@ -7,21 +7,25 @@ state ``(acc, m, l)`` from hop to hop (pass-KV), or states travel home and are m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..autograd.custom_function import start_evaluation
+from ..autograd.custom_function import may_start, start_evaluation
 from ..core.online_softmax import State, finish
 from ..transport.consensus import raise_on_all_ranks
+from ..transport.interface import Links, Transfer
 from .accumulators import Accumulator, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import RingCall
 from .device_results import accumulator_for
 from .relay import collect, interleave_hops, relay
-from .schedule import Schedule
+from .schedule import Hop, Schedule
 from .slots import Arrival
 from .staging import from_host
 
@@ -32,28 +36,65 @@ Arrays = Sequence[mx.array]
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
     """Agree with the other ranks, run the schedule, and compute ``(out, lse)``."""
-    with raise_on_all_ranks(call.ring, WHAT):
-        # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
-        mx.eval(*call.keys().arrays)
-        start_evaluation(*call.arrays)
-        fields = call.fields()
-    call = call.agreed(WHAT, fields)
+    links = call.ring.links if call.stays_on_gpu else None
+    with forgetting(links):
+        with raise_on_all_ranks(call.ring, WHAT):
+            # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
+            mx.eval(*call.keys().arrays)
+            start_evaluation(*call.arrays)
+            fields = call.fields()
+            # On a GPU, Python takes longer to agree than the GPU to compute on a short block.
+            early = links is not None and call.chosen() == "pass_kv" and may_start()
+            own = OwnHop.of(replace(call, links=links)) if early else None
+        call = call.agreed(WHAT, fields)
+        if call.links is None and links is not None:
+            links.forget()
+            own = None
     with call.ring.break_ring_on_error():
-        state = _STRATEGIES[call.chosen()](call)
+        state = _pass_kv(call, own) if own is not None else _STRATEGIES[call.chosen()](call)
         out, lse = finish(state, call.options.sinks, call.options.out_dtype)
         del state
         mx.eval(out, lse)
     return out, lse
 
 
-def _pass_kv(call: RingCall) -> State:
+@contextmanager
+def forgetting(links: Links | None) -> Iterator[None]:
+    """Drop the messages that were posted here if an exception is raised."""
+    try:
+        yield
+    except BaseException:
+        if links is not None:
+            links.forget()
+        raise
+
+
+class OwnHop(NamedTuple):
+    """Part of pass-KV that needs no other rank: all messages are posted, and the rank's own block is computed on."""
+
+    arrivals: list[tuple[int, Hop, Arrival]]
+    sends: list[Transfer]
+    state: State | None
+
+    @classmethod
+    def of(cls, call: RingCall, agreed: bool = False) -> OwnHop:
+        """Prepare the call, and start its transfers if all ranks have `agreed`."""
+        arrivals, sends = relay(call.ring, call.keys(), call.schedules(), call.links)
+        if agreed and call.links is not None:
+            call.links.advance()
+        _, hop, arrival = arrivals[0]
+        state = call.attend(0, call.queries(), arrival.block, None) if hop.compute else None
+        return cls(arrivals, sends, state)
+
+
+def _pass_kv(call: RingCall, own: OwnHop | None = None) -> State:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
-    arrivals, sends = relay(call.ring, call.keys(), call.schedules(), call.links)
+    arrivals, sends, state = own or OwnHop.of(call, agreed=True)
     queries = call.queries()
     releases = Releases(call)
-    state = None
+    releases.add(arrivals[0][2], [] if state is None else [state.l])
     h = 0
-    for h, hop, arrival in arrivals:
+    for h, hop, arrival in arrivals[1:]:
         call.ring.set_progress(WHAT, h)
         if hop.compute:
             call.wait(h, arrival.transfer)
@@ -115,6 +156,8 @@ def round_trip(
     arrivals, sends = relay(call.ring, own, schedules, call.links)
     routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
     releases = Releases(call)
+    if call.links is not None:
+        call.links.advance()
     home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):

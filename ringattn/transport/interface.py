@@ -85,6 +85,9 @@ class Links(Protocol):
     def advance(self) -> None:
         """Finish and start messages."""
 
+    def forget(self) -> None:
+        """Drop the messages that have not started."""
+
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
 
@@ -166,6 +169,11 @@ class Transport(Ring):
     @abc.abstractmethod
     def wait(self, *transfers: Transfer) -> None:
         """Return when all are done; raise `RingError` when the ring breaks first."""
+
+    @property
+    def links(self) -> Links | None:
+        """The links between the GPUs of the ranks, once `connect_gpus` has made them."""
+        return None
 
     def connect_gpus(self) -> Links:
         """Return the links between the GPUs of a ring with `has_gpus`. The first call is collective."""

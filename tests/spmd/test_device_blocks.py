@@ -11,6 +11,7 @@ from host_network import HostNetwork, use_host_network
 from test_gradient import check as check_gradient
 from test_ring import LAYOUTS, rows_of, run
 
+from ringattn.errors import ArgumentError
 from ringattn.ring import call
 from ringattn.transport import Ring
 from ringattn.transport.mpi.ring import MpiRing
@@ -80,3 +81,17 @@ def test_bytes(ring: Ring, network: HostNetwork) -> None:
         run(case, ring, "zigzag", strategy="pass_kv", backend=backend)
         sent.append(ring.bytes_sent - before)
     assert sent[0] == 2 * sent[1]  # this network's messages are the ring's own, and count once more
+
+
+def test_wrong_input_leaves_no_message(ring: Ring, network: HostNetwork) -> None:
+    """Ranks post messages before they agree; those of a call that they do not agree on are dropped."""
+    case = random_case(5, q_len=60, k_len=60)
+    good = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
+    groups = network.groups
+    with pytest.raises(ArgumentError, match="window differs between ranks"):
+        run(case, ring, "zigzag", strategy="pass_kv", backend="reference", window=3 + ring.rank)
+    with pytest.raises(ArgumentError, match="rank 1: strategy"):
+        run(case, ring, "zigzag", strategy="pass_kv" if ring.rank != 1 else "pass_x", backend="reference")
+    assert network.groups == groups and ring.links is not None and not ring.links.peers
+    again = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
+    assert mx.array_equal(good, again)

@@ -55,7 +55,7 @@ class Problem:
             for index in range(self.heads[name in "kv"]):
                 x.append(self.head(name, index, spans))
                 mx.eval(x[-1])
-            made.append(mx.stack(x)[None])
+            made.append(mx.stack(x).reshape(1, len(x), -1, DIM))
             mx.eval(made[-1])
         return made
 

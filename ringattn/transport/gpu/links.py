@@ -155,6 +155,10 @@ class DeviceLinks(Links):
             self.rate.learn(message.bytes, time.time() - message.started)
             self._on_done(message)
 
+    def forget(self) -> None:
+        """See `Links.forget`."""
+        self._waiting.clear()
+
     @property
     def peers(self) -> set[int]:
         """The ranks at the other ends of messages that have started, or wait."""

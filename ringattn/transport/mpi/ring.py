@@ -169,6 +169,10 @@ class MpiRing(ProcessRing):
     def _peers_of_messages(self) -> set[int]:
         return self._engine.peers if self._links is None else self._engine.peers | self._links.peers
 
+    @property
+    def links(self) -> DeviceLinks | None:
+        return self._links
+
     def connect_gpus(self) -> DeviceLinks:
         if self._links is None:
             self._check()
