@@ -90,7 +90,7 @@ def test_wrong_input_leaves_no_message(ring: Ring, network: HostNetwork) -> None
     groups = network.groups
     with pytest.raises(ArgumentError, match="window differs between ranks"):
         run(case, ring, "zigzag", strategy="pass_kv", backend="reference", window=3 + ring.rank)
-    with pytest.raises(ArgumentError, match="rank 1: strategy"):
+    with pytest.raises(ArgumentError, match="strategy: .pass_x."):
         run(case, ring, "zigzag", strategy="pass_kv" if ring.rank != 1 else "pass_x", backend="reference")
     assert network.groups == groups and ring.links is not None and not ring.links.peers
     again = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
