@@ -14,11 +14,11 @@ from .. import backends
 from ..autograd.custom_function import evaluated_copies
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import Spans, positions
-from ..core.online_softmax import State
+from ..core.online_softmax import Partial, State, finish
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.interface import Kernel, KernelInputs
+from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..layout import Layout
 from ..native.cuda import on_gpu
 from ..transport.base import Ring
@@ -158,6 +158,19 @@ class RingCall:
             state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             self._finish(state)
         return state
+
+    def finish(self, hop: int, queries: Block, keys: Block, state: State | None) -> Partial:
+        """Run the kernel of the last hop, which returns ``(out, lse)``."""
+        output = OutputSpec(self.options.out_dtype, True, self.options.sinks)
+        with timed(self.ring, "compute", hop):
+            found = self.kernel.finish(self._inputs(queries, keys, 1), output, state)
+            out, lse = evaluated_copies([x for x in found if x is not None])
+            self._finish((out, lse))
+        return out, lse
+
+    def finish_state(self, state: State) -> Partial:
+        """Compute ``(out, lse)`` of a state over all keys."""
+        return finish(state, self.options.sinks, self.options.out_dtype)
 
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
         """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..autograd.custom_function import may_start, start_evaluation
-from ..core.online_softmax import State, finish
+from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
 from .accumulators import Accumulator, merge_state_arrays, post_results
@@ -51,9 +51,7 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             links.forget()
             own = None
     with call.ring.break_ring_on_error():
-        state = _pass_kv(call, own) if own is not None else _STRATEGIES[call.chosen()](call)
-        out, lse = finish(state, call.options.sinks, call.options.out_dtype)
-        del state
+        out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[call.chosen()](call)
         mx.eval(out, lse)
     return out, lse
 
@@ -70,11 +68,17 @@ def forgetting(links: Links | None) -> Iterator[None]:
 
 
 class OwnHop(NamedTuple):
-    """Part of pass-KV that needs no other rank: all messages are posted, and the rank's own block is computed on."""
+    """Part of pass-KV that needs no other rank: all messages are posted, and the rank's own block is computed on.
+
+    Attributes:
+        arrivals: The hops, with their blocks.
+        sends: The messages to the next rank.
+        results: What the own block leaves; see `_attend`.
+    """
 
     arrivals: list[tuple[int, Hop, Arrival]]
     sends: list[Transfer]
-    state: State | None
+    results: Arrays
 
     @classmethod
     def of(cls, call: RingCall, agreed: bool = False) -> OwnHop:
@@ -82,26 +86,38 @@ class OwnHop(NamedTuple):
         arrivals, sends = relay(call.ring, call.keys(), call.schedules(), call.links)
         if agreed and call.links is not None:
             call.links.advance()
-        _, hop, arrival = arrivals[0]
-        state = call.attend(0, call.queries(), arrival.block, None) if hop.compute else None
-        return cls(arrivals, sends, state)
+        return cls(arrivals, sends, _attend(call, arrivals, 0, []))
 
 
-def _pass_kv(call: RingCall, own: OwnHop | None = None) -> State:
+def _attend(call: RingCall, arrivals: Sequence[tuple[int, Hop, Arrival]], i: int, before: Arrays) -> Arrays:
+    """Compute hop `i` of pass-KV on the results of the hops before: a state, or nothing.
+
+    Returns:
+        The state, or ``(out, lse)`` if no later hop computes. `before` if there is nothing to compute.
+    """
+    h, hop, arrival = arrivals[i]
+    if not hop.compute:
+        return before
+    call.wait(h, arrival.transfer)
+    last = not any(later.compute for _, later, _ in arrivals[i + 1 :])
+    state = State(*before) if before else None
+    return (call.finish if last else call.attend)(h, call.queries(), from_host(arrival.block), state)
+
+
+def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
-    arrivals, sends, state = own or OwnHop.of(call, agreed=True)
-    queries = call.queries()
+    arrivals, sends, results = own or OwnHop.of(call, agreed=True)
     releases = Releases(call)
-    releases.add(arrivals[0][2], [] if state is None else [state.l])
-    h = 0
-    for h, hop, arrival in arrivals[1:]:
+    releases.add(arrivals[0][2], results[1:])
+    for i, (h, _, arrival) in enumerate(arrivals[1:], 1):
         call.ring.set_progress(WHAT, h)
-        if hop.compute:
-            call.wait(h, arrival.transfer)
-            state = call.attend(h, queries, from_host(arrival.block), state)
-        releases.add(arrival, [state.l] if state is not None and hop.compute else [])
-    call.wait(h + 1, *sends)
-    return call.empty_state(call.arrays[0].shape[2]) if state is None else state
+        results = _attend(call, arrivals, i, results)
+        releases.add(arrival, results[1:])
+    call.wait(arrivals[-1][0] + 1, *sends)
+    if not results:
+        return call.finish_state(call.empty_state(call.arrays[0].shape[2]))
+    out, lse = results
+    return out, lse
 
 
 class Releases:
@@ -125,16 +141,16 @@ class Releases:
         self._last = arrival, results
 
 
-def _gather(call: RingCall) -> State:
+def _gather(call: RingCall) -> Partial:
     """Send keys and values to all ranks whose queries see them. Each rank computes once."""
     schedules = call.schedules()
     whole = collect(call.ring, call.keys(), schedules)
     hops = max(len(schedule.hops) for schedule in schedules)
     call.ring.set_progress(WHAT, hops)
-    return call.attend(hops, call.queries(), whole, None)
+    return call.finish(hops, call.queries(), whole, None)
 
 
-def _pass_q(call: RingCall) -> State:
+def _pass_q(call: RingCall) -> Partial:
     """Send queries around the ring, and their states one hop behind. Each rank merges the state over its own keys."""
     keys = call.keys()
 
@@ -142,7 +158,7 @@ def _pass_q(call: RingCall) -> State:
         return call.attend(h, block, keys, None)
 
     results = accumulator_for(call.links)(call.empty_state, merge_state_arrays)
-    return State(*round_trip(call, call.queries(), call.schedules(), results, add))
+    return call.finish_state(State(*round_trip(call, call.queries(), call.schedules(), results, add)))
 
 
 def round_trip(
