@@ -17,7 +17,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of SIGINT
 
 # Lines of `ringattn --help`, here so that the list of commands imports none of them.
 COMMANDS = {
-    "bench": "Time parts of ringattn on this machine.",
+    "bench": "Time kernels, rings, links and models, and compare with an earlier run.",
     "chat": "Talk to a language model whose context is spread over ranks.",
     "demo": "Let a real language model read a document on several processes.",
     "doctor": "Examine hosts, links and versions before a ring runs on them.",

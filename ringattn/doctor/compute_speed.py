@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import attention
-from ..bench.kernel import AttentionShape, random_arrays
+from ..bench.problem import AttentionShape, random_arrays
 
 ENOUGH = 0.05  # seconds of one call after which no larger size is measured
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices

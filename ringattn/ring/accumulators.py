@@ -15,7 +15,7 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
-from ..transport.interface import RESULT_TAGS as TAGS
+from ..tracing.spans import RESULTS as TAGS
 from ..transport.interface import Direction, Links, Load, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens, evaluate
 from .device_slots import slots_for

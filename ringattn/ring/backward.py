@@ -26,7 +26,9 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
             fields = call.fields()
         call = call.agreed(GRADIENT, fields)
         with ring.break_ring_on_error():
-            sums = (_pass_q if call.chosen(gradient=True) == "pass_q" else _pass_kv)(call, rows)
+            strategy = "pass_q" if call.chosen(gradient=True) == "pass_q" else "pass_kv"
+            ring.tracer.choose(strategy)
+            sums = _STRATEGIES[strategy](call, rows)
             found = call.options.gradients(sums, rows, call.arrays[0].dtype)
             mx.eval(found)
     return found
@@ -66,3 +68,6 @@ def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
     results = accumulator_for(call.links)(call.gradients_of_keys, merge_sums)
     k, v = round_trip(call, call.keys(), call.schedules(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
+
+
+_STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q}

@@ -23,7 +23,7 @@ from ..layout import Layout
 from ..native.cuda import on_gpu
 from ..transport.base import Ring
 from ..transport.consensus import Fields, agree
-from ..transport.interface import Links, Transfer, Transport, timed
+from ..transport.interface import Links, Transfer, Transport
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
@@ -154,7 +154,7 @@ class RingCall:
 
     def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
-        with timed(self.ring, "compute", hop):
+        with self.ring.tracer.span("compute", hop):
             state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
             self._finish(state)
         return state
@@ -162,7 +162,7 @@ class RingCall:
     def finish(self, hop: int, queries: Block, keys: Block, state: State | None) -> Partial:
         """Run the kernel of the last hop, which returns ``(out, lse)``."""
         output = OutputSpec(self.options.out_dtype, True, self.options.sinks)
-        with timed(self.ring, "compute", hop):
+        with self.ring.tracer.span("compute", hop):
             found = self.kernel.finish(self._inputs(queries, keys, 1), output, state)
             out, lse = evaluated_copies([x for x in found if x is not None])
             self._finish((out, lse))
@@ -175,7 +175,7 @@ class RingCall:
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
         """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""
         rows = Rows(*queries.arrays[1:4])
-        with timed(self.ring, "compute", hop):
+        with self.ring.tracer.span("compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
             sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
             self._finish(sums[:3])
@@ -183,7 +183,7 @@ class RingCall:
 
     def _finish(self, arrays: Sequence[mx.array]) -> None:
         """Wait for a hop's results, unless this rank's GPU can go on with the next hop's."""
-        if self.links is None or self.ring.trace is not None:
+        if self.links is None or self.ring.tracer.events is not None:
             mx.eval(*arrays)
 
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
@@ -218,7 +218,7 @@ class RingCall:
         """Wait for the `transfers` that are not None, and record the wait in the ring's trace."""
         waiting = [transfer for transfer in transfers if transfer is not None]
         if not all(transfer.done for transfer in waiting):
-            with timed(self.ring, "wait", hop):
+            with self.ring.tracer.span("wait", hop):
                 self.ring.wait(*waiting)
 
 

@@ -44,14 +44,16 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             start_evaluation(*call.arrays)
             fields = call.fields()
             # On a GPU, Python takes longer to agree than the GPU to compute on a short block.
-            early = links is not None and call.chosen() == "pass_kv" and may_start()
+            strategy = call.chosen()
+            call.ring.tracer.choose(strategy)
+            early = links is not None and strategy == "pass_kv" and may_start()
             own = OwnHop.of(replace(call, links=links)) if early else None
         call = call.agreed(WHAT, fields)
         if call.links is None and links is not None:
             links.forget()
             own = None
     with call.ring.break_ring_on_error():
-        out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[call.chosen()](call)
+        out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
         mx.eval(out, lse)
     return out, lse
 

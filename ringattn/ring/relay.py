@@ -67,9 +67,10 @@ def collect(ring: Transport, own: Block, schedules: Sequence[Schedule]) -> Block
     shapes = [with_tokens(x.shape, axis, length(spans)) for x, axis in zip(own.arrays, own.axes)]
     arrays = [own.empty(i, shape) for i, shape in enumerate(shapes)]
     evaluate(own.arrays)
-    for _, hop, arrival in arrivals:
+    for h, hop, arrival in arrivals:
         if hop.compute and arrival.transfer is not None:
-            ring.wait(arrival.transfer)
+            with ring.tracer.span("wait", h):
+                ring.wait(arrival.transfer)
         if hop.compute:
             for into, x, axis in zip(arrays, arrival.block.arrays, own.axes):
                 copy_tokens(view(x), arrival.block.spans, view(into), spans, axis, hop.compute)

@@ -11,6 +11,7 @@ from .base import Event, Ring
 from .environment import launched_by, read_timeout
 from .failures.status_file import status
 from .interface import Signal, Transfer
+from .trace_file import traced
 
 __all__ = ["Event", "Signal", "Ring", "Transfer", "init"]
 
@@ -43,9 +44,10 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
     if backend == "solo":
         from .solo import SoloRing
 
-        return SoloRing(read_timeout(timeout))
+        return traced(SoloRing(read_timeout(timeout)))
     with status.opening():
-        return _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
+        ring = _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
+    return traced(ring)
 
 
 def _open_mlx_ring(timeout: float | None) -> Ring:

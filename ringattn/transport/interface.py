@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from ..errors import RingError
-from .base import Event, Ring
+from ..tracing.spans import Tracer
+from .base import Ring
 from .shared_input import SharedInput
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
-RESULT_TAGS = 4096  # the first tag of results; the tag of a block is its hop
 
 
 class DeviceBuffer(NamedTuple):
@@ -99,6 +98,7 @@ class Transport(Ring):
         in_graph_bytes: Bytes that the payload of an `exchange_in_graph` may have; 0 where the transport has none.
         shared_input: An input that must be the same on all ranks in every call, besides its arguments.
         has_gpus: Whether blocks can travel from GPU to GPU, by `connect_gpus`; the same on all ranks.
+        finish_trace: Writes the files of the trace, if there is one. Collective; `close` calls it first.
     """
 
     in_graph_bytes: int = 0
@@ -107,6 +107,16 @@ class Transport(Ring):
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
+        self.finish_trace: Callable[[], None] = lambda: None
+
+    @property
+    def tracer(self) -> Tracer:
+        """The recorder of this rank's spans, or one that records nothing."""
+        return self._tracer
+
+    @tracer.setter
+    def tracer(self, tracer: Tracer) -> None:
+        self._tracer = tracer
 
     @property
     def neighbours_on_other_hosts(self) -> bool:
@@ -232,10 +242,12 @@ class Call:
             text = f"{self._what}: this ring is in use by another thread, and a ring runs one call at a time"
             raise RingError(text)
         self._ring.set_progress(self._what, 0)
+        self._ring.tracer.begin(self._what)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ring.tracer.end()
         if error is None:
             self._ring.set_progress(f"after {self._what}", 0)  # after an exception the place says where it happened
         self._ring._busy.release()
@@ -266,12 +278,3 @@ class Direction:
         if self.links is not None:
             return self.links.recv(load, tag=tag, after=after, step=self.step)
         return self.ring.recv(load(), tag=tag, after=after, step=self.step)
-
-
-@contextmanager
-def timed(ring: Ring, kind: str, hop: int) -> Iterator[None]:
-    """Add the duration of the body to the ring's trace, if it has one."""
-    start = time.time()
-    yield
-    if ring.trace is not None:
-        ring.trace.append(Event(kind, hop, start, time.time()))

@@ -90,6 +90,7 @@ class ProcessRing(Transport):
 
     def close(self) -> None:
         if not self._closed:
+            self.finish_trace()
             self._closed = True
             self._life.say_bye(patience=1.0)
 

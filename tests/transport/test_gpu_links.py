@@ -8,12 +8,13 @@ import pytest
 
 from ringattn.errors import RingError
 from ringattn.native import cuda
+from ringattn.tracing.spans import RESULTS
 from ringattn.transport.failures.stall_timer import Moving
 from ringattn.transport.gpu import connect
 from ringattn.transport.gpu.connect import NO_GPU, Gpu, fit, own_gpu
 from ringattn.transport.gpu.links import DeviceLinks
 from ringattn.transport.gpu.nccl import ID_BYTES, Nccl, NcclError, Piece
-from ringattn.transport.interface import RESULT_TAGS, DeviceBuffer, Signal
+from ringattn.transport.interface import DeviceBuffer, Signal
 
 
 class Recorder:
@@ -88,7 +89,7 @@ def test_what_must_be_packed_waits_for_the_host(links, network):
 def test_rounds_have_one_order_on_all_ranks(links, network):
     """Hop by hop, a block before the results of its hop, whatever the order of the calls."""
     ready = Signal()
-    links.send(buffers(3), tag=RESULT_TAGS + 1, after=[ready])
+    links.send(buffers(3), tag=RESULTS + 1, after=[ready])
     links.send(buffers(4), tag=2)
     links.send(buffers(2), tag=1, step=-1)
     links.send(buffers(1), tag=0)

@@ -11,8 +11,8 @@ from ...doctor.breakeven import AttentionModel
 from ...doctor.diagnosis import diagnose
 from ...doctor.output import as_json, as_text
 from ...doctor.runner import DTYPES, Target, examine_cluster
+from ..bench_options import parse_heads
 from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, tensor_option, with_options
-from .bench import parse_heads
 
 
 @click.command()

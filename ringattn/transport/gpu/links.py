@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ...tracing.spans import RESULTS
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
-from ..interface import RESULT_TAGS, DeviceBuffer, Links, Load, Signal, Transfer
+from ..interface import DeviceBuffer, Links, Load, Signal, Transfer
 from .nccl import Piece
 
 
@@ -192,4 +193,4 @@ class DeviceLinks(Links):
 
 def order(message: DeviceMessage) -> tuple[int, int]:
     """The place of a message's round: hop by hop, a block before the results of its hop."""
-    return message.tag % RESULT_TAGS, message.tag // RESULT_TAGS
+    return message.tag % RESULTS, message.tag // RESULTS

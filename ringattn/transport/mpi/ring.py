@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ArgumentTypeError, RingError
 from .. import collectives
-from ..base import Event, Ring
+from ..base import Ring
 from ..consensus import agree, raise_on_all_ranks
 from ..failures import shutdown
 from ..failures.control_channel import MpiControlChannel
@@ -98,6 +98,7 @@ class MpiRing(ProcessRing):
                     if self._guarded_thread is not None:
                         ring._report_to(self, [rank for rank, own in enumerate(colors) if own == color])
                     comm.Free()  # the new ring has its own duplicates
+                    ring.tracer = self.tracer
                 self._stuck = False
                 if ring is not None:
                     ring.find_gpus()
@@ -145,8 +146,8 @@ class MpiRing(ProcessRing):
     def _moved(self, message: Message | DeviceMessage) -> None:
         if message.kind == "send":
             self.bytes_sent += message.bytes
-        if self.trace is not None and message.bytes:
-            self.trace.append(Event(message.kind, message.tag, message.started, time.time(), message.bytes))
+        if message.bytes:
+            self.tracer.add(message.kind, message.tag, message.started, time.time(), message.bytes)
 
     def wait(self, *transfers: Transfer) -> None:
         if all(transfer.done for transfer in transfers):
