@@ -27,7 +27,7 @@ def gpu(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> HostGpu | None:
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_random_cases(ring: Ring, gpu: HostGpu | None, kind: str, strategy: str) -> None:
-    for seed in range(4):
+    for seed in range(3):
         case = random_case(1000 * LAYOUTS.index(kind) + seed)
         out, lse, layout = run(case, ring, kind, strategy=strategy, backend="host" if gpu is None else "reference")
         check(case, out, lse, rows=rows_of(layout, ring.rank), what=f"{seed=} {kind} {strategy}")
