@@ -91,6 +91,7 @@ class Driver:
 
         To allocate them takes long, so they return to this driver when nothing refers to them.
         """
+        self.use()
         size = max(_SMALLEST, 1 << (count - 1).bit_length() if count > 1 else 1)
         free = self._free.setdefault(size, [])
         if not free:
@@ -110,6 +111,7 @@ class Driver:
 
     def copy_all(self, targets: Sequence[int], sources: Sequence[int], counts: Sequence[int]) -> None:
         """Copy bytes between addresses of the GPU or of pinned memory, and wait."""
+        self.use()
         for target, source, count in zip(targets, sources, counts):
             if count:
                 where = Pointer(target), Pointer(source)

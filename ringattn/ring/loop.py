@@ -41,13 +41,13 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
         with raise_on_all_ranks(call.ring, WHAT):
             # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
             mx.eval(*call.keys().arrays)
-            start_evaluation(*call.arrays)
-            fields = call.fields()
-            # On a GPU, Python takes longer to agree than the GPU to compute on a short block.
             strategy = call.chosen()
             call.ring.tracer.choose(strategy)
+            # Python takes about as long to agree as a GPU to compute on a short block.
             early = links is not None and strategy == "pass_kv" and may_start()
             own = OwnHop.of(replace(call, links=links)) if early else None
+            start_evaluation(*call.arrays)
+            fields = call.fields()
         call = call.agreed(WHAT, fields)
         if call.links is None and links is not None:
             links.forget()
