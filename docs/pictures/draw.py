@@ -206,7 +206,7 @@ def picture_layers() -> Figure:
     """The floors of the package."""
     floors = [
         ("cli", "#8172b3"),
-        ("doctor · bench · demo", "#8172b3"),
+        ("planning · doctor · bench · demo", "#8172b3"),
         ("lm · verify", "#8172b3"),
         ("ring_attention · decode_attention · training", COLOURS[3]),
         ("attention · ring (schedule, relay, loop)", COLOURS[3]),

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "Examine hosts, links and versions before a ring runs on them.",
     "generate": "Generate text with a language model whose context is spread over ranks.",
     "launch": "Run a program on several ranks, of this machine or of several hosts.",
+    "plan": "Predict memory and time of a model on a cluster, and choose how its machines share the work.",
     "samples": "Print an example program, a host file, or the guide to several machines.",
     "serve": "Answer OpenAI-style requests with a language model spread over ranks.",
     "verify": "Check the ring against exact attention on this machine.",
