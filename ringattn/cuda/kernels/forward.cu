@@ -18,12 +18,13 @@
   const int batch = blockIdx.z, first_head = blockIdx.y * RA_G, kv_head = first_head / (heads / keys_shape[1]);
   const RA_T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
   const RA_T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
-  const bool k_parts = in_parts(keys, keys_strides, RA_D), v_parts = in_parts(values, values_strides, RA_DV);
+  const bool k_parts = in_parts(keys, keys_shape, keys_strides, RA_D);
+  const bool v_parts = in_parts(values, keys_shape, values_strides, RA_DV); // one shape but for the dims
   const float scale = numbers[0];
   const int first_row = tile * BQ + 16 * RA_FRAGMENTS * warp + lane / 4; // of this lane; the others are 8 apart
 
   { // Q
-    const bool parts = in_parts(queries, queries_strides, RA_D);
+    const bool parts = in_parts(queries, queries_shape, queries_strides, RA_D);
     constexpr int WIDTH = BD / PART;
     for (int i = threadIdx.x; i < BQ * WIDTH; i += THREADS) {
       const int r = tile * BQ + i / WIDTH, d = i % WIDTH * PART;

@@ -39,11 +39,15 @@ RA_FUNC void wait_for_committed() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-// Whether every row of an array begins at a multiple of 16 bytes, and its numbers follow each other.
-template <typename Strides>
-RA_FUNC bool in_parts(const void* start, const Strides& strides, int dims) {
-  return reinterpret_cast<unsigned long long>(start) % 16 == 0 && strides[3] == 1 && dims % PART == 0 &&
-      (strides[0] | strides[1] | strides[2]) % PART == 0;
+// Whether every row of an array begins at a multiple of 16 bytes, and its numbers follow each other. The stride of an axis
+// of length 1 means nothing: a new axis has the stride 1.
+template <typename Shape, typename Strides>
+RA_FUNC bool in_parts(const void* start, const Shape& shape, const Strides& strides, int dims) {
+  bool found = reinterpret_cast<unsigned long long>(start) % 16 == 0 && strides[3] == 1 && dims % PART == 0;
+  for (int axis = 0; axis < 3; axis++) {
+    found = found && (shape[axis] == 1 || strides[axis] % PART == 0);
+  }
+  return found;
 }
 
 // Load `COUNT` rows of `dims` numbers, zeros after the first `here` rows and after a row's end.
