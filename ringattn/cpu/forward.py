@@ -6,6 +6,7 @@ tile by tile (Dao et al., arXiv 2205.14135). Tiles that are full by position nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs
-from . import softmax
+from . import flash, softmax
 from .tile_masks import Piece, WorkUnit
 from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
@@ -28,7 +29,8 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
     mx.eval(*state)
     work = _Forward(*numpy_views(inputs), *map(view, state))
-    run_on_threads(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
+    units = sorted(work.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
+    run_on_threads(work.run if flash.compiled() is None else work.compiled(), units)
     return state
 
 
@@ -39,6 +41,19 @@ class _Forward(WorkUnits):
     acc: np.ndarray
     m: np.ndarray
     l: np.ndarray
+
+    def compiled(self) -> Callable[[WorkUnit], None]:
+        """Make a function that updates the state of a unit's rows by the compiled kernel.
+
+        Results that are not finite are computed again by `run`: it keeps NaN from rows that do not see it.
+        """
+        forward = flash.forward(self, self.acc, self.m, self.l)
+
+        def run(unit: WorkUnit) -> None:
+            for part in forward(unit):
+                self.run(part)
+
+        return run
 
     def run(self, unit: WorkUnit) -> None:
         """Update the state of the unit's rows with all its pieces.

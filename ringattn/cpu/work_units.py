@@ -94,12 +94,17 @@ class WorkUnits:
         """Number of query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def queries(self) -> int:
+        """Largest number of queries in a unit."""
+        return max(1, ROWS // self.group)
+
     def units(self) -> Iterator[WorkUnit]:
         """Yield the units that see any key."""
         q_pos = self.q_pos
         k_pos = self.k_pos
         kv_heads = self.k.shape[1]
-        step = max(1, ROWS // self.group)
+        step = self.queries
         rows = self.group * max(1, min(step, len(q_pos)))
         heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
         keys = max(EDGE, SCORES // (self.tiles * heads * rows))

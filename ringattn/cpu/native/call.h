@@ -1,0 +1,47 @@
+/* Arguments of the kernels. ringattn/cpu/flash.py has the same structures. */
+#pragma once
+#include <stdint.h>
+
+enum { FLOAT32, FLOAT16, BFLOAT16, BOOLEAN };
+
+typedef struct { /* strides in bytes; 0 along an axis that is broadcast */
+    char *data;
+    int64_t batch, head, row, column;
+} Array;
+
+typedef struct {
+    Array q, k, v;              /* of one dtype */
+    Array mask;                 /* [B, Hq, Lq, columns]; data NULL: none */
+    Array acc, m, l;            /* float32 */
+    const int32_t *first, *last; /* [Lq]: the band lets query i see keys first[i] .. last[i] - 1 */
+    const int32_t *q_ids, *k_ids; /* segments [B, Lq] and [B, Lk], or NULL */
+    const int64_t *columns;     /* [Lk]: the column of each key in the mask, or NULL */
+    int64_t dtype, mask_dtype;
+    int64_t q_len, k_len, dim, v_dim;
+    int64_t group;              /* query heads for each key/value head */
+    int64_t chunk;              /* keys in a tile */
+    double scale, softcap;      /* softcap 0: none */
+} Call;
+
+typedef struct { /* queries start .. stop - 1 of one key/value head: group * queries rows, all heads of a query together */
+    int64_t batch, head, start, stop;
+} Unit;
+
+typedef struct {
+    const char *name;
+    int64_t (*scratch)(const Call *, int64_t queries); /* floats */
+    int (*forward)(const Call *, const Unit *, float *scratch);
+} Kernels;
+
+static inline int64_t item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOLEAN ? 1 : 2; }
+
+static inline char *at(const Array *x, int64_t batch, int64_t head, int64_t row) {
+    return x->data + batch * x->batch + head * x->head + row * x->row;
+}
+
+static inline int64_t row_query(const Call *call, const Unit *unit, int64_t row) { return unit->start + row / call->group; }
+static inline int64_t row_head(const Call *call, const Unit *unit, int64_t row) {
+    return unit->head * call->group + row % call->group;
+}
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
