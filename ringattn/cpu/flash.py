@@ -7,13 +7,14 @@ releases the interpreter lock during a call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_char_p, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from ..core.gradients import Rows
 from ..native import load
 from .tile_masks import WorkUnit
 from .work_units import WorkUnits, buffer
@@ -48,6 +49,12 @@ class Call(ctypes.Structure):
     ]
 
 
+class GradientArrays(ctypes.Structure):
+    """Further arguments of a backward call, as in ``native/call.h``."""
+
+    _fields_ = [*((name, Array) for name in ("dout", "lse", "delta", "dq", "dk", "dv")), ("dtype", c_int64)]
+
+
 class Unit(ctypes.Structure):
     """Queries ``start:stop`` of a key/value head, as in ``native/call.h``."""
 
@@ -59,6 +66,8 @@ FUNCTIONS = {
     "ringattn_flash_name": [c_int64],
     "ringattn_flash_scratch": [c_int64, c_void_p, c_int64],
     "ringattn_flash_forward": [c_int64, c_void_p, c_void_p, c_void_p],
+    "ringattn_flash_backward_scratch": [c_int64, c_void_p, c_int64],
+    "ringattn_flash_backward": [c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }
 
 
@@ -67,8 +76,9 @@ def compiled() -> ctypes.CDLL | None:
     """Load the library; ``None`` where it was not compiled."""
     library = load(Path(__file__).with_name("_flash"), FUNCTIONS)
     if library is not None:
-        for name in FUNCTIONS:
-            getattr(library, name).restype = c_char_p if name == "ringattn_flash_name" else c_int64
+        library.ringattn_flash_name.restype = c_char_p
+        for name in ("sets", "scratch", "backward_scratch"):
+            getattr(library, f"ringattn_flash_{name}").restype = c_int64
     return library
 
 
@@ -85,33 +95,55 @@ def instruction_sets() -> list[str]:
     return [] if library is None else [library.ringattn_flash_name(i).decode() for i in range(instruction_set() + 1)]
 
 
-def forward(work: WorkUnits, acc: np.ndarray, m: np.ndarray, l: np.ndarray) -> Callable[[WorkUnit], list[WorkUnit]]:
-    """Prepare the compiled forward pass, which updates the state of a unit's rows.
+class Compiled:
+    """Compiled kernels for one call."""
 
-    Returns:
-        A function of a unit. It returns the parts of the unit whose results are not finite, with their state as before.
-    """
-    library = compiled()
-    assert library is not None
-    call, kept = _call(work)
-    for name, x in (("acc", acc), ("m", m), ("l", l)):
-        setattr(call, name, Array.of(x))
-    chosen = instruction_set()
-    address = ctypes.addressof(call)
-    queries = max(1, min(len(work.q_pos), work.queries))
-    scratch = library.ringattn_flash_scratch(chosen, address, queries)
+    def __init__(self, work: WorkUnits) -> None:
+        library = compiled()
+        assert library is not None
+        self._library = library
+        self._set = instruction_set()
+        self._call, self._kept = _call(work)
+        self._address = ctypes.addressof(self._call)
+        self._queries = max(1, min(len(work.q_pos), work.queries))
 
-    def run(unit: WorkUnit) -> list[WorkUnit]:
-        assert kept
-        memory = buffer("flash", (scratch,))
-        failed = []
-        for head in range(unit.first, unit.last):
-            part = Unit(unit.batch, head, unit.start, unit.stop)
-            if not library.ringattn_flash_forward(chosen, address, ctypes.addressof(part), _address(memory)):
-                failed.append(unit._replace(first=head, last=head + 1))
-        return failed
+    def forward(self, acc: np.ndarray, m: np.ndarray, l: np.ndarray) -> Callable[[WorkUnit], None]:
+        """Prepare the forward pass. It returns a function that updates the state of a unit's rows."""
+        for name, x in (("acc", acc), ("m", m), ("l", l)):
+            setattr(self._call, name, Array.of(x))
+        scratch = self._library.ringattn_flash_scratch(self._set, self._address, self._queries)
 
-    return run
+        def run(unit: WorkUnit) -> None:
+            memory = _address(buffer("flash", (scratch,)))
+            for head in _heads(unit):
+                self._library.ringattn_flash_forward(self._set, self._address, ctypes.addressof(head), memory)
+
+        return run
+
+    def backward(self, rows: Rows, dq: np.ndarray) -> Callable[[WorkUnit, np.ndarray, np.ndarray], None]:
+        """Prepare the backward pass. It returns a function that adds the gradients of a unit to `dq` and to the sums of
+        the unit's heads, ``[heads, Lk, D]`` and ``[heads, Lk, Dv]``.
+        """
+        given = GradientArrays(*map(Array.of, (*rows, dq)))
+        given.dtype = DTYPES[rows.dout.dtype]
+        scratch = self._library.ringattn_flash_backward_scratch(self._set, self._address, self._queries)
+
+        def run(unit: WorkUnit, dk: np.ndarray, dv: np.ndarray) -> None:
+            memory = _address(buffer("flash", (scratch,)))
+            for head, sums_k, sums_v in zip(_heads(unit), dk, dv):
+                sums = GradientArrays.from_buffer_copy(given)
+                sums.dk = Array.of(sums_k[None, None])
+                sums.dv = Array.of(sums_v[None, None])
+                addresses = self._address, ctypes.addressof(sums), ctypes.addressof(head), memory
+                self._library.ringattn_flash_backward(self._set, *addresses)
+
+        return run
+
+
+def _heads(unit: WorkUnit) -> Iterator[Unit]:
+    """Yield each key/value head of a unit."""
+    for head in range(unit.first, unit.last):
+        yield Unit(unit.batch, head, unit.start, unit.stop)
 
 
 def _call(work: WorkUnits) -> tuple[Call, list]:
@@ -137,7 +169,7 @@ def _call(work: WorkUnits) -> tuple[Call, list]:
     call.chunk = KEYS
     call.scale = rules.scale
     call.softcap = rules.softcap or 0
-    return call, [call, work, first, last, q_ids, k_ids, columns]
+    return call, [work, first, last, q_ids, k_ids, columns]
 
 
 def _address(x: np.ndarray) -> int:

@@ -6,7 +6,6 @@ tile by tile (Dao et al., arXiv 2205.14135). Tiles that are full by position nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +29,7 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
     mx.eval(*state)
     work = _Forward(*numpy_views(inputs), *map(view, state))
     units = sorted(work.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
-    run_on_threads(work.run if flash.compiled() is None else work.compiled(), units)
+    run_on_threads(work.run if flash.compiled() is None else flash.Compiled(work).forward(work.acc, work.m, work.l), units)
     return state
 
 
@@ -41,19 +40,6 @@ class _Forward(WorkUnits):
     acc: np.ndarray
     m: np.ndarray
     l: np.ndarray
-
-    def compiled(self) -> Callable[[WorkUnit], None]:
-        """Make a function that updates the state of a unit's rows by the compiled kernel.
-
-        Results that are not finite are computed again by `run`: it keeps NaN from rows that do not see it.
-        """
-        forward = flash.forward(self, self.acc, self.m, self.l)
-
-        def run(unit: WorkUnit) -> None:
-            for part in forward(unit):
-                self.run(part)
-
-        return run
 
     def run(self, unit: WorkUnit) -> None:
         """Update the state of the unit's rows with all its pieces.

@@ -28,9 +28,19 @@ typedef struct { /* queries start .. stop - 1 of one key/value head: group * que
 } Unit;
 
 typedef struct {
+    Array dout;       /* of `dtype` */
+    Array lse, delta; /* float32 [B, Hq, Lq] */
+    Array dq;         /* float32; the gradient is added */
+    Array dk, dv;     /* likewise, of the unit's head alone: the batch entry and the head are ignored */
+    int64_t dtype;
+} Gradients;
+
+typedef struct {
     const char *name;
     int64_t (*scratch)(const Call *, int64_t queries); /* floats */
-    int (*forward)(const Call *, const Unit *, float *scratch);
+    void (*forward)(const Call *, const Unit *, float *scratch);
+    int64_t (*backward_scratch)(const Call *, int64_t queries);
+    void (*backward)(const Call *, const Gradients *, const Unit *, float *scratch);
 } Kernels;
 
 static inline int64_t item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOLEAN ? 1 : 2; }

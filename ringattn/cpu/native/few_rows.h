@@ -11,7 +11,13 @@
 #else
 #define FEW 8 /* rows; from there on, the other way is as fast */
 #endif
-#define PANEL (LANES == 8 ? 2 : 4) /* vectors of v's row in registers */
+#if LANES == 16 /* sums in registers: rows of weights x vectors of v's row. Here whole rows of v with head_dim 128 */
+#define AT_ONCE 2
+#define PANEL 8
+#else
+#define AT_ONCE 4
+#define PANEL (MOST == 12 ? 4 : 2)
+#endif
 
 #ifdef __clang__
 #define SHUFFLE(X, Y, ...) __builtin_shufflevector(X, Y, __VA_ARGS__)
@@ -66,35 +72,53 @@ INLINE vf step_scores(const int rows, const int dtype, const float *q, Stream k,
     return sums[0];
 }
 
-/* acc [rows][v_dim] = acc decay + P V, for `some` vectors of v's row. Weights of a row are adjacent, see tile.h. */
-INLINE void add_some_values(const int rows, const int some, const int dtype, float *acc, int64_t v_dim, const float *p,
-                            int64_t step, const float *decay, Stream v, int64_t count) {
-    const int keys = LANES / rows, size = dtype == FLOAT32 ? 4 : 2;
-    vf sums[4][4];
+/* acc [rows][v_dim] = acc decay + P V for at most AT_ONCE rows and `some` vectors of v's row. Weights are as in tile.h:
+   `keys` weights of a row are adjacent, and `step` floats are between steps. */
+INLINE void add_some_values(const int rows, const int keys, const int some, const int dtype, float *acc, int64_t v_dim,
+                            const float *p, int64_t step, const float *decay, Stream v, int64_t count) {
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    vf sums[AT_ONCE][PANEL];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < some; j++) sums[i][j] = (vf){0};
     for (int64_t key = 0; key < count; key += keys, p += step)
         for (int within = 0; within < smaller(keys, count - key); within++) {
-            vf x[4];
+            vf x[PANEL];
             const char *from = v.data + (key + within) * v.row;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < some; j++) x[j] = load_as(dtype, from + j * LANES * size);
 #pragma GCC unroll 4
             for (int i = 0; i < rows; i++) {
                 vf weight = fill(p[i * keys + within]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < some; j++) sums[i][j] += weight * x[j];
             }
         }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < some; j++) {
             float *to = acc + i * v_dim + j * LANES;
             store(to, load(to) * decay[i * keys] + sums[i][j]);
         }
+}
+
+/* The same for all rows of a vector. Rows of v come from memory whole, and from the cache for further rows. */
+INLINE void add_values(const int rows, const int dtype, float *acc, int64_t v_dim, const float *p, int64_t step,
+                       const float *decay, Stream v, int64_t count) {
+    const int keys = LANES / rows, some_rows = rows < AT_ONCE ? rows : AT_ONCE, size = dtype == FLOAT32 ? 4 : 2;
+    for (int i = 0; i < rows; i += AT_ONCE, acc += AT_ONCE * v_dim, p += AT_ONCE * keys, decay += AT_ONCE * keys) {
+        int64_t d = 0;
+        for (; d + PANEL * LANES <= v_dim; d += PANEL * LANES) {
+            Stream part = {v.data + d * size, v.row};
+            add_some_values(some_rows, keys, PANEL, dtype, acc + d, v_dim, p, step, decay, part, count);
+        }
+        for (; d < v_dim; d += LANES) {
+            Stream part = {v.data + d * size, v.row};
+            add_some_values(some_rows, keys, 1, dtype, acc + d, v_dim, p, step, decay, part, count);
+        }
+    }
 }
 
 typedef struct { /* scratch of a unit */
@@ -111,27 +135,18 @@ INLINE void attend_few(const int rows, const int dtype, Few *few, const Lanes *x
     for (int64_t i = 0; i < steps_of(x, range); i++) {
         int64_t key = i * x->keys, exist = smaller(x->keys, count - key);
         Stream some = {k.data + key * k.row, k.row};
-        for (int64_t j = 0; j < exist; j++) prefetch(v.data + (key + j) * v.row, call->v_dim * size);
+        for (int64_t j = 0; j < exist; j++) prefetch(some.data + (2 * x->keys + j) * k.row, call->dim * size);
         for (int j = 0; j < x->vectors; j++)
             store(few->s + i * step + j * LANES,
                   step_scores(rows, dtype, few->q + j * rows * call->dim, some, exist, call->dim));
     }
-    apply_rules(few->s, mask, x, call, unit, range);
+    cap(few->s, steps_of(x, range) * step, call);
+    apply_masks(few->s, mask, x, call, unit, range);
     softmax(x, few->s, steps_of(x, range), few->m, few->l, few->decay);
     for (int j = 0; j < x->vectors; j++) {
         float decay[LANES];
         store(decay, few->decay[j]);
-        float *acc = few->acc + j * rows * call->v_dim;
-        const float *p = few->s + j * LANES;
-        int64_t d = 0;
-        for (; d + PANEL * LANES <= call->v_dim; d += PANEL * LANES) {
-            Stream some = {v.data + d * size, v.row};
-            add_some_values(rows, PANEL, dtype, acc + d, call->v_dim, p, step, decay, some, count);
-        }
-        for (; d < call->v_dim; d += LANES) {
-            Stream some = {v.data + d * size, v.row};
-            add_some_values(rows, 1, dtype, acc + d, call->v_dim, p, step, decay, some, count);
-        }
+        add_values(rows, dtype, few->acc + j * rows * call->v_dim, call->v_dim, few->s + j * LANES, step, decay, v, count);
     }
 }
 
@@ -146,9 +161,10 @@ __attribute__((noinline)) static void attend_stream(int rows, Few *few, const La
     }
 }
 
-static int streams(const Call *call, int64_t rows) { /* whether few_rows can run the unit */
+/* Whether few_rows can run a unit. Padding in segments may hold anything and needs the other way. */
+static int streams(const Call *call, int64_t rows) {
     int64_t size = item_size(call->dtype);
-    return rows <= FEW && call->dim % LANES == 0 && call->v_dim % LANES == 0 && call->k.column == size &&
+    return rows <= FEW && !call->k_ids && call->dim % LANES == 0 && call->v_dim % LANES == 0 && call->k.column == size &&
            call->v.column == size;
 }
 
@@ -176,7 +192,8 @@ static void write_few(const Few *few, const Lanes *x, const Call *call, const Un
     *(float *)at(&call->l, unit->batch, head, query) = l;
 }
 
-/* Attend all rows of a unit, at most FEW. Return 0 and leave the state as it was if the result is not finite. */
+/* Attend all rows of a unit, at most FEW. Return 0 and leave the state as it was if the result is not finite: a row may
+   have got NaN from a key that it does not see. */
 static int few_rows(const Call *call, const Unit *unit, float *scratch) {
     const int64_t count = (unit->stop - unit->start) * call->group;
     const int rows = count >= 3 ? 4 : (int)count; /* in a vector */

@@ -26,7 +26,14 @@ const char *ringattn_flash_name(int64_t set) { return all[set]->name; }
 
 int64_t ringattn_flash_scratch(int64_t set, const Call *call, int64_t queries) { return all[set]->scratch(call, queries); }
 
-/* Return 0 where the unit's result is not finite: then the state is as before. */
-int64_t ringattn_flash_forward(int64_t set, const Call *call, const Unit *unit, float *scratch) {
-    return all[set]->forward(call, unit, scratch);
+void ringattn_flash_forward(int64_t set, const Call *call, const Unit *unit, float *scratch) {
+    all[set]->forward(call, unit, scratch);
+}
+
+int64_t ringattn_flash_backward_scratch(int64_t set, const Call *call, int64_t queries) {
+    return all[set]->backward_scratch(call, queries);
+}
+
+void ringattn_flash_backward(int64_t set, const Call *call, const Gradients *gradients, const Unit *unit, float *scratch) {
+    all[set]->backward(call, gradients, unit, scratch);
 }

@@ -53,8 +53,8 @@ typedef struct {
 /* The keys of start .. stop - 1 that the band and segments may show to the rows. */
 static Range visible_range(const Lanes *x, const Call *call, const Unit *unit, int64_t start, int64_t stop) {
     Range range = {greater(start, x->least_first), smaller(stop, x->most_last), 0};
-    if (call->k_ids) {
-        const int32_t *ids = call->k_ids + unit->batch * call->k_len;
+    const int32_t *ids = ids_of_keys(call, unit);
+    if (ids) {
         while (range.start < range.stop && (ids[range.start] < x->least_id || ids[range.start] > x->most_id)) range.start++;
         while (range.start < range.stop && (ids[range.stop - 1] < x->least_id || ids[range.stop - 1] > x->most_id))
             range.stop--;
@@ -92,7 +92,10 @@ static int copy_mask(float *to, const Lanes *x, const Call *call, const Unit *un
     return any;
 }
 
-static void cap(float *s, int64_t n, float softcap) {
+/* Apply the softcap c of the call, if it has one: c tanh(s / c). */
+static void cap(float *s, int64_t n, const Call *call) {
+    const float softcap = (float)call->softcap;
+    if (softcap == 0) return;
     for (int64_t i = 0; i < n; i += LANES) store(s + i, hyperbolic_tangent(load(s + i) / softcap) * softcap);
 }
 
@@ -104,7 +107,7 @@ static vi key_ids(const Lanes *x, const int32_t *ids, int64_t key, int64_t stop)
 
 /* Set the scores that the band and segments hide to -inf. */
 static void hide(float *s, const Lanes *x, const Call *call, const Unit *unit, Range range) {
-    const int32_t *ids = call->k_ids ? call->k_ids + unit->batch * call->k_len : NULL;
+    const int32_t *ids = ids_of_keys(call, unit);
     const vf hidden_score = fill(-INFINITY);
     for (int64_t key = range.start; key < range.stop; key += x->keys) {
         vi keys = x->key + (int32_t)key;
@@ -127,11 +130,9 @@ static void add_mask(float *s, const float *mask, int64_t n) {
     }
 }
 
-/* Apply softcap and masks to the scores of a tile. `mask` is a copied array mask, or NULL. */
-static void apply_rules(float *s, const float *mask, const Lanes *x, const Call *call, const Unit *unit, Range range) {
-    int64_t n = steps_of(x, range) * x->vectors * LANES;
-    if (call->softcap != 0) cap(s, n, (float)call->softcap);
-    if (mask) add_mask(s, mask, n);
+/* Apply all masks to the scores of a tile. `mask` is a copied array mask, or NULL. */
+static void apply_masks(float *s, const float *mask, const Lanes *x, const Call *call, const Unit *unit, Range range) {
+    if (mask) add_mask(s, mask, steps_of(x, range) * x->vectors * LANES);
     if (range.partial) hide(s, x, call, unit, range);
 }
 
