@@ -23,6 +23,9 @@ KEYS = 128  # keys in a tile: the scores of a block of rows stay in the first-le
 DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2, np.dtype(bool): 3}  # bfloat16 bits
 
 
+INTEGERS = ("dtype", "mask_dtype", "out_dtype", "q_len", "k_len", "dim", "v_dim", "group", "chunk")
+
+
 class Array(ctypes.Structure):
     """An array ``[batch, head, row, column]`` with strides in bytes, 0 along a broadcast axis."""
 
@@ -41,9 +44,9 @@ class Call(ctypes.Structure):
     """Arguments of one kernel call, as in ``native/call.h``."""
 
     _fields_ = [
-        *((name, Array) for name in ("q", "k", "v", "mask", "acc", "m", "l")),
-        *((name, c_void_p) for name in ("first", "last", "q_ids", "k_ids", "columns")),
-        *((name, c_int64) for name in ("dtype", "mask_dtype", "q_len", "k_len", "dim", "v_dim", "group", "chunk")),
+        *((name, Array) for name in ("q", "k", "v", "mask", "acc", "m", "l", "out", "lse")),
+        *((name, c_void_p) for name in ("sinks", "first", "last", "q_ids", "k_ids", "columns")),
+        *((name, c_int64) for name in INTEGERS),
         ("scale", c_double),
         ("softcap", c_double),
     ]
@@ -111,6 +114,18 @@ class Compiled:
         """Prepare the forward pass. It returns a function that updates the state of a unit's rows."""
         for name, x in (("acc", acc), ("m", m), ("l", l)):
             setattr(self._call, name, Array.of(x))
+        return self._forward()
+
+    def finish(self, out: np.ndarray, lse: np.ndarray, sinks: np.ndarray | None) -> Callable[[WorkUnit], None]:
+        """Prepare the forward pass without a state before. It returns a function that writes the results of a unit."""
+        self._call.out = Array.of(out)
+        self._call.lse = Array.of(lse)
+        self._call.out_dtype = DTYPES[out.dtype]
+        self._call.sinks = None if sinks is None else _address(sinks)
+        self._kept.append(sinks)
+        return self._forward()
+
+    def _forward(self) -> Callable[[WorkUnit], None]:
         scratch = self._library.ringattn_flash_scratch(self._set, self._address, self._queries)
 
         def run(unit: WorkUnit) -> None:

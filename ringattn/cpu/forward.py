@@ -15,7 +15,7 @@ import numpy as np
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile
 from ..core.online_softmax import State
-from ..kernels.interface import KernelInputs
+from ..kernels.interface import KernelInputs, OutputSpec
 from . import flash, softmax
 from .tile_masks import Piece, WorkUnit
 from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
@@ -28,9 +28,28 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
     mx.eval(*state)
     work = _Forward(*numpy_views(inputs), *map(view, state))
-    units = sorted(work.units(), key=lambda unit: unit.cost, reverse=True)  # the heaviest first
-    run_on_threads(work.run if flash.compiled() is None else flash.Compiled(work).forward(work.acc, work.m, work.l), units)
+    run = work.run if flash.compiled() is None else flash.Compiled(work).forward(work.acc, work.m, work.l)
+    run_on_threads(run, work.by_cost())
     return state
+
+
+def finish(inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array]:
+    """Attend and return ``(out, lse)``, by the compiled kernel. See `Kernel.finish`."""
+    out, lse = _blind(inputs, output)
+    sinks = None if output.sinks is None else np.array(output.sinks.astype(mx.float32))
+    work = WorkUnits(*numpy_views(inputs))
+    run_on_threads(flash.Compiled(work).finish(view(out), view(lse), sinks), work.by_cost())
+    return out, lse
+
+
+def _blind(inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array]:
+    """Make the results of rows that see no key, evaluated."""
+    out = mx.zeros((*inputs.rows, inputs.v.shape[-1]), output.dtype)
+    lse = mx.full(inputs.rows, -mx.inf)
+    if output.sinks is not None:
+        lse = mx.zeros(inputs.rows) + output.sinks.astype(mx.float32)[None, :, None]  # in memory of its own
+    mx.eval(out, lse)
+    return out, lse
 
 
 @dataclass(frozen=True)

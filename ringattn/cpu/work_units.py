@@ -116,6 +116,10 @@ class WorkUnits:
                 for first in range(0, kv_heads if seen else 0, heads):
                     yield WorkUnit(batch, first, min(first + heads, kv_heads), start, stop, seen)
 
+    def by_cost(self) -> list[WorkUnit]:
+        """List the units, the heaviest first."""
+        return sorted(self.units(), key=lambda unit: unit.cost, reverse=True)
+
     def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
         """Yield pieces of at most `keys` keys.
 

@@ -12,11 +12,13 @@ typedef struct { /* strides in bytes; 0 along an axis that is broadcast */
 typedef struct {
     Array q, k, v;              /* of one dtype */
     Array mask;                 /* [B, Hq, Lq, columns]; data NULL: none */
-    Array acc, m, l;            /* float32 */
+    Array acc, m, l;            /* state, float32; NULL: start from no keys */
+    Array out, lse;             /* results [B, Hq, Lq, Dv], contiguous rows of `out_dtype`, and [B, Hq, Lq]; NULL: the state */
+    const float *sinks;         /* [Hq], or NULL; only for results */
     const int32_t *first, *last; /* [Lq]: the band lets query i see keys first[i] .. last[i] - 1 */
     const int32_t *q_ids, *k_ids; /* segments [B, Lq] and [B, Lk], or NULL */
     const int64_t *columns;     /* [Lk]: the column of each key in the mask, or NULL */
-    int64_t dtype, mask_dtype;
+    int64_t dtype, mask_dtype, out_dtype;
     int64_t q_len, k_len, dim, v_dim;
     int64_t group;              /* query heads for each key/value head */
     int64_t chunk;              /* keys in a tile */

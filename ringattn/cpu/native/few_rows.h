@@ -172,24 +172,18 @@ static int64_t few_rows_scratch(const Call *call) {
     return FEW * (call->dim + call->v_dim) + 2 * (call->chunk + LANES) * VECTORS * LANES;
 }
 
-static void read_few(Few *few, const Lanes *x, const Call *call, const Unit *unit, int64_t lane, int64_t row) {
-    int64_t query = row_query(call, unit, x->rows[lane]), head = row_head(call, unit, x->rows[lane]);
-    float *q = few->q + row * call->dim;
-    widen(q, at(&call->q, unit->batch, head, query), call->q.column, call->dtype, call->dim);
-    for (int64_t d = 0; d < call->dim; d++) q[d] *= (float)call->scale;
-    widen(few->acc + row * call->v_dim, at(&call->acc, unit->batch, head, query), call->acc.column, FLOAT32, call->v_dim);
-    for (int i = 0; i < x->keys; i++) few->m[lane / LANES][lane % LANES + i] = *(float *)at(&call->m, unit->batch, head, query);
-    few->l[lane / LANES][lane % LANES] = *(float *)at(&call->l, unit->batch, head, query); /* 0 in the other lanes */
+static void read_few(Few *few, const Lanes *x, const Call *call, const Unit *unit, int64_t row) {
+    const int64_t lane = row * x->keys;
+    RowState state = read_query(few->q + row * call->dim, few->acc + row * call->v_dim, call, unit, row);
+    for (int i = 0; i < x->keys; i++) few->m[lane / LANES][lane % LANES + i] = state.m;
+    few->l[lane / LANES][lane % LANES] = state.l; /* 0 in the other lanes */
 }
 
-static void write_few(const Few *few, const Lanes *x, const Call *call, const Unit *unit, int64_t lane, int64_t row) {
-    int64_t query = row_query(call, unit, x->rows[lane]), head = row_head(call, unit, x->rows[lane]);
-    char *acc = at(&call->acc, unit->batch, head, query);
-    for (int64_t d = 0; d < call->v_dim; d++) *(float *)(acc + d * call->acc.column) = few->acc[row * call->v_dim + d];
-    *(float *)at(&call->m, unit->batch, head, query) = few->m[lane / LANES][lane % LANES];
-    float l = 0;
-    for (int i = 0; i < x->keys; i++) l += few->l[lane / LANES][lane % LANES + i];
-    *(float *)at(&call->l, unit->batch, head, query) = l;
+static void write_few(const Few *few, const Lanes *x, const Call *call, const Unit *unit, int64_t row) {
+    const int64_t lane = row * x->keys;
+    RowState state = {few->m[lane / LANES][lane % LANES], 0};
+    for (int i = 0; i < x->keys; i++) state.l += few->l[lane / LANES][lane % LANES + i];
+    write_row(few->acc + row * call->v_dim, state, call, unit, row);
 }
 
 /* Attend all rows of a unit, at most FEW. Return 0 and leave the state as it was if the result is not finite: a row may
@@ -209,7 +203,7 @@ static int few_rows(const Call *call, const Unit *unit, float *scratch) {
         few.m[j] = fill(-INFINITY);
         few.l[j] = (vf){0};
     }
-    for (int64_t row = 0; row < count; row++) read_few(&few, &lanes, call, unit, row * lanes.keys, row);
+    for (int64_t row = 0; row < count; row++) read_few(&few, &lanes, call, unit, row);
     for (int64_t start = lanes.least_first; start < lanes.most_last; start += call->chunk) {
         Range range = visible_range(&lanes, call, unit, start, smaller(start + call->chunk, lanes.most_last));
         if (range.start >= range.stop) continue;
@@ -218,6 +212,6 @@ static int few_rows(const Call *call, const Unit *unit, float *scratch) {
         attend_stream(rows, &few, &lanes, k, v, range, call, unit);
     }
     if (!all_finite(few.acc, count * call->v_dim)) return 0;
-    for (int64_t row = 0; row < count; row++) write_few(&few, &lanes, call, unit, row * lanes.keys, row);
+    for (int64_t row = 0; row < count; row++) write_few(&few, &lanes, call, unit, row);
     return 1;
 }

@@ -7,6 +7,7 @@
  * product, and added for the lanes that see them.
  */
 #pragma once
+#include "rows.h"
 #include "tile.h"
 
 typedef struct { /* scratch of a block of rows */
@@ -23,39 +24,8 @@ static Block block_at(const Call *call, float *scratch, int64_t i) {
     return (Block){q, acc, acc + call->v_dim * WIDE, acc + (call->v_dim + 1) * WIDE};
 }
 
-/* Read the queries, scaled, and the state of a block. */
-static void read_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *row_scratch) {
-    const int64_t width = x->vectors * LANES;
-    memset(block.q, 0, sizeof(float) * call->dim * width);
-    memset(block.acc, 0, sizeof(float) * call->v_dim * width);
-    for (int64_t i = 0; i < width; i++) {
-        block.m[i] = -INFINITY;
-        block.l[i] = 0;
-        if (x->rows[i] < 0) continue;
-        int64_t query = row_query(call, unit, x->rows[i]), head = row_head(call, unit, x->rows[i]);
-        widen(row_scratch, at(&call->q, unit->batch, head, query), call->q.column, call->dtype, call->dim);
-        for (int64_t d = 0; d < call->dim; d++) block.q[d * width + i] = row_scratch[d] * (float)call->scale;
-        block.m[i] = *(float *)at(&call->m, unit->batch, head, query);
-        block.l[i] = *(float *)at(&call->l, unit->batch, head, query);
-        widen(row_scratch, at(&call->acc, unit->batch, head, query), call->acc.column, FLOAT32, call->v_dim);
-        for (int64_t d = 0; d < call->v_dim; d++) block.acc[d * width + i] = row_scratch[d];
-    }
-}
-
-static void write_block(Block block, const Lanes *x, const Call *call, const Unit *unit) {
-    const int64_t width = x->vectors * LANES;
-    for (int64_t i = 0; i < width; i++) {
-        if (x->rows[i] < 0) continue;
-        int64_t query = row_query(call, unit, x->rows[i]), head = row_head(call, unit, x->rows[i]);
-        char *acc = at(&call->acc, unit->batch, head, query);
-        for (int64_t d = 0; d < call->v_dim; d++) *(float *)(acc + d * call->acc.column) = block.acc[d * width + i];
-        *(float *)at(&call->m, unit->batch, head, query) = block.m[i];
-        *(float *)at(&call->l, unit->batch, head, query) = block.l[i];
-    }
-}
-
 typedef struct { /* keys and values of a chunk, float32; and scratch of a tile */
-    float *k, *v, *s, *mask, *row;
+    float *k, *v, *s, *mask, *q_row, *v_row;
     float *seen;         /* [nonfinite keys][WIDE]: their scores */
     Nonfinite nonfinite; /* values */
     int64_t start;
@@ -64,9 +34,9 @@ typedef struct { /* keys and values of a chunk, float32; and scratch of a tile *
 /* Divide the scratch. Return the number of floats. */
 static int64_t divide_chunk(Chunk *x, const Call *call, float *scratch) {
     const int64_t n = call->chunk;
-    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->row, (float **)&x->nonfinite.keys};
+    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_row, &x->v_row, (float **)&x->nonfinite.keys};
     int64_t sizes[] = {n * padded(call->dim), n * padded(call->v_dim), n * WIDE, n * WIDE, n * WIDE,
-                       padded(greater(call->dim, call->v_dim)), padded(n)};
+                       padded(call->dim), padded(call->v_dim), padded(n)};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         *parts[i] = scratch ? scratch + used : NULL;
@@ -94,13 +64,13 @@ static void add_nonfinite(Block block, const Chunk *chunk, Range range, int64_t 
     for (int64_t i = 0; i < chunk->nonfinite.count; i++) {
         int64_t key = chunk->nonfinite.keys[i];
         if (key < range.start || key >= range.stop) continue;
-        widen(chunk->row, at(&call->v, unit->batch, unit->head, key), call->v.column, call->dtype, call->v_dim);
+        widen(chunk->v_row, at(&call->v, unit->batch, unit->head, key), call->v.column, call->dtype, call->v_dim);
         for (int64_t lane = 0; lane < width; lane += LANES) {
             vi seen = load(chunk->seen + i * WIDE + lane) != fill(-INFINITY);
             vf weight = load(chunk->s + (key - range.start) * width + lane);
             for (int64_t d = 0; d < call->v_dim; d++) {
                 float *to = block.acc + d * width + lane;
-                store(to, load(to) + keep(seen, weight * chunk->row[d]));
+                store(to, load(to) + keep(seen, weight * chunk->v_row[d]));
             }
         }
     }
@@ -126,6 +96,32 @@ static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range 
     memcpy(block.l, l, sizeof l);
     multiply(call->v_dim, x->vectors, (Left){v, 1, v_dim}, (Right){chunk->s, width}, keys, (Result){block.acc, width, decay});
     add_nonfinite(block, chunk, range, width, call, unit);
+}
+
+/* Read the queries and the state of a block. */
+static void read_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *q, float *acc) {
+    const int64_t width = x->vectors * LANES;
+    memset(block.q, 0, sizeof(float) * call->dim * width);
+    memset(block.acc, 0, sizeof(float) * call->v_dim * width);
+    for (int64_t i = 0; i < width; i++) {
+        block.m[i] = -INFINITY;
+        block.l[i] = 0;
+        if (x->rows[i] < 0) continue;
+        RowState state = read_query(q, acc, call, unit, x->rows[i]);
+        block.m[i] = state.m;
+        block.l[i] = state.l;
+        for (int64_t d = 0; d < call->dim; d++) block.q[d * width + i] = q[d];
+        for (int64_t d = 0; d < call->v_dim; d++) block.acc[d * width + i] = acc[d];
+    }
+}
+
+static void write_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *acc) {
+    const int64_t width = x->vectors * LANES;
+    for (int64_t i = 0; i < width; i++) {
+        if (x->rows[i] < 0) continue;
+        for (int64_t d = 0; d < call->v_dim; d++) acc[d] = block.acc[d * width + i];
+        write_row(acc, (RowState){block.m[i], block.l[i]}, call, unit, x->rows[i]);
+    }
 }
 
 static Lanes block_lanes(const Call *call, const Unit *unit, int64_t top) {
@@ -162,7 +158,7 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
     int64_t first = call->k_len, last = 0;
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
-        read_block(block_at(call, scratch, i), &lanes, call, unit, chunk.row);
+        read_block(block_at(call, scratch, i), &lanes, call, unit, chunk.q_row, chunk.v_row);
         first = smaller(first, lanes.least_first);
         last = greater(last, lanes.most_last);
     }
@@ -170,6 +166,6 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
         attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), blocks, scratch, call, unit);
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
-        write_block(block_at(call, scratch, i), &lanes, call, unit);
+        write_block(block_at(call, scratch, i), &lanes, call, unit, chunk.v_row);
     }
 }

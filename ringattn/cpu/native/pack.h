@@ -27,6 +27,24 @@ static void widen(float *to, const char *from, int64_t column, int64_t dtype, in
     for (; i < n; i++) to[i] = number(dtype, from + i * column);
 }
 
+/* Convert n contiguous numbers to `dtype`. */
+static void narrow(char *to, const float *from, int64_t dtype, int64_t n) {
+    if (dtype == FLOAT32) {
+        memcpy(to, from, sizeof(float) * n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += LANES) {
+        float some[LANES] = {0};
+        uint16_t halves[LANES];
+        memcpy(some, from + i, sizeof(float) * smaller(LANES, n - i));
+        if (dtype == FLOAT16)
+            to_float16(halves, load(some));
+        else
+            to_bfloat16(halves, load(some));
+        memcpy(to + 2 * i, halves, sizeof *halves * smaller(LANES, n - i));
+    }
+}
+
 /* The segment ids of the unit's keys, or NULL. */
 static const int32_t *ids_of_keys(const Call *call, const Unit *unit) {
     return call->k_ids ? call->k_ids + unit->batch * call->k_len : NULL;

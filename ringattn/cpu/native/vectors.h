@@ -63,6 +63,37 @@ INLINE vf from_float16(const uint16_t *p) {
 #endif
 }
 
+INLINE void to_bfloat16(uint16_t *p, vf x) { /* rounds to nearest even */
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    vu nan = (vu)(x != x);
+    vh half = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vh);
+    memcpy(p, &half, sizeof half);
+}
+
+INLINE void to_float16(uint16_t *p, vf x) { /* rounds to nearest even */
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif LANES == 8
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+    const vu sign = (vu)x & 0x80000000u;
+    const vf size = (vf)((vu)x ^ sign);
+    /* Adding 2^(e + 13) to a number below 2^(e + 1) rounds it to float16's 11 bits; from e = -14 on, to multiples of 2^-24. */
+    const vu exponent = (vu)size & 0x7f800000u;
+    const vu least = exponent < 0x38800000u;
+    const vf round = (vf)(((exponent & ~least) | (0x38800000u & least)) + (13u << 23));
+    const vu bits = (vu)(((size + round) - round) * 0x1p-112f) >> 13; /* the exponent's bias is 15 instead of 127 */
+    const vu special = (vu)(size >= 65520.0f);
+    const vu nan = (vu)(x != x);
+    const vu found = (bits & ~(special | nan)) | (0x7c00u & special) | (0x7e00u & nan);
+    vh half = __builtin_convertvector(found | sign >> 16, vh);
+    memcpy(p, &half, sizeof half);
+#endif
+}
+
 /* exp(x): 2^(n + f) with |f| <= 1/2, and a polynomial for 2^f with a relative error of 5e-9 (it interpolates 2^f at
    Chebyshev nodes, and is exact at 0). 0 where exp(x) would be subnormal. x must be below 88. */
 INLINE vf exponential(vf x) {
