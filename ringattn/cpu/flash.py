@@ -64,7 +64,7 @@ class Unit(ctypes.Structure):
     _fields_ = [(name, c_int64) for name in ("batch", "head", "start", "stop")]
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, list] = {
     "ringattn_flash_sets": [],
     "ringattn_flash_name": [c_int64],
     "ringattn_flash_scratch": [c_int64, c_void_p, c_int64],
