@@ -114,6 +114,7 @@ class Compiled:
         """Prepare the forward pass. It returns a function that updates the state of a unit's rows."""
         for name, x in (("acc", acc), ("m", m), ("l", l)):
             setattr(self._call, name, Array.of(x))
+        self._kept += [acc, m, l]
         return self._forward()
 
     def finish(self, out: np.ndarray, lse: np.ndarray, sinks: np.ndarray | None) -> Callable[[WorkUnit], None]:
@@ -122,7 +123,7 @@ class Compiled:
         self._call.lse = Array.of(lse)
         self._call.out_dtype = DTYPES[out.dtype]
         self._call.sinks = None if sinks is None else _address(sinks)
-        self._kept.append(sinks)
+        self._kept += [out, lse, sinks]
         return self._forward()
 
     def _forward(self) -> Callable[[WorkUnit], None]:
@@ -141,6 +142,7 @@ class Compiled:
         """
         given = GradientArrays(*map(Array.of, (*rows, dq)))
         given.dtype = DTYPES[rows.dout.dtype]
+        self._kept += [rows, dq]
         scratch = self._library.ringattn_flash_backward_scratch(self._set, self._address, self._queries)
 
         def run(unit: WorkUnit, dk: np.ndarray, dv: np.ndarray) -> None:
