@@ -11,7 +11,7 @@ from . import backward, flash, forward
 
 
 class HostKernel(Kernel):
-    """Kernel of NumPy and its BLAS, on the memory of the mx arrays."""
+    """Compiled kernel, or NumPy and its BLAS where there was no compiler, on the memory of the mx arrays."""
 
     name = "host"
     lazy = False

@@ -1,5 +1,8 @@
 """The gradient of the fused kernel for CPUs; the formulas are in `ringattn.core.gradients`.
 
+The compiled kernel (`flash`) runs it where there was a compiler, unless an additive mask needs a gradient. The rest of
+this module does the same in NumPy.
+
 Scores and weights are recomputed tile by tile from the saved lse: five matrix products for each tile that is not empty.
 Units of queries that share key/value heads add to the same dk and dv. They form a chain, which one thread runs in
 order. Where there are few heads, a head has several chains with separate sums, which are added at the end.
