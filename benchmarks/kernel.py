@@ -24,6 +24,7 @@ from .common import show
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 SHAPES = tuple(product((64, 128), (2048, 4096), (False, True), (2, 8)))  # head_dim, tokens, causal, key/value heads
 CACHE = 32 * 1024  # tokens
+SIZE = 1536  # rows and columns of large products
 
 
 def main() -> None:
@@ -47,9 +48,10 @@ def _against_torch(torch, title: str, calls: Callable, products: int) -> None:
         dim, tokens, causal, kv_heads = shape
         seconds = _one(torch, calls, *shape)
         ours = seconds.pop("ringattn")
+        peak = threads() * 2 * SIZE**3 / seconds.pop("sgemm")
         ratios.append(min(seconds.values()) / ours)
         flops = products * 2 * 8 * tokens**2 * dim / (2 if causal else 1)
-        fraction = flops / ours / sgemm_peak()
+        fraction = flops / ours / peak
         times = [f"{ours * 1e3:.0f}", f"{min(seconds.values()) * 1e3:.0f}", f"{ratios[-1]:.2f}", f"{fraction:.2f}"]
         rows.append([dim, tokens, "yes" if causal else "no", f"8/{kv_heads}", *times])
     head = ["head_dim", "tokens", "causal", "heads", "ringattn ms", "torch ms", "torch / ringattn", "of sgemm"]
@@ -57,13 +59,11 @@ def _against_torch(torch, title: str, calls: Callable, products: int) -> None:
     print(f"  torch / ringattn: median {median(ratios):.2f}, least {min(ratios):.2f}")
 
 
-def sgemm_peak() -> float:
-    """Multiply-add rate of large float32 products of NumPy, one on each thread, in FLOP/s."""
-    size = 1536
-    x, y = (np.ones((size, size), np.float32) for _ in range(2))
+def _sgemm() -> Callable:
+    """Large float32 products of NumPy, one on each thread."""
+    x, y = (np.ones((SIZE, SIZE), np.float32) for _ in range(2))
     results = [np.empty_like(x) for _ in range(threads())]
-    seconds = best({"": partial(run_on_threads, lambda out: np.matmul(x, y, out=out), results)}, repeats=3)[""]
-    return threads() * 2 * size**3 / seconds
+    return partial(run_on_threads, lambda out: np.matmul(x, y, out=out), results)
 
 
 def best(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -78,6 +78,7 @@ def _one(torch, calls: Callable, dim: int, tokens: int, causal: bool, kv_heads: 
     wide = (x.repeat_interleave(8 // kv_heads, 1) for x in map(torch.from_numpy, (k, v)))
     ours = partial(ra.attention, mask="causal" if causal else None)
     timed = {
+        "sgemm": _sgemm(),
         "ringattn": calls(mx, ours, *map(mx.array, (q, k, v))),
         "expanded": calls(torch, partial(torch_attends, is_causal=causal), torch.from_numpy(q), *wide),
     }
