@@ -33,12 +33,9 @@ def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarr
 
 
 def sampled_error(
-    out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, group: int = 1, rows: int = 4
+    out: np.ndarray, positions: np.ndarray, tokens: int, dim: int, *, causal: bool, rows: int = 4
 ) -> float:
-    """Largest error of some rows of `out` ``[heads, local tokens, dim]`` against float64, with keys in chunks.
-
-    `group` heads share their keys.
-    """
+    """Largest error of some rows of `out` ``[heads, local tokens, dim]`` against float64, with keys in chunks."""
     heads = out.shape[0]
     picked = np.linspace(0, len(positions) - 1, rows).astype(int)
     at = positions[picked]
@@ -47,8 +44,7 @@ def sampled_error(
     acc = np.zeros((heads, rows, dim))
     for start in range(0, tokens, 1024):
         stop = min(start + 1024, tokens)
-        chunks = (chunk_of(name, start, stop, heads // group, dim) for name in "kv")
-        k, v = (chunk.astype(np.float64).repeat(group, axis=0) for chunk in chunks)
+        k, v = (chunk_of(name, start, stop, heads, dim).astype(np.float64) for name in "kv")
         weights = np.exp(q @ k.swapaxes(1, 2) * dim**-0.5)  # scores of normal numbers are small: no maximum needed
         if causal:
             weights *= np.arange(start, stop) <= at[:, None]

@@ -9,20 +9,20 @@ and one kernel call per hop.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from itertools import product
 from statistics import median
 
 import mlx.core as mx
-import numpy as np
 
 import ringattn as ra
 from launch.virtual import Cluster, unavailable
+from ringattn.bench.problem import AttentionShape
+from ringattn.bench.ranks import recorded, together
+from ringattn.bench.ring import RingCase, RingProblem
 from ringattn.bench.timing import turns
 from ringattn.launcher.processes import available_cores
 
-from .common import chunk_of, run_ranks, sampled_error, show, write_result
-from .ring import without_ring
+from .common import run_ranks, show, write_result
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
 TOKENS = {2: 6144, 4: 8192}
@@ -98,36 +98,16 @@ def worker() -> None:
     with ra.init() as ring:
         ring.both_ways = sys.argv[3] == "both"
         tokens = TOKENS[ring.size]
-        layout = ra.Layout.zigzag(tokens, ring.size)
-        q, k, v = (
-            mx.array(np.concatenate([chunk_of(name, *span, heads, DIM) for span in layout.spans[ring.rank]], 1)[None])
-            for name, heads in zip("qkv", (HEADS, KV_HEADS, KV_HEADS))
-        )
-
-        def call() -> mx.array:
-            mask = "causal" if causal else None
-            out = ra.ring_attention(q, k, v, ring=ring, layout=layout, mask=mask, strategy="pass_kv")
-            mx.eval(out)
-            return out
-
-        group = HEADS // KV_HEADS
-        positions = layout.positions(ring.rank)
-        error = sampled_error(np.array(call()[0]), positions, tokens, DIM, causal=causal, group=group)
-        assert error < 1e-5, error
-        alone = without_ring(ring, layout, q, k, v, causal, gradient=False)
+        shape = AttentionShape(mx.float32, DIM, (HEADS, KV_HEADS), tokens, tokens, causal)
+        case = RingCase(ring, RingProblem(shape, "zigzag", "pass_kv"))
+        assert case.error() <= 1
         before = ring.bytes_sent
-        ring.trace = []
-        call()
-        trace = ring.trace
-        ring.trace = None
+        with recorded(ring) as events:
+            case.with_ring()
         sent = ring.bytes_sent - before
-        waited = sum(event.stop - event.start for event in trace if event.kind == "wait")
-
-        def whole(work: Callable[[], object]) -> Callable[[], None]:
-            """Include the wait for the last rank, so that the next call does not include it."""
-            return lambda: (work(), ring.barrier())[1]
-
-        timed = turns({"call": whole(call), "alone": whole(alone)}, repeats=9)
+        waited = sum(event.stop - event.start for event in events if event.kind == "wait")
+        calls = {"call": case.with_ring, "alone": case.without_ring}
+        timed = turns({name: together(ring, call) for name, call in calls.items()}, repeats=9)
         write_result(ring.rank, {**timed, "waited": waited, "bytes": sent})
 
 

@@ -23,6 +23,10 @@ class PeakMemory:
         """Bytes by which the peak has grown."""
         return _peak() - self._before
 
+    def highest(self) -> int:
+        """Peak resident memory since then, in bytes."""
+        return _peak()
+
 
 def _peak() -> int:
     """Peak resident memory in bytes."""

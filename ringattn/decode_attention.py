@@ -21,7 +21,7 @@ from .ring.blocks import raw
 from .ring.call import check_layout, check_ring
 from .transport.base import Ring
 from .transport.consensus import Fields, agree, agree_in_graph, fits_in_graph, raise_on_all_ranks
-from .transport.interface import Transport, timed
+from .transport.interface import Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -176,7 +176,7 @@ class _DecodeCall:
         q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
         k_pos = positions(self.kv_layout.spans[self.ring.rank])
         columns = None if options.mask is None else k_pos - self.kv_layout.start
-        with timed(self.ring, "compute", 0):
+        with self.ring.tracer.span("compute", 0):
             state: State = self.kernel.forward(KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns)))
             if lazy:
                 # Raise here under a transformation. Without this, no rank would check the exchange.

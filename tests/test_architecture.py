@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 # From the bottom up. What stands in one row knows nothing of its neighbours.
 FLOORS = [
     {"errors", "_version", "native", "rendezvous", "reporting"},
-    {"core", "extras"},
+    {"core", "extras", "tracing"},
     {"autograd"},
     {"kernels", "linear", "transport"},
     {"cpu", "cuda", "metal"},
@@ -25,6 +25,7 @@ FLOORS = [
     {"lm", "verify"},
     {"bench", "demo"},
     {"doctor"},
+    {"planning"},
     {"cli"},
     {"__main__"},
 ]

@@ -206,7 +206,7 @@ def picture_layers() -> Figure:
     """The floors of the package."""
     floors = [
         ("cli", "#8172b3"),
-        ("doctor · bench · demo", "#8172b3"),
+        ("planning · doctor · bench · demo", "#8172b3"),
         ("lm · verify", "#8172b3"),
         ("ring_attention · decode_attention · training", COLOURS[3]),
         ("attention · ring (schedule, relay, loop)", COLOURS[3]),
@@ -214,7 +214,7 @@ def picture_layers() -> Figure:
         ("cpu · metal · cuda", COLOURS[1]),
         ("kernels (interface)  |  transport (mpi, mlx, solo)", COLOURS[1]),
         ("autograd", COLOURS[0]),
-        ("core (masks, softmax algebra, gradients)", COLOURS[0]),
+        ("core (masks, softmax algebra, gradients) · tracing", COLOURS[0]),
         ("errors · native · rendezvous · reporting", COLOURS[0]),
     ]
     figure, ax = plt.subplots(figsize=(6.6, 5.4))

@@ -216,7 +216,7 @@ if ip link show "$cable" | grep -q "state DOWN"; then
     echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255
 fi
 [ -z "$group" ] || echo $$ > "$group/cgroup.procs"
-exec env -i HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \\
+exec env -i $memory HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \\
     SSH_CONNECTION="{self.head} 40000 $address 22" taskset -c "$cores" ip netns exec "$space" \\
     unshare -u sh -c 'hostname "$0"; cd; exec sh -c "$1"' "$name" "$*"
 """
@@ -232,6 +232,8 @@ exec env -i HOME="$HOME" USER="$USER" SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin
             "cable": self._cable(i),
             "cores": ",".join(map(str, own)),
             "group": group,
+            # The limit, which ringattn would find itself, but a network namespace hides the files of cgroups.
+            "memory": "" if self._bytes is None else f"RINGATTN_MEMORY={self._bytes}",
         }
         assignments = "; ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
         return f"    {self.names[i]}|{self.addresses[i]}) {assignments} ;;"

@@ -17,12 +17,13 @@ INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of SIGINT
 
 # Lines of `ringattn --help`, here so that the list of commands imports none of them.
 COMMANDS = {
-    "bench": "Time parts of ringattn on this machine.",
+    "bench": "Time kernels, rings, links and models, and compare with an earlier run.",
     "chat": "Talk to a language model whose context is spread over ranks.",
     "demo": "Let a real language model read a document on several processes.",
     "doctor": "Examine hosts, links and versions before a ring runs on them.",
     "generate": "Generate text with a language model whose context is spread over ranks.",
     "launch": "Run a program on several ranks, of this machine or of several hosts.",
+    "plan": "Predict memory and time of a model on a cluster, and choose how its machines share the work.",
     "samples": "Print an example program, a host file, or the guide to several machines.",
     "serve": "Answer OpenAI-style requests with a language model spread over ranks.",
     "verify": "Check the ring against exact attention on this machine.",

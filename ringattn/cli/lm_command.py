@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,13 @@ from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWar
 from ..extras import require
 from ..transport.environment import launched_by
 from ..transport.grid import Grid
-from ..transport.interface import Transport
 from . import leave
 from .progress_bar import is_visible
 from .session import Session
-from .starting import Placement, prepare
+from .starting import Placement, check_placement, start_again
 
 SessionWork = Callable[[Session], int | None]
 PromptReader = Callable[[dict[str, Any]], Any]
-STARTED = "RINGATTN_STARTED"  # environment variable of ranks that one of these commands started itself
 
 LONGEST_ERROR = 600  # characters of another library's message
 
@@ -49,18 +45,9 @@ def run(
     """
     placement = Placement.pop_from(options)
     if launched_by() == "solo" and placement.starts_ranks:
-        leave(_start_ranks(placement, forward_sigint))
+        require("mlx_lm", "ringattn[lm]")  # before processes start
+        leave(start_again(placement, forward_sigint))
     leave(_join_ring(work, call, placement, options, read))
-
-
-def _start_ranks(placement: Placement, forward_sigint: bool) -> int:
-    """Run this command again on ranks under a launcher. Return the exit code."""
-    require("mlx_lm", "ringattn[lm]")  # before processes start
-    own = replace(placement, variables=(*placement.variables, f"{STARTED}=1"))
-    if placement.hosts is None and placement.hostfile is None:
-        own = replace(own, ranks=placement.ranks or 1)
-    ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
-    return ranks.run(forward_sigint=forward_sigint, explained=True)
 
 
 def _join_ring(
@@ -77,7 +64,7 @@ def _join_ring(
     with check_ring(init()) as ring, ExitStack() as stack:
         try:
             with raise_on_all_ranks(ring, call):
-                _check_placement(placement, ring)
+                check_placement(placement, ring)
                 _check_save(options.get("save_prompt_cache"))
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, call, tuple((name, str(value)) for name, value in options.items()))
@@ -95,13 +82,6 @@ def _join_ring(
             if ring.rank == 0:
                 click.echo(f"Error: {error}", err=True)
             return 1
-
-
-def _check_placement(placement: Placement, ring: Transport) -> None:
-    """Refuse placement options under a launcher, which has placed the ranks already."""
-    if placement.given and STARTED not in os.environ and launched_by() != "solo":
-        given = ", ".join(placement.given)
-        raise ArgumentError(f"{given}: given under a launcher, which has started {ring.size} ranks")
 
 
 def _check_save(path: Path | None) -> None:

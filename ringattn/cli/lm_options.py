@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .host_options import HOSTS, PROCESSES, ranks_option, tensor_option
+from .trace_option import trace_option
 
 
 class Number(click.FloatRange):
@@ -44,6 +45,7 @@ OPTIONS = (
     ),
     *HOSTS,
     *PROCESSES,
+    trace_option(),
     tensor_option,
     click.option(
         "--model",

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import LaunchError
+from ..errors import ArgumentError, LaunchError
 from ..launcher.hostfile import Cluster, check_variable
 from ..launcher.mpiexec import Mpiexec, build_command, build_environment, check_command, find_mpiexec, mismatch
 from ..launcher.preflight import check_hosts, home_address
 from ..launcher.supervisor import run
 from ..transport.addresses import ADDRESSES, INTERFACE, RDMA
+from ..transport.base import Ring
+from ..transport.environment import launched_by
 from .host_options import chosen_cluster, count_ranks
 
 PASSED_ON = ("RINGATTN_", "PYTHON", "MLX_", "MPI4PY_", "FI_", "UCX_", "HF_", "OMP_", "OPENBLAS_", "MKL_", "VECLIB_")
+STARTED = "RINGATTN_STARTED"  # environment variable of ranks that a command started itself
 FOR_WRAPPERS = ("RINGATTN_LAUNCHER", "RINGATTN_LAUNCH_DIR")  # known only when the launcher runs
 
 
@@ -51,6 +55,22 @@ class Placement:
     def starts_ranks(self) -> bool:
         """Whether the options ask for more than this process."""
         return (self.ranks or 1) > 1 or any(name != "-n" for name in self.given)
+
+
+def start_again(placement: Placement, forward_sigint: bool = False) -> int:
+    """Run this command again on ranks under a launcher. Return the exit code."""
+    own = replace(placement, variables=(*placement.variables, f"{STARTED}=1"))
+    if placement.hosts is None and placement.hostfile is None:
+        own = replace(own, ranks=placement.ranks or 1)
+    ranks = prepare(own, [sys.executable, "-m", "ringattn.cli", *sys.argv[1:]], prefix=False)
+    return ranks.run(forward_sigint=forward_sigint, explained=True)
+
+
+def check_placement(placement: Placement, ring: Ring) -> None:
+    """Refuse placement options under a launcher, which has placed the ranks already."""
+    if placement.given and STARTED not in os.environ and launched_by() != "solo":
+        given = ", ".join(placement.given)
+        raise ArgumentError(f"{given}: given under a launcher, which has started {ring.size} ranks")
 
 
 @dataclass(frozen=True)

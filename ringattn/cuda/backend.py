@@ -30,13 +30,15 @@ class CudaKernel(Kernel):
                 return State(*attend(inputs, state, None))
         return _reference.forward(inputs, state)
 
-    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
+    def finish(
+        self, inputs: KernelInputs, output: OutputSpec, state: State | None = None
+    ) -> tuple[mx.array, mx.array | None]:
         if _fused(inputs):
             sinks = None if output.sinks is None else mx.contiguous(output.sinks.astype(mx.float32))
             with suppress(UnusableError):
-                out, *lse = attend(inputs, None, replace(output, sinks=sinks))
+                out, *lse = attend(inputs, state, replace(output, sinks=sinks))
                 return out, lse[0] if lse else None
-        return _reference.finish(inputs, output)
+        return _reference.finish(inputs, output, state)
 
     def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
         return _reference.backward(inputs, rows, sums)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import RingAttentionError
+from ..tracing.files import VARIABLE, join_names
 from .task import ProgressFile, RankResult, ReadingTask
 
 
@@ -24,13 +26,16 @@ class TaskResult(NamedTuple):
     ranks: list[RankResult]
 
 
-def run_task(task: ReadingTask, folder: Path, progress: Callable[[float], None]) -> TaskResult:
+def run_task(
+    task: ReadingTask, folder: Path, progress: Callable[[float], None], traces: Sequence[Path] = ()
+) -> TaskResult:
     """Run `task` in worker processes on this machine.
 
     Args:
         task: Task to run.
         folder: Empty folder for the files of command and workers.
         progress: Function that receives from time to time the part of the prompt that is read.
+        traces: Files for the trace of the ring.
 
     Raises:
         WorkersFailedError: A worker ended with an error.
@@ -39,7 +44,8 @@ def run_task(task: ReadingTask, folder: Path, progress: Callable[[float], None])
     log = folder / "log"
     progress_file = ProgressFile(folder)
     with log.open("wb") as out:
-        workers = subprocess.Popen(_command(task, folder), stdout=out, stderr=out)
+        environment = {**os.environ, VARIABLE: join_names(traces)}
+        workers = subprocess.Popen(_command(task, folder), stdout=out, stderr=out, env=environment)
     try:
         while workers.poll() is None:
             progress(progress_file.share())

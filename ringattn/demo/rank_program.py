@@ -16,33 +16,8 @@ from ringattn import lm
 from ringattn.demo.document import prompt
 from ringattn.demo.task import ProgressFile, RankResult, ReadingTask
 from ringattn.lm.sharding.sharded_cache import contents, held_bytes, held_tokens
-from ringattn.transport.base import Event, Ring
 
 ProgressCallback = Callable[[int, int], None]
-
-
-class PrefillTrace:
-    """Callback of prefill that keeps the events of the longest round, the last one of these, and writes the progress.
-
-    Attributes:
-        events: Events of that round.
-    """
-
-    def __init__(self, ring: Ring, progress: ProgressFile | None):
-        self.events: list[Event] = []
-        self._ring = ring
-        self._progress = progress
-        self._done = 0
-        self._longest = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._ring.trace and done - self._done >= self._longest:
-            self.events = self._ring.trace
-            self._longest = done - self._done
-        self._done = done
-        self._ring.trace = [] if done < total else None  # decoding is not traced
-        if self._progress is not None:
-            self._progress.write(done, total)
 
 
 def run(task: ReadingTask, grid: ra.Grid, progress: ProgressFile) -> RankResult:
@@ -50,12 +25,12 @@ def run(task: ReadingTask, grid: ra.Grid, progress: ProgressFile) -> RankResult:
     model, tokenizer = lm.load(task.model, mx.float32, grid=grid)
     ids = prompt(tokenizer, task.document)
     ring = grid.column
-    trace = PrefillTrace(ring, progress if grid.ring.rank == 0 else None)
+    callback = progress.write if grid.ring.rank == 0 else None
     if not task.plain:
         lm.shard(model, grid)
     cache = make_prompt_cache(model)
     sent = ring.bytes_sent
-    responses = list(_answer(task, model, tokenizer, ids, cache, trace))
+    responses = list(_answer(task, model, tokenizer, ids, cache, callback))
     last = responses[-1]
     return RankResult(
         rank=grid.ring.rank,
@@ -68,12 +43,11 @@ def run(task: ReadingTask, grid: ra.Grid, progress: ProgressFile) -> RankResult:
         sent=ring.bytes_sent - sent,
         prompt_tps=last.prompt_tps,
         generation_tps=last.generation_tps,
-        events=trace.events,
     )
 
 
 def _answer(
-    task: ReadingTask, model: Any, tokenizer: Any, ids: list[int], cache: list, callback: ProgressCallback
+    task: ReadingTask, model: Any, tokenizer: Any, ids: list[int], cache: list, callback: ProgressCallback | None
 ) -> Iterator[Any]:
     """Responses of mlx-lm, by plain mlx-lm or over the ring."""
     options: dict = {"max_tokens": task.max_tokens, "prompt_cache": cache, "prompt_progress_callback": callback}

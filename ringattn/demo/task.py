@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..transport.base import Event
-
 MODEL = "smollm2"
 MODEL_TITLES = {MODEL: "SmolLM2-135M"}
 
@@ -73,7 +71,6 @@ class RankResult:
         sent: Bytes of blocks and states that it sent to other ranks.
         prompt_tps: Tokens of the prompt per second.
         generation_tps: Tokens of the answer per second.
-        events: Events of the ring in the longest round of prefill.
     """
 
     rank: int
@@ -86,7 +83,6 @@ class RankResult:
     sent: int
     prompt_tps: float
     generation_tps: float
-    events: list[Event]
 
     def write(self, folder: Path) -> None:
         """Write this result into `folder`."""
@@ -96,7 +92,7 @@ class RankResult:
     def read(cls, folder: Path, rank: int) -> RankResult:
         """Read the result of `rank`."""
         raw: dict[str, Any] = json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8"))
-        return cls(**{**raw, "events": [Event(*event) for event in raw["events"]]})
+        return cls(**raw)
 
 
 class ProgressFile:

@@ -15,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import attention
-from ..bench.kernel import AttentionShape, random_arrays
+from ..bench.problem import AttentionShape, random_arrays
 
 ENOUGH = 0.05  # seconds of one call after which no larger size is measured
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
+READ = (1024, 2048, 4096)  # of matrices that are read; the last has 64 MB, more than most caches
 REPEATS = 4  # of each size. The best counts: the first call also maps memory, and other work may disturb any
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -37,6 +38,7 @@ class ComputeSpeeds:
         attention: Speed of `ringattn.attention` without a mask.
         spread: Largest ratio, over all kinds, of the median to the best time of equal measurements: about 1 where
             nothing else runs.
+        read: Bytes per second at which MLX reads the matrix of a product with one row, as for a new token.
     """
 
     mlx: float
@@ -45,6 +47,7 @@ class ComputeSpeeds:
     bfloat16: float | None
     attention: float
     spread: float
+    read: float = 0.0
 
 
 class Speed(NamedTuple):
@@ -60,6 +63,7 @@ def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> ComputeSp
     workloads: dict[str, tuple[Workload, tuple[int, ...]]] = {
         "mlx": (lambda n: _mlx(n, mx.float32), SIZES),
         "numpy": (_numpy, SIZES),
+        "read": (_read, READ),
         "attention": (lambda n: _attention(AttentionShape(dtype, head_dim, heads, n, n, causal=False)), TOKENS),
     }
     if gpu:
@@ -73,6 +77,7 @@ def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> ComputeSp
         bfloat16=found["bfloat16"].flops if gpu else None,
         attention=found["attention"].flops,
         spread=max(speed.spread for speed in found.values()),
+        read=found["read"].flops,
     )
 
 
@@ -99,6 +104,13 @@ def _mlx(n: int, dtype: mx.Dtype) -> tuple[Callable[[], object], float]:
     a = mx.ones((n, n), dtype)
     mx.eval(a)
     return lambda: mx.eval(a @ a), 2.0 * n**3
+
+
+def _read(n: int) -> tuple[Callable[[], object], float]:
+    a = mx.ones((n, n), mx.float32)
+    x = mx.ones((1, n), mx.float32)
+    mx.eval(a, x)
+    return lambda: mx.eval(x @ a), 4.0 * n**2
 
 
 def _numpy(n: int) -> tuple[Callable[[], object], float]:

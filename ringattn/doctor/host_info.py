@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..launcher.processes import available_cores
+from ..lm.host_memory import usable_memory
 from ..native import blas, sgemm, tf32
 from ..reporting.machine import version
 
@@ -26,6 +27,7 @@ class HostInfo:
         system: Operating system, such as ``"macOS 26.2"`` or ``"Debian GNU/Linux 12 (bookworm), Linux 6.1.0"``.
         chip: Processor, such as ``"Apple M3 Ultra"``.
         memory: Memory in bytes.
+        usable: Bytes of it that all ranks of the host may use together; see `ringattn.lm.host_memory`.
         cores: Number of CPU cores that this process may use.
         threads: Number of threads of a rank's kernel.
         python: Path of the Python interpreter.
@@ -60,6 +62,7 @@ class HostInfo:
     kernel: str
     load: float
     blas_advice: str | None
+    usable: int = 0
 
 
 def collect() -> HostInfo:
@@ -88,6 +91,7 @@ def collect() -> HostInfo:
         kernel=select(None).name,
         load=os.getloadavg()[0] / (os.cpu_count() or 1),
         blas_advice=_blas_advice(),
+        usable=usable_memory(),
     )
 
 

@@ -56,6 +56,7 @@ def _rank(number: int, rank: RankReport) -> dict[str, Any]:
         "host": asdict(rank.host) if rank.host else None,
         "gflop_s": {name: flops and flops / 1e9 for name, flops in speeds.items()} or None,
         "spread": rank.speeds.spread if rank.speeds else None,
+        "memory_gb_s": rank.speeds.read / 1e9 if rank.speeds else None,
         "mpi": asdict(rank.mpi) if rank.mpi else None,
         "done": rank.done,
     }
@@ -63,7 +64,8 @@ def _rank(number: int, rank: RankReport) -> dict[str, Any]:
 
 def _flops(rank: RankReport) -> dict[str, float | None]:
     """Speeds of a rank by name; empty without measurements."""
-    return {name: value for name, value in asdict(rank.speeds).items() if name != "spread"} if rank.speeds else {}
+    others = ("spread", "read")
+    return {name: value for name, value in asdict(rank.speeds).items() if name not in others} if rank.speeds else {}
 
 
 def _hosts(exam: Examination) -> str:

@@ -12,6 +12,7 @@ from .chunks import Tokens, compute_chunks
 from .recurrence import Recurrence, Span, single_step
 
 CHUNK = 64  # tokens of a chunk at most; a power of two
+SHORT = 16  # tokens of a chunk for keys with few dims: more would be nearly dependent, and their writes cancel
 GROUP = 1 << 13  # tokens, counted for each head, whose chunks are computed together: bounds the memory
 
 
@@ -35,7 +36,7 @@ def run(recurrence: Recurrence, state: mx.array | None) -> Span:
     carried = _start(recurrence, state)
     outs = [mx.zeros((batch, heads, 0, dim))]
     reads = [mx.zeros((batch, heads, 0, recurrence.k.shape[3]))]
-    for start, stop, chunk in _groups(recurrence.length, GROUP // max(1, batch * heads)):
+    for start, stop, chunk in _groups(recurrence.length, _chunk(recurrence), GROUP // max(1, batch * heads)):
         part = recurrence.tokens(start, stop)
         part = part.after(outs[-1]) if start else part
         out, read, carried = _run_group(part, chunk, carried)
@@ -59,12 +60,18 @@ def _start(recurrence: Recurrence, state: mx.array | None) -> _Carried:
     return _Carried(_grouped(mx.zeros(recurrence.state_shape), heads), _grouped(identity, heads), clean)
 
 
-def _groups(tokens: int, most: int) -> Iterator[tuple[int, int, int]]:
+def _chunk(recurrence: Recurrence) -> int:
+    """Tokens of a chunk: with the delta rule not many more than its keys have dims."""
+    dim = recurrence.k.shape[3]
+    return CHUNK if recurrence.beta is None or dim > SHORT else SHORT
+
+
+def _groups(tokens: int, chunk: int, most: int) -> Iterator[tuple[int, int, int]]:
     """Cut tokens into groups of whole chunks, ``(start, stop, chunk)``, of about `most` tokens. The last is shorter."""
-    whole = tokens - tokens % CHUNK
-    step = max(CHUNK, most - most % CHUNK)
+    whole = tokens - tokens % chunk
+    step = max(chunk, most - most % chunk)
     for start in range(0, whole, step):
-        yield start, min(start + step, whole), CHUNK
+        yield start, min(start + step, whole), chunk
     if whole < tokens:
         yield whole, tokens, 1 << (tokens - whole - 1).bit_length()
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from ..core.validation import check_int
 from ..errors import ArgumentError
-from ..transport.consensus import raise_on_all_ranks
+from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.interface import Transport
-from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError, agreed
+from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError
+from .limits import check_memory, longest_context
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import everyone_of, sharded
 from .sharding.cache_kinds import check_caches
@@ -71,9 +72,10 @@ def stream_generate(
 
     Raises:
         ArgumentError: The model is not sharded, the prompt has no token or an unknown one, an option is not supported,
-            or an option differs between ranks. An error on one rank (also in `sampler`, `stopped`, a logits processor
-            or `prompt_progress_callback`) is raised on every rank, and the ring still works afterwards. A rank that
-            leaves the text before the others gets the error from its next call.
+            an option differs between ranks, or a rank has too little memory for the context, which is checked before
+            the prompt is read. An error on one rank (also in `sampler`, `stopped`, a logits processor or
+            `prompt_progress_callback`) is raised on every rank, and the ring still works afterwards. A rank that leaves
+            the text before the others gets the error from its next call.
 
     Warns:
         ContextWarning: On rank 0, where the prompt is longer than the model's longest context.
@@ -83,16 +85,22 @@ def stream_generate(
     ring = everyone_of(known := sharded(model))
     ids: np.ndarray | None = None
     with raise_on_all_ranks(ring, BEGIN):
-        prefill_step_size = _checked_prefill_step_size(prefill_step_size, options)
+        prefill_step_size = checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
         leaves = [] if prompt_cache is None else check_caches("prompt_cache", prompt_cache, known.make_cache())
         held = leaves[0].tokens.reshape(-1) if leaves else np.zeros(0, np.int32)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
+        longest, _ = longest_context(known, ring, prefill_step_size)
     context = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
     fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": context}
-    agreed(ring, BEGIN, tuple((name, str(value)) for name, value in fields.items()))
+    numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
+    described = tuple((name, str(value)) for name, value in fields.items())
+    with ring.call(BEGIN):
+        replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
+    table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
+    check_memory(known, ring, held.size + int(table[0, 1]), int(table[:, 0].min()), prefill_step_size)
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
     for leaf in leaves:
         leaf.expect_prompt(shared_ids.size)
@@ -119,8 +127,9 @@ def stream_generate(
             leaf.marks = ()
 
 
-def _checked_prefill_step_size(size: int | None, options: dict[str, Any]) -> int:
+def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int:
     """The tokens of a rank in one round; `options` may have nothing but its older name."""
+    options = options or {}
     name = "prefill_step_size"
     if size is None and "chunk" in options:
         name = "chunk"

@@ -42,6 +42,8 @@ IMPORTED = {
     "compute_dt": "mlx_lm.models.ssm",
     "JambaMambaMixer": "mlx_lm.models.jamba",
     "dequantize_model": "mlx_lm.utils",
+    "_get_classes": "mlx_lm.utils",
+    "load_model": "mlx_lm.utils",
     "generate_step": "mlx_lm.generate",
     "GenerationResponse": "mlx_lm.generate",
     "TextStateMachine": "mlx_lm.generate",
@@ -134,6 +136,12 @@ def missing_names() -> list[str]:
         except (ImportError, AttributeError):
             missing.append(f"{'.'.join(names)} in {module}")
     return missing
+
+
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The class of the model with a configuration, and that of its arguments."""
+    model, arguments = __getattr__("_get_classes")(config)
+    return model, arguments
 
 
 def model_args(model: nn.Module) -> Any:

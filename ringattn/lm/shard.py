@@ -17,6 +17,7 @@ from ..transport.grid import Grid
 from ..transport.interface import Transport
 from ..transport.shared_input import SharedInput
 from . import mlx_lm_compat as compat
+from .memory import Footprint, footprint_of
 from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
 from .sharding.forward_pass import ShardedCache, flat, step_through, tokens_to_mark
@@ -51,6 +52,7 @@ class Sharded:
     cost: Cost
     kinds: list[Kind]  # of the layers' caches
     longest: float  # tokens of context
+    footprint: Footprint
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **rest: Any) -> mx.array:
         """Run the model on `inputs`, which are the same on every rank. Collective where the caches are sharded.
@@ -146,6 +148,7 @@ def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None =
         ("kinds", kinds),
         ("cost", cost_of(model, kinds, part[1])),
         ("longest", longest),
+        ("footprint", footprint_of(model, kinds, caches)),
     ):
         object.__setattr__(model, name, value)  # not as parameters
     return model

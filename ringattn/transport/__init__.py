@@ -11,6 +11,7 @@ from .base import Event, Ring
 from .environment import launched_by, read_timeout
 from .failures.status_file import status
 from .interface import Signal, Transfer
+from .trace_file import traced
 
 __all__ = ["Event", "Signal", "Ring", "Transfer", "init"]
 
@@ -23,7 +24,8 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
     Args:
         backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
             ``"solo"`` for a ring of one. ``None`` chooses by the launcher's environment, ``"solo"`` without a
-            launcher. Over ``"mlx"`` there is no `split`.
+            launcher. Over ``"mlx"`` there is no `split`. Over ``"mpi"``, the blocks of `ring_attention` travel by NCCL
+            where every rank's default device is an NVIDIA GPU of its own, unless ``RINGATTN_NCCL`` is 0.
         comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
         timeout: Seconds without a heartbeat after which a rank counts as dead. A long computation is not a stall: a
             thread of its own sends the heartbeats. It sends none while one call keeps Python's global interpreter lock
@@ -43,9 +45,10 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
     if backend == "solo":
         from .solo import SoloRing
 
-        return SoloRing(read_timeout(timeout))
+        return traced(SoloRing(read_timeout(timeout)))
     with status.opening():
-        return _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
+        ring = _open_mlx_ring(timeout) if backend == "mlx" else _open_mpi_ring(comm, timeout)
+    return traced(ring)
 
 
 def _open_mlx_ring(timeout: float | None) -> Ring:

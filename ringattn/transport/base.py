@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import MutableSequence
 from types import TracebackType
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import ArgumentError, ArgumentTypeError
+from ..tracing.spans import NO_TRACER, Event, Recorder, Tracer
 
-
-class Event(NamedTuple):
-    """One interval of a rank's timeline: `start` and `stop` in seconds of ``time.time()``."""
-
-    kind: str  # "compute", "send", "recv" or "wait"
-    hop: int
-    start: float
-    stop: float
-    bytes: int = 0
+__all__ = ["Event", "Ring"]
 
 
 class Ring(abc.ABC):
@@ -32,7 +25,6 @@ class Ring(abc.ABC):
         size: The number of ranks.
         hosts: The host name of every rank.
         timeout: Seconds without a heartbeat after which a peer counts as dead.
-        trace: A list that collects `Event`s while it is not ``None``.
         bytes_sent: Bytes of blocks and states that this rank has sent to its neighbours so far.
         duplex: Whether a rank can send and receive on all its links at the same time.
     """
@@ -42,10 +34,10 @@ class Ring(abc.ABC):
     size: int
     hosts: tuple[str, ...]
     timeout: float
-    trace: list[Event] | None = None
     bytes_sent: int = 0
     duplex: bool = True
     _both_ways: bool | None = None
+    _tracer: Tracer = NO_TRACER
 
     def __repr__(self) -> str:
         return f"Ring(backend={self.backend!r}, rank={self.rank}, size={self.size}, hosts={self.hosts!r})"
@@ -77,6 +69,15 @@ class Ring(abc.ABC):
         if value and not self.duplex:
             raise ArgumentError("both_ways: True, expected False or None where a rank does one thing at a time")
         self._both_ways = value
+
+    @property
+    def trace(self) -> MutableSequence[Event] | None:
+        """The list that collects `Event`s, or ``None``. Set a list to record, and ``None`` to stop."""
+        return self._tracer.events
+
+    @trace.setter
+    def trace(self, events: MutableSequence[Event] | None) -> None:
+        self._tracer = NO_TRACER if events is None else Recorder(events)
 
     @abc.abstractmethod
     def split(self, color: int | None) -> Ring | None:

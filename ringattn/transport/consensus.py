@@ -67,7 +67,9 @@ def agree(
         error = error or late
     own = [memoryview(_head(ring, what, fields, error))]
     sent = own if apart or error is not None else [*own, *payload]
-    replies = _check(ring, what, fields, error, ring.exchange(sent), ring.shared_input)
+    with ring.tracer.span("exchange", 0, sent):
+        heads = ring.exchange(sent)
+    replies = _check(ring, what, fields, error, heads, ring.shared_input)
     return ring.exchange(payload) if apart else replies
 
 

@@ -33,7 +33,11 @@ class SoloRing(Transport):
             with raise_on_all_ranks(self, "split"):
                 color = collectives.check_color(color)
             agree(self, "split")
-            return None if color is None else SoloRing(self.timeout)
+            if color is None:
+                return None
+            ring = SoloRing(self.timeout)
+            ring.tracer = self.tracer
+            return ring
 
     def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
         with self.call("broadcast"):
@@ -48,6 +52,7 @@ class SoloRing(Transport):
             agree(self, "barrier")
 
     def close(self) -> None:
+        self.finish_trace()
         self._error = self._error or RingError("this ring is closed")
 
     def exchange(self, payload: Buffers) -> list[memoryview]:

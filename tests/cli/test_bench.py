@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 import ringattn as ra
 from ringattn.bench import kernel as speed
+from ringattn.bench.problem import AttentionShape
 from ringattn.bench.timing import medians
 from ringattn.cli import main
 from ringattn.errors import KernelWarning
@@ -34,10 +36,11 @@ def test_every_shape_is_timed():
     assert [row[1:4] for row in table] == [
         [n, "4/2", dtype] for dtype in ("float16", "float32") for n in ("40", "65") for _ in range(4)
     ]
-    words = [" ".join(row[4:-5]) for row in table]
+    words = [" ".join(row[4:-6]) for row in table]
     assert words == ["full forward", "causal forward", "causal with lse", "causal one token"] * 4
-    for *_, ours, theirs, ratio, _, error in table:
+    for *_, ours, spread, theirs, ratio, _, error in table:
         assert float(ours) > 0 and float(theirs) > 0 and float(ratio) > 0 and 0 <= float(error) <= 1
+        assert spread.endswith("%")
 
 
 @pytest.mark.parametrize("mask", ["causal", "full"])
@@ -69,9 +72,9 @@ def answering(change, monkeypatch):
 
     def instead(calls, *rest, **options):
         timed.append(1)
-        return dict.fromkeys(calls, 1.0)
+        return {name: [1.0] for name in calls}
 
-    monkeypatch.setattr(speed, "medians", instead)
+    monkeypatch.setattr(speed, "turns", instead)
     return timed
 
 
@@ -141,7 +144,9 @@ def test_wrong_input(line, message, monkeypatch):
 
 def test_help_lists_the_subcommands():
     done = command("bench", "--help")
-    assert done.exit_code == 0 and "  kernel  Time attention against mx.fast" in done.output
+    assert done.exit_code == 0
+    for name in ("kernel", "ring", "train", "decode", "links", "generate", "growth"):
+        assert re.search(rf"^  {name} +(Time|Fit) ", done.output, re.MULTILINE), name
 
 
 def test_calls_take_turns():
@@ -151,5 +156,5 @@ def test_calls_take_turns():
 
 
 def test_work_is_counted_of_visible_pairs():
-    shape = speed.AttentionShape(mx.float16, 64, (2, 1), 3, 10, True)
+    shape = AttentionShape(mx.float16, 64, (2, 1), 3, 10, True)
     assert shape.flops == 4 * 2 * 64 * (8 + 9 + 10)

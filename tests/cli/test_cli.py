@@ -18,7 +18,7 @@ from ringattn.cli import COMMANDS, main
 from ringattn.cli.starting import PASSED_ON
 from ringattn.errors import RingAttentionError
 
-START_RANKS = ("chat", "demo", "doctor", "generate", "launch", "serve", "verify")
+START_RANKS = ("chat", "demo", "doctor", "generate", "launch", "plan", "serve", "verify")
 WITH_A_MODEL = ("chat", "generate", "serve")
 MODEL = ["--model", "smollm2", "--dtype", "float32"]
 PATIENCE = 120.0  # s for a command to begin its work on a busy machine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +14,12 @@ from tiny_model import make_folder
 
 from ringattn.cli import main
 from ringattn.cli.commands.demo import ProgressLines
-from ringattn.demo import picture, report
+from ringattn.demo import report
 from ringattn.demo.document import QUESTION, read_document
 from ringattn.demo.processes import TaskResult
 from ringattn.demo.task import MODEL, ProgressFile, RankResult, ReadingTask
 from ringattn.errors import MissingExtraError
 from ringattn.lm.gguf import find_smollm2
-from ringattn.transport.base import Event
 
 needs_mlx_lm = pytest.mark.skipif(
     importlib.util.find_spec("mlx_lm") is None and "CI" not in os.environ, reason="not installed: mlx_lm"
@@ -38,21 +36,14 @@ def test_the_document_is_long() -> None:
     assert len(read_document()) > 10_000 and "pdb" in read_document()
 
 
-# The report and the picture
+# The report
 
 
 def made_up(ranks: int, tokens: tuple[int, ...] = (3, 4, 5)) -> TaskResult:
-    results = []
-    for rank in range(max(1, ranks)):
-        zero = 1e9 + 0.001 * rank
-        events = []
-        for layer in range(4):
-            for hop in range(ranks):
-                start = zero + layer + 0.1 * hop
-                events += [Event("compute", hop, start, start + 0.09), Event("send", hop, start, start + 0.03, 512)]
-        results.append(
-            RankResult(rank, 1000, list(tokens), " Paris.", 250, "keys and values", 10**7, 10**6, 200.0, 5.0, events)
-        )
+    results = [
+        RankResult(rank, 1000, list(tokens), " Paris.", 250, "keys and values", 10**7, 10**6, 200.0, 5.0)
+        for rank in range(max(1, ranks))
+    ]
     return TaskResult(ReadingTask("model", ranks, 64, 9, "text"), results)
 
 
@@ -85,34 +76,6 @@ def test_another_answer_fails(tokens: tuple[int, ...], at: int) -> None:
     assert not report.passed(ring, made_up(0))
     assert f"FAILED: token {at} of rank 1 " in report.report(ring, made_up(0))
     assert not report.passed(made_up(3, ()), made_up(0, ()))  # no answer is none
-
-
-def test_picture_is_drawn_at_the_width_of_a_readme(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "ring.png"
-    picture.draw(made_up(4), path)
-    header = path.read_bytes()[:24]
-    assert header.startswith(b"\x89PNG")
-    assert struct.unpack(">I", header[16:20]) == (900,)
-
-
-def test_the_window_is_two_layers_in_the_middle() -> None:
-    start, stop = picture.window(made_up(4))
-    assert (start, stop) == (1e9, 1e9 + 2)
-    events = picture.within(made_up(4).ranks[0].events, start + 0.05, start + 0.25)
-    assert {(e.kind, e.hop) for e in events} == {
-        ("compute", 0),
-        ("compute", 1),
-        ("compute", 2),
-        ("send", 1),
-        ("send", 2),
-    }
-    assert events[0].start == start + 0.05 and max(e.stop for e in events) == start + 0.25
-
-
-def test_sends_that_overlap_get_lanes_of_their_own() -> None:
-    intervals = [(0, 4), (1, 2), (2, 3), (2.5, 6), (4, 5)]
-    assert picture._lanes([Event("send", 0, *interval) for interval in intervals]) == [0, 1, 1, 2, 0]
 
 
 # The command
@@ -184,19 +147,21 @@ def test_demo_runs_and_its_verdict_is_the_exit_status(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ring.png"
+    json_path = tmp_path / "ring.json"
     document = ("--characters", "1500", "--chunk", "64") if model == MODEL else ("--characters", "700", "--chunk", "64")
-    options = ("--model", model, "--ranks", "2", *document, "--max-tokens", "6", "--picture", str(path))
+    files = ("--picture", str(path), "--trace", str(json_path))
+    options = ("--model", model, "--ranks", "2", *document, "--max-tokens", "6", *files)
     result = invoke(*options)
     assert result.exit_code == 0, result.output
     assert "2 ranks" in result.output and "Check passed: its 6 tokens" in result.output
-    assert path.exists()
+    assert path.exists() and json_path.exists()
     assert ("keys, values and states" if model.endswith("hybrid") else "keys and values") in result.output
     lines = result.stderr.splitlines()
     assert "characters on 2 ranks" in lines[0] and "Nothing is downloaded" in lines[0] and "minute" in lines[0]
     for label in ("2 ranks", "1 process, plain mlx-lm"):
         assert f"{label}: loading the model" in lines and f"{label}: 100 % of the prompt is read" in lines
     monkeypatch.setattr(report, "passed", lambda ring, single: False)
-    monkeypatch.setattr("ringattn.cli.commands.demo._run_with_progress", lambda task: made_up(task.ranks))
+    monkeypatch.setattr("ringattn.cli.commands.demo._run_with_progress", lambda task, traces=(): made_up(task.ranks))
     result = invoke(*options)
     assert result.exit_code == 1
     assert "FAILED" in result.output

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from click import Context, Group
 from click.testing import CliRunner
 from spawn import ROOT
 
 from ringattn.cli import COMMANDS, main
+from ringattn.tracing.files import SUFFIXES, VARIABLE
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,7 +44,28 @@ def test_examples_are_python(page: Path) -> None:
 def test_commands_and_options_exist(page: Path) -> None:
     for command, arguments in COMMAND.findall(page.read_text()):
         assert command in COMMANDS or command == "--help", command
-        shown = CliRunner().invoke(main, [command, "--help"]).output if command in COMMANDS else ""
+        line = [command, *subcommand(command, arguments)]
+        shown = CliRunner().invoke(main, [*line, "--help"]).output if command in COMMANDS else ""
         own = re.split(r" -- |#", arguments)[0]  # less the program's own arguments, and comments
         for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", own):
-            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"ringattn {command} has no {option}"
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"ringattn {' '.join(line)} has no {option}"
+
+
+def subcommand(command: str, arguments: str) -> list[str]:
+    """The word after the name of a group of commands."""
+    known = main.get_command(Context(main), command)
+    return arguments.split()[:1] if isinstance(known, Group) else []
+
+
+def test_every_benchmark_has_an_example() -> None:
+    known = main.get_command(Context(main), "bench")
+    assert isinstance(known, Group)
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in known.commands:
+        assert re.search(rf"^ringattn bench {name}", text, re.MULTILINE), name
+
+
+def test_traces_are_documented() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for word in ("--trace", VARIABLE, *SUFFIXES):
+        assert f"`{word}" in text or f" {word}" in text, word

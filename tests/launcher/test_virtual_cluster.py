@@ -78,6 +78,13 @@ def test_memory_ends_where_the_host_ends(cluster: Cluster) -> None:
         assert shown.returncode in codes
 
 
+def test_ranks_know_the_memory_of_their_host(cluster: Cluster) -> None:
+    """A prompt that does not fit there is refused before it is read."""
+    code = "from ringattn import init; from ringattn.lm.host_memory import memory_of_rank as m; print(m(init('solo')))"
+    shown = ssh(cluster, 0, PYTHON, "-c", shlex.quote(code))
+    assert shown.stdout == f"{300 << 20}\n", shown.stderr
+
+
 def test_ssh_is_like_ssh(cluster: Cluster) -> None:
     assert ssh(cluster, 0, "echo $((1 + 2)); exit 7").stdout == "3\n"
     assert ssh(cluster, 0, "exit 7").returncode == 7

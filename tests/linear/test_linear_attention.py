@@ -72,6 +72,15 @@ def test_random_problems(case: LinearCase) -> None:
     check(case, from_unknown_state(case))
 
 
+@pytest.mark.parametrize("seed", range(340, 400, 4))
+@pytest.mark.parametrize("dim", [1, 2, 4])
+def test_keys_with_few_dims(dim: int, seed: int) -> None:
+    """Keys of one dim are equal but for their signs, so each token undoes the write before it."""
+    case = linear_case(seed, heads=1, group=1, length=64, dim=dim, v_dim=7, strength=1e-6, forget=0.0, beta=1.0)
+    check(case, run(case))
+    check(case, from_unknown_state(case))
+
+
 @pytest.mark.parametrize("feature", LINEAR_FEATURES)
 def test_every_feature(feature: str) -> None:
     case = LINEAR_FEATURES[feature]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from spawn import ROOT, spawn, spawn_mlx
 
@@ -10,49 +12,63 @@ pytestmark = pytest.mark.ranks
 
 # What depends on the number of ranks. Two and three ranks cover every way in which the other tests can fail.
 EVERY_SIZE = ("test_both_ways", "test_comm", "test_gradient", "test_in_graph", "test_links", "test_ring")
-FAMILIES = "test_lm_recurrent"  # every family on two ranks, and on more some that differ in kind
-KINDS = "qwen3_5 or kimi_linear or falcon_h1 or lfm2 or rwkv7 or jamba"
-REST = sorted(path.stem for path in (ROOT / "tests/spmd").glob("test_*.py") if path.stem not in (*EVERY_SIZE, FAMILIES))
+RECURRENT = "test_lm_recurrent"  # every family on two ranks, and on more some that differ in kind
+ALL = (path.stem for path in (ROOT / "tests/spmd").glob("test_*.py"))
+REST = sorted(name for name in ALL if name not in (*EVERY_SIZE, RECURRENT))
+# What two ranks over MPI show as well as more ranks, or as another transport.
+TWO_RANKS = ("test_lm_chat", "test_lm_history", "test_lm_latent", "test_lm_one_rank", "test_lm_sparse", "test_server")
+# Language models that differ in kind, in the place of every family.
+KINDS = "not (test_logits or test_greedy_tokens) or llama or gemma3 or gpt_oss or deepseek_v3"
+RECURRENT_KINDS = "qwen3_5 or kimi_linear or falcon_h1 or lfm2 or rwkv7 or jamba"
+FEWER = [name for name in REST if name not in TWO_RANKS]
 
 
-def run_everywhere(size: int, *arguments: str) -> None:
-    result = spawn(size, ["-m", "pytest", *arguments, "-x", "-p", "no:cacheprovider"], timeout=600)
+def nightly(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def run_everywhere(size: int, names: Sequence[str], only: str = "") -> None:
+    files = map("tests/spmd/{}.py".format, names)
+    result = spawn(size, ["-m", "pytest", *files, "-k", only, "-x", "-p", "no:cacheprovider"], timeout=600)
     assert result.code == 0, str(result)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_spmd(size: int) -> None:
-    run_everywhere(size, *map("tests/spmd/{}.py".format, EVERY_SIZE))
-
-
-@pytest.mark.parametrize("size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4, 5))])
-def test_spmd_the_rest(size: int) -> None:
-    run_everywhere(size, *map("tests/spmd/{}.py".format, REST))
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [*((size, EVERY_SIZE) for size in (1, 2, 3, 4)), (5, ["test_comm", "test_ring"]), nightly(5, EVERY_SIZE)],
+)
+def test_spmd(size: int, names: Sequence[str]) -> None:
+    run_everywhere(size, names)
 
 
 @pytest.mark.parametrize(
-    ("size", "families"),
-    [(2, ""), (3, KINDS), *(pytest.param(size, "", marks=pytest.mark.slow) for size in (1, 3, 4, 5))],
+    ("size", "names", "only"), [(2, REST, ""), (3, FEWER, KINDS), *(nightly(size, REST, "") for size in (1, 3, 4, 5))]
+)
+def test_spmd_the_rest(size: int, names: Sequence[str], only: str) -> None:
+    run_everywhere(size, names, only)
+
+
+@pytest.mark.parametrize(
+    ("size", "families"), [(2, ""), (3, RECURRENT_KINDS), *(nightly(size, "") for size in (1, 3, 4, 5))]
 )
 def test_spmd_recurrent_families(size: int, families: str) -> None:
-    run_everywhere(size, f"tests/spmd/{FAMILIES}.py", "-k", families)
+    run_everywhere(size, [RECURRENT], families)
 
 
 @pytest.mark.parametrize(
-    ("size", "what", "one_way"),
+    ("size", "names", "only", "one_way"),
     [
-        (2, "", ""),
-        (3, "test_comm.py", ""),
-        (3, "test_in_graph.py", ""),
-        (3, "test_both_ways.py", ""),
-        (2, "test_comm.py", "1"),
-        (3, "test_comm.py::test_blocks_forwarded_round_the_ring", "1"),
+        (2, [*EVERY_SIZE, *FEWER], KINDS, ""),
+        nightly(2, [*EVERY_SIZE, *REST], "", ""),
+        (3, ["test_comm", "test_in_graph", "test_both_ways"], "", ""),
+        (2, ["test_comm"], "", "1"),
+        (3, ["test_comm"], "test_blocks_forwarded_round_the_ring", "1"),
     ],
 )
-def test_spmd_over_mlx(size: int, what: str, one_way: str) -> None:
+def test_spmd_over_mlx(size: int, names: Sequence[str], only: str, one_way: str) -> None:
     """Tests pass over mx.distributed. `one_way` simulates links on which a rank must not send and receive at once."""
-    files = [what] if what else [f"{name}.py" for name in (*EVERY_SIZE, *REST)]
-    arguments = ["-m", "pytest", *map("tests/spmd/{}".format, files), "-x", "-p", "no:cacheprovider"]
+    files = map("tests/spmd/{}.py".format, names)
+    arguments = ["-m", "pytest", *files, "-k", only, "-x", "-p", "no:cacheprovider"]
     results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
     assert all(result.code == 0 for result in results), "\n".join(map(str, results))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -12,7 +14,9 @@ from ...demo.document import read_document
 from ...demo.processes import TaskResult, run_task
 from ...demo.task import MODEL, ReadingTask
 from ...extras import require
+from ...tracing.files import VARIABLE, split_names
 from ..host_options import ranks_option, tensor_option
+from ..trace_option import trace_option
 
 BAR_STEPS = 1000
 MINUTES = "This takes about 1 minute on 4 cores and 2 on 2."
@@ -52,6 +56,7 @@ def _checked_picture(context: click.Context, option: click.Parameter, path: Path
     callback=_checked_picture,
     help="Where to draw the timeline of the ring; '' for nowhere.",
 )
+@trace_option()
 @click.option("--model", default=MODEL, hidden=True)  # for tests with a tiny model
 def demo(
     ranks: int, tensor: int, characters: int | None, chunk: int, max_tokens: int, picture: Path, model: str
@@ -71,13 +76,13 @@ def demo(
         ReadingTask(model, size, chunk, max_tokens, document, t) for size, t in ((ranks, tensor), (0, 1))
     )
     click.echo(_plan(over_ring), err=True)
-    ring = _run_with_progress(over_ring)
+    if picture.name:
+        picture.unlink(missing_ok=True)  # an old one must not pass for the new one
+    traces = split_names(os.environ.get(VARIABLE, ""))
+    ring = _run_with_progress(over_ring, [*traces, *([picture] if picture.name else [])])
     single = _run_with_progress(plain)
     click.echo(report.report(ring, single))
-    if picture.name:
-        from ...demo.picture import draw
-
-        draw(ring, picture)
+    if picture.name and picture.exists():
         click.echo(f"Timeline of the ring: {picture}")
     if not report.passed(ring, single):
         raise SystemExit(1)
@@ -101,14 +106,14 @@ def _plan(task: ReadingTask) -> str:
     )
 
 
-def _run_with_progress(task: ReadingTask) -> TaskResult:
+def _run_with_progress(task: ReadingTask, traces: Sequence[Path] = ()) -> TaskResult:
     """Run `task` and show its progress: a bar on a terminal, lines elsewhere."""
     label = "1 process, plain mlx-lm" if task.plain else task.ranks_title
     with tempfile.TemporaryDirectory(prefix="ringattn-demo-") as folder:
         if not sys.stderr.isatty():
-            return run_task(task, Path(folder), ProgressLines(label))
+            return run_task(task, Path(folder), ProgressLines(label), traces)
         with click.progressbar(length=BAR_STEPS, label=label.ljust(23), file=sys.stderr, show_eta=True) as bar:
-            return run_task(task, Path(folder), lambda share: bar.update(int(share * BAR_STEPS) - bar.pos))
+            return run_task(task, Path(folder), lambda share: bar.update(int(share * BAR_STEPS) - bar.pos), traces)
 
 
 class ProgressLines:

@@ -11,8 +11,8 @@ from ...doctor.breakeven import AttentionModel
 from ...doctor.diagnosis import diagnose
 from ...doctor.output import as_json, as_text
 from ...doctor.runner import DTYPES, Target, examine_cluster
+from ..bench_options import parse_heads
 from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, tensor_option, with_options
-from .bench import parse_heads
 
 
 @click.command()
@@ -63,10 +63,10 @@ def doctor(
     TCP connection to every other. If one fails, it is reported, and no link is measured. The exit status is 1 if
     something will not work. What only costs speed is a warning.
 
-    --json prints ok, size, ranks (rank, host, gflop_s, spread, mpi, done), links (ranks, latency_us, to_right_gb_s,
-    to_left_gb_s, both_gb_s), rows (ranks, latency_us, gb_s), slowest_link, hop_gb_s (of every link while all are in
-    use), break_even_tokens (per rank), model and findings (fatal, where, what, remedy); null stands for a value that is
-    not known.
+    --json prints ok, size, ranks (rank, host, gflop_s, spread, memory_gb_s, mpi, done), links (ranks, latency_us,
+    to_right_gb_s, to_left_gb_s, both_gb_s), rows (ranks, latency_us, gb_s), slowest_link, hop_gb_s (of every link while
+    all are in use), break_even_tokens (per rank), model and findings (fatal, where, what, remedy); null stands for a
+    value that is not known.
     """
     model = AttentionModel(*heads, head_dim, DTYPES[dtype], causal)
     cluster = chosen_cluster(hosts, hostfile, interface)

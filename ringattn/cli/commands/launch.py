@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from ...tracing.files import VARIABLE
 from .. import leave
 from ..host_options import HOSTS, PROCESSES, ranks_option, with_options
 from ..starting import Placement, prepare
+from ..trace_option import trace_option
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -21,6 +23,7 @@ from ..starting import Placement, prepare
 @click.option(
     "--prefix/--no-prefix", default=None, help="Put the rank before each line of output.  [default: with hosts]"
 )
+@trace_option()
 @click.option("--dry-run", is_flag=True, help="Print the command line and run nothing.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND...")
 def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **options: Any) -> None:
@@ -40,6 +43,7 @@ def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **optio
 
 
 def _changed(environment: Mapping[str, str]) -> list[str]:
-    """Command prefix that sets the variables in which the ranks' environment differs from this one."""
-    changed = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    """Command prefix that sets the variables in which the ranks' environment differs from the user's."""
+    own = {name: value for name, value in os.environ.items() if name != VARIABLE}  # an option has set that one
+    changed = [f"{name}={value}" for name, value in environment.items() if own.get(name) != value]
     return ["env", *sorted(changed)] if changed else []

@@ -20,6 +20,7 @@ from ...reporting.machine import machine
 from ...verify.feature_checks import ring_findings, verify_local
 from ...verify.findings import Findings, Results, format_results
 from ..host_options import ranks_option
+from ..trace_option import trace_option
 
 if TYPE_CHECKING:
     from ...verify.variants import Variant
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @ranks_option("Local ranks; 0: no ring.", least=0, default=2)
+@trace_option()
 def verify(ranks: int) -> None:
     """Check every feature on this machine's kernels and ranks against float64, and every variant of the Metal kernels.
 

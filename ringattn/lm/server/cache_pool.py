@@ -48,3 +48,8 @@ class PromptCachePool:
         trim_to(cache, len(ids))
         self._held.insert(0, (list(ids), cache))
         del self._held[self._size :]
+
+    def shrink(self, tokens: int) -> None:
+        """Remove the oldest caches until the others hold at most so many tokens, for which there is memory."""
+        while self._held and sum(size_of(cache) for _, cache in self._held) > tokens:
+            del self._held[-1]

@@ -16,7 +16,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
-from ..generate import stream_generate
+from ..generate import checked_prefill_step_size, stream_generate
+from ..limits import agree_on_longest
 from ..mlx_lm_compat import model_args
 from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
@@ -79,6 +80,7 @@ class Engine:
 
     Attributes:
         stopping: Whether the server is ending; a signal's handler sets it.
+        longest: Tokens of context for which the memory of every rank is enough.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Engine:
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
+        self.longest = agree_on_longest(model, self.ring, checked_prefill_step_size(prefill_step_size))
         self._log = log
         self._queue: Queue[Answer] = Queue()
         self._places = threading.BoundedSemaphore(MOST_WAITING)
@@ -113,8 +116,11 @@ class Engine:
         """Queue a request. The caller must call `leave` at the end.
 
         Raises:
-            RequestError: The server is shutting down, or too many requests wait.
+            RequestError: The server is shutting down, too many requests wait, or the prompt does not fit in memory.
         """
+        if len(ids) > self.longest:
+            message = f"the prompt has {len(ids):,} tokens, and {self.longest:,} fit in the memory of the ranks"
+            raise RequestError(400, f"{message}: shorten it", code="context_length_exceeded")
         if self.stopping:
             raise RequestError(503, "the server is shutting down", code="shutting_down")
         if not self._places.acquire(blocking=False):
@@ -215,6 +221,7 @@ class Engine:
         self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: StopWords
     ) -> None:
         cache, reuse = self._pool.pop(ids)
+        self._pool.shrink(self.longest - len(ids))
         cache = self.model.make_cache() if cache is None else cache
         if answer is not None:
             answer.cached = reuse.kept

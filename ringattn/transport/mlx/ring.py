@@ -22,7 +22,7 @@ import numpy as np
 
 from ...errors import RingError
 from .. import collectives
-from ..base import Event, Ring
+from ..base import Ring
 from ..consensus import agree, raise_on_all_ranks
 from ..environment import read_timeout
 from ..failures import shutdown
@@ -83,6 +83,7 @@ class MlxRing(ProcessRing):
         try:
             if not self.broken:
                 self.check_pending()  # other ranks may need this one for the gathers in MLX's graph
+            self.finish_trace()
         finally:
             self._scheduler.announce_finished_epoch()
             super().close()
@@ -144,9 +145,9 @@ class MlxRing(ProcessRing):
         self._rate.learn(message.bytes, time.time() - message.started)
         if message.sending:
             self.bytes_sent += message.bytes
-        if self.trace is not None and message.bytes:
+        if message.bytes:
             kind = "send" if message.sending else "recv"
-            self.trace.append(Event(kind, message.key[1], message.started, time.time(), message.bytes))
+            self.tracer.add(kind, message.key[1], message.started, time.time(), message.bytes)
 
     def wait(self, *transfers: Transfer) -> None:
         if all(transfer.done for transfer in transfers):

@@ -1,0 +1,78 @@
+"""Command line ``python -m benchmarks.rivals``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .results import FOLDER
+
+
+def main() -> None:
+    """Run a comparison, or write the page from the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description="ringattn beside its rivals.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    operator = commands.add_parser("operator", help="attention alone")
+    operator.add_argument("--links", default="loopback,1gbit", help="loopback, and rates of virtual hosts' links")
+    operator.add_argument("--rounds", type=int, default=2, help="rounds in which the fastest rivals take turns")
+    operator.add_argument("--only", default="", help="regular expression for the problems, as they are printed")
+    operator.add_argument("--rivals", default="", help="regular expression for the rivals, as 'ringmaster:ulysses'")
+    operator.add_argument("--tokens", type=int, default=0, help="one length in the place of all")
+    operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
+    operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
+    job = commands.add_parser("job", help="a whole language model on virtual hosts; needs root")
+    job.add_argument("--rates", default="", help="rates of links in the place of all, with commas between")
+    job.add_argument("--models", default="", help="regular expression for the models: smollm2, larger")
+    job.add_argument("--ways", default="", help="regular expression for the ways, as 'tensor mlx' or 'ring ringattn'")
+    job.add_argument("--prompts", default="", help="lengths in the place of all, with commas between")
+    job.add_argument("--whole", action="store_true", help="all lengths at all rates")
+    job.add_argument("--json", type=Path, default=FOLDER / "job.json", help="file for the results")
+    page = commands.add_parser("page", help="write the results into docs/benchmarks.md, and draw them")
+    page.add_argument("--folder", type=Path, default=FOLDER, help="folder of the results")
+    page.add_argument("--gpu", type=Path, help="records of tools.nvidia.scaling and scaling_torch, in one JSON list")
+    arguments = parser.parse_args()
+    {"operator": _operator, "job": _job, "page": _page}[arguments.command](arguments)
+
+
+def _operator(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from .operator import Operator, problems
+
+    wanted = [one for one in problems(arguments.whole) if re.search(arguments.only, _name(one))]
+    if arguments.tokens:
+        wanted = list(dict.fromkeys(replace(one, tokens=arguments.tokens) for one in wanted))
+    keep = re.compile(arguments.rivals)
+    measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
+    measured.run(wanted, arguments.json)
+
+
+def _job(arguments: argparse.Namespace) -> None:
+    from .job import run, runs
+
+    prompts = tuple(map(int, arguments.prompts.split(","))) if arguments.prompts else None
+    rates = arguments.rates.split(",") if arguments.rates else None
+    plan = [
+        (rate, model, prompts or lengths)
+        for rate, model, lengths in runs(arguments.whole)
+        if re.search(arguments.models, model) and (rates is None or rate in rates)
+    ]
+    keep = re.compile(arguments.ways)
+    run(plan, lambda way: bool(keep.search(f"{way.name} {way.attention}")), arguments.json)
+
+
+def _page(arguments: argparse.Namespace) -> None:
+    from .page import PICTURE, write
+    from .picture import draw
+
+    draw(arguments.folder, PICTURE)
+    print(write(arguments.folder, arguments.gpu))
+
+
+def _name(problem) -> str:
+    return f"{problem.label()} {'gradient' if problem.gradient else 'forward'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Time of a new token: weights and keys are read once, and the ranks exchange states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .hops import Ring
+from .links import Link
+from .machines import Machine
+from .prefill import sum_seconds
+from .shape import ModelShape
+
+
+def token_on_ring(
+    shape: ModelShape,
+    rows: Sequence[Machine],
+    ring: Ring,
+    tokens: int,
+    weights: Sequence[float],
+    tensor: int = 1,
+    row_link: Link | None = None,
+) -> float:
+    """Seconds of one new token after `tokens` of context; the arguments are those of `prefill.read_on_ring`.
+
+    Each rank reads its weights and its keys; in each attending layer all states go to all ranks of the ring.
+    """
+    part = shape.part(tensor)
+    total = sum(weights)
+    slowest = max(
+        _read(part, machine, tokens * weight / total) + part.depth * machine.layer
+        for machine, weight in zip(rows, weights)
+    )
+    exchanges = sum(kind.count * (ring.exchange(kind.query.result) + ring.call) for kind in part.attending)
+    sums = 2 * shape.depth * sum_seconds(row_link, tensor, shape.hidden) if tensor > 1 and row_link else 0.0
+    return slowest + exchanges + sums
+
+
+def token_through_pipeline(
+    shape: ModelShape, stages: Sequence[Machine], links: Sequence[Link], tokens: int, shares: Sequence[float]
+) -> float:
+    """Seconds of one new token, which passes the stages one after the other."""
+    own = sum(
+        share * (_read(shape, machine, tokens) + shape.depth * machine.layer) for machine, share in zip(stages, shares)
+    )
+    hops = sum(link.latency + shape.hidden / link.bandwidth for link in links[: len(stages) - 1])
+    return own + hops
+
+
+def _read(shape: ModelShape, machine: Machine, tokens: float) -> float:
+    """Seconds to read the weights and the keys of so many tokens."""
+    keys = sum(
+        kind.count * kind.key * (tokens if kind.window is None else min(tokens, kind.window))
+        for kind in shape.attending
+    )
+    return (shape.read + shape.head + shape.states) / machine.bandwidth + keys / (machine.keys or machine.bandwidth)

@@ -1,0 +1,173 @@
+"""Comparison with rivals: choice of the fastest, reasons of failures, and the section of the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.rivals import page, results, starting, tables
+from benchmarks.rivals.operator import problems
+from benchmarks.rivals.problem import Problem, exact_rows, relative_error
+from benchmarks.rivals.results import JobRow, OperatorRow
+from benchmarks.rivals.roster import FIRST, OURS, ROSTER
+from benchmarks.rivals.worker import compare, one_line
+
+PROBLEM = Problem(4096, 8, 2, 64, causal=True, gradient=False)
+TINY = Problem(24, 4, 2, 8, causal=True, gradient=False)
+
+
+def row(rival: str, way: str, *seconds: float, failed: str = "", problem: Problem = PROBLEM) -> OperatorRow:
+    return OperatorRow("loopback", problem, rival, way, list(seconds), 1e-7, {}, failed)
+
+
+ROWS = [
+    row("ringattn", "ring", 1.0, 1.2, 5.0),
+    row("ringattn, one process", "alone", 0.1),
+    row("torch", "grouped", 3.0, 2.4, 2.5),
+    row("torch", "expanded", 1.5, 1.8, 2.0),
+    row("other", "slow", 9.0),
+    row("broken", "own", failed="ValueError: no | kernel"),
+]
+
+
+def test_lead_is_that_over_the_fastest_way_of_the_fastest_rival() -> None:
+    name, ratio = tables.lead(tables.fastest(ROWS)) or ("", 0.0)
+    assert name == "torch"
+    assert ratio == pytest.approx(1.8 / 1.2)
+
+
+def test_no_lead_without_ringattn_or_without_a_rival() -> None:
+    assert tables.lead(tables.fastest(ROWS[1:])) is None
+    assert tables.lead(tables.fastest(ROWS[:2])) is None
+
+
+def test_operator_table_has_the_fastest_way_of_each_library() -> None:
+    lines = tables.operator_table(ROWS, "loopback", gradient=False).splitlines()
+    assert lines[0].split(" | ")[1] == "ringattn, ms"
+    assert lines[2] == "| 4K, 8/2 x 64, causal | 1200 | 100 | 1800 | 9000 | – | torch | 1.50 |"
+    assert len(lines) == 3
+    assert "1 of 1 reach the aim of 1.1" in tables.lead_line(ROWS, "loopback", gradient=False)
+
+
+def test_throttled_link_has_an_aim_of_its_own() -> None:
+    rows = [OperatorRow(**{**vars(one), "link": "1gbit"}) for one in ROWS]
+    assert "aim of 1.3" in tables.lead_line(rows, "1gbit", gradient=False)
+
+
+def test_failures_keep_the_table_whole() -> None:
+    lines = tables.failures(ROWS).splitlines()
+    assert lines[2:] == ["| broken | own | causal, grouped heads | ValueError: no / kernel |"]
+    assert tables.failures(ROWS[:2]) == "None failed."
+
+
+def job(rate: str, way: str, attention: str, first: float, token: float) -> JobRow:
+    return JobRow(rate, "larger", way, attention, 2048, first, token, 1e9, 2048e3, 1e-7)
+
+
+def test_job_tables() -> None:
+    rows = [
+        job("none", "mlx-lm, one host", "mlx", 30.0, 0.1),
+        job("1gbit", "mlx-lm, tensor parallel", "mlx", 20.0, 0.05),
+        job("10gbit", "mlx-lm, tensor parallel", "mlx", 16.0, 0.05),
+        job("1gbit", "ringattn", "ringattn", 10.0, 0.1),
+    ]
+    assert "| 1gbit | ringattn | ringattn | 10.0 | 100 | 1000 | 1,000 |" in tables.job_table(rows, "larger")
+    leads = tables.job_leads(rows, "larger").splitlines()[2:]
+    assert leads == [
+        "| 1gbit | 2K | mlx-lm, one host, mlx's attention | 3.00 | 1.00 |",
+        "| 1gbit | 2K | mlx-lm, tensor parallel, mlx's attention | 2.00 | 0.50 |",
+    ]
+
+
+def test_records_of_gpus() -> None:
+    records = [
+        {"what": "ringattn", "heads": [16, 16], "tokens": 32768, "ranks": 4, "gradient": False, "seconds": 0.5},
+        {"what": "FLASH alltoall", "tokens": 32768, "ranks": 4, "gradient": False, "seconds": 1.0},
+        {"what": "CUDNN alltoall", "tokens": 32768, "error": "no kernel"},
+    ]
+    assert (
+        tables.gpu_table(records).splitlines()[2] == "| 32K, 16/16 x 128, causal | 4 | forward | 500.0 | 1000.0 | – |"
+    )
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    for rows in (ROWS, [job("1gbit", "ringattn", "ringattn", 1.0, 0.1)]):
+        results.save(tmp_path / "results" / "one.json", rows)
+        assert results.load(tmp_path / "results" / "one.json")["rows"] == rows
+
+
+def test_section_is_replaced_and_the_rest_of_the_page_kept() -> None:
+    once = page.replaced("# Title\n\ntext\n", f"{page.BEGIN}\nold\n{page.END}")
+    assert page.replaced(f"{once}\n## After\n", f"{page.BEGIN}\nnew\n{page.END}") == (
+        f"# Title\n\ntext\n\n{page.BEGIN}\nnew\n{page.END}\n\n## After\n"
+    )
+
+
+def test_first_answer_is_compared_with_float64(tmp_path: Path) -> None:
+    out = exact_rows(TINY, np.arange(TINY.tokens)).astype(np.float32)
+    wrong = out.copy()
+    wrong[2, -1, 0] += 1
+    for name, answer, least, most in (("wrong", wrong, 0.1, np.inf), ("right", out, 0.0, 1e-6)):
+        (tmp_path / name).mkdir()
+        assert least <= compare(TINY, np.arange(TINY.tokens), [answer], tmp_path / name)["out"] < most
+        assert (tmp_path / name / "out.npy").exists() == (name == "right")  # a wrong one is no reference
+
+
+def test_other_answers_are_compared_with_the_first_at_their_positions(tmp_path: Path) -> None:
+    out = exact_rows(TINY, np.arange(TINY.tokens)).astype(np.float32)
+    compare(TINY, np.arange(TINY.tokens), [out], tmp_path)
+    mine = np.array([5, 1, 20])
+    assert compare(TINY, mine, [out[:, mine]], tmp_path)["out"] == 0
+    assert compare(TINY, mine, [out[:, np.sort(mine)]], tmp_path)["out"] > 1e-2
+
+
+def test_exact_rows_of_a_uniform_softmax() -> None:
+    problem = Problem(6, 2, 1, 4, causal=True, gradient=False)
+    first = exact_rows(problem, np.array([0]))  # sees one key: its value
+    assert np.allclose(first[:, 0], problem.arrays()[2][0, 0])
+
+
+def test_nan_is_no_small_error() -> None:
+    assert relative_error(np.array([np.nan, 1]), np.ones(2)) == float("inf")
+
+
+def test_reason_names_the_cause_below_the_first_line() -> None:
+    error = RuntimeError("Observed exception\n  Explanation: ...\n  raised NotImplementedError('X does not support Y')")
+    assert one_line(error) == "RuntimeError: Observed exception raised NotImplementedError('X does not support Y')"
+
+
+def test_problems_and_roster() -> None:
+    few, whole = list(problems(whole=False)), list(problems(whole=True))
+    assert set(few) < set(whole)
+    assert {problem.tokens for problem in few} == {4096, 8192, 16384}
+    assert ROSTER[0] is FIRST
+    assert len({one.name for one in ROSTER}) == len(ROSTER)
+    long = Problem(16384, 8, 8, 64, causal=False, gradient=True)
+    assert OURS.memory(long) == 0
+    square = next(one for one in ROSTER if one.square == 1)
+    assert square.memory(long) > 3 * 4 * 8 * 16384**2
+
+
+def test_commands_of_ranks_find_each_other() -> None:
+    commands = starting.plain_commands("python", ["module", "x"], 2, None)
+    assert [command.variables["RANK"] for command in commands] == ["0", "1"]
+    assert len({command.variables["MASTER_PORT"] for command in commands}) == 1
+    assert all(command.variables["OMP_NUM_THREADS"] == "1" for command in commands)
+
+
+def test_failure_of_a_rank_is_the_reason_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "GRACE", 0.2)
+    fails = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'failed': 'no kernel'})); sys.exit(1)"
+    commands = [
+        starting.Command(["python3", "-c", fails, str(tmp_path / "f.0")], {}),
+        starting.Command(["sleep", "100"], {}),
+    ]
+    with pytest.raises(starting.FailedError, match="no kernel"):
+        starting.collect(commands, tmp_path / "f", 2, 60, None)
+
+
+def test_slow_ranks_are_ended(tmp_path: Path) -> None:
+    with pytest.raises(starting.FailedError, match="no answer within 0 s"):
+        starting.collect([starting.Command(["sleep", "100"], {})], tmp_path / "f", 1, 0.2, None)

@@ -1,0 +1,65 @@
+"""Recording of spans: labels, nesting, and a tracer that records nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ringattn.tracing.spans import NO_TRACER, Event, Recorder
+
+
+def test_spans_carry_the_call_and_its_strategy() -> None:
+    events: list[Event] = []
+    tracer = Recorder(events)
+    begin = time.time()
+    tracer.begin("ring_attention")
+    tracer.choose("pass_q")
+    with tracer.span("compute", 1):
+        pass
+    tracer.add("send", 2, begin, begin + 1, 512)
+    tracer.end()
+    with tracer.span("exchange", 0, [memoryview(b"abc"), memoryview(b"de")]):
+        pass
+    assert [(e.kind, e.hop, e.bytes, e.call, e.strategy) for e in events] == [
+        ("compute", 1, 0, "ring_attention", "pass_q"),
+        ("send", 2, 512, "ring_attention", "pass_q"),
+        ("call", 0, 512, "ring_attention", "pass_q"),
+        ("exchange", 0, 5, "", ""),
+    ]
+    call = events[2]
+    assert begin <= call.start <= events[0].start <= events[0].stop <= call.stop <= time.time()
+
+
+def test_a_nested_call_keeps_the_labels_of_the_outer_one() -> None:
+    events: list[Event] = []
+    tracer = Recorder(events)
+    tracer.begin("outer")
+    tracer.choose("pass_kv")
+    tracer.begin("inner")
+    tracer.end()
+    tracer.end()
+    assert [(e.call, e.strategy) for e in events] == [("inner", ""), ("outer", "pass_kv")]
+
+
+def test_a_span_that_fails_is_recorded() -> None:
+    events: list[Event] = []
+    with pytest.raises(ValueError), Recorder(events).span("wait", 3):
+        raise ValueError
+    assert [(e.kind, e.hop) for e in events] == [("wait", 3)]
+
+
+def test_a_trace_may_begin_within_a_call() -> None:
+    events: list[Event] = []
+    Recorder(events).end()
+    assert events == []
+
+
+def test_no_tracer_records_nothing() -> None:
+    NO_TRACER.begin("x")
+    NO_TRACER.choose("y")
+    NO_TRACER.add("send", 0, 0.0, 1.0)
+    with NO_TRACER.span("compute", 0):
+        pass
+    NO_TRACER.end()
+    assert NO_TRACER.events is None
