@@ -19,8 +19,12 @@ class HostKernel(Kernel):
     def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
         return forward.attend(inputs, state)
 
-    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
-        return super().finish(inputs, output) if flash.compiled() is None else forward.finish(inputs, output)
+    def finish(
+        self, inputs: KernelInputs, output: OutputSpec, state: State | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        if flash.compiled() is None or state is not None:
+            return super().finish(inputs, output, state)
+        return forward.finish(inputs, output)
 
     def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
         return backward.rows(out, lse, dout, dlse)
