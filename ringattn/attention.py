@@ -92,7 +92,7 @@ def attention(
             equal ids, and a negative id is padding. Padding sees nothing, is not seen, and may hold any bits.
         return_lse: Also return the log-sum-exp.
         out_dtype: The dtype of the output. Default: q's.
-        backend: ``"host"`` (fused, NumPy and its BLAS on the CPU), ``"metal"`` (fused, on an Apple GPU),
+        backend: ``"host"`` (fused, compiled or in NumPy, on the CPU), ``"metal"`` (fused, on an Apple GPU),
             ``"cuda"`` (fused, on an NVIDIA GPU), ``"reference"`` (plain mx operations), or ``None`` for the best one on
             the default device.
 

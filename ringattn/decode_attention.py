@@ -15,7 +15,7 @@ from .core.intervals import positions
 from .core.online_softmax import State, finish, merge_states, normalise
 from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
-from .kernels.interface import Kernel, KernelInputs
+from .kernels.interface import Kernel, KernelInputs, OutputSpec
 from .layout import Layout
 from .ring.blocks import raw
 from .ring.call import check_layout, check_ring
@@ -153,6 +153,8 @@ class _DecodeCall:
     def run(self, q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         """Attend to this rank's keys, exchange states, merge. The agreement is the head of the exchanged message."""
         options = self.options.bind(arrays)
+        if self.ring.size == 1:
+            return self._alone(q, k, v, options)
         fits = fits_in_graph(self.ring, 4 * q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[3] + 2))
         lazy = fits and self.kernel.lazy
         with raise_on_all_ranks(self.ring, WHAT):
@@ -172,12 +174,24 @@ class _DecodeCall:
             out, lse = normalise(merge_states(*(_unpack_state(row, state) for row in rows_of_all)), sinks)
         return mx.array(out).astype(options.out_dtype), mx.array(lse)
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
+    def _alone(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> tuple[mx.array, mx.array]:
+        """Attend on a ring of one rank. There is nothing to exchange, so the result may stay lazy."""
+        with self.ring.tracer.span("compute", 0):
+            start_evaluation(q, k, v, *options.arrays)  # raises under a transformation
+            output = OutputSpec(options.out_dtype, True, options.sinks)
+            out, lse = self.kernel.finish(self._inputs(q, k, v, options), output)
+        assert lse is not None
+        return out, lse
+
+    def _inputs(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> KernelInputs:
         q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
         k_pos = positions(self.kv_layout.spans[self.ring.rank])
         columns = None if options.mask is None else k_pos - self.kv_layout.start
+        return KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns))
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, options: Options, lazy: bool) -> State:
         with self.ring.tracer.span("compute", 0):
-            state: State = self.kernel.forward(KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns)))
+            state: State = self.kernel.forward(self._inputs(q, k, v, options))
             if lazy:
                 # Raise here under a transformation. Without this, no rank would check the exchange.
                 start_evaluation(q, k, v, *options.arrays)

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from ringattn.cuda import KernelCall
-from ringattn.cuda.tiling import SHARED_BYTES
+from ringattn.cuda.gradient_tiling import QUERY_TILES
+from ringattn.cuda.tiling import MULTIPROCESSOR_BYTES
 
 INT32 = np.iinfo(np.int32)
 
@@ -16,8 +17,13 @@ INT32 = np.iinfo(np.int32)
 def run(call: KernelCall) -> list[mx.array]:
     """Compute the outputs of `call` in float64."""
     assert len(set(call.output_names)) == len(call.output_shapes) == len(call.output_dtypes)
-    assert max(call.grid[1:]) < 1 << 16 and call.threadgroup[0] <= 1024 and call.shared_memory <= SHARED_BYTES
+    assert max(call.grid[1:]) < 1 << 16 and call.threadgroup[0] <= 1024 and call.shared_memory <= MULTIPROCESSOR_BYTES
     buffers = dict(zip(call.input_names, map(_array, call.inputs), strict=True))
+    kind = call.name.removeprefix("ringattn_cuda_").rpartition("_")[0]
+    if kind in GRADIENT:
+        outputs = GRADIENT[kind](call, buffers)
+        assert [x.shape for x in outputs] == [tuple(shape) for shape in call.output_shapes]
+        return [mx.array(x.astype(np.float32)) for x in outputs]
     states = _forward(call, buffers) if "queries" in buffers else [buffers[name] for name in ("acc_in", "m_in", "l_in")]
     if "acc_out" in call.output_names and "queries" in buffers:
         outputs = states if len(call.output_shapes[1]) == 4 else [x[0] for x in states]
@@ -74,7 +80,7 @@ def _forward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarra
 
 def _scores(d: dict[str, int], buffers: dict[str, np.ndarray], q: np.ndarray, k: np.ndarray):
     scale, softcap = buffers["numbers"]
-    assert scale >= 0
+    assert scale >= 0 or "dout" in buffers
     scores = q @ k.swapaxes(-1, -2) * scale
     if d["SOFTCAP"]:
         scores = softcap * np.tanh(scores / softcap)
@@ -115,3 +121,83 @@ def _output(call: KernelCall, buffers: dict[str, np.ndarray], state: list[np.nda
     with np.errstate(divide="ignore"):
         lse = np.where(l == 0, -np.inf, m + np.log(l))
     return [out, lse] if "lse" in call.output_names else [out]
+
+
+def _backward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Compute what each block leaves, key tile by key tile, as the kernel's blocks do."""
+    d, q, k, v = defines(call), *(buffers[name] for name in ("queries", "keys", "values"))
+    (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
+    KEYS, QUERIES, splits = 16 * d["WARPS"] // d["HALVES"], d["QUERIES"], len(buffers["blocks"])
+    assert call.grid == (splits * call.threadgroup[0], heads, batch) and -(-q_len // QUERIES) <= QUERY_TILES
+    assert sorted(i for i in buffers["blocks"].flat if i >= 0) == list(range(-(-k_len // KEYS)))
+    assert all(np.all(np.diff(row < 0) >= 0) for row in buffers["blocks"]), "-1 only at the end"
+    k, v = (np.repeat(x, heads // k.shape[1], 1) for x in (k, v))
+    seen, scores = _scores(d, buffers, q, k)
+    cap = buffers["numbers"][1]
+    slope = 1 - (scores / cap) ** 2 if d["SOFTCAP"] else np.ones(scores.shape)
+    weights = np.where(seen, np.exp(np.where(seen, scores, 0) - buffers["lse"][..., None]), 0)
+    ds = weights * (buffers["dout"] @ v.swapaxes(-1, -2) - buffers["delta"][..., None])
+    by_product = ds * slope
+    dq = np.zeros((splits, *q.shape))
+    for split, tiles in enumerate(buffers["blocks"]):
+        for tile in tiles[tiles >= 0]:
+            keys = slice(tile * KEYS, (tile + 1) * KEYS)
+            dq[split] += by_product[..., keys] @ k[:, :, keys]
+            first, full_first, full_last, last = buffers["reach"][tile] * QUERIES
+            assert not seen[:, :, :first, keys].any() and not seen[:, :, last:, keys].any()
+            if not any(d[name] for name in ("MASK", "SEGMENTS")):
+                assert seen[:, :, full_first:full_last, keys].all()
+    found = [
+        _by_lanes(d, dq).reshape(splits, -1),
+        by_product.swapaxes(-1, -2) @ q,
+        weights.swapaxes(-1, -2) @ buffers["dout"],
+    ]
+    return [*found, ds] if d["MASK"] == 2 else found
+
+
+def _places(d: dict[str, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows and dims of a tile of dq, ``[warps, fragments, columns / 8, lanes, 4]``, and the padded number of dims."""
+    q_warps = d["QUERIES"] // (16 * d["FRAGMENTS"])
+    d_warps = d["WARPS"] // q_warps
+    chunks = -(-d["BD"] // (16 * d_warps)) if "BD" in d else d["CHUNKS"]
+    shape = d["WARPS"], d["FRAGMENTS"], 2 * chunks, 32, 4
+    warp, fragment, column, lane, i = np.indices(shape)
+    rows = (warp % q_warps * d["FRAGMENTS"] + fragment) * 16 + lane // 4 + i // 2 * 8
+    dims = (column // 2 * d_warps + warp // q_warps) * 16 + column % 2 * 8 + lane % 4 * 2 + i % 2
+    return rows, dims, 16 * chunks * d_warps
+
+
+def _by_lanes(d: dict[str, int], dq: np.ndarray) -> np.ndarray:
+    """Order dq ``[splits, B, Hq, Lq, D]`` as the kernel's lanes have it."""
+    rows, dims, width = _places(d)
+    tiles = -(-dq.shape[3] // d["QUERIES"])
+    more = tiles * d["QUERIES"] - dq.shape[3], width - dq.shape[4]
+    wide = np.pad(dq, [(0, 0)] * 3 + [(0, n) for n in more]).reshape(*dq.shape[:3], tiles, d["QUERIES"], width)
+    return wide[..., rows, dims]
+
+
+def _collect_queries(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    d, sums, parts = defines(call), buffers["sums"], buffers["parts"]
+    rows, dims, width = _places(d)
+    assert 4 * call.grid[0] >= parts.shape[1]
+    tiles = -(-sums.shape[2] // d["QUERIES"])
+    wide = np.zeros((*sums.shape[:2], tiles, d["QUERIES"], width))
+    wide[..., rows, dims] = parts.sum(0).reshape(*wide.shape[:3], *rows.shape)
+    found = wide.reshape(*sums.shape[:2], -1, width)[:, :, : sums.shape[2], : sums.shape[3]]
+    return [sums + buffers["factor"][0] * found]
+
+
+def _collect(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    parts, sums = buffers["parts"], buffers["sums"]
+    assert call.grid[0] * defines(call)["WIDTH"] >= sums.size and parts.shape[2] % defines(call)["WIDTH"] == 0
+    return [sums + buffers["factor"][0] * parts.sum(1).reshape(sums.shape)]
+
+
+def _rows(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    out, dout, lse, dlse = (buffers[name] for name in ("out", "dout", "lse", "dlse"))
+    assert call.grid[0] >= 32 * lse.size
+    empty = lse == -np.inf
+    return [np.where(empty, np.inf, lse), np.where(empty, 0, (out * dout).sum(-1) - dlse)]
+
+
+GRADIENT = {"backward": _backward, "collect": _collect, "collect_queries": _collect_queries, "rows": _rows}

@@ -1,5 +1,8 @@
 """The gradient of the fused kernel for CPUs; the formulas are in `ringattn.core.gradients`.
 
+The compiled kernel (`flash`) runs it where there was a compiler, unless an additive mask needs a gradient. The rest of
+this module does the same in NumPy.
+
 Scores and weights are recomputed tile by tile from the saved lse: five matrix products for each tile that is not empty.
 Units of queries that share key/value heads add to the same dk and dv. They form a chain, which one thread runs in
 order. Where there are few heads, a head has several chains with separate sums, which are added at the end.
@@ -7,6 +10,7 @@ order. Where there are few heads, a head has several chains with separate sums, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -19,7 +23,7 @@ from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
 from ..kernels.interface import KernelInputs
 from ..kernels.products import mark_nonfinite_rows, zero_nonfinite
-from . import softmax
+from . import flash, softmax
 from .tile_masks import Piece, WorkUnit, zero_hidden
 from .work_units import ROWS, WorkUnits, buffer, cap, numpy_views, run_on_threads
 
@@ -48,7 +52,8 @@ def add_gradients(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradient
     if work.shares_mask:
         run_on_threads(work.run_all, [chains])
     else:
-        run_on_threads(work.run, sorted(chains, key=lambda chain: chain.cost, reverse=True))
+        run = work.run if flash.compiled() is None or into.mask is not None else work.compiled()
+        run_on_threads(run, sorted(chains, key=lambda chain: chain.cost, reverse=True))
     for chain in chains:
         chain.add_to(into)
     return sums
@@ -113,6 +118,16 @@ class _Backward(WorkUnits):
         """Add the gradients of the units of `chain`."""
         for unit in chain.units:
             self._unit(unit, chain)
+
+    def compiled(self) -> Callable[[UnitChain], None]:
+        """Make a function that adds the gradients of a chain by the compiled kernel."""
+        backward = flash.Compiled(self).backward(self.rows_in, self.sums.q)
+
+        def run(chain: UnitChain) -> None:
+            for unit in chain.units:
+                backward(unit, chain.dk, chain.dv)
+
+        return run
 
     def _unit(self, unit: WorkUnit, chain: UnitChain) -> None:
         at = self.rows(unit)

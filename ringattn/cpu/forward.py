@@ -1,4 +1,6 @@
-"""The fused kernel for CPUs: NumPy and its BLAS on the memory of the mx arrays, with a few megabytes of scratch.
+"""The fused forward pass for CPUs, on the memory of the mx arrays, with a few megabytes of scratch.
+
+The compiled kernel (`flash`) runs it where there was a compiler. The rest of this module does the same in NumPy.
 
 The query heads that share a key/value head are stacked as rows of one matrix product. A unit of work processes its keys
 tile by tile (Dao et al., arXiv 2205.14135). Tiles that are full by position need no mask arithmetic.
@@ -8,15 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.arrays import as_float32, view
 from ..core.masks import Tile
-from ..core.online_softmax import State
-from ..kernels.interface import KernelInputs
-from . import softmax
+from ..core.online_softmax import SMALL, State
+from ..kernels.interface import KernelInputs, OutputSpec
+from . import flash, softmax
 from .tile_masks import Piece, WorkUnit
 from .work_units import WorkUnits, buffer, cap, numpy_views, run_on_threads
 
@@ -28,8 +31,30 @@ def attend(inputs: KernelInputs, state: State | None) -> State:
         state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
     mx.eval(*state)
     work = _Forward(*numpy_views(inputs), *map(view, state))
-    run_on_threads(work.run, sorted(work.units(), key=lambda unit: unit.cost, reverse=True))  # the heaviest first
+    run = work.run if flash.compiled() is None else flash.Compiled(work).forward(work.acc, work.m, work.l)
+    run_on_threads(run, work.by_cost())
     return state
+
+
+def finish(inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array]:
+    """Attend and return ``(out, lse)``, by the compiled kernel. See `Kernel.finish`."""
+    out = _zeros((*inputs.rows, inputs.v.shape[-1]), output.dtype)
+    lse = np.full(inputs.rows, -np.inf, np.float32)
+    sinks = None if output.sinks is None else np.array(output.sinks.astype(mx.float32))
+    if sinks is not None:
+        lse[:] = sinks[:, None]  # the lse of rows that see no key
+    work = WorkUnits(*numpy_views(inputs))
+    run_on_threads(flash.Compiled(work).finish(view(out), lse, sinks), work.by_cost())
+    return out, mx.array(lse)
+
+
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Make evaluated zeros. For a small array an evaluation by MLX would cost a thread switch."""
+    if prod(shape) <= SMALL and dtype != mx.bfloat16:
+        return mx.array(np.zeros(shape, np.float32 if dtype == mx.float32 else np.float16))
+    out = mx.zeros(shape, dtype)
+    mx.eval(out)
+    return out
 
 
 @dataclass(frozen=True)

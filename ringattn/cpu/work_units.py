@@ -94,12 +94,17 @@ class WorkUnits:
         """Number of query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def queries(self) -> int:
+        """Largest number of queries in a unit."""
+        return max(1, ROWS // self.group)
+
     def units(self) -> Iterator[WorkUnit]:
         """Yield the units that see any key."""
         q_pos = self.q_pos
         k_pos = self.k_pos
         kv_heads = self.k.shape[1]
-        step = max(1, ROWS // self.group)
+        step = self.queries
         rows = self.group * max(1, min(step, len(q_pos)))
         heads = min(kv_heads, max(1, SMALL // (rows * max(1, len(k_pos)))))
         keys = max(EDGE, SCORES // (self.tiles * heads * rows))
@@ -110,6 +115,10 @@ class WorkUnits:
                 seen = tuple(self.tile_mask.refine(batch, pieces))
                 for first in range(0, kv_heads if seen else 0, heads):
                     yield WorkUnit(batch, first, min(first + heads, kv_heads), start, stop, seen)
+
+    def by_cost(self) -> list[WorkUnit]:
+        """List the units, the heaviest first."""
+        return sorted(self.units(), key=lambda unit: unit.cost, reverse=True)
 
     def _cut_keys(self, start: int, stop: int, run: tuple[int, int, Tile], keys: int) -> Iterator[Piece]:
         """Yield pieces of at most `keys` keys.

@@ -13,14 +13,13 @@ from ..kernels.gpu.self_test import UnusableError
 from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..kernels.reference import ReferenceKernel
 from .dispatch import attend
+from .gradient import gradient
+from .gradient import rows as rows_by_kernel
 from .tiling import MOST_BLOCKS, MOST_DIMS
 
 
 class CudaKernel(Kernel):
-    """Fused kernels; larger head dims, and inputs without a token, go to plain mx operations.
-
-    The gradient is taken block by block, by matrix products of MLX.
-    """
+    """Fused kernels; larger head dims, and inputs without a token, go to plain mx operations."""
 
     name = "cuda"
 
@@ -30,15 +29,23 @@ class CudaKernel(Kernel):
                 return State(*attend(inputs, state, None))
         return _reference.forward(inputs, state)
 
-    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
+    def finish(
+        self, inputs: KernelInputs, output: OutputSpec, state: State | None = None
+    ) -> tuple[mx.array, mx.array | None]:
         if _fused(inputs):
             sinks = None if output.sinks is None else mx.contiguous(output.sinks.astype(mx.float32))
             with suppress(UnusableError):
-                out, *lse = attend(inputs, None, replace(output, sinks=sinks))
+                out, *lse = attend(inputs, state, replace(output, sinks=sinks))
                 return out, lse[0] if lse else None
-        return _reference.finish(inputs, output)
+        return _reference.finish(inputs, output, state)
+
+    def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
+        return Rows.of(out, lse, dout, dlse) if out.size == 0 else rows_by_kernel(out, lse, dout, dlse)
 
     def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        if _fused(inputs):
+            with suppress(UnusableError):
+                return gradient(inputs, rows, sums)
         return _reference.backward(inputs, rows, sums)
 
 

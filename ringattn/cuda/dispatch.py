@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..core.online_softmax import State
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import launch
+from .device import shared_bytes
 from .forward import combine_call, forward_call
 from .tiling import Tiling
 
@@ -59,7 +60,9 @@ class Plan:
         """Make the plan for some inputs."""
         q_len = inputs.rows[2]
         group = inputs.group if inputs.group * q_len <= FEW_ROWS else 1
-        return cls(group, Tiling.of(inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], q_len * group))
+        return cls(
+            group, Tiling.of(inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], q_len * group, shared_bytes())
+        )
 
     def splits(self, inputs: KernelInputs) -> int:
         """How many runs of its keys are attended to side by side: more than one where there are too few rows."""

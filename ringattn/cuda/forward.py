@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import mlx.core as mx
 import numpy as np
 
@@ -12,12 +10,11 @@ from ..kernels.gpu.buffers import output_arguments, output_switches, rule_buffer
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import source
+from .calls import kernel_call, on_gpu
 from .launch import KernelCall
 from .tiling import Tiling
 
 COMBINE_THREADS = 128
-KEPT = 256  # small arrays, the layers of a model share theirs,
-LARGEST_KEPT = 1 << 14  # bytes of one
 
 
 def forward_call(
@@ -40,8 +37,8 @@ def forward_call(
         "queries": q,
         "keys": k,
         "values": v,
-        "numbers": _on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
-        "reach": _on_gpu(tiles),
+        "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
+        "reach": on_gpu(tiles),
         **rule_buffers(inputs, (tiling.BQ, tiling.BK), group, len(tiles)),
         **state_buffers(state, output),
     }
@@ -58,6 +55,7 @@ def forward_call(
         "BK": tiling.BK,
         "WARPS": tiling.warps,
         "FRAGMENTS": tiling.fragments,
+        "STAGES": tiling.stages,
         "G": group,
         "SOFTCAP": int(rules.softcap is not None),
         **rule_switches(rules, buffers),
@@ -66,7 +64,7 @@ def forward_call(
     }
     parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar")
     rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
-    return _call(
+    return kernel_call(
         "forward",
         parts,
         defines,
@@ -89,39 +87,4 @@ def combine_call(states: State, output: OutputSpec | None) -> KernelCall:
         **output_switches(output),
     }
     blocks = -(-batch * heads * q_len * value_dim // COMBINE_THREADS), 1, 1
-    return _call("combine", ("softmax",), defines, buffers, blocks=blocks, threads=COMBINE_THREADS, **outputs)
-
-
-def _call(
-    kernel: str,
-    parts: tuple[str, ...],
-    defines: dict,
-    buffers: dict[str, mx.array],
-    blocks: tuple[int, int, int],
-    threads: int,
-    **others,
-) -> KernelCall:
-    # MLX declares the buffers by their dtypes, so these belong to the text as well
-    dtypes = ((f"INPUT_{name}", source.TYPES.get(x.dtype, x.dtype)) for name, x in buffers.items())
-    header = source.header(parts, (*defines.items(), *dtypes))
-    return KernelCall(
-        name=source.name(kernel, header),
-        input_names=list(buffers),
-        source=source.text(f"{kernel}.cu"),
-        header=header,
-        inputs=list(buffers.values()),
-        template=[],
-        grid=(blocks[0] * threads, *blocks[1:]),
-        threadgroup=(threads, 1, 1),
-        **others,
-    )
-
-
-def _on_gpu(x: np.ndarray) -> mx.array:
-    """`x` as an array of MLX; a small one is kept, because the first use of new memory by the GPU is slow."""
-    return mx.array(x) if x.nbytes > LARGEST_KEPT else _kept(x.tobytes(), x.dtype.str, x.shape)
-
-
-@lru_cache(KEPT)
-def _kept(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    return mx.array(np.frombuffer(data, dtype).reshape(shape))
+    return kernel_call("combine", ("softmax",), defines, buffers, blocks=blocks, threads=COMBINE_THREADS, **outputs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 MOST_DIMS = 256
 MOST_BLOCKS = 65_535  # of a grid in y and in z
-SHARED_BYTES = 101_376  # that a block can have on every GPU of compute capability 8.0 and later
+MULTIPROCESSOR_BYTES = 232_448  # of shared memory, on a GPU whose blocks can have as much
+RESERVED = 1024  # bytes of shared memory that each block costs beside its own
 WARP = 32  # threads
 FRAGMENT = 16  # rows of a product of the matrix units
 MULTIPROCESSORS = 132  # of an H100; on a smaller GPU a few more blocks wait
@@ -22,6 +23,7 @@ class Tiling:
     Attributes:
         warps: Warps along the query rows.
         fragments: Fragments of 16 rows for each warp.
+        stages: 2 where the next keys and values are loaded while these are used, else 1.
         BK: Keys in a tile.
         BD: head_dim, padded to whole fragments.
         BV: The values' head_dim, padded likewise.
@@ -30,24 +32,36 @@ class Tiling:
 
     warps: int
     fragments: int
+    stages: int
     BK: int
     BD: int
     BV: int
     item: int
 
     @classmethod
-    def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, rows: int) -> Tiling:
+    def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, rows: int, shared_bytes: int) -> Tiling:
         """The tiling for `rows` query rows that share their keys.
 
         Half precision: 128 x 64 while the output's sums fit in the registers of four warps, beside the scores; above
-        128 dims a warp has 16 rows and 32 keys. float32 has no matrix units: smaller tiles.
+        128 dims a warp has 16 rows and 32 keys. float32 has no matrix units: smaller tiles. Two stages where two blocks
+        still share a multiprocessor.
+
+        Args:
+            dtype: The dtype of queries, keys and values.
+            head_dim: The number of dims of queries and keys.
+            value_dim: The number of dims of values.
+            rows: The number of rows.
+            shared_bytes: The shared memory that a block can have on this GPU.
         """
         BD, BV = (-(-dim // FRAGMENT) * FRAGMENT for dim in (head_dim, value_dim))
         wide, half = max(BD, BV) > 128, dtype.size == 2
         most = 4 if half or not wide else 2
         warps = next(n for n in (1, 2, 4) if rows <= FRAGMENT * n or n == most)
         fragments = 2 if half and not wide and rows > FRAGMENT * most else 1
-        return cls(warps, fragments, (64 if half else 32) // (2 if wide else 1), BD, BV, dtype.size)
+        tiling = cls(warps, fragments, 1, (64 if half else 32) // (2 if wide else 1), BD, BV, dtype.size)
+        deep = replace(tiling, stages=2)
+        fits = 2 * (deep.shared_memory + RESERVED) <= shared_bytes
+        return deep if fits and fragments == 2 and shared_bytes == MULTIPROCESSOR_BYTES else tiling
 
     @property
     def BQ(self) -> int:  # noqa: N802
@@ -62,7 +76,8 @@ class Tiling:
     @property
     def shared_memory(self) -> int:
         """Bytes of Q, K and V; rows are padded by 16 bytes."""
-        return (self.BQ + self.BK) * (self.BD * self.item + 16) + self.BK * (self.BV * self.item + 16)
+        keys = self.stages * self.BK
+        return (self.BQ + keys) * (self.BD * self.item + 16) + keys * (self.BV * self.item + 16)
 
     @property
     def blocks(self) -> int:

@@ -14,6 +14,7 @@ from ..launcher.processes import available_cores
 from ..lm.host_memory import usable_memory
 from ..native import blas, sgemm, tf32
 from ..reporting.machine import version
+from . import nvidia
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ class HostInfo:
         ringattn, mlx, mpi4py, numpy: Versions, or ``"not installed"``.
         code: Short hash of ringattn's sources, since checkouts of one version may differ.
         metal: Whether MLX has Metal here.
-        gpu: Name of the GPU; ``None`` where MLX computes on the CPU.
+        gpu: Name of the GPU, with its software if it is an NVIDIA GPU; ``None`` where MLX computes on the CPU.
         float32: Precision of MLX's float32 products: ``"full"`` or ``"TF32"``. See `ringattn.native.tf32`.
         kernel: Backend that `ringattn.attention` takes by default.
         load: Load average of the last minute for each core of the host.
@@ -100,7 +101,8 @@ def _gpu() -> str | None:
 
     if mx.default_device().type != mx.DeviceType.gpu:
         return None
-    return str(mx.device_info().get("device_name", "GPU"))
+    name = str(mx.device_info().get("device_name", "GPU"))
+    return f"{name} ({nvidia.description()})" if mx.cuda.is_available() else name
 
 
 def _blas_advice() -> str | None:

@@ -105,9 +105,14 @@ class Kernel(abc.ABC):
         `state` is the state over earlier keys, or ``None``. The kernel may overwrite it.
         """
 
-    def finish(self, inputs: KernelInputs, output: OutputSpec) -> tuple[mx.array, mx.array | None]:
-        """Attend and return ``(out, lse)``. The lse may be ``None`` only where `output` does not ask for it."""
-        return finish(self.forward(inputs), output.sinks, output.dtype)
+    def finish(
+        self, inputs: KernelInputs, output: OutputSpec, state: State | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Attend, from `state` as in `forward`, and return ``(out, lse)``.
+
+        The lse may be ``None`` only where `output` does not ask for it.
+        """
+        return finish(self.forward(inputs, state), output.sinks, output.dtype)
 
     def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
         """Compute the rows for `backward`, from the results and the gradients of the loss with respect to them."""

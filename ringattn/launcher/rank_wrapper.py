@@ -65,6 +65,7 @@ FORWARDED = (
     signal.SIGCONT,
 )
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GPUS = "CUDA_VISIBLE_DEVICES"  # read when a process starts CUDA
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 DEFAULT_TIMEOUT = 60.0  # s, the ring's
 _CONFIRM = 3  # s for the launcher's host to confirm that it has received how the program ended
@@ -315,6 +316,24 @@ def prepare_host(environment: MutableMapping[str, str]) -> None:
     ranks = next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 1)
     for name in (*THREADS, "RINGATTN_THREADS"):
         environment.setdefault(name, str(max(1, available_cores() // ranks)))
+    choose_gpu(environment, gpu_count())
+
+
+def gpu_count(folder: str = "/proc/driver/nvidia/gpus") -> int:
+    """Count the NVIDIA GPUs of this host, without their library."""
+    with suppress(OSError):
+        return len(os.listdir(folder))
+    return 0
+
+
+def choose_gpu(environment: MutableMapping[str, str], count: int) -> None:
+    """Give each rank of a host one of its `count` NVIDIA GPUs, or of those that the user has chosen."""
+    names = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    place = next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 0)
+    given = environment.get(GPUS)
+    gpus = [str(i) for i in range(count)] if given is None else [gpu for gpu in given.split(",") if gpu.strip()]
+    if len(gpus) > 1:
+        environment[GPUS] = gpus[place % len(gpus)].strip()
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ At each rank a result arrives, this rank's part is added in place, and the sum g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ import numpy as np
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
-from ..tracing.spans import RESULTS
-from ..transport.interface import Direction, Signal, Transfer, Transport
-from .blocks import Block, copy_tokens
-from .relay import Slots
+from ..tracing.spans import RESULTS as TAGS
+from ..transport.interface import Direction, Links, Load, Signal, Transfer, Transport
+from .blocks import Block, copy_tokens, evaluate
+from .device_slots import slots_for
 from .schedule import Schedule
+from .slots import Slots
+from .staging import to_host
 
-TAGS = RESULTS  # the first tag of results; the tag of a block is its hop
 ROWS = 1024  # tokens merged at a time, to bound the memory
 
 Arrays = Sequence[mx.array]
@@ -33,53 +34,61 @@ class Accumulator:
 
     Attributes:
         zeros: A function that makes the neutral arrays of a number of tokens.
-        merge: A function that adds the second arrays to the first, in place: NumPy arrays of the same tokens.
+        merge: A function of two lists of arrays, of NumPy or of MLX, of the same tokens. It returns their sum.
     """
 
     zeros: Callable[[int], Arrays]
-    merge: Callable[[Sequence[Any], Sequence[Any]], None]
+    merge: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
     def block(self, arrays: Arrays, spans: Spans) -> Block:
         """Make a block of `arrays` with the tokens at `spans`. It can be sent and added to."""
-        return Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans)
+        return to_host(Block(tuple(map(mx.contiguous, arrays)), (2,) * len(arrays), spans))
 
     def expand(self, block: Block | None, spans: Spans) -> Block:
         """Expand `block` to the tokens at `spans`, which include its own. The other tokens get zeros."""
         if block is not None and block.spans == spans:
             return block
         whole = self.block(self.zeros(length(spans)), spans)
-        mx.eval(whole.arrays)
+        evaluate(whole.arrays)
         if block is not None:
-            mx.eval(block.arrays)
+            evaluate(block.arrays)
             for into, x in zip(whole.arrays, block.arrays):
                 copy_tokens(view(x), block.spans, view(into), spans, 2, block.spans)
         return whole
 
-    def add(self, into: Block, part: Block) -> None:
-        """Add `part` to `into`, whose tokens include its own."""
-        mx.eval(into.arrays, part.arrays)
+    def add(self, into: Block, part: Block) -> Block:
+        """Add `part` to `into`, whose tokens include its own, and return the sum. It may reuse the memory of `into`."""
+        evaluate(into.arrays, part.arrays)
         whole, added = ([view(x) for x in block.arrays] for block in (into, part))
-        starts = zip(part.spans, indices(part.spans, into.spans), indices(part.spans, part.spans))
-        for span, at, start in starts:
-            stop = start + length((span,))
-            for first in range(start, stop, ROWS):
-                last = min(first + ROWS, stop)
-                here = tokens_at(2, at + first - start, at + last - start)
-                self.merge([x[here] for x in whole], [x[tokens_at(2, first, last)] for x in added])
+        for here, there in shared_tokens(part.spans, into.spans, ROWS):
+            cut = [x[here] for x in whole]
+            for x, merged in zip(cut, self.merge(cut, [x[there] for x in added])):
+                x[:] = merged
+        return into
+
+    def sendable(self, total: Block, spans: Spans) -> Load:
+        """Return a function that gives the tokens at `spans` of a finished `total` to a message."""
+        return total.load(spans)
 
 
-def add_sums(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+def shared_tokens(part: Spans, whole: Spans, most: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield the places of the tokens of `part` in `whole`, which includes them, and in `part`, `most` at a time."""
+    for span, at, start in zip(part, indices(part, whole), indices(part, part)):
+        stop = start + length((span,))
+        for first in range(start, stop, most):
+            last = min(first + most, stop)
+            yield tokens_at(2, at + first - start, at + last - start), tokens_at(2, first, last)
+
+
+def merge_sums(x: Sequence[Any], y: Sequence[Any]) -> list[Any]:
     """Merge running sums."""
-    for x, y in zip(into, part):
-        x += y
+    return [a + b for a, b in zip(x, y)]
 
 
-def add_states(into: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+def merge_state_arrays(x: Sequence[Any], y: Sequence[Any]) -> State:
     """Merge states."""
     with np.errstate(all="ignore"):  # an infinite score needs no warning
-        merged = merge_states(State(*into), State(*part))
-    for x, y in zip(into, merged):
-        x[:] = y
+        return merge_states(State(*x), State(*y))
 
 
 class ResultHop:
@@ -104,9 +113,9 @@ class ResultHop:
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
 
-    def send_total(self, total: Block) -> None:
+    def send_total(self, accumulator: Accumulator, total: Block) -> None:
         """Start the send of `total`."""
-        self._loads.append(total.load(self.wanted))
+        self._loads.append(accumulator.sendable(total, self.wanted))
         self._added.open()
 
     def total(self, accumulator: Accumulator, added: Block | None) -> Block:
@@ -119,14 +128,16 @@ class ResultHop:
         parts.sort(key=lambda block: block.spans != self.wanted)
         total = accumulator.expand(parts[0] if parts else None, self.wanted)
         for part in parts[1:]:
-            accumulator.add(total, part)
+            total = accumulator.add(total, part)
         return total
 
 
-def post_results(ring: Transport, schedule: Schedule, accumulator: Accumulator) -> list[ResultHop]:
+def post_results(
+    ring: Transport, schedule: Schedule, accumulator: Accumulator, links: Links | None = None
+) -> list[ResultHop]:
     """Post all messages of the results: one for each hop, and at the end the one that returns home."""
-    direction = Direction(ring, schedule.step)
-    slots = Slots(
+    direction = Direction(ring, schedule.step, links)
+    slots = slots_for(direction)(
         accumulator.block(accumulator.zeros(1), ((0, 1),)), [*(hop.returning for hop in schedule.hops), schedule.home]
     )
     results = []

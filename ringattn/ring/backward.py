@@ -6,10 +6,11 @@ import mlx.core as mx
 
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import length
-from ..transport.consensus import agree, raise_on_all_ranks
-from .accumulators import Accumulator, add_sums
+from ..transport.consensus import raise_on_all_ranks
+from .accumulators import merge_sums
 from .blocks import Block
 from .call import RingCall
+from .device_results import accumulator_for
 from .loop import WHAT, Arrays, round_trip
 
 GRADIENT = f"the gradient of {WHAT}"
@@ -23,7 +24,7 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
             mx.eval(*call.arrays, dout, dlse)
             rows = call.kernel.rows(out, lse, dout, dlse)
             fields = call.fields()
-        agree(ring, GRADIENT, fields)
+        call = call.agreed(GRADIENT, fields)
         with ring.break_ring_on_error():
             strategy = "pass_q" if call.chosen(gradient=True) == "pass_q" else "pass_kv"
             ring.tracer.choose(strategy)
@@ -45,7 +46,7 @@ def _pass_q(call: RingCall, rows: Rows) -> Gradients:
         k, v = found.k, found.v
         return [x for x in (found.q, found.mask) if x is not None]
 
-    results = Accumulator(call.gradients_of_queries, add_sums)
+    results = accumulator_for(call.links)(call.gradients_of_queries, merge_sums)
     q, *mask = round_trip(call, call.queries(rows), call.schedules(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 
@@ -64,7 +65,7 @@ def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
         mask = [x for x in (found.mask,) if x is not None]
         return found.k, found.v
 
-    results = Accumulator(call.gradients_of_keys, add_sums)
+    results = accumulator_for(call.links)(call.gradients_of_keys, merge_sums)
     k, v = round_trip(call, call.keys(), call.schedules(gradient=True), results, add)
     return Gradients(q, k, v, *mask)
 

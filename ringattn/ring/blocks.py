@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.arrays import view
 from ..core.intervals import Spans, indices, intersection, locate, tokens_at
+from ..transport.interface import Load
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,16 @@ class Block:
         spans: The positions of the tokens.
     """
 
-    arrays: tuple[mx.array, ...]
+    arrays: tuple[Any, ...]
     axes: tuple[int, ...]
     spans: Spans
 
-    def load(self, spans: Spans) -> Callable[[], list[memoryview]]:
+    def load(self, spans: Spans) -> Load:
         """Return a function that reads the tokens at `spans` for a send. A transfer calls it when it starts.
 
         All tokens together are sent from their memory, without a copy: the arrays must be packed. A part is copied.
         """
-        mx.eval(self.arrays)
+        evaluate(self.arrays)
         if spans == self.spans:
             buffers = [raw(x) for x in self.arrays]
             return lambda: buffers
@@ -40,11 +41,30 @@ class Block:
         at = locate(spans, self.spans)
         return lambda: [_pack(x, axis, at) for x, axis in zip(views, self.axes)]
 
+    def like(self, arrays: Sequence[Any], spans: Spans) -> Block:
+        """Make a block of `arrays` of the same kind, with the tokens at `spans`."""
+        return Block(tuple(arrays), self.axes, spans)
+
+    def empty(self, i: int, shape: Sequence[int]) -> Any:
+        """Allocate an array of the same kind and dtype as array `i`, to write to."""
+        x = mx.zeros(shape, self.arrays[i].dtype)
+        mx.eval(x)
+        return x
+
+    def packs(self, spans: Spans) -> bool:
+        """Whether `load` reads the tokens when the message is ready to start, and not where they are."""
+        return spans != self.spans
+
     @property
     def packed(self) -> bool:
         """Whether the arrays are contiguous, so that they can be sent without a copy."""
-        mx.eval(self.arrays)
-        return all(memoryview(x).c_contiguous for x in self.arrays if x.size)  # type: ignore[arg-type]
+        evaluate(self.arrays)
+        return all(memoryview(x).c_contiguous for x in self.arrays if x.size)
+
+
+def evaluate(*groups: Sequence[Any]) -> None:
+    """Evaluate arrays of MLX; those of NumPy need no evaluation."""
+    mx.eval([x for arrays in groups for x in arrays if isinstance(x, mx.array)])
 
 
 NOTHING = Block((), (), ())

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import backends
 from ..autograd.custom_function import evaluated_copies
 from ..core.gradients import Gradients, Rows
-from ..core.intervals import positions
-from ..core.online_softmax import State
+from ..core.intervals import Spans, positions
+from ..core.online_softmax import Partial, State, finish
 from ..core.options import Options
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.interface import Kernel, KernelInputs
+from ..kernels.interface import Kernel, KernelInputs, OutputSpec
 from ..layout import Layout
+from ..native.cuda import on_gpu
 from ..transport.base import Ring
-from ..transport.consensus import Fields
-from ..transport.interface import Transfer, Transport
+from ..transport.consensus import Fields, agree
+from ..transport.interface import Links, Transfer, Transport
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
 
 
 @dataclass(frozen=True)
 class RingCall:
-    """One checked call on this rank. `arrays` are q, k, v and the arrays of the options."""
+    """One checked call on this rank.
+
+    Attributes:
+        arrays: q, k, v and the arrays of the options.
+        links: The links between the GPUs, where blocks travel over these.
+    """
 
     ring: Transport
     layout: Layout
@@ -35,6 +44,7 @@ class RingCall:
     strategy: str | None
     kernel: Kernel
     arrays: tuple[mx.array, ...]
+    links: Links | None = None
 
     @classmethod
     def checked(cls, ring, layout, kv_layout, q, k, v, *, strategy, return_lse, backend, **options) -> RingCall:
@@ -55,6 +65,22 @@ class RingCall:
     def bind(self, arrays: tuple[mx.array, ...]) -> RingCall:
         """Replace the arrays by `arrays`, which a transformation passes."""
         return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
+
+    def agreed(self, what: str, fields: Fields) -> RingCall:
+        """Agree with the other ranks on this call. Blocks stay on the GPUs if every rank computes on its GPU."""
+        if not self.ring.has_gpus:
+            agree(self.ring, what, fields)
+            return self
+        replies = agree(self.ring, what, fields, payload=[memoryview(bytes([self.stays_on_gpu]))])
+        if not all(reply[0] for reply in replies):
+            return replace(self, links=None)
+        with self.ring.break_ring_on_error():
+            return replace(self, links=self.ring.connect_gpus())
+
+    @property
+    def stays_on_gpu(self) -> bool:
+        """Whether this rank's blocks can travel from GPU to GPU."""
+        return self.ring.has_gpus and self.kernel.lazy and self.strategy != "gather" and on_gpu()
 
     def fields(self) -> Fields:
         """List the values that all ranks must agree on."""
@@ -130,8 +156,21 @@ class RingCall:
         """Run the kernel on a block of queries and a block of keys, from `state`."""
         with self.ring.tracer.span("compute", hop):
             state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
-            mx.eval(*state)
+            self._finish(state)
         return state
+
+    def finish(self, hop: int, queries: Block, keys: Block, state: State | None) -> Partial:
+        """Run the kernel of the last hop, which returns ``(out, lse)``."""
+        output = OutputSpec(self.options.out_dtype, True, self.options.sinks)
+        with self.ring.tracer.span("compute", hop):
+            found = self.kernel.finish(self._inputs(queries, keys, 1), output, state)
+            out, lse = evaluated_copies([x for x in found if x is not None])
+            self._finish((out, lse))
+        return out, lse
+
+    def finish_state(self, state: State) -> Partial:
+        """Compute ``(out, lse)`` of a state over all keys."""
+        return finish(state, self.options.sinks, self.options.out_dtype)
 
     def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
         """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""
@@ -139,20 +178,25 @@ class RingCall:
         with self.ring.tracer.span("compute", hop):
             sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
             sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
-            mx.eval(*sums[:3])
+            self._finish(sums[:3])
         return sums
+
+    def _finish(self, arrays: Sequence[mx.array]) -> None:
+        """Wait for a hop's results, unless this rank's GPU can go on with the next hop's."""
+        if self.links is None or self.ring.tracer.events is not None:
+            mx.eval(*arrays)
 
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
         """Make a kernel's inputs from two blocks."""
         options = self.options
-        k_pos = positions(keys.spans)
+        k_pos = _positions(keys.spans)
         rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
         columns = None if mask is None else k_pos - self.kv_layout.start
         rules = replace(options, mask=mask, segments=segments).rules(columns)
         k, v = keys.arrays[:2]
-        return KernelInputs(queries.arrays[0], k, v, positions(queries.spans), k_pos, rules)
+        return KernelInputs(queries.arrays[0], k, v, _positions(queries.spans), k_pos, rules)
 
     def empty_state(self, tokens: int) -> State:
         """Make the state of `tokens` queries over no keys."""
@@ -176,6 +220,14 @@ class RingCall:
         if not all(transfer.done for transfer in waiting):
             with self.ring.tracer.span("wait", hop):
                 self.ring.wait(*waiting)
+
+
+@lru_cache(maxsize=64)
+def _positions(spans: Spans) -> np.ndarray:
+    """List the positions of `spans`, in an array that is the same in every call, and read-only."""
+    found = positions(spans)
+    found.flags.writeable = False
+    return found
 
 
 def check_ring(ring: Any) -> Transport:

@@ -7,20 +7,27 @@ state ``(acc, m, l)`` from hop to hop (pass-KV), or states travel home and are m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..autograd.custom_function import start_evaluation
-from ..core.online_softmax import State, finish
-from ..transport.consensus import agree, raise_on_all_ranks
-from .accumulators import Accumulator, add_states, post_results
+from ..autograd.custom_function import may_start, start_evaluation
+from ..core.online_softmax import Partial, State
+from ..transport.consensus import raise_on_all_ranks
+from ..transport.interface import Links, Transfer
+from .accumulators import Accumulator, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import RingCall
+from .device_results import accumulator_for
 from .relay import collect, interleave_hops, relay
-from .schedule import Schedule
+from .schedule import Hop, Schedule
+from .slots import Arrival
+from .staging import from_host
 
 WHAT = "ring_attention"
 
@@ -29,55 +36,131 @@ Arrays = Sequence[mx.array]
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
     """Agree with the other ranks, run the schedule, and compute ``(out, lse)``."""
-    with raise_on_all_ranks(call.ring, WHAT):
-        # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
-        mx.eval(*call.keys().arrays)
-        start_evaluation(*call.arrays)
-        fields = call.fields()
-    agree(call.ring, WHAT, fields)
+    links = call.ring.links if call.stays_on_gpu else None
+    with forgetting(links):
+        with raise_on_all_ranks(call.ring, WHAT):
+            # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
+            mx.eval(*call.keys().arrays)
+            strategy = call.chosen()
+            call.ring.tracer.choose(strategy)
+            # Python takes about as long to agree as a GPU to compute on a short block.
+            early = links is not None and strategy == "pass_kv" and may_start()
+            own = OwnHop.of(replace(call, links=links)) if early else None
+            start_evaluation(*call.arrays)
+            fields = call.fields()
+        call = call.agreed(WHAT, fields)
+        if call.links is None and links is not None:
+            links.forget()
+            own = None
     with call.ring.break_ring_on_error():
-        strategy = call.chosen()
-        call.ring.tracer.choose(strategy)
-        state = _STRATEGIES[strategy](call)
-        out, lse = finish(state, call.options.sinks, call.options.out_dtype)
-        del state
+        out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
         mx.eval(out, lse)
     return out, lse
 
 
-def _pass_kv(call: RingCall) -> State:
+@contextmanager
+def forgetting(links: Links | None) -> Iterator[None]:
+    """Drop the messages that were posted here if an exception is raised."""
+    try:
+        yield
+    except BaseException:
+        if links is not None:
+            links.forget()
+        raise
+
+
+class OwnHop(NamedTuple):
+    """Part of pass-KV that needs no other rank: all messages are posted, and the rank's own block is computed on.
+
+    Attributes:
+        arrivals: The hops, with their blocks.
+        sends: The messages to the next rank.
+        results: What the own block leaves; see `_attend`.
+    """
+
+    arrivals: list[tuple[int, Hop, Arrival]]
+    sends: list[Transfer]
+    results: Arrays
+
+    @classmethod
+    def of(cls, call: RingCall, agreed: bool = False) -> OwnHop:
+        """Prepare the call, and start its transfers if all ranks have `agreed`."""
+        arrivals, sends = relay(call.ring, call.keys(), call.schedules(), call.links)
+        if agreed and call.links is not None:
+            call.links.advance()
+        return cls(arrivals, sends, _attend(call, arrivals, 0, []))
+
+
+def _attend(call: RingCall, arrivals: Sequence[tuple[int, Hop, Arrival]], i: int, before: Arrays) -> Arrays:
+    """Compute hop `i` of pass-KV on the results of the hops before: a state, or nothing.
+
+    Returns:
+        The state, or ``(out, lse)`` if no later hop computes. `before` if there is nothing to compute.
+    """
+    h, hop, arrival = arrivals[i]
+    if not hop.compute:
+        return before
+    call.wait(h, arrival.transfer)
+    last = not any(later.compute for _, later, _ in arrivals[i + 1 :])
+    state = State(*before) if before else None
+    return (call.finish if last else call.attend)(h, call.queries(), from_host(arrival.block), state)
+
+
+def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
-    arrivals, sends = relay(call.ring, call.keys(), call.schedules())
-    queries = call.queries()
-    state = None
-    h = 0
-    for h, hop, arrival in arrivals:
+    arrivals, sends, results = own or OwnHop.of(call, agreed=True)
+    releases = Releases(call)
+    releases.add(arrivals[0][2], results[1:])
+    for i, (h, _, arrival) in enumerate(arrivals[1:], 1):
         call.ring.set_progress(WHAT, h)
-        if hop.compute:
-            call.wait(h, arrival.transfer)
-            state = call.attend(h, queries, arrival.block, state)
-        arrival.release()
-    call.wait(h + 1, *sends)
-    return call.empty_state(call.arrays[0].shape[2]) if state is None else state
+        results = _attend(call, arrivals, i, results)
+        releases.add(arrival, results[1:])
+    call.wait(arrivals[-1][0] + 1, *sends)
+    if not results:
+        return call.finish_state(call.empty_state(call.arrays[0].shape[2]))
+    out, lse = results
+    return out, lse
 
 
-def _gather(call: RingCall) -> State:
+class Releases:
+    """Release of blocks when the work on them is over. On GPUs the next work starts before that."""
+
+    def __init__(self, call: RingCall):
+        self._links = call.links
+        self._last: tuple[Arrival, Arrays] | None = None
+
+    def add(self, arrival: Arrival, results: Arrays) -> None:
+        """Release `arrival` once `results` are there, and on GPUs the one before it; start what can start."""
+        if self._links is None:
+            arrival.release()
+            return
+        self._links.advance()
+        if self._last is not None:
+            before, done = self._last
+            mx.eval(*done)
+            before.release()
+            self._links.advance()
+        self._last = arrival, results
+
+
+def _gather(call: RingCall) -> Partial:
     """Send keys and values to all ranks whose queries see them. Each rank computes once."""
     schedules = call.schedules()
     whole = collect(call.ring, call.keys(), schedules)
     hops = max(len(schedule.hops) for schedule in schedules)
     call.ring.set_progress(WHAT, hops)
-    return call.attend(hops, call.queries(), whole, None)
+    return call.finish(hops, call.queries(), whole, None)
 
 
-def _pass_q(call: RingCall) -> State:
+def _pass_q(call: RingCall) -> Partial:
     """Send queries around the ring, and their states one hop behind. Each rank merges the state over its own keys."""
     keys = call.keys()
 
     def add(h: int, block: Block) -> State:
         return call.attend(h, block, keys, None)
 
-    return State(*round_trip(call, call.queries(), call.schedules(), Accumulator(call.empty_state, add_states), add))
+    results = accumulator_for(call.links)(call.empty_state, merge_state_arrays)
+    return call.finish_state(State(*round_trip(call, call.queries(), call.schedules(), results, add)))
 
 
 def round_trip(
@@ -88,8 +171,11 @@ def round_trip(
     compute: Callable[[int, Block], Arrays],
 ) -> tuple[mx.array, ...]:
     """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home."""
-    arrivals, sends = relay(call.ring, own, schedules)
-    routes = [post_results(call.ring, schedule, accumulator) for schedule in schedules]
+    arrivals, sends = relay(call.ring, own, schedules, call.links)
+    routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
+    releases = Releases(call)
+    if call.links is not None:
+        call.links.advance()
     home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
@@ -97,23 +183,23 @@ def round_trip(
         added = None
         if hop.compute:
             call.wait(h, arrival.transfer)
-            added = accumulator.block(compute(h, rows_of(arrival.block, hop.compute)), hop.compute)
-        arrival.release()
+            added = accumulator.block(compute(h, rows_of(from_host(arrival.block), hop.compute)), hop.compute)
+        releases.add(arrival, () if added is None else added.arrays)
         following.allow_receive()
         if h == 0:
             home_part = home_part or added
         elif hop.state:
             call.wait(h, here.arrival.transfer)
-            here.send_total(here.total(accumulator, added))
+            here.send_total(accumulator, here.total(accumulator, added))
             here.arrival.release()
     totals: list[Block] = []
     for results in routes:
         call.wait(h + 1, results[-1].arrival.transfer)
         totals.append(results[-1].total(accumulator, None if totals else home_part))
     for part in totals[1:]:
-        accumulator.add(totals[0], part)
+        totals[0] = accumulator.add(totals[0], part)
     call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
-    return totals[0].arrays
+    return from_host(totals[0]).arrays
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}

@@ -24,7 +24,8 @@ def init(backend: str | None = None, *, comm: Any = None, timeout: float | None 
     Args:
         backend: ``"mpi"`` under mpiexec, ``"mlx"`` under mlx.launch (its backends ``ring`` and ``jaccl``), or
             ``"solo"`` for a ring of one. ``None`` chooses by the launcher's environment, ``"solo"`` without a
-            launcher. Over ``"mlx"`` there is no `split`.
+            launcher. Over ``"mlx"`` there is no `split`. Over ``"mpi"``, the blocks of `ring_attention` travel by NCCL
+            where every rank's default device is an NVIDIA GPU of its own, unless ``RINGATTN_NCCL`` is 0.
         comm: An mpi4py intracommunicator whose ranks make the ring, instead of all processes.
         timeout: Seconds without a heartbeat after which a rank counts as dead. A long computation is not a stall: a
             thread of its own sends the heartbeats. It sends none while one call keeps Python's global interpreter lock

@@ -11,8 +11,9 @@ import abc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -22,6 +23,18 @@ from .base import Ring
 from .shared_input import SharedInput
 
 Buffers = Sequence[memoryview]  # flat, contiguous, of bytes
+
+
+class DeviceBuffer(NamedTuple):
+    """Bytes on this rank's GPU, and the array that they belong to, which lives as long as this does."""
+
+    address: int
+    nbytes: int
+    owner: Any
+
+
+# Gives the buffers of a message, memoryviews or `DeviceBuffer`s, when it starts.
+Load = Callable[[], Sequence[Any]]
 
 
 class Signal:
@@ -54,16 +67,42 @@ class Transfer(abc.ABC):
         """Whether the whole message has left (send) or arrived (recv)."""
 
 
+class Links(Protocol):
+    """Links between the GPUs of a ring's ranks, beside its transport."""
+
+    def send(
+        self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1, late: bool = False
+    ) -> Transfer:
+        """Send the `DeviceBuffer`s that `load` returns. See `Transport.send`. It starts in `advance`.
+
+        With `late`, `load` reads what the messages in `after` bring, so that these must have arrived before.
+        """
+
+    def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1) -> Transfer:
+        """Receive into the `DeviceBuffer`s that `load` returns. See `Transport.recv`. It starts in `advance`."""
+
+    def advance(self) -> None:
+        """Finish and start messages."""
+
+    def forget(self) -> None:
+        """Drop the messages that have not started."""
+
+    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
+
+
 class Transport(Ring):
     """A ring with the methods by which the library moves bytes and reports failures.
 
     Attributes:
         in_graph_bytes: Bytes that the payload of an `exchange_in_graph` may have; 0 where the transport has none.
         shared_input: An input that must be the same on all ranks in every call, besides its arguments.
+        has_gpus: Whether blocks can travel from GPU to GPU, by `connect_gpus`; the same on all ranks.
         finish_trace: Writes the files of the trace, if there is one. Collective; `close` calls it first.
     """
 
     in_graph_bytes: int = 0
+    has_gpus: bool = False
     shared_input: SharedInput | None = None
 
     def __init__(self) -> None:
@@ -141,6 +180,15 @@ class Transport(Ring):
     def wait(self, *transfers: Transfer) -> None:
         """Return when all are done; raise `RingError` when the ring breaks first."""
 
+    @property
+    def links(self) -> Links | None:
+        """The links between the GPUs of the ranks, once `connect_gpus` has made them."""
+        return None
+
+    def connect_gpus(self) -> Links:
+        """Return the links between the GPUs of a ring with `has_gpus`. The first call is collective."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def fail(self, error: BaseException) -> None:
         """Report to every peer that this rank cannot go on because of `error`. The ring is broken afterwards."""
@@ -205,16 +253,28 @@ class Call:
         self._ring._busy.release()
 
 
-class Direction(NamedTuple):
-    """One direction around a ring: messages come from the rank before and go to the next."""
+@dataclass(frozen=True)
+class Direction:
+    """One direction around a ring: messages come from the rank before and go to the next.
+
+    Attributes:
+        ring: The ring.
+        step: 1 to the right, -1 to the left.
+        links: The links between the GPUs, where blocks travel over these.
+    """
 
     ring: Transport
-    step: int  # 1 to the right, -1 to the left
+    step: int
+    links: Links | None = None
 
-    def send(self, load: Callable[[], Buffers], *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
-        """See `Transport.send`."""
+    def send(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), late: bool = False) -> Transfer:
+        """See `Transport.send`, and `Links.send` for `late`."""
+        if self.links is not None:
+            return self.links.send(load, tag=tag, after=after, step=self.step, late=late)
         return self.ring.send(load, tag=tag, after=after, step=self.step)
 
-    def recv(self, buffers: Buffers, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
-        """See `Transport.recv`."""
-        return self.ring.recv(buffers, tag=tag, after=after, step=self.step)
+    def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
+        """See `Transport.recv`. `load` returns the places of the bytes."""
+        if self.links is not None:
+            return self.links.recv(load, tag=tag, after=after, step=self.step)
+        return self.ring.recv(load(), tag=tag, after=after, step=self.step)

@@ -217,13 +217,15 @@ class ProcessRing(Transport):
         """The messages under way between this rank and `peer`; see `Liveness`."""
         return []
 
-    def _check_links(self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = ()) -> dict[object, float]:
+    def _check_links(
+        self, found: Sequence[Moving], rate: LinkRate, more: Sequence[object] = (), timer: StallTimer | None = None
+    ) -> dict[object, float]:
         """Break the ring when a message of `found` is overdue: its bytes take longer than at a tenth of `rate`.
 
         Returns:
             The seconds since each of these messages, and of the keys in `more`, was first seen.
         """
-        ages = self._stall_timer.look([*(one.key for one in found), *more])
+        ages = (timer or self._stall_timer).look([*(one.key for one in found), *more])
         for one in found:
             allowed = rate.deadline(one.bytes, self.timeout)
             if ages[one.key] > allowed:

@@ -11,11 +11,14 @@ import pytest
 
 import ringattn as ra
 from ringattn import backends
-from ringattn.cuda import dispatch, launch, set_executor
-from ringattn.cuda.tiling import SHARED_BYTES, Tiling
+from ringattn.cuda import dispatch, gradient, launch, set_executor
+from ringattn.cuda.backward import deal
+from ringattn.cuda.device import LEAST_SHARED_BYTES, SHARED_BYTES
+from ringattn.cuda.gradient_tiling import GradientTiling
+from ringattn.cuda.tiling import Tiling
 from ringattn.errors import ArgumentError, ArgumentTypeError, KernelWarning
 from ringattn.verify.features import FEATURES
-from ringattn.verify.oracle import FLOATS, Case, check, random_case
+from ringattn.verify.oracle import FLOATS, Case, GradientCase, check, random_case
 
 
 @pytest.fixture(autouse=True)
@@ -65,24 +68,75 @@ def test_a_ring_hop_continues_a_state(monkeypatch) -> None:
         assert mx.allclose(out, ra.attention(x, x, x, mask="causal", backend="reference"), atol=1e-5)
 
 
-def test_the_gradient_is_that_of_the_reference() -> None:
-    q, k = (mx.array(np.random.default_rng(n).standard_normal((1, 4, 40, 64)), mx.float32) for n in (0, 1))
+def gradients(case: Case) -> None:
+    """Check the gradients of a problem."""
+    problem = GradientCase.random(case)
+    named = problem.differentiable
 
-    def loss(q: mx.array, name: str) -> mx.array:
-        return ra.attention(q, k, k, mask="causal", backend=name).square().sum()
+    def function(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(named, arrays))
+        q, k, v = (given.pop(name) for name in "qkv")
+        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend="cuda", return_lse=True)
+        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
 
-    assert mx.allclose(mx.grad(loss)(q, "cuda"), mx.grad(loss)(q, "reference"), atol=1e-4)
+    _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
+    ratios = problem.ratios(dict(zip(named, found)))
+    assert max(ratios.values()) <= 1, ratios
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_gradient_of_every_feature(feature: str, model) -> None:
+    gradients(FEATURES[feature]())
+    assert [call.name.split("_")[2] for call in model] == ["forward", "rows", "backward", *["collect"] * 3]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_gradient_of_random_problems(seed: int) -> None:
+    gradients(random_case(seed))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_gradient_in_several_calls(feature: str, model, monkeypatch) -> None:
+    monkeypatch.setattr(gradient, "WORKSPACE", 1 << 17)
+    monkeypatch.setattr(gradient, "SCORES", 1 << 12)
+    monkeypatch.setattr(gradient, "QUERY_TILES", 1)
+    monkeypatch.setattr(gradient, "shared_bytes", lambda: LEAST_SHARED_BYTES)
+    gradients(FEATURES[feature]())
+    assert sum(call.name.split("_")[2] == "backward" for call in model) > 1
+
+
+GPUS = sorted({LEAST_SHARED_BYTES, *SHARED_BYTES.values()})
 
 
 def test_every_tile_fits_on_every_gpu() -> None:
-    for dtype, dim, v_dim, rows in itertools.product(
-        FLOATS, (8, 64, 80, 128, 136, 256), (8, 128, 256), (1, 17, 64, 999)
+    for dtype, dim, v_dim, rows, shared in itertools.product(
+        FLOATS, (8, 64, 80, 128, 136, 256), (8, 128, 256), (1, 17, 64, 999), GPUS
     ):
-        tiling = Tiling.of(dtype, dim, v_dim, rows)
-        assert tiling.shared_memory <= SHARED_BYTES
+        tiling = Tiling.of(dtype, dim, v_dim, rows, shared)
+        assert tiling.shared_memory <= shared
         assert tiling.BK % 16 == tiling.BD % 16 == tiling.BV % 16 == 0 and dim <= tiling.BD and v_dim <= tiling.BV
         assert min(rows, 32) <= tiling.BQ
         assert tiling.fragments * (tiling.BK + tiling.BV) / 2 <= 192, "sums and scores stay in registers"
+
+
+@pytest.mark.parametrize("shared", GPUS)
+def test_every_tile_of_the_gradient_fits_on_every_gpu(shared: int) -> None:
+    for dtype, dim, v_dim in itertools.product(FLOATS, (8, 64, 80, 128, 136, 256), (8, 128, 200, 256)):
+        tiling = GradientTiling.of(dtype, dim, v_dim, shared)
+        assert tiling.shared_memory <= shared and tiling.blocks >= 132
+        assert dim <= tiling.BD and v_dim <= tiling.BV
+        assert tiling.BD % (16 * tiling.halves) == tiling.BV % (16 * tiling.halves) == 0
+        assert tiling.QUERIES % (16 * tiling.fragments) == 0
+        assert tiling.warps % (tiling.QUERIES // (16 * tiling.fragments)) == 0, "warps share dq"
+        assert (tiling.BD + tiling.BV) // tiling.halves // 2 <= 128, "the sums of dk and dv stay in registers"
+
+
+def test_key_tiles_are_dealt_evenly() -> None:
+    reach = np.array([[i, i, 40, 40] for i in range(40)], np.int32)  # causal
+    dealt = deal(reach, 8)
+    work = [sum(40 - i for i in tiles if i >= 0) for tiles in dealt]
+    assert max(work) - min(work) <= 8
+    assert deal(reach[:3], 8).shape == (8, 1)
 
 
 def test_what_the_kernels_do_not_take_goes_to_plain_operations(model) -> None:
@@ -139,6 +193,38 @@ def test_every_feature_passes_its_trial(as_on_a_gpu, feature: str, recwarn) -> N
     check(case, *attend(case))
     assert list(launch.self_test.verdicts.values()) == [True]
     assert not [x for x in recwarn if issubclass(x.category, KernelWarning)]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_gradient_of_every_feature_passes_its_trial(as_on_a_gpu, feature: str, recwarn) -> None:
+    gradients(FEATURES[feature]())
+    assert list(launch.self_test.verdicts.values()) == [True] * 3  # forward, rows, gradient
+    assert not [x for x in recwarn if issubclass(x.category, KernelWarning)]
+
+
+@pytest.mark.parametrize("seed", (12, 18, 21, 34))
+def test_the_trial_of_rows_with_one_key_does_not_compare_rounding(as_on_a_gpu, seed: int, recwarn) -> None:
+    gradients(random_case(seed))
+    assert not [x for x in recwarn if issubclass(x.category, KernelWarning)]
+
+
+def test_the_gradient_stays_lazy_and_works_in_mx_compile(monkeypatch) -> None:
+    def zeros(call):
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
+
+    monkeypatch.setattr(launch.launcher, "executor", zeros)
+    monkeypatch.setattr(gradient, "WORKSPACE", 1 << 17)  # several calls
+    x = mx.ones((1, 2, 300, 64))
+    found = mx.compile(mx.grad(lambda q: ra.attention(q, q, q, mask="causal", backend="cuda").sum()))(x)
+    assert mx.array_equal(found, mx.zeros(x.shape))
+
+
+def test_rows_are_tried_in_their_dtypes(as_on_a_gpu, model) -> None:
+    arrays = [mx.ones((2, 3, 5, 8), mx.bfloat16), mx.ones((2, 3, 5)), mx.ones((2, 3, 5, 8)), mx.ones((2, 3, 5))]
+    mx.compile(gradient._few)(arrays[0])
+    gradient.rows(*arrays)
+    assert [x.dtype for x in model[0].inputs] == [x.dtype for x in arrays]
+    assert [len(x.shape) for x in model[0].inputs] == [4, 4, 3, 3]
 
 
 def broken(call):

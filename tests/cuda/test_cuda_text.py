@@ -30,9 +30,20 @@ IDS = mx.zeros((1, 90), mx.int32)
 EVERYTHING = {"window": 9, "softcap": 5.0, "segments": (IDS, IDS), "sinks": mx.zeros(4)}
 
 
-def attend(dtype: mx.Dtype, dim: int, v_dim: int | None = None, q_len: int = 90, k_len: int = 90, **options):
-    q, k, v = (mx.ones((1, h, n, d), dtype) for h, n, d in ((4, q_len, dim), (2, k_len, dim), (2, k_len, v_dim or dim)))
-    return ra.attention(q, k, v, backend="cuda", return_lse=True, **options)
+def arrays(dtype: mx.Dtype, dim: int, v_dim: int | None = None, q_len: int = 90, k_len: int = 90) -> list[mx.array]:
+    shapes = (4, q_len, dim), (2, k_len, dim), (2, k_len, v_dim or dim)
+    return [mx.ones((1, *shape), dtype) for shape in shapes]
+
+
+def attend(*shape, **options):
+    return ra.attention(*arrays(*shape), backend="cuda", return_lse=True, **options)
+
+
+def gradient(*shape, **options) -> list[mx.array]:
+    def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return ra.attention(q, k, v, backend="cuda", **options).astype(mx.float32).sum()
+
+    return list(mx.grad(run, argnums=(0, 1, 2))(*arrays(*shape)))
 
 
 VARIANTS: dict[str, Callable[[], object]] = {
@@ -41,6 +52,12 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "bfloat16, 256, additive mask": lambda: attend(mx.bfloat16, 256, mask=mx.zeros((90, 90), mx.bfloat16)),
     "float32, 128, causal": lambda: attend(mx.float32, 128, mask="causal"),
     "float32, 256, everything": lambda: attend(mx.float32, 256, mask=mx.zeros((90, 90)), **EVERYTHING),
+    "gradient, bfloat16, 128, causal": lambda: gradient(mx.bfloat16, 128, mask="causal"),
+    "gradient, float16, 80 and 33, everything": lambda: gradient(
+        mx.float16, 80, 33, mask=mx.ones((90, 90), mx.bool_), **EVERYTHING
+    ),
+    "gradient, bfloat16, 256, additive mask": lambda: gradient(mx.bfloat16, 256, mask=mx.zeros((90, 90), mx.bfloat16)),
+    "gradient, float32, 128, causal": lambda: gradient(mx.float32, 128, mask="causal"),
     "float16, 80 and 32, keys split": lambda: attend(mx.float16, 80, 32, 1, 2048, sinks=mx.zeros(4)),
 }
 
@@ -87,6 +104,10 @@ def test_every_switch_is_defined_and_braces_match(monkeypatch, name: str) -> Non
 def test_every_file_is_used_and_in_the_package() -> None:
     assert {path.suffix for path in KERNELS.iterdir()} == {".cu", ".cuh"}
     assert "cuda/kernels/*" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_no_kernel_has_atomics() -> None:
+    assert not [path.name for path in KERNELS.iterdir() if re.search(r"\batomic[A-Z]|\bred\.", path.read_text())]
 
 
 @pytest.mark.cuda

@@ -15,7 +15,7 @@ from ringattn.autograd.custom_function import custom_op
 from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
 from ringattn.core.rules import ScoreRules
-from ringattn.cpu import work_units
+from ringattn.cpu import flash, work_units
 from ringattn.kernels import blockwise_backward
 from ringattn.kernels.interface import KernelInputs
 from ringattn.kernels.reference import ReferenceKernel
@@ -192,6 +192,7 @@ def small_tiles(monkeypatch):
     """Give the host kernel several tiles, with empty and full ones among them."""
     for name, size in {"ROWS": 32, "SCORES": 32 * 16, "SMALL": 1, "EDGE": 16}.items():
         monkeypatch.setattr(work_units, name, size)
+    monkeypatch.setattr(flash, "KEYS", 16)
 
 
 @every_backend

@@ -17,7 +17,7 @@ from ringattn.launcher import mpiexec
 from ringattn.launcher.mpiexec import Mpiexec
 from ringattn.launcher.processes import start_time
 from ringattn.launcher.rank_status import parse_status
-from ringattn.launcher.rank_wrapper import prepare_host, unescape
+from ringattn.launcher.rank_wrapper import choose_gpu, gpu_count, prepare_host, unescape
 from ringattn.transport.failures.cause import Cause
 
 
@@ -169,6 +169,30 @@ def test_a_wrapper_shares_out_the_cores_of_its_host(monkeypatch, tmp_path, capsy
     assert environment["MKL_NUM_THREADS"] == "7"
     assert os.getcwd() == os.path.realpath(os.path.expanduser("~"))
     assert "cannot go to /no/such/folder (No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "count", "chosen"),
+    [
+        (None, {"MPI_LOCALRANKID": "2"}, 4, "2"),
+        (None, {"OMPI_COMM_WORLD_LOCAL_RANK": "5"}, 4, "1"),
+        (None, {"MPI_LOCALRANKID": "2"}, 1, None),
+        (None, {}, 0, None),
+        ("4, 6", {"MPI_LOCALRANKID": "1"}, 8, "6"),
+        ("7", {"MPI_LOCALRANKID": "1"}, 8, "7"),
+        ("", {"MPI_LOCALRANKID": "1"}, 8, ""),
+    ],
+)
+def test_a_wrapper_gives_each_rank_a_gpu(given, place, count, chosen):
+    environment = dict(place) if given is None else {**place, "CUDA_VISIBLE_DEVICES": given}
+    choose_gpu(environment, count)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == chosen
+
+
+def test_gpus_are_counted_without_their_library(tmp_path):
+    assert gpu_count(str(tmp_path / "gpus")) == 0
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    assert gpu_count(str(tmp_path / "gpus")) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from ringattn.kernels.gpu import launch
 from ringattn.metal import KernelCall
 
 WORDS = Path(__file__).parent / "words.cuh"
@@ -24,6 +25,7 @@ REWRITES = (  # in this order
 )
 
 
+@cache
 def translate(text: str) -> str:
     """Translate Metal for MLX's `metal_kernel` to CUDA for its `cuda_kernel`. `words.cuh` must stand before it."""
     for pattern, replacement in REWRITES:
@@ -31,21 +33,10 @@ def translate(text: str) -> str:
     return text
 
 
+@cache
 def header(text: str) -> str:
     """Build the text before a kernel: Metal's names, and the kernel's own header."""
     return WORDS.read_text() + translate(text)
-
-
-@cache
-def _built(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, before: str, flat: bool) -> Any:
-    return mx.fast.cuda_kernel(
-        name=name,
-        input_names=list(inputs),
-        output_names=list(outputs),
-        source=translate(source),
-        header=header(before),
-        ensure_row_contiguous=flat,
-    )
 
 
 def groups(call: KernelCall) -> tuple[int, int, int]:
@@ -67,20 +58,6 @@ def cuda_executor(call: KernelCall) -> list[mx.array]:
         raise ValueError(f"{call.name}: {call.atomic_outputs=}, expected a kernel without atomics")
     if max(groups(call)[1:]) > MOST_GROUPS:
         raise ValueError(f"{call.name}: {groups(call)=}, expected at most {MOST_GROUPS} in y and z")
-    kernel = _built(
-        call.name,
-        tuple(call.input_names),
-        tuple(call.output_names),
-        call.source,
-        call.header,
-        call.ensure_row_contiguous,
-    )
-    return kernel(
-        inputs=call.inputs,
-        template=call.template,
-        grid=call.grid,
-        threadgroup=call.threadgroup,
-        output_shapes=call.output_shapes,
-        output_dtypes=call.output_dtypes,
-        init_value=call.init_value,
-    )
+    same = {field.name: getattr(call, field.name) for field in fields(launch.KernelCall)}
+    translated = launch.KernelCall(**(same | {"source": translate(call.source), "header": header(call.header)}))
+    return launch.run_on_gpu(translated, mx.fast.cuda_kernel)

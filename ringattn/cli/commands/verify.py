@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ... import backends
-from ...cpu.softmax import compiled
+from ...cpu.flash import instruction_sets
 from ...metal import launch
 from ...native import tf32
 from ...reporting.machine import machine
@@ -86,7 +86,7 @@ def _check_ring(ranks: int) -> tuple[Findings, str | None]:
 def _report(ranks: int, metal: Results, failed: dict[str, str], problem: str | None) -> str:
     """Text for a bug report."""
     lines = ["", "--- to paste into a report ---", machine()]
-    lines.append(f"softmax of the CPU kernel: {'compiled' if compiled() else 'NumPy (not compiled at installation)'}")
+    lines.append(f"CPU kernel: {(instruction_sets() or ['NumPy (not compiled at installation)'])[-1]}")
     lines.append(f"float32 products of MLX: {tf32.describe()}")
     lines.append(f"ring: {ranks} local ranks" if ranks and problem is None else "ring: not checked")
     if problem:

@@ -1,11 +1,14 @@
 // Attention of a tile of BQ query rows to their keys, BK at a time: FlashAttention-2 (Dao, arXiv 2307.08691). A warp has
-// 16 * RA_FRAGMENTS rows. The rows of a tile are tokens x RA_G heads. K is loaded while the softmax and P V are computed,
-// V while Q K^T is. What a row may not see is decided in partial tiles alone.
+// 16 * RA_FRAGMENTS rows. The rows of a tile are tokens x RA_G heads. With two stages the next K and V are loaded while
+// these are used. With one, K is loaded while the softmax and P V are computed, V while Q K^T is. What a row may not see
+// is decided in partial tiles alone.
 
+  constexpr int BQ = RA_WARPS * RA_FRAGMENTS * 16, BK = RA_BK; // rows, keys
+  constexpr int ROWS = 2 * RA_FRAGMENTS;                       // that a lane has a share of
   extern __shared__ __align__(16) unsigned char memory[];
   RA_T* q_tile = reinterpret_cast<RA_T*>(memory);
-  RA_T* k_tile = q_tile + BQ * LDK;
-  RA_T* v_tile = k_tile + BK * LDK;
+  RA_T* k_tiles = q_tile + BQ * LDK;
+  RA_T* v_tiles = k_tiles + RA_STAGES * BK * LDK;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int q_len = queries_shape[2], k_len = keys_shape[2], heads = queries_shape[1];
@@ -15,12 +18,13 @@
   const int batch = blockIdx.z, first_head = blockIdx.y * RA_G, kv_head = first_head / (heads / keys_shape[1]);
   const RA_T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
   const RA_T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
-  const bool k_parts = in_parts(keys, keys_strides, RA_D), v_parts = in_parts(values, values_strides, RA_DV);
+  const bool k_parts = in_parts(keys, keys_shape, keys_strides, RA_D);
+  const bool v_parts = in_parts(values, keys_shape, values_strides, RA_DV); // one shape but for the dims
   const float scale = numbers[0];
   const int first_row = tile * BQ + 16 * RA_FRAGMENTS * warp + lane / 4; // of this lane; the others are 8 apart
 
   { // Q
-    const bool parts = in_parts(queries, queries_strides, RA_D);
+    const bool parts = in_parts(queries, queries_shape, queries_strides, RA_D);
     constexpr int WIDTH = BD / PART;
     for (int i = threadIdx.x; i < BQ * WIDTH; i += THREADS) {
       const int r = tile * BQ + i / WIDTH, d = i % WIDTH * PART;
@@ -75,11 +79,21 @@
   first = next_shared(first, last, q_bounds, k_bounds);
 #endif
 
+  auto load_keys = [&](int kb, int stage) {
+    load<BK, BD, LDK>(k_tiles + stage * BK * LDK, k + static_cast<long long>(kb * BK) * keys_strides[2], keys_strides[2],
+                      keys_strides[3], RA_D, k_len - kb * BK, k_parts);
+  };
+  auto load_values = [&](int kb, int stage) {
+    load<BK, BV, LDV>(v_tiles + stage * BK * LDV, v + static_cast<long long>(kb * BK) * values_strides[2],
+                      values_strides[2], values_strides[3], RA_DV, k_len - kb * BK, v_parts);
+  };
   if (first < last) {
-    const long long at = static_cast<long long>(first) * BK;
-    load<BK, BD, LDK>(k_tile, k + at * keys_strides[2], keys_strides[2], keys_strides[3], RA_D, k_len - first * BK, k_parts);
+    load_keys(first, 0);
+    if (RA_STAGES == 2) {
+      load_values(first, 0);
+    }
   }
-  for (int kb = first; kb < last;) {
+  for (int kb = first, stage = 0; kb < last; stage = RA_STAGES - 1 - stage) {
     const int key = kb * BK, here = min(k_len - key, BK); // keys in this tile
 #if RA_SEGMENTS
     const bool same = all_same(q_bounds, bounds_of(k_bounds, kb));
@@ -90,22 +104,26 @@
 #endif
     const bool full = !RA_MASK && same && kb >= full_first && kb < full_last;
 
-    wait_for_copies();
-    __syncthreads(); // K is there, and everyone is done with V
-    load<BK, BV, LDV>(v_tile, v + static_cast<long long>(key) * values_strides[2], values_strides[2], values_strides[3],
-                      RA_DV, here, v_parts);
-    float s[RA_FRAGMENTS][BK / 8][4];
-    RA_UNROLL
-    for (int e = 0; e < RA_FRAGMENTS * BK / 2; e++) {
-      s[e / (BK / 2)][e / 4 % (BK / 8)][e % 4] = 0;
-    }
-    multiply_keys(s, q_tile + 16 * RA_FRAGMENTS * warp * LDK, k_tile);
+    RA_T* k_tile = k_tiles + stage * BK * LDK;
+    RA_T* v_tile = v_tiles + stage * BK * LDV;
 
     wait_for_copies();
-    __syncthreads(); // V is there, and everyone is done with K
-    if (next < last) {
-      const long long at = static_cast<long long>(next) * BK;
-      load<BK, BD, LDK>(k_tile, k + at * keys_strides[2], keys_strides[2], keys_strides[3], RA_D, k_len - next * BK, k_parts);
+    __syncthreads(); // K is there, and everyone is done with V
+    if (RA_STAGES == 1) {
+      load_values(kb, 0);
+    } else if (next < last) {
+      load_keys(next, 1 - stage);
+      load_values(next, 1 - stage);
+    }
+    float s[RA_FRAGMENTS][BK / 8][4] = {};
+    multiply_rows<BD, LDK, LDK>(s, q_tile + 16 * RA_FRAGMENTS * warp * LDK, k_tile);
+
+    if (RA_STAGES == 1) {
+      wait_for_copies();
+      __syncthreads(); // V is there, and everyone is done with K
+      if (next < last) {
+        load_keys(next, 0);
+      }
     }
 
     // Scores, and in a partial tile the rules. In a full one the scale, which is not below 0, waits for the softmax
@@ -123,7 +141,7 @@
     unsigned seen[RA_FRAGMENTS] = {};
     bool spoiled = false;
     if (!full) {
-      spoiled = __syncthreads_or(finds_odd(v_tile));
+      spoiled = __syncthreads_or(finds_odd<BK, BV, LDV>(v_tile));
       RA_UNROLL
       for (int r = 0; r < ROWS; r++) {
         const int row = min(first_row + 8 * r, rows - 1), token = row / RA_G;
@@ -172,6 +190,8 @@
     }
 
     // Online softmax: P, and what it does to the state
+    float kept[ROWS];
+    bool grown = false;
     RA_UNROLL
     for (int r = 0; r < ROWS; r++) {
       float top = s[r / 2][0][r % 2 * 2];
@@ -180,28 +200,34 @@
         top = fmaxf(top, s[r / 2][e / 2][r % 2 * 2 + e % 2]);
       }
       top = fmaxf(m[r], quad_max(top) * factor);
-      const float kept = weight(m[r], top);
+      kept[r] = weight(m[r], top);
+      grown |= m[r] != top;
       m[r] = top;
-      l[r] *= kept;
+      l[r] *= kept[r];
       RA_UNROLL
       for (int e = 0; e < BK / 4; e++) {
         float& x = s[r / 2][e / 2][r % 2 * 2 + e % 2];
-        x = weight(x, top, factor);
+        x = tile_weight(x, top, factor);
         l[r] += x;
       }
+    }
+    if (__any_sync(ALL_LANES, grown)) {
       RA_UNROLL
-      for (int i = 0; i < BV / 4; i++) {
-        acc[r / 2][i / 2][r % 2 * 2 + i % 2] *= kept;
+      for (int r = 0; r < ROWS; r++) {
+        RA_UNROLL
+        for (int i = 0; i < BV / 4; i++) {
+          acc[r / 2][i / 2][r % 2 * 2 + i % 2] *= kept[r];
+        }
       }
     }
 
     if (spoiled) {
-      add_odd_values(acc, seen, v_tile);
+      add_odd_values<BK>(acc, seen, v_tile);
       __syncthreads();
-      clear_odd(v_tile);
+      clear_odd<BK, BV, LDV>(v_tile);
       __syncthreads();
     }
-    multiply_values(acc, s, v_tile);
+    multiply_weights<LDV>(acc, s, v_tile);
     kb = next;
   }
 

@@ -38,56 +38,108 @@ RA_FUNC unsigned packed(float low, float high) {
   return reinterpret_cast<const unsigned&>(pair);
 }
 
-// s += q k^T, of this warp's rows of `q`.
-RA_FUNC void multiply_keys(float (&s)[RA_FRAGMENTS][BK / 8][4], const RA_T* q, const RA_T* k) {
+// s += a b^T over WIDTH columns: `a` has 16 * F rows, those of this warp, and `b` 8 * N.
+template <int WIDTH, int LDA, int LDB, int F, int N>
+RA_FUNC void multiply_rows(float (&s)[F][N][4], const RA_T* a, const RA_T* b) {
   const int lane = threadIdx.x % 32;
-  q += lane % 16 * LDK + lane / 16 * 8;
-  k += (lane / 16 * 8 + lane % 8) * LDK + lane / 8 % 2 * 8;
+  a += lane % 16 * LDA + lane / 16 * 8;
+  b += (lane / 16 * 8 + lane % 8) * LDB + lane / 8 % 2 * 8;
   RA_UNROLL
-  for (int d = 0; d < BD; d += 16) {
-    unsigned a[RA_FRAGMENTS][4];
+  for (int d = 0; d < WIDTH; d += 16) {
+    unsigned x[F][4];
     RA_UNROLL
-    for (int f = 0; f < RA_FRAGMENTS; f++) {
-      load_matrices(a[f], q + 16 * f * LDK + d);
+    for (int f = 0; f < F; f++) {
+      load_matrices(x[f], a + 16 * f * LDA + d);
     }
     RA_UNROLL
-    for (int j = 0; j < BK / 16; j++) {
-      unsigned b[4];
-      load_matrices(b, k + 16 * j * LDK + d);
+    for (int j = 0; j < N / 2; j++) {
+      unsigned y[4];
+      load_matrices(y, b + 16 * j * LDB + d);
       RA_UNROLL
-      for (int f = 0; f < RA_FRAGMENTS; f++) {
-        multiply(s[f][2 * j], a[f], b[0], b[1]);
-        multiply(s[f][2 * j + 1], a[f], b[2], b[3]);
+      for (int f = 0; f < F; f++) {
+        multiply(s[f][2 * j], x[f], y[0], y[1]);
+        multiply(s[f][2 * j + 1], x[f], y[2], y[3]);
       }
     }
   }
 }
 
-// acc += p v, p rounded to the dtype of v.
-RA_FUNC void multiply_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const float (&p)[RA_FRAGMENTS][BK / 8][4],
-                             const RA_T* v) {
+// acc += p b: `p` has 8 * N columns, in the registers of this warp and rounded to the dtype of `b`; `b` has 8 * N rows
+// and 8 * W columns.
+template <int LDB, int F, int N, int W>
+RA_FUNC void multiply_weights(float (&acc)[F][W][4], const float (&p)[F][N][4], const RA_T* b) {
   const int lane = threadIdx.x % 32;
-  v += lane % 16 * LDV + lane / 16 * 8;
+  b += lane % 16 * LDB + lane / 16 * 8;
   RA_UNROLL
-  for (int key = 0; key < BK; key += 16) {
-    unsigned a[RA_FRAGMENTS][4];
+  for (int row = 0; row < 8 * N; row += 16) {
+    unsigned x[F][4];
     RA_UNROLL
-    for (int f = 0; f < RA_FRAGMENTS; f++) {
+    for (int f = 0; f < F; f++) {
       RA_UNROLL
       for (int i = 0; i < 4; i++) {
-        const float(&from)[4] = p[f][key / 8 + i / 2];
-        a[f][i] = packed(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+        const float(&from)[4] = p[f][row / 8 + i / 2];
+        x[f][i] = packed(from[i % 2 * 2], from[i % 2 * 2 + 1]);
       }
     }
     RA_UNROLL
-    for (int j = 0; j < BV / 16; j++) {
-      unsigned b[4];
-      load_transposed(b, v + key * LDV + 16 * j);
+    for (int j = 0; j < W / 2; j++) {
+      unsigned y[4];
+      load_transposed(y, b + row * LDB + 16 * j);
       RA_UNROLL
-      for (int f = 0; f < RA_FRAGMENTS; f++) {
-        multiply(acc[f][2 * j], a[f], b[0], b[1]);
-        multiply(acc[f][2 * j + 1], a[f], b[2], b[3]);
+      for (int f = 0; f < F; f++) {
+        multiply(acc[f][2 * j], x[f], y[0], y[1]);
+        multiply(acc[f][2 * j + 1], x[f], y[2], y[3]);
       }
     }
   }
+}
+
+// acc += a^T b over COUNT rows: `a` has 16 * F columns, those of this warp. `b` has 16 columns for each of `acc`'s
+// pairs, STEP apart, of which those from `width` on do not exist.
+template <int COUNT, int LDA, int LDB, int STEP, int F, int W>
+RA_FUNC void multiply_columns(float (&acc)[F][W][4], const RA_T* a, const RA_T* b, int width) {
+  const int lane = threadIdx.x % 32;
+  a += (lane % 8 + lane / 16 * 8) * LDA + lane / 8 % 2 * 8;
+  b += lane % 16 * LDB + lane / 16 * 8;
+  RA_UNROLL
+  for (int row = 0; row < COUNT; row += 16) {
+    unsigned x[F][4];
+    RA_UNROLL
+    for (int f = 0; f < F; f++) {
+      load_transposed(x[f], a + row * LDA + 16 * f);
+    }
+    RA_UNROLL
+    for (int j = 0; j < W / 2; j++) {
+      if (j * STEP < width) {
+        unsigned y[4];
+        load_transposed(y, b + row * LDB + j * STEP);
+        RA_UNROLL
+        for (int f = 0; f < F; f++) {
+          multiply(acc[f][2 * j], x[f], y[0], y[1]);
+          multiply(acc[f][2 * j + 1], x[f], y[2], y[3]);
+        }
+      }
+    }
+  }
+}
+
+// Two neighbours of a row, as `multiply_columns` and `multiply_weights` take them.
+RA_FUNC void store_pair(RA_T* to, float low, float high) {
+  *reinterpret_cast<unsigned*>(to) = packed(low, high);
+}
+
+RA_FUNC float2 load_pair(const RA_T* from) {
+#if RA_BFLOAT
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+#else
+  return __half22float2(*reinterpret_cast<const __half2*>(from));
+#endif
+}
+
+// exp(score * factor - top), 0 where the score is -inf. log2(e) is folded into both: the rounding of that is far below
+// the rounding of the result to the dtype of the values.
+RA_FUNC float tile_weight(float score, float top, float factor) {
+  float result, power = fmaf(score, factor * RA_LOG2E, top == -RA_INFINITY ? 0.0f : -RA_LOG2E * top);
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
+  return result;
 }

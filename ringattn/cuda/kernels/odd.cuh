@@ -1,4 +1,4 @@
-// NaN and infinity in a tile of values
+// NaN and infinity in a tile
 
 // Whether one of the numbers in four bytes is NaN or infinity: all bits of its exponent are set.
 RA_FUNC bool is_odd(unsigned word) {
@@ -10,11 +10,12 @@ RA_FUNC bool is_odd(unsigned word) {
 #endif
 }
 
-// Whether this thread finds NaN or infinity in its part of a tile of values.
-RA_FUNC bool finds_odd(const RA_T* v) {
+// Whether this thread finds NaN or infinity in its part of a tile.
+template <int COUNT, int WIDTH, int LD>
+RA_FUNC bool finds_odd(const RA_T* x) {
   bool odd = false;
-  for (int i = threadIdx.x; i < BK * (BV / PART); i += THREADS) {
-    const uint4 part = *reinterpret_cast<const uint4*>(v + i / (BV / PART) * LDV + i % (BV / PART) * PART);
+  for (int i = threadIdx.x; i < COUNT * (WIDTH / PART); i += THREADS) {
+    const uint4 part = *reinterpret_cast<const uint4*>(x + i / (WIDTH / PART) * LD + i % (WIDTH / PART) * PART);
     odd |= is_odd(part.x) | is_odd(part.y) | is_odd(part.z) | is_odd(part.w);
   }
   return odd;
@@ -25,7 +26,9 @@ RA_FUNC bool is_odd(RA_T x) {
 }
 
 // Add NaN and infinity to the sums of the rows that see them, by the bits of `seen`.
-RA_FUNC void add_odd_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const unsigned (&seen)[RA_FRAGMENTS], const RA_T* v) {
+template <int BK, int F, int W>
+RA_FUNC void add_odd_values(float (&acc)[F][W][4], const unsigned (&seen)[F], const RA_T* v) {
+  constexpr int ROWS = 2 * F;
   const int lane = threadIdx.x % 32, first = lane & ~3;
   v += lane % 4 * 2;
 #pragma unroll 1
@@ -37,7 +40,7 @@ RA_FUNC void add_odd_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const unsigne
       sees[r] = bits >> (key / 8 * 4 + r % 2 * 2 + key % 2) & 1;
     }
     RA_UNROLL
-    for (int i = 0; i < BV / 4; i++) { // two neighbours of each 8 dims
+    for (int i = 0; i < 2 * W; i++) { // two neighbours of each 8 dims
       const RA_T value = v[key * LDV + i / 2 * 8 + i % 2];
       RA_UNROLL
       for (int r = 0; r < ROWS; r++) {
@@ -48,9 +51,23 @@ RA_FUNC void add_odd_values(float (&acc)[RA_FRAGMENTS][BV / 8][4], const unsigne
 }
 
 // Put zeros in the place of NaN and infinity: 0 * NaN is NaN, also in the rows that do not see it.
+template <int COUNT, int WIDTH, int LD>
 RA_FUNC void clear_odd(RA_T* v) {
-  for (int i = threadIdx.x; i < BK * BV; i += THREADS) {
-    RA_T& x = v[i / BV * LDV + i % BV];
+  for (int i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
+    RA_T& x = v[i / WIDTH * LD + i % WIDTH];
     x = is_odd(x) ? RA_T(0.0f) : x;
   }
+}
+
+// Put zeros in the place of NaN and infinity in a row, and return whether there were any.
+template <int WIDTH>
+RA_FUNC bool clear_odd_row(RA_T* row) {
+  bool odd = false;
+  for (int d = 0; d < WIDTH; d++) {
+    if (is_odd(row[d])) {
+      row[d] = RA_T(0.0f);
+      odd = true;
+    }
+  }
+  return odd;
 }

@@ -4,14 +4,14 @@
 #define RA_FUNC __device__ __forceinline__
 #define RA_UNROLL _Pragma("unroll")
 
-constexpr int BQ = RA_WARPS * RA_FRAGMENTS * 16, BK = RA_BK, BD = RA_BD, BV = RA_BV; // rows, keys, padded head dims
-constexpr int ROWS = 2 * RA_FRAGMENTS;                                               // that a lane has a share of
+constexpr int BD = RA_BD, BV = RA_BV; // padded head dims
 constexpr int THREADS = 32 * RA_WARPS;
 constexpr int PART = 16 / sizeof(RA_T); // numbers of 16 bytes
 constexpr int LDK = BD + PART, LDV = BV + PART;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 #define RA_INFINITY __int_as_float(0x7f800000)
+#define RA_NAN __int_as_float(0x7fffffff)
 
 RA_FUNC unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
@@ -23,28 +23,52 @@ RA_FUNC void copy_async(void* to, const void* from, bool there) {
                : "memory");
 }
 
+RA_FUNC void copy_word(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
 RA_FUNC void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Whether every row of an array begins at a multiple of 16 bytes, and its numbers follow each other.
-template <typename Strides>
-RA_FUNC bool in_parts(const void* start, const Strides& strides, int dims) {
-  return reinterpret_cast<unsigned long long>(start) % 16 == 0 && strides[3] == 1 && dims % PART == 0 &&
-      (strides[0] | strides[1] | strides[2]) % PART == 0;
+RA_FUNC void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+RA_FUNC void wait_for_committed() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+// Whether every row of an array begins at a multiple of 16 bytes, and its numbers follow each other. The stride of an axis
+// of length 1 means nothing: a new axis has the stride 1.
+template <typename Shape, typename Strides>
+RA_FUNC bool in_parts(const void* start, const Shape& shape, const Strides& strides, int dims) {
+  bool found = reinterpret_cast<unsigned long long>(start) % 16 == 0 && strides[3] == 1 && dims % PART == 0;
+  for (int axis = 0; axis < 3; axis++) {
+    found = found && (shape[axis] == 1 || strides[axis] % PART == 0);
+  }
+  return found;
 }
 
 // Load `COUNT` rows of `dims` numbers, zeros after the first `here` rows and after a row's end.
 template <int COUNT, int WIDTH, int LD>
 RA_FUNC void load(RA_T* to, const RA_T* from, long long row, long long stride, int dims, int here, bool parts) {
-  if (parts) {
+  constexpr int PARTS = WIDTH / PART, STEP = THREADS / PARTS; // of a row, and rows that are loaded at a time
+  if (parts && THREADS % PARTS == 0) {
+    const int first = threadIdx.x / PARTS, d = threadIdx.x % PARTS * PART, left = d < dims ? here - first : 0;
+    from += first * row + d;
+    to += first * LD + d;
     RA_UNROLL
-    for (int first = 0; first < COUNT * (WIDTH / PART); first += THREADS) {
-      const int i = first + threadIdx.x, r = i / (WIDTH / PART), d = i % (WIDTH / PART) * PART;
-      if (COUNT * (WIDTH / PART) % THREADS == 0 || r < COUNT) {
-        const bool there = r < here && d < dims;
-        copy_async(to + r * LD + d, there ? from + r * row + d : from, there);
+    for (int r = 0; r < COUNT; r += STEP) {
+      if (COUNT % STEP == 0 || first + r < COUNT) {
+        copy_async(to + r * LD, r < left ? from + r * row : from, r < left);
       }
+    }
+  } else if (parts) {
+    for (int i = threadIdx.x; i < COUNT * PARTS; i += THREADS) {
+      const int r = i / PARTS, d = i % PARTS * PART;
+      const bool there = r < here && d < dims;
+      copy_async(to + r * LD + d, there ? from + r * row + d : from, there);
     }
   } else {
     for (int i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
@@ -62,4 +86,18 @@ RA_FUNC float quad_max(float x) {
 RA_FUNC float quad_sum(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+// Store two neighbours of a row with DIMS numbers, of which the next `dims` belong to it.
+template <int DIMS>
+RA_FUNC void store_two(float* to, const float* two, int dims) {
+  if constexpr (DIMS % 2 == 0) {
+    if (dims > 0) {
+      *reinterpret_cast<float2*>(to) = make_float2(two[0], two[1]);
+    }
+  } else {
+    for (int i = 0; i < min(dims, 2); i++) {
+      to[i] = two[i];
+    }
+  }
 }

@@ -12,6 +12,7 @@ from ...core.masks import Band, Tile
 from ...core.online_softmax import State
 from ...core.rules import ScoreRules
 from ..interface import KernelInputs, OutputSpec
+from .kept import kept
 
 MIN_ELEMENTS = 8  # of an array that a kernel reads through a device pointer
 
@@ -62,11 +63,12 @@ def state_buffers(state: State | None, output: OutputSpec | None) -> dict[str, m
 
 def band_buffers(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, mx.array]:
     """Buffers of a kernel with ``RA_BAND``: the band's bounds, and the positions of queries and keys."""
-    return {
-        "limits": mx.array(_limits(band)),
-        "query_at": padded(mx.array(q_pos)),
-        "key_at": padded(mx.array(k_pos)),
-    }
+    return {"limits": mx.array(_limits(band)), "query_at": _on_gpu(q_pos), "key_at": _on_gpu(k_pos)}
+
+
+@kept(most=32)
+def _on_gpu(positions: np.ndarray) -> mx.array:
+    return padded(mx.array(positions))
 
 
 def output_switches(output: OutputSpec | None) -> dict[str, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ...core.masks import Band
+from .kept import kept
 
 
+@kept(most=256)
 def key_tile_ranges(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: int, group: int, BK: int) -> np.ndarray:
     """Compute the key tiles of each query tile, int32 ``[q tiles, 4]``: first, full first, full last, last.
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ...core.gradients import Gradients, Rows
 from ...core.masks import Band
 from ...core.online_softmax import State, finish
 from ...errors import KernelWarning
@@ -24,6 +25,7 @@ TOLERANCE = 0.05  # of the largest value: a test finds wrong results, not inexac
 
 Arrays = list[mx.array]
 Attend = Callable[[KernelInputs, State | None, OutputSpec | None], Arrays]
+Gradient = Callable[[KernelInputs, Rows, Gradients], Gradients]
 _reference = ReferenceKernel()
 
 
@@ -82,6 +84,17 @@ class SelfTest:
         if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs), state is not None, output)):
             raise UnusableError(name)
 
+    def ensure_gradient(self, gradient: Gradient, inputs: KernelInputs) -> None:
+        """Test `gradient` once on a few tokens that need the same kernels as `inputs`.
+
+        Raises:
+            UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first
+                time, a warning is given too.
+        """
+        name = f"the gradient, {variant(inputs, None, None)}"
+        if not self.works(name, lambda: _gradient_trial_error(gradient, _trial_inputs(inputs))):
+            raise UnusableError(name)
+
     def works(self, name: str, trial: Callable[[], str]) -> bool:
         """Return whether the kernel variant `name` works here. Warn once if it does not.
 
@@ -115,6 +128,22 @@ def _trial_error(attend: Attend, inputs: KernelInputs, with_state: bool, output:
     return trial_error(
         lambda: attend(inputs, before, few), expected if few is None else finish(expected, few.sinks, few.dtype)
     )
+
+
+def _gradient_trial_error(gradient: Gradient, inputs: KernelInputs) -> str:
+    """Return the error of `gradient` on `inputs`, or an empty string."""
+    out, lse = finish(_reference.forward(inputs), None, inputs.q.dtype)
+    dout = mx.cos(mx.arange(out.size)).reshape(out.shape).astype(out.dtype)
+    # Not zero: the weight of a row's only key has no gradient through `out`, and its rounding would be compared.
+    dlse = mx.where(lse == -mx.inf, 0.0, 1.0)
+    rows = Rows.of(out, lse, dout, dlse)
+    zeros = Gradients.zeros(inputs.q, inputs.k, inputs.v, inputs.rules)
+
+    def arrays(found: Gradients) -> Arrays:
+        return [x for x in found if x is not None]
+
+    expected = arrays(_reference.backward(inputs, rows, zeros))
+    return trial_error(lambda: arrays(gradient(inputs, rows, zeros)), expected)
 
 
 def trial_error(run: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]) -> str:

@@ -14,6 +14,9 @@ from ..consensus import agree, raise_on_all_ranks
 from ..failures import shutdown
 from ..failures.control_channel import MpiControlChannel
 from ..failures.heartbeats import Member
+from ..failures.stall_timer import StallTimer
+from ..gpu.connect import agree_on_gpus, connect
+from ..gpu.links import DeviceLinks, DeviceMessage
 from ..handshake import introduce
 from ..interface import Buffers, Signal, Transfer, Transport
 from ..process_ring import ABORT_AFTER, ProcessRing
@@ -32,7 +35,9 @@ def open_ring(comm: Any, timeout: float | None) -> Ring:
         comm = MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm):
         raise ArgumentTypeError(f"comm: {type(comm).__name__}, expected an mpi4py intracommunicator")
-    return MpiRing(MPI, comm, introduce(timeout, comm.allgather))
+    ring = MpiRing(MPI, comm, introduce(timeout, comm.allgather))
+    ring.find_gpus()
+    return ring
 
 
 def _load() -> Any:
@@ -64,9 +69,15 @@ class MpiRing(ProcessRing):
         self._stuck = False  # the main thread is in an MPI call that only the end of the job can interrupt
         post_send = lambda data, peer, tag: self._comm.Isend([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
         post_recv = lambda data, peer, tag: self._comm.Irecv([data, MPI.BYTE], peer, FIRST_TAG + tag)  # noqa: E731
+        self._links: DeviceLinks | None = None
+        self._links_timer = StallTimer(self._interval)
         self._engine = MessageEngine(post_send, post_recv, MPI.Status, MPI.BYTE, self._moved, self._life.seen)
         self._progress = ProgressThread(self._engine, self._beat, self._beat_interval, self.fail, lambda: self.retired)
         shutdown.register_ring(self)
+
+    def find_gpus(self) -> None:
+        """Find out whether blocks can travel from GPU to GPU. Collective."""
+        self.has_gpus = self.size > 1 and agree_on_gpus(self)
 
     # What users call
 
@@ -89,6 +100,8 @@ class MpiRing(ProcessRing):
                     comm.Free()  # the new ring has its own duplicates
                     ring.tracer = self.tracer
                 self._stuck = False
+                if ring is not None:
+                    ring.find_gpus()
                 return ring
 
     # What the library calls
@@ -130,7 +143,7 @@ class MpiRing(ProcessRing):
         self._progress.wake()
         return message
 
-    def _moved(self, message: Message) -> None:
+    def _moved(self, message: Message | DeviceMessage) -> None:
         if message.kind == "send":
             self.bytes_sent += message.bytes
         if message.bytes:
@@ -143,23 +156,45 @@ class MpiRing(ProcessRing):
 
         def poll() -> bool:
             self._engine.step()
+            if self._links is not None:
+                self._links.advance()
             return all(transfer.done for transfer in transfers)
 
         self._progress.main_thread_polls = True
         try:
-            self._wait_until(poll, lambda: self._engine.peers, bulk=True)
+            self._wait_until(poll, self._peers_of_messages, bulk=True)
         finally:
             self._progress.main_thread_polls = False
             self._progress.wake()
 
+    def _peers_of_messages(self) -> set[int]:
+        return self._engine.peers if self._links is None else self._engine.peers | self._links.peers
+
+    @property
+    def links(self) -> DeviceLinks | None:
+        return self._links
+
+    def connect_gpus(self) -> DeviceLinks:
+        if self._links is None:
+            self._check()
+            network = connect(self, lambda poll: self._wait_until(poll, set))
+            self._links = DeviceLinks(self.rank, self.size, network, self._moved)
+        return self._links
+
+    def _abort_links(self) -> None:
+        if self._links is not None:
+            self._links.abort()
+
     def fail(self, error: BaseException) -> None:
         super().fail(error)
         self._progress.broken = True
+        self._abort_links()
 
     # What failures/shutdown.py calls
 
     def free(self) -> None:
         """Free the communicators of a retired ring, because MPI has few."""
+        self._abort_links()
         self._progress.join()
         self._comm.Free()
         self._control_comm.Free()
@@ -174,7 +209,8 @@ class MpiRing(ProcessRing):
         return 0.0 if self._guarded_thread is None else self.timeout + 2 * self._interval
 
     def _in_flight_with(self, peer: int) -> list[list]:
-        return self._engine.in_flight_with(peer)
+        on_gpus = [] if self._links is None else self._links.oldest_with(peer)
+        return self._engine.in_flight_with(peer) + on_gpus
 
     def _beat_interval(self) -> float:
         """Seconds between two heartbeats; few once a ring is broken whose main thread may not notice."""
@@ -183,6 +219,10 @@ class MpiRing(ProcessRing):
     def _beat(self) -> None:
         self._life.beat()
         self._check_links(self._engine.moving(self._life.moving), self._engine.rate)
+        if self._links is not None:
+            self._check_links(self._links.moving(self._life.moving), self._links.rate, timer=self._links_timer)
+            if self.broken:  # the main thread may wait for the GPU
+                self._links.abort()
         overdue = self._broken_for() > ABORT_AFTER and self._guarded_thread is not None and not self._noticed
         if self.broken and (self._stuck or overdue):
             shutdown.abort_from_helper(self)

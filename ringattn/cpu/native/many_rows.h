@@ -1,0 +1,171 @@
+/* Forward pass of many rows: lanes are rows, and the state of a block of rows is transposed.
+ *
+ * With K [keys][D] and Q^T [D][lanes], the scores of a tile are S^T = K Q^T [keys][lanes], in the first-level cache. The
+ * softmax runs down the keys. Then O^T = O^T decay + V^T P^T [Dv][lanes]. K and V need no transposition.
+ *
+ * NaN and infinity in v must reach only the rows that see them, but 0 NaN is NaN. Such rows of v are left out of the
+ * product, and added for the lanes that see them.
+ */
+#pragma once
+#include "rows.h"
+#include "tile.h"
+
+typedef struct { /* scratch of a block of rows */
+    float *q, *acc, *m, *l;
+} Block;
+
+static int64_t padded(int64_t n) { return (n + 15) / 16 * 16 + 16; } /* odd numbers of cache lines spread over the cache */
+
+static int64_t block_floats(const Call *call) { return (call->dim + call->v_dim + 2) * WIDE; }
+
+static Block block_at(const Call *call, float *scratch, int64_t i) {
+    float *q = scratch + i * block_floats(call);
+    float *acc = q + call->dim * WIDE;
+    return (Block){q, acc, acc + call->v_dim * WIDE, acc + (call->v_dim + 1) * WIDE};
+}
+
+typedef struct { /* keys and values of a chunk, float32; and scratch of a tile */
+    float *k, *v, *s, *mask, *q_row, *v_row;
+    float *seen;         /* [nonfinite keys][WIDE]: their scores */
+    Nonfinite nonfinite; /* values */
+    int64_t start;
+} Chunk;
+
+/* Divide the scratch. Return the number of floats. */
+static int64_t divide_chunk(Chunk *x, const Call *call, float *scratch) {
+    const int64_t n = call->chunk;
+    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_row, &x->v_row, (float **)&x->nonfinite.keys};
+    int64_t sizes[] = {n * padded(call->dim), n * padded(call->v_dim), n * WIDE, n * WIDE, n * WIDE,
+                       padded(call->dim), padded(call->v_dim), padded(n)};
+    int64_t used = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        *parts[i] = scratch ? scratch + used : NULL;
+        used += sizes[i];
+    }
+    return used;
+}
+
+static int64_t many_rows_scratch(const Call *call, int64_t rows) {
+    Chunk chunk;
+    return (rows + WIDE - 1) / WIDE * block_floats(call) + divide_chunk(&chunk, call, NULL);
+}
+
+/* Keep the scores of the nonfinite values: -inf tells that a lane does not see them. */
+static void keep_scores(const Chunk *chunk, Range range, int64_t width) {
+    for (int64_t i = 0; i < chunk->nonfinite.count; i++) {
+        int64_t key = chunk->nonfinite.keys[i];
+        if (range.start <= key && key < range.stop)
+            memcpy(chunk->seen + i * WIDE, chunk->s + (key - range.start) * width, sizeof(float) * width);
+    }
+}
+
+/* Add the nonfinite values to the lanes that see them. */
+static void add_nonfinite(Block block, const Chunk *chunk, Range range, int64_t width, const Call *call, const Unit *unit) {
+    for (int64_t i = 0; i < chunk->nonfinite.count; i++) {
+        int64_t key = chunk->nonfinite.keys[i];
+        if (key < range.start || key >= range.stop) continue;
+        widen(chunk->v_row, at(&call->v, unit->batch, unit->head, key), call->v.column, call->dtype, call->v_dim);
+        for (int64_t lane = 0; lane < width; lane += LANES) {
+            vi seen = load(chunk->seen + i * WIDE + lane) != fill(-INFINITY);
+            vf weight = load(chunk->s + (key - range.start) * width + lane);
+            for (int64_t d = 0; d < call->v_dim; d++) {
+                float *to = block.acc + d * width + lane;
+                store(to, load(to) + keep(seen, weight * chunk->v_row[d]));
+            }
+        }
+    }
+}
+
+/* Attend the rows of one block to the keys of a chunk. */
+static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range range, const Call *call, const Unit *unit) {
+    const int64_t width = x->vectors * LANES, keys = range.stop - range.start;
+    const int64_t dim = padded(call->dim), v_dim = padded(call->v_dim);
+    const float *k = chunk->k + (range.start - chunk->start) * dim;
+    const float *v = chunk->v + (range.start - chunk->start) * v_dim;
+    const float *mask = call->mask.data ? chunk->mask : NULL;
+    if (mask && !copy_mask(chunk->mask, x, call, unit, range)) return;
+    multiply(keys, x->vectors, (Left){k, dim, 1}, (Right){block.q, width}, call->dim, (Result){chunk->s, width, NULL});
+    cap(chunk->s, keys * width, call);
+    apply_masks(chunk->s, mask, x, call, unit, range);
+    keep_scores(chunk, range, width);
+    vf m[VECTORS], l[VECTORS], decay[VECTORS];
+    memcpy(m, block.m, sizeof m); /* of two vectors, also where the block has one */
+    memcpy(l, block.l, sizeof l);
+    softmax(x, chunk->s, keys, m, l, decay);
+    memcpy(block.m, m, sizeof m);
+    memcpy(block.l, l, sizeof l);
+    multiply(call->v_dim, x->vectors, (Left){v, 1, v_dim}, (Right){chunk->s, width}, keys, (Result){block.acc, width, decay});
+    add_nonfinite(block, chunk, range, width, call, unit);
+}
+
+/* Read the queries and the state of a block. */
+static void read_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *q, float *acc) {
+    const int64_t width = x->vectors * LANES;
+    memset(block.q, 0, sizeof(float) * call->dim * width);
+    memset(block.acc, 0, sizeof(float) * call->v_dim * width);
+    for (int64_t i = 0; i < width; i++) {
+        block.m[i] = -INFINITY;
+        block.l[i] = 0;
+        if (x->rows[i] < 0) continue;
+        RowState state = read_query(q, acc, call, unit, x->rows[i]);
+        block.m[i] = state.m;
+        block.l[i] = state.l;
+        for (int64_t d = 0; d < call->dim; d++) block.q[d * width + i] = q[d];
+        for (int64_t d = 0; d < call->v_dim; d++) block.acc[d * width + i] = acc[d];
+    }
+}
+
+static void write_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *acc) {
+    const int64_t width = x->vectors * LANES;
+    for (int64_t i = 0; i < width; i++) {
+        if (x->rows[i] < 0) continue;
+        for (int64_t d = 0; d < call->v_dim; d++) acc[d] = block.acc[d * width + i];
+        write_row(acc, (RowState){block.m[i], block.l[i]}, call, unit, x->rows[i]);
+    }
+}
+
+static Lanes block_lanes(const Call *call, const Unit *unit, int64_t top) {
+    Lanes lanes;
+    int64_t count = smaller((unit->stop - unit->start) * call->group - top, WIDE);
+    lanes.vectors = count <= LANES ? 1 : VECTORS;
+    lanes.keys = 1;
+    set_lanes(&lanes, call, unit, top, count);
+    return lanes;
+}
+
+/* Attend the blocks to the keys start .. stop - 1. */
+static void attend_chunk(Chunk *chunk, int64_t stop, int64_t blocks, float *scratch, const Call *call, const Unit *unit) {
+    int copied = 0;
+    for (int64_t i = 0; i < blocks; i++) {
+        Lanes lanes = block_lanes(call, unit, i * WIDE);
+        Range range = visible_range(&lanes, call, unit, chunk->start, stop);
+        if (range.start >= range.stop) continue;
+        if (!copied) {
+            chunk->nonfinite.count = 0;
+            widen_rows(chunk->k, padded(call->dim), &call->k, call, unit, chunk->start, stop, call->dim, NULL);
+            widen_rows(chunk->v, padded(call->v_dim), &call->v, call, unit, chunk->start, stop, call->v_dim, &chunk->nonfinite);
+            copied = 1;
+        }
+        attend_block(block_at(call, scratch, i), &lanes, chunk, range, call, unit);
+    }
+}
+
+/* Attend all rows of a unit. */
+static void many_rows(const Call *call, const Unit *unit, float *scratch) {
+    const int64_t rows = (unit->stop - unit->start) * call->group, blocks = (rows + WIDE - 1) / WIDE;
+    Chunk chunk;
+    divide_chunk(&chunk, call, scratch + blocks * block_floats(call));
+    int64_t first = call->k_len, last = 0;
+    for (int64_t i = 0; i < blocks; i++) {
+        Lanes lanes = block_lanes(call, unit, i * WIDE);
+        read_block(block_at(call, scratch, i), &lanes, call, unit, chunk.q_row, chunk.v_row);
+        first = smaller(first, lanes.least_first);
+        last = greater(last, lanes.most_last);
+    }
+    for (chunk.start = first; chunk.start < last; chunk.start += call->chunk)
+        attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), blocks, scratch, call, unit);
+    for (int64_t i = 0; i < blocks; i++) {
+        Lanes lanes = block_lanes(call, unit, i * WIDE);
+        write_block(block_at(call, scratch, i), &lanes, call, unit, chunk.v_row);
+    }
+}

@@ -1,0 +1,128 @@
+/* Vectors of LANES floats, by the vector extensions of GCC and Clang. LANES is the register width of one instruction set.
+ *
+ * Each set has its own source file, which includes these headers after it has chosen the set. All functions are static.
+ */
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf fill(float x) { return x - (vf){0}; }
+INLINE vi fill_int(int32_t x) { return x - (vi){0}; }
+
+INLINE vf keep(vi condition, vf x) { return (vf)(condition & (vi)x); } /* x, or 0 where the condition is false */
+INLINE vf choose(vi condition, vf x, vf otherwise) { return (vf)((condition & (vi)x) | (~condition & (vi)otherwise)); }
+
+/* The larger one of each pair. NaN in x may give either. */
+INLINE vf larger(vf x, vf y) {
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LANES == 8
+    return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return choose(x > y, x, y);
+#endif
+}
+
+INLINE vf from_bfloat16(const uint16_t *p) { /* the upper half of a float32 */
+    vh bits;
+    memcpy(&bits, p, sizeof bits);
+    return (vf)(__builtin_convertvector(bits, vu) << 16);
+}
+
+INLINE vf from_float16(const uint16_t *p) {
+#if LANES == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif LANES == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    vh half;
+    memcpy(&half, p, sizeof half);
+    vu bits = __builtin_convertvector(half, vu);
+    vf scaled = (vf)((bits & 0x7fffu) << 13) * 0x1p112f;             /* the exponent's bias is 127 instead of 15 */
+    vu special = (vu)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;    /* infinity and NaN */
+    return (vf)((vu)scaled | special | (bits & 0x8000u) << 16);
+#endif
+}
+
+INLINE void to_bfloat16(uint16_t *p, vf x) { /* rounds to nearest even */
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    vu nan = (vu)(x != x);
+    vh half = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vh);
+    memcpy(p, &half, sizeof half);
+}
+
+INLINE void to_float16(uint16_t *p, vf x) { /* rounds to nearest even */
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif LANES == 8
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+    const vu sign = (vu)x & 0x80000000u;
+    const vf size = (vf)((vu)x ^ sign);
+    /* Adding 2^(e + 13) to a number below 2^(e + 1) rounds it to float16's 11 bits; from e = -14 on, to multiples of 2^-24. */
+    const vu exponent = (vu)size & 0x7f800000u;
+    const vu least = exponent < 0x38800000u;
+    const vf round = (vf)(((exponent & ~least) | (0x38800000u & least)) + (13u << 23));
+    const vu bits = (vu)(((size + round) - round) * 0x1p-112f) >> 13; /* the exponent's bias is 15 instead of 127 */
+    const vu special = (vu)(size >= 65520.0f);
+    const vu nan = (vu)(x != x);
+    const vu found = (bits & ~(special | nan)) | (0x7c00u & special) | (0x7e00u & nan);
+    vh half = __builtin_convertvector(found | sign >> 16, vh);
+    memcpy(p, &half, sizeof half);
+#endif
+}
+
+/* exp(x): 2^(n + f) with |f| <= 1/2, and a polynomial for 2^f with a relative error of 5e-9 (it interpolates 2^f at
+   Chebyshev nodes, and is exact at 0). 0 where exp(x) would be subnormal. x must be below 88. */
+INLINE vf exponential(vf x) {
+    const float log2e = 1.44269504088896341f;
+    const float round = 12582912.0f + 127.0f; /* 1.5 * 2^23: the sum has n in its low bits, here with the bias */
+    vf shifted = x * log2e + round;
+    vf n = shifted - round;
+    vf f = x * log2e - n;
+    vf y = f * 0x1.44138ap-13f + 0x1.5f0890p-10f;
+    y = y * f + 0x1.3b2a54p-7f;
+    y = y * f + 0x1.c6af6cp-5f;
+    y = y * f + 0x1.ebfbe0p-3f;
+    y = y * f + 0x1.62e430p-1f;
+    y = y * f + 1.0f;
+    vf power = (vf)((vu)shifted << 23);
+    return keep(~(x < -87.0f), y * power); /* NaN stays */
+}
+
+/* tanh(x). Cephes' polynomial near 0, where the other formula cancels. */
+INLINE vf hyperbolic_tangent(vf x) {
+    vi sign = (vi)x & (vi)fill(-0.0f);
+    vf size = (vf)((vi)x ^ sign);
+    vf e = exponential(-2.0f * size);
+    vf far = (1.0f - e) / (1.0f + e);
+    vf z = x * x;
+    vf y = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    y = y * z - 5.37397155531e-2f;
+    y = y * z + 1.33314422036e-1f;
+    y = y * z - 3.33332819422e-1f;
+    vf near = size * z * y + size;
+    return (vf)((vi)choose(size < 0.625f, near, far) | sign);
+}

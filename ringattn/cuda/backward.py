@@ -1,0 +1,157 @@
+"""The gradient kernels: a problem turned into calls."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.gradients import Rows
+from ..kernels.gpu.buffers import rule_buffers, rule_switches
+from ..kernels.gpu.key_tiles import key_tile_ranges
+from ..kernels.interface import KernelInputs
+from . import source
+from .calls import kernel_call, on_gpu
+from .gradient_tiling import GradientTiling
+from .launch import KernelCall
+
+THREADS = 128  # of a block of the small kernels
+WIDTH = 4  # neighbours that a thread adds up at a time
+
+
+def query_tile_ranges(inputs: KernelInputs, tiling: GradientTiling) -> np.ndarray:
+    """The query tiles of each key tile, int32 ``[key tiles, 4]``: first, full first, full last, last."""
+    band = inputs.rules.band.transposed
+    return key_tile_ranges(band, inputs.k_pos, inputs.q_pos, tiling.KEYS, 1, tiling.QUERIES)
+
+
+def deal(reach: np.ndarray, splits: int) -> np.ndarray:
+    """Deal key tiles to `splits` thread blocks, the longest first, to and fro: int32 ``[splits, most]``, -1 is none."""
+    longest_first = np.argsort(reach[:, 0] - reach[:, 3], kind="stable")
+    rounds = -(-len(reach) // splits)
+    dealt = np.full(rounds * splits, -1, np.int32)
+    dealt[: len(reach)] = longest_first
+    table = dealt.reshape(rounds, splits)
+    table[1::2] = table[1::2, ::-1]
+    return np.stack([np.append(x[x >= 0], x[x < 0]) for x in table.T])
+
+
+def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, splits: int) -> KernelCall:
+    """The call of `backward.cu`.
+
+    Its outputs are float32, without the factor `scale`: dq ``[splits, B * Hq * dq_numbers]`` for `collect_queries.cu`;
+    dk ``[B, Hq, Lk, D]`` and dv ``[B, Hq, Lk, Dv]``, to be added up over the heads of a group; and with an
+    additive mask its gradient ``[B, Hq, Lq, Lk]``.
+
+    Args:
+        inputs: `whole` inputs with at least one query and one key, at most `QUERY_TILES` tiles of queries.
+        rows: Their rows; dout in the dtype of q, lse and delta contiguous.
+        tiling: Their tiling.
+        splits: The number of thread blocks for each head.
+    """
+    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    batch, heads, q_len = inputs.rows
+    k_len, head_dim, value_dim = k.shape[2], q.shape[3], v.shape[3]
+    reach = query_tile_ranges(inputs, tiling)
+    buffers = {
+        "queries": mx.contiguous(q),
+        "keys": mx.contiguous(k),
+        "values": mx.contiguous(v),
+        "dout": mx.contiguous(rows.dout),
+        "lse": rows.lse,
+        "delta": rows.delta,
+        "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
+        "reach": on_gpu(reach),
+        "blocks": on_gpu(deal(reach, splits)),
+        **rule_buffers(inputs, (tiling.QUERIES, tiling.KEYS), 1, -(-q_len // tiling.QUERIES)),
+    }
+    matrix = q.dtype.size == 2
+    defines: dict[str, int | str] = {
+        "T": source.TYPES[q.dtype],
+        "MATRIX": int(matrix),
+        "BFLOAT": int(q.dtype == mx.bfloat16),
+        "D": head_dim,
+        "DV": value_dim,
+        "BD": tiling.BD,
+        "BV": tiling.BV,
+        "QUERIES": tiling.QUERIES,
+        "WARPS": tiling.warps,
+        "HALVES": tiling.halves,
+        "FRAGMENTS": tiling.fragments,
+        "STAGES": tiling.stages,
+        "SOFTCAP": int(rules.softcap is not None),
+        **rule_switches(rules, buffers),
+    }
+    outputs = {
+        "dq": (splits, batch * heads * tiling.dq_numbers(q_len)),
+        "dk": (batch, heads, k_len, head_dim),
+        "dv": (batch, heads, k_len, value_dim),
+    }
+    if defines["MASK"] == 2:
+        outputs["dmask"] = (batch, heads, q_len, k_len)
+    return kernel_call(
+        "backward",
+        ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar"),
+        defines,
+        buffers,
+        blocks=(splits, heads, batch),
+        threads=tiling.threads,
+        shared_memory=tiling.shared_memory,
+        output_names=list(outputs),
+        output_shapes=list(outputs.values()),
+        output_dtypes=[mx.float32] * len(outputs),
+        init_value=0.0 if "dmask" in outputs else None,  # tiles that nobody sees are not written
+    )
+
+
+def collect_call(parts: mx.array, sums: mx.array, factor: float) -> KernelCall:
+    """The call of `collect.cu`: ``sums + factor * parts.sum(axis=1)`` for parts ``[outer, count, inner]``, float32."""
+    width = WIDTH if parts.shape[2] % WIDTH == 0 else 1
+    return kernel_call(
+        "collect",
+        (),
+        {"WIDTH": width},
+        {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
+        blocks=(-(-sums.size // (THREADS * width)), 1, 1),
+        threads=THREADS,
+        output_names=["out"],
+        output_shapes=[sums.shape],
+        output_dtypes=[mx.float32],
+    )
+
+
+def collect_queries_call(parts: mx.array, sums: mx.array, factor: float, tiling: GradientTiling) -> KernelCall:
+    """The call of `collect_queries.cu`: `sums` ``[B, Hq, Lq, D]`` and, times `factor`, the dq of `backward_call`."""
+    return kernel_call(
+        "collect_queries",
+        (),
+        {
+            "D": sums.shape[3],
+            "QUERIES": tiling.QUERIES,
+            "WARPS": tiling.warps,
+            "FRAGMENTS": tiling.fragments,
+            "CHUNKS": tiling.chunks,
+            "Q_WARPS": tiling.q_warps,
+            "D_WARPS": tiling.d_warps,
+        },
+        {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
+        blocks=(-(-parts.shape[1] // (4 * THREADS)), 1, 1),
+        threads=THREADS,
+        output_names=["out"],
+        output_shapes=[sums.shape],
+        output_dtypes=[mx.float32],
+    )
+
+
+def rows_call(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> KernelCall:
+    """The call of `rows.cu`, whose outputs are the lse for the gradient, and delta. All inputs are contiguous."""
+    return kernel_call(
+        "rows",
+        (),
+        {"DV": out.shape[3]},
+        {"out": out, "dout": dout, "lse": lse, "dlse": dlse},
+        blocks=(-(-lse.size // (THREADS // 32)), 1, 1),
+        threads=THREADS,
+        output_names=["finite_lse", "delta"],
+        output_shapes=[lse.shape] * 2,
+        output_dtypes=[mx.float32] * 2,
+    )

@@ -1,0 +1,147 @@
+"""Slots on a GPU: buffers that blocks arrive in without passing the host.
+
+In these buffers the tokens are the first axis. So the tokens of a span are one piece of memory, and a rank passes on
+a part of a block without a copy. Kernels read the buffers through transposed views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import mlx.core as mx
+
+from ..autograd.custom_function import start_evaluation
+from ..core.intervals import Spans, length, locate, tokens_at
+from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer
+from .blocks import Block, rows
+from .slots import Arrival, Slots
+
+MOST_PIECES = 8  # spans of a block that travel as messages of their own; more are packed first
+
+
+@dataclass(frozen=True)
+class DeviceBlock(Block):
+    """A block on the GPU, in buffers whose first axis is the tokens.
+
+    Attributes:
+        links: The links that it travels on.
+        places: Returns the address of each array.
+    """
+
+    links: Links
+    places: Callable[[], Sequence[int]]
+
+    def load(self, spans: Spans) -> Load:
+        """Return a function that finds the tokens at `spans` for a message. Both ends cut a message at its spans."""
+        if self.packs(spans):
+            return lambda: packed(self, spans, self.links).load(spans)()
+        few = len(spans) <= MOST_PIECES
+        cuts = [locate((span,), self.spans)[0] for span in spans] if few else [(0, length(spans))]
+        widths = [x.dtype.size * prod(x.shape) // max(1, x.shape[axis]) for x, axis in zip(self.arrays, self.axes)]
+
+        def load() -> list[DeviceBuffer]:
+            return [
+                DeviceBuffer(place + start * width, (stop - start) * width, x)
+                for place, width, x in zip(self.places(), widths, self.arrays)
+                for start, stop in cuts
+            ]
+
+        return load
+
+    def packs(self, spans: Spans) -> bool:
+        return spans != self.spans and len(spans) > MOST_PIECES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Buffers on the GPU, one for each array of a block, with the tokens as the first axis.
+
+    Attributes:
+        buffers: The arrays.
+        axes: The token axis that each array of a block has.
+        links: The links that blocks travel on.
+        places: Returns the address of each buffer.
+    """
+
+    buffers: tuple[mx.array, ...]
+    axes: tuple[int, ...]
+    links: Links
+    places: Callable[[], Sequence[int]]
+
+    def block(self, spans: Spans) -> DeviceBlock:
+        """View the front of the buffers as a block of the tokens at `spans`."""
+        n = length(spans)
+        arrays = tuple(mx.moveaxis(x[:n], 0, axis) for x, axis in zip(self.buffers, self.axes))
+        return DeviceBlock(arrays, self.axes, spans, self.links, self.places)
+
+
+def placed(groups: Sequence[Sequence[mx.array]], axes: tuple[int, ...], links: Links) -> list[Memory]:
+    """Start to evaluate groups of buffers, and to find their addresses."""
+    every = [x for group in groups for x in group]
+    lazy, read = links.locate(every)
+    start_evaluation(*every, *lazy)
+    places = cache(read)
+
+    def part(at: int) -> Callable[[], Sequence[int]]:
+        return lambda: places()[at : at + len(axes)]
+
+    return [Memory(tuple(group), axes, links, part(i * len(axes))) for i, group in enumerate(groups)]
+
+
+def packed(block: Block, spans: Spans, links: Links) -> DeviceBlock:
+    """Pack the tokens at `spans` of `block` into buffers, to send them."""
+    cut = rows(block, spans)
+    buffers = [mx.contiguous(mx.moveaxis(x, axis, 0)) for x, axis in zip(cut.arrays, cut.axes)]
+    return placed([buffers], cut.axes, links)[0].block(spans)
+
+
+def _copied(block: Block, spans: Spans, room: int) -> list[mx.array]:
+    """Copy the tokens at `spans` of `block` to new buffers with place for `room` tokens."""
+    at = locate(spans, block.spans)
+    more = room + 1 - length(spans)  # at least 1: without padding, MLX might return the memory of `block`
+    buffers = []
+    for x, axis in zip(block.arrays, block.axes):
+        padding = mx.zeros(_token_first(x.shape, axis, more), x.dtype)
+        pieces = [mx.moveaxis(x[tokens_at(axis, *span)], axis, 0) for span in at]
+        buffers.append(mx.concatenate([*pieces, padding]))
+    return buffers
+
+
+class DeviceSlots(Slots):
+    """Two buffers on the GPU that receive the blocks of one kind in turn."""
+
+    def __init__(self, links: Links, like: Block, spans: Sequence[Spans], keep: Spans = ()):
+        """Allocate the buffers. See `Slots`."""
+        most = max(map(length, [*spans, keep]), default=0)
+        count = min(2, sum(1 for held in [*spans, keep] if held))
+        shapes = [_token_first(x.shape, axis, most) for x, axis in zip(like.arrays, like.axes)]
+        groups = [
+            [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count - bool(keep))
+        ]
+        if keep:
+            groups.append(_copied(like, keep, most))
+        self._on_gpu = placed(groups, like.axes, links) if groups else []
+        self._users: list[list[Transfer | Signal]] = [[] for _ in self._on_gpu]
+        self._next = 0
+
+    def keep(self, spans: Spans) -> Arrival:
+        return Arrival(self._block(-1, spans), users=self._users[-1])
+
+    def _block(self, at: int, spans: Spans) -> Block:
+        return self._on_gpu[at].block(spans)
+
+    def _places(self, block: Block) -> Load:
+        return block.load(block.spans)
+
+
+def _token_first(shape: Sequence[int], axis: int, tokens: int) -> tuple[int, ...]:
+    return (tokens, *(n for i, n in enumerate(shape) if i != axis))
+
+
+def slots_for(direction: Direction) -> Callable[..., Slots]:
+    """Return what makes the slots of a direction: on the host, or on the GPU."""
+    links = direction.links
+    return Slots if links is None else lambda *arguments, **named: DeviceSlots(links, *arguments, **named)

@@ -1,0 +1,97 @@
+"""Tests of blocks that stay on the GPUs, on a network whose GPUs are the hosts: schedules, slots, results, order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from host_network import HostNetwork, use_host_network
+from test_gradient import check as check_gradient
+from test_ring import LAYOUTS, rows_of, run
+
+from ringattn.errors import ArgumentError
+from ringattn.ring import call
+from ringattn.transport import Ring
+from ringattn.transport.mpi.ring import MpiRing
+from ringattn.verify.features import FEATURES
+from ringattn.verify.oracle import GradientCase, check, random_case
+
+
+@pytest.fixture
+def network(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostNetwork]:
+    """The network of `ring`, which for this test has GPUs."""
+    if not isinstance(ring, MpiRing) or ring.size == 1:
+        pytest.skip("no other GPU")
+    monkeypatch.setattr(call, "on_gpu", lambda: True)
+    yield use_host_network(ring)
+    ring.has_gpus = False
+    ring._links = None
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_random_cases(ring: Ring, network: HostNetwork, kind: str, strategy: str) -> None:
+    for seed in range(3):
+        case = random_case(1000 * LAYOUTS.index(kind) + seed)
+        out, lse, layout = run(case, ring, kind, strategy=strategy, backend="reference")
+        check(case, out, lse, rows=rows_of(layout, ring.rank), what=f"{seed=} {kind} {strategy}")
+    assert network.groups or kind in ("weighted", "one rank")  # all tokens may be on one rank
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_both_ways(both: Ring, network: HostNetwork, strategy: str) -> None:
+    case = random_case(7, q_len=90, k_len=90)
+    out, lse, layout = run(case, both, "zigzag", strategy=strategy, backend="reference")
+    check(case, out, lse, rows=rows_of(layout, both.rank), what=strategy)
+    assert network.groups
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "scattered", "one rank"])
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_gradients(ring: Ring, network: HostNetwork, kind: str, strategy: str) -> None:
+    for feature in ("causal", "everything, bfloat16", "additive mask"):
+        check_gradient(GradientCase.random(FEATURES[feature]()), ring, kind, strategy=strategy, backend="reference")
+    assert network.groups or kind in ("weighted", "one rank")  # all tokens may be on one rank
+
+
+def test_other_kernels(ring: Ring, network: HostNetwork) -> None:
+    """The host's kernel on one rank: all send their blocks through the hosts."""
+    case = random_case(3)
+    out, lse, layout = run(case, ring, "zigzag", backend="host" if ring.rank == 1 else "reference")
+    check(case, out, lse, rows=rows_of(layout, ring.rank), what="mixed")
+    assert network.groups == 0
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_bits_repeat(ring: Ring, network: HostNetwork, strategy: str) -> None:
+    case = random_case(5, q_len=300, k_len=300)
+    results = [run(case, ring, "zigzag", strategy=strategy, backend="reference")[:2] for _ in range(3)]
+    first, *rest = [[np.array(x.astype(mx.float32)) for x in result] for result in results]
+    assert all(np.array_equal(a, b) for again in rest for a, b in zip(first, again))
+
+
+def test_bytes(ring: Ring, network: HostNetwork) -> None:
+    """As many bytes travel as through the hosts."""
+    case = random_case(11, q_len=120, k_len=120)
+    sent = []
+    for backend in ("reference", "host"):
+        before = ring.bytes_sent
+        run(case, ring, "zigzag", strategy="pass_kv", backend=backend)
+        sent.append(ring.bytes_sent - before)
+    assert sent[0] == 2 * sent[1]  # this network's messages are the ring's own, and count once more
+
+
+def test_wrong_input_leaves_no_message(ring: Ring, network: HostNetwork) -> None:
+    """Ranks post messages before they agree; those of a call that they do not agree on are dropped."""
+    case = random_case(5, q_len=60, k_len=60)
+    good = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
+    groups = network.groups
+    with pytest.raises(ArgumentError, match="window differs between ranks"):
+        run(case, ring, "zigzag", strategy="pass_kv", backend="reference", window=3 + ring.rank)
+    with pytest.raises(ArgumentError, match="strategy: .pass_x."):
+        run(case, ring, "zigzag", strategy="pass_kv" if ring.rank != 1 else "pass_x", backend="reference")
+    assert network.groups == groups and ring.links is not None and not ring.links.peers
+    again = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
+    assert mx.array_equal(good, again)
