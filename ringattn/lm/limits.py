@@ -18,9 +18,7 @@ from .mlx_lm_compat import model_args
 POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length", "n_ctx")  # names for the longest context
 GIB = 1 << 30
 SHORTEN = "Shorten the prompt, add ranks"
-DIVIDE = (
-    "The weights are too large: divide them with --tensor"  # no prompt fits, and each rank of a ring has all weights
-)
+DIVIDE = "The weights leave no room: divide them among ranks (--tensor)"
 
 
 def vocabulary(model: nn.Module) -> int:
