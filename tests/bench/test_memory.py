@@ -14,7 +14,7 @@ def test_memory_that_was_freed_again_counts_once() -> None:
     peak = PeakMemory()
     for _ in range(3):
         np.ones(SIZE, np.uint8)
-    assert SIZE <= peak.growth() < 1.25 * SIZE
+    assert 0.95 * SIZE < peak.growth() < 1.25 * SIZE  # other pages may be given back meanwhile
     assert peak.highest() > peak.growth()
 
 
