@@ -69,7 +69,7 @@ def test_launch_gives_it_to_any_program(tmp_path: Path) -> None:
 def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace.json"
     model = make_folder(tmp_path)
-    line = ("generate", "-n", "2", "--model", str(model), "--prompt", "abc", "-m", "3", "--trace", str(path))
+    line = ("generate", "-n", "2", "--model", str(model), "--prompt", "abc" * 200, "-m", "3", "--trace", str(path))
     monkeypatch.setattr(sys, "argv", ["ringattn", *line])  # the command runs itself again on the ranks
     done = invoke(*line)
     assert done.exit_code == 0, done.output
