@@ -141,6 +141,8 @@ def test_weights_that_leave_no_room_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(MEMORY, "1M")
     with pytest.raises(ArgumentError, match="; 0 tokens fit. The weights leave no room: divide them"):
         list(lm.stream_generate(model, families.words(), [1], max_tokens=1))
+    with pytest.raises(ArgumentError, match="; 0 tokens fit. The weights leave no room: divide them"):
+        Engine(model, families.words(), 3, 64)
 
 
 def test_the_server_refuses_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
