@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 import families
@@ -20,8 +21,11 @@ from ringattn.lm.sharding.partition import LEAST, RUN, Cost, next_step, round_la
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
+from mlx_lm.models.cache import make_prompt_cache
+
 from ringattn import lm
 from ringattn.lm.gguf import load_gguf, tokenizer_of
+from ringattn.lm.sharding import attention
 
 WEIGHTS = st.lists(st.floats(0.2, 5), min_size=1, max_size=6).map(tuple)
 
@@ -169,3 +173,23 @@ def test_gguf_kinds_of_tokens():
         assert tokenizer.encode(word) == list(map(words.index, word))
     shown = tokenizer.decode([ids["<eos>"], ids["<think>"], ids["th"]], skip_special_tokens=True)
     assert shown == "<think>th"
+
+
+@pytest.mark.parametrize("family, calls", [("llama", 4), ("gpt_oss", 2), ("gemma3", 2), ("gemma2", 0), ("llama4", 1)])
+def test_one_rank_on_a_gpu_uses_the_attention_of_mlx(monkeypatch: pytest.MonkeyPatch, family: str, calls: int) -> None:
+    """Only layers without a window that hides keys, a softcap or chunks do. The logits are the same."""
+    chosen: list[bool] = []
+    plain = attention._mlx_does_it
+    monkeypatch.setattr(attention, "_mlx_does_it", lambda *of: chosen.append(plain(*of)) or chosen[-1])
+    found = []
+    with init("solo") as ring:
+        for gpu in (False, True):
+            monkeypatch.setattr(attention, "on_gpu", partial(bool, gpu))
+            model = lm.shard(families.build(family), ring)
+            cache = make_prompt_cache(model)
+            logits = [model(mx.arange(a, b)[None] % 61, cache=cache) for a, b in ((0, 50), (50, 51), (51, 55))]
+            chosen.clear()
+            logits.append(model(mx.array([[3]]), cache=cache))
+            assert sum(chosen) == (calls if gpu else 0)
+            found.append(mx.concatenate(logits, axis=1))
+    assert mx.abs(found[0] - found[1]).max().item() < 1e-5 * mx.abs(found[0]).max().item()
