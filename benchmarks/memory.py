@@ -9,9 +9,9 @@ import numpy as np
 
 import ringattn as ra
 from launch.virtual import Cluster, unavailable
+from ringattn.bench.memory import PeakMemory
 
 from .common import chunk_of, run_ranks, sampled_error, show, write_result
-from .peak import PeakMemory
 
 RANKS = 4
 TOKENS, HEADS, DIM = 16384, 16, 128

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .results import FOLDER
 
+if TYPE_CHECKING:
+    from .job import Way
+    from .roster import Rival
 
-def main() -> None:
+
+def main(line: Sequence[str] | None = None) -> None:
     """Run a comparison, or write the page from the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description="ringattn beside its rivals.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -31,7 +37,7 @@ def main() -> None:
     page = commands.add_parser("page", help="write the results into docs/benchmarks.md, and draw them")
     page.add_argument("--folder", type=Path, default=FOLDER, help="folder of the results")
     page.add_argument("--gpu", type=Path, help="records of tools.nvidia.scaling and scaling_torch, in one JSON list")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(line)
     {"operator": _operator, "job": _job, "page": _page}[arguments.command](arguments)
 
 
@@ -39,17 +45,20 @@ def _operator(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from .operator import Operator, problems
+    from .roster import ROSTER
 
     wanted = [one for one in problems(arguments.whole) if re.search(arguments.only, _name(one))]
     if arguments.tokens:
         wanted = list(dict.fromkeys(replace(one, tokens=arguments.tokens) for one in wanted))
     keep = re.compile(arguments.rivals)
+    _require("--only", arguments.only, wanted, map(_name, problems(arguments.whole)))
+    _require("--rivals", arguments.rivals, filter(keep.search, _names(ROSTER)), _names(ROSTER))
     measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
     measured.run(wanted, arguments.json)
 
 
 def _job(arguments: argparse.Namespace) -> None:
-    from .job import run, runs
+    from .job import RATES, WAYS, run, runs
 
     prompts = tuple(map(int, arguments.prompts.split(","))) if arguments.prompts else None
     rates = arguments.rates.split(",") if arguments.rates else None
@@ -58,8 +67,12 @@ def _job(arguments: argparse.Namespace) -> None:
         for rate, model, lengths in runs(arguments.whole)
         if re.search(arguments.models, model) and (rates is None or rate in rates)
     ]
+    for rate in rates or ():
+        _require("--rates", rate, [one for one in RATES if one == rate], RATES)
+    _require("--models", arguments.models, plan, (model for _, model, _ in runs(arguments.whole)))
     keep = re.compile(arguments.ways)
-    run(plan, lambda way: bool(keep.search(f"{way.name} {way.attention}")), arguments.json)
+    _require("--ways", arguments.ways, filter(keep.search, map(_way, WAYS)), map(_way, WAYS))
+    run(plan, lambda way: bool(keep.search(_way(way))), arguments.json)
 
 
 def _page(arguments: argparse.Namespace) -> None:
@@ -68,6 +81,22 @@ def _page(arguments: argparse.Namespace) -> None:
 
     draw(arguments.folder, PICTURE)
     print(write(arguments.folder, arguments.gpu))
+
+
+def _require(option: str, given: str, kept: Iterable, known: Iterable[str]) -> None:
+    """End with an error if an option leaves nothing to run."""
+    if not any(True for _ in kept):
+        raise SystemExit(
+            f"{option}: {given!r} leaves nothing to run, expected some of: {', '.join(dict.fromkeys(known))}"
+        )
+
+
+def _way(way: Way) -> str:
+    return f"{way.name} {way.attention}"
+
+
+def _names(rivals: Iterable[Rival]) -> list[str]:
+    return [rival.name for rival in rivals]
 
 
 def _name(problem) -> str:

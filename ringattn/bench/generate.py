@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import lm
+from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Transport
 from .memory import PeakMemory
 from .ranks import of_all
@@ -24,20 +25,22 @@ class ModelBench:
 
     Args:
         ring: The ring.
-        model: Name of the model, for `ringattn.lm.load`.
+        name: Name of the model.
         dtype: Name of the dtype of the weights; ``None``: as they are.
+        loaded: Model and tokenizer, as from `ringattn.lm.load`.
         checked: Tokens of the prompt that plain mlx-lm and the ring both read.
         new: Tokens of an answer.
     """
 
-    def __init__(self, ring: Transport, model: str, dtype: str | None, checked: int, new: int):
+    def __init__(self, ring: Transport, name: str, dtype: str | None, loaded: tuple[Any, Any], checked: int, new: int):
         self._ring = ring
-        self._name = model
+        self._name = name
         self._dtype = dtype
         self._new = new
-        self._model, self._tokenizer = lm.load(model, getattr(mx, dtype) if dtype else None)
+        self._model, self._tokenizer = loaded
         self._checked = self._prompt(checked)
-        plain = [self._plain_answer()] if ring.rank == 0 else []
+        with raise_on_all_ranks(ring, "bench generate"):
+            plain = [self._plain_answer()] if ring.rank == 0 else []
         self._expected: list[int] = ring.broadcast(mx.array(plain[0]) if plain else None).tolist()  # type: ignore[assignment]
         lm.shard(self._model, ring)
 

@@ -25,7 +25,7 @@ class Fit:
         what: Description of the quantity and of what it grows with.
         exponent: Fitted exponent; NaN with fewer than two points.
         theory: Expected exponent.
-        points: Number of fitted points.
+        points: Number of fitted lengths or numbers of ranks; of two, the ratio is all there is.
     """
 
     what: str
@@ -100,10 +100,18 @@ def fits(records: Sequence[Record], cores: int) -> list[Fit]:
 
 def _fit(what: str, records: Sequence[Record], key: str, measure: Measure, theory: float) -> Fit:
     points = [(float(record.case[key]), measure(record)) for record in records]
-    return Fit(what, exponent(points), theory, len(points))
+    return Fit(what, exponent(points), theory, len({x for x, _ in points}))
 
 
 def format_fits(found: Sequence[Fit]) -> str:
     """Table of fitted exponents."""
-    rows = [[fit.what, f"{fit.exponent:.2f}", f"{fit.theory:g}", str(fit.points)] for fit in found]
+    rows = [
+        [
+            fit.what,
+            f"{fit.exponent:.2f}",
+            f"{fit.theory:g}",
+            str(fit.points) if fit.points > 2 else "2: a ratio, no fit",
+        ]
+        for fit in found
+    ]
     return format_table(["growth", "exponent", "theory", "points"], rows, align="<>")

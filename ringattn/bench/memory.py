@@ -13,9 +13,9 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Growth of this process's peak memory since the creation of this object.
+    """Peak memory of this process since the creation of this object.
 
-    On a GPU it is the growth of MLX's arrays, else that of the resident memory.
+    On a GPU it is that of MLX's arrays, else the resident memory.
     """
 
     def __init__(self) -> None:
@@ -29,9 +29,13 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")
         self._before = mx.get_active_memory() if self._on_gpu else _peak()
 
+    def highest(self) -> int:
+        """Bytes at the peak."""
+        return int(mx.get_peak_memory() if self._on_gpu else _peak())
+
     def growth(self) -> int:
         """Bytes by which the peak has grown."""
-        return int(mx.get_peak_memory() if self._on_gpu else _peak()) - self._before
+        return self.highest() - self._before
 
 
 def _release() -> None:

@@ -103,5 +103,6 @@ def load(path: Path) -> list[Record]:
         if content["format"] == FORMAT:
             return [Record(**record) for record in content["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(f"{path}: {error!r}, expected a file that ringattn bench --json wrote") from None
+        why = error.strerror if isinstance(error, OSError) else "it has another form"
+        raise ArgumentError(f"{path}: {why}, expected a file that ringattn bench --json wrote") from None
     raise ArgumentError(f"{path}: format {content['format']}, expected {FORMAT}")

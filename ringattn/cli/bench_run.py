@@ -133,7 +133,8 @@ def _on_ranks(
             if ring.rank:
                 return 1 if any(record.problem for record in measure(ring)) else 0
             output.show(measure(ring), keys, figures)
-            click.echo(f"\n{machine()}, {ring.size} ranks over {ring.backend!r} on {len(set(ring.hosts))} host(s)")
+            ranks = f"{ring.size} rank{'s' * (ring.size > 1)} over {ring.backend!r}"
+            click.echo(f"\n{machine()}, {ranks} on {len(set(ring.hosts))} host(s)")
             return output.finish({"ranks": ring.size, "hosts": list(ring.hosts)})
         except ArgumentError as error:
             if ring.rank == 0:

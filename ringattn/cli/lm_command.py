@@ -73,7 +73,7 @@ def _join_ring(
                 arranged = stack.enter_context(grid(ring, options["tensor"]))
             if ring.rank == 0 and is_visible():
                 click.echo(f"Loading {options['model']} ...", err=True)
-            with _warnings_in_one_line(ring.rank == 0):
+            with warnings_in_one_line(ring.rank == 0):
                 with raise_on_all_ranks(ring, call):
                     model, tokenizer = load_model(options, arranged)
                 agree(ring, call)
@@ -91,7 +91,7 @@ def _check_save(path: Path | None) -> None:
 
 
 @contextmanager
-def _warnings_in_one_line(is_first: bool) -> Iterator[None]:
+def warnings_in_one_line(is_first: bool) -> Iterator[None]:
     """Print each warning without the line of its source, and kernel warnings on the first rank only."""
     with warnings.catch_warnings():
         if not is_first:
@@ -110,7 +110,7 @@ def _names_of_options() -> Iterator[None]:
         raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor):", r"\1--\2:", str(error))) from None
 
 
-def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, Any]:
+def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer, with errors that name the options."""
     import mlx.core as mx
 
@@ -118,15 +118,19 @@ def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, 
 
     try:
         with _names_of_options():
-            dtype = getattr(mx, options["dtype"]) if options["dtype"] else None
-            model, tokenizer = lm.load(options["model"], dtype, grid=grid)
+            return lm.load(path, getattr(mx, dtype) if dtype else None, grid=grid)
     except MissingExtraError:
         raise
     except ArgumentError as error:
         raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
     except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
-        source = "" if Path(options["model"]).exists() else "no such folder, and Hugging Face: "
-        raise ArgumentError(f"--model: {options['model']}: {source}{_whole_in_one_line(error)}") from None
+        source = "" if Path(path).exists() else "no such folder, and Hugging Face: "
+        raise ArgumentError(f"--model: {path}: {source}{_whole_in_one_line(error)}") from None
+
+
+def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, Any]:
+    """Load model and tokenizer, and check the options that depend on them."""
+    model, tokenizer = load_named(options["model"], options["dtype"], grid)
     vocabulary = tokenizer.get_vocab()
     if options["top_k"] >= len(vocabulary):
         raise ArgumentError(f"--top-k: {options['top_k']}, expected less than {len(vocabulary)}, the model's tokens")

@@ -17,6 +17,8 @@ from .mlx_lm_compat import model_args
 
 POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length", "n_ctx")  # names for the longest context
 GIB = 1 << 30
+SHORTEN = "Shorten the prompt, add ranks"
+DIVIDE = "The weights leave no room: divide them among ranks (--tensor)"
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -81,7 +83,7 @@ def check_memory(model: Any, everyone: Transport, tokens: int, longest: int, chu
             raise ArgumentError(
                 f"prompt: {tokens:,} tokens of context need {needed / GIB:.2f} GiB on rank {everyone.rank} "
                 f"({everyone.hosts[everyone.rank]}), which has {available / GIB:.2f} GiB; {longest:,} tokens fit. "
-                f"Shorten the prompt, add ranks, or set {MEMORY} if the rank may use more"
+                f"{SHORTEN if longest else DIVIDE}, or set {MEMORY} if the rank may use more"
             )
     agree(everyone, "stream_generate")
 

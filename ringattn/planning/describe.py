@@ -160,5 +160,10 @@ def _config(path: str) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         file = Path(hf_hub_download(path, "config.json"))
-    config: dict[str, Any] = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except ValueError:  # of JSON or of Unicode
+        config = None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ArgumentError("expected a config.json of mlx-lm: a JSON object with model_type, or a folder with one")
     return config

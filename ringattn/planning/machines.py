@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -75,12 +76,19 @@ _SPEC = re.compile(r"(?:(?P<count>\d+)\*)?(?P<what>[^:*]+)(?::(?P<memory>[^:*]+)
 _RATES = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)")
 
 
-def parse_machines(text: str) -> list[Machine]:
-    """Machines of a text such as ``4*m3-ultra:512G``, ``m1-max`` or ``2*17.4/800:96G`` (TFLOP/s / GB/s : memory).
+def parse_machines(texts: Sequence[str]) -> list[Machine]:
+    """Machines of texts such as ``4*m3-ultra:512G``, ``m1-max`` or ``2*17.4/800:96G`` (TFLOP/s / GB/s : memory).
 
     Raises:
-        ArgumentError: The text has another form, or names no chip of the table.
+        ArgumentError: A text has another form or names no chip of the table, or there are too many machines.
     """
+    machines = [one for text in texts for one in _machines(text)]
+    if len(machines) > MOST:
+        raise ArgumentError(f"--machine: {len(machines):,} machines, expected at most {MOST:,} together")
+    return machines
+
+
+def _machines(text: str) -> list[Machine]:
     found = _SPEC.fullmatch(text.strip().lower())
     count = int(found["count"] or 1) if found else 0
     if found is None or not 1 <= count <= MOST:

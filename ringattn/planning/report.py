@@ -65,8 +65,11 @@ def _object(one: Prediction) -> dict[str, Any]:
 
 
 def _title(shape: ModelShape, job: Job) -> str:
-    limit = f", made for {shape.positions:,}" if shape.positions else ""
-    return f"{shape.name}{limit}: {job.context:,} tokens of prompt, {job.answer:,} of answer"
+    title = f"{shape.name}: {job.context:,} tokens of prompt, {job.answer:,} of answer"
+    if shape.positions is None:
+        return title
+    note = "; its answers to longer ones are likely to be wrong" if job.context > shape.positions else ""
+    return f"{title}. The model was made for contexts of {shape.positions:,} tokens{note}"
 
 
 def _cluster(cluster: Cluster) -> str:
@@ -126,6 +129,8 @@ def _advice(shape: ModelShape, cluster: Cluster, job: Job, found: Sequence[Predi
     chosen = best(own, job.answer)
     if chosen is None:
         longest = max(own, key=lambda one: one.longest)
+        if not longest.longest:
+            return "does not fit: the weights leave no room for a context. Add machines or memory"
         return (
             f"does not fit: at most {longest.longest:,} tokens of context do ({longest.arrangement}). Add machines or "
             "memory, or shorten the prompt"

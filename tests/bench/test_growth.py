@@ -46,7 +46,13 @@ def test_fits_of_a_machine_that_follows_the_theory() -> None:
     found = fits(made_up(2), 2)
     assert len(found) == 8
     assert [fit.exponent for fit in found] == pytest.approx([fit.theory for fit in found], abs=1e-6)
-    assert "time against tokens, 4 ranks" in format_fits(found)
+    marked = {line.split("  ")[0]: "a ratio, no fit" in line for line in format_fits(found).splitlines()[1:]}
+    assert marked == {fit.what: "against ranks" in fit.what for fit in found}
+
+
+def test_a_length_that_was_measured_twice_is_one_point() -> None:
+    twice = [record for record in made_up(2) if record.case["tokens"] == 1024 and record.case["ranks"] == 1] * 2
+    assert fits(twice, 2) == []
 
 
 def test_failed_cases_are_not_fitted() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.rivals import page, results, starting, tables
+from benchmarks.rivals.__main__ import main
 from benchmarks.rivals.operator import problems
 from benchmarks.rivals.problem import Problem, exact_rows, relative_error
 from benchmarks.rivals.results import JobRow, OperatorRow
@@ -171,3 +172,20 @@ def test_failure_of_a_rank_is_the_reason_and_ends_the_others(tmp_path: Path, mon
 def test_slow_ranks_are_ended(tmp_path: Path) -> None:
     with pytest.raises(starting.FailedError, match="no answer within 0 s"):
         starting.collect([starting.Command(["sleep", "100"], {})], tmp_path / "f", 1, 0.2, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "job --rates 1",
+        "job --rates 1gbit,2gbit",
+        "job --models large$",
+        "job --ways none",
+        "operator --only none",
+        "operator --rivals none",
+    ],
+)
+def test_nothing_to_run_is_an_error(line: str) -> None:
+    _, option, given = line.split()
+    with pytest.raises(SystemExit, match=f"^{option}: .* leaves nothing to run, expected some of: "):
+        main(line.split())

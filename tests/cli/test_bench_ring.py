@@ -73,6 +73,25 @@ def test_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="not installed: mlx_lm")
+def test_a_model_that_only_one_rank_has(tmp_path: Path) -> None:
+    """All ranks end, with the error of the one that lacks it."""
+    model = make_folder(tmp_path)
+    code = f"""
+import os, sys
+import ringattn.cli.lm_command as command
+from ringattn.cli import main
+load = command.load_named
+rank = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))
+command.load_named = lambda path, dtype: load("/no/such/model" if rank == "1" else path, dtype)
+main(["bench", "generate", "--model", {str(model)!r}])
+"""
+    line = [sys.executable, "-m", "ringattn.cli", "launch", "-n", "2", "--", sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode and "--model: /no/such/model: no such folder" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.ranks
 def test_growth(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     line = ("growth", "-n", "2", "--tokens", "64,128", "--head-dim", "16", "--repeats", "1", "--json", str(file))
@@ -88,7 +107,11 @@ def test_growth(tmp_path: Path) -> None:
         (("ring", "--layout", "spiral"), "'spiral', expected some of zigzag, contiguous, cyclic"),
         (("ring", "--strategy", "best"), "'best', expected some of auto, pass_kv"),
         (("ring", "--plot", "x.pdf"), "'x.pdf', expected a name that ends in .png or .svg"),
-        (("ring", "--compare", "/no/such/file"), "--compare: /no/such/file"),
+        (
+            ("ring", "--compare", "/no/such/file"),
+            "--compare: /no/such/file: No such file or directory, expected",
+        ),
+        (("ring", "--compare", __file__), "test_bench_ring.py: it has another form, expected a file that ringattn"),
         (("ring", "--json", "/no/such/folder/x.json"), "--json: /no/such/folder/x.json: there is no folder"),
         (("ring", "--interface", "en0"), "without hosts"),
         (("links", "--bytes", "0"), "'0', expected numbers of at least 1"),

@@ -81,6 +81,18 @@ def test_what_does_not_fit(folder: str) -> None:
     done = plan("--model", folder, "--machine", "17/800:260M", "--context", "1000000000")
     assert done.exit_code == 1
     assert "TOO LITTLE" in done.output and "does not fit: at most " in done.output
+    done = plan("--model", folder, "--machine", "17/800:10M", "--context", "1")
+    assert done.exit_code == 1
+    assert "does not fit: the weights leave no room" in done.output
+
+
+@pytest.mark.parametrize(("context", "warned"), [("64", False), ("65", True)])
+def test_a_context_that_the_model_was_not_made_for(context: str, warned: bool, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**CONFIG, "vocab_size": 262, "max_position_embeddings": 64}))
+    done = plan("--model", str(config), *CLUSTER, "--context", context)
+    assert "made for contexts of 64 tokens" in done.output
+    assert ("likely to be wrong" in done.output) is warned
 
 
 def test_what_ringattn_does_not_run_is_marked() -> None:
@@ -99,6 +111,14 @@ def test_the_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     done = plan("--heads", "2/1", "--head-dim", "32", "--dtype", "float32", "--context", "4096", "--measure")
     assert done.exit_code == 0, done.output
     assert "1 x " in done.output and "measured by the doctor" in done.output
+
+
+@pytest.mark.parametrize(("given", "slow"), [((), True), (("--dtype", "float32"), False)])
+def test_measured_rates_are_those_of_float32(folder: str, given: tuple[str, ...], slow: bool) -> None:
+    """A CPU has no other rate of products."""
+    done = plan("--model", folder, "--context", "64", "--measure", *given)
+    assert done.exit_code == 0, done.output
+    assert ("20 times more slowly" in done.output) is slow
 
 
 def test_the_help_lists_all_chips_and_links() -> None:
@@ -120,7 +140,18 @@ def test_the_help_lists_all_chips_and_links() -> None:
         ((*ATTENTION, "--machine", "m4", "--link", "rope"), "--link: 'rope', expected"),
         ((*ATTENTION, *CLUSTER, "--island", "2"), "--island, --outer-link: expected both or neither"),
         ((*ATTENTION, *CLUSTER, "--island", "3", "--outer-link", "1gbe"), "--island: 3, expected a divisor of 4"),
-        ((*ATTENTION, *CLUSTER, "--json", "/no/such/folder/plan.json"), "--json: /no/such/folder/plan.json"),
+        (
+            (*ATTENTION, *CLUSTER, "--json", "/no/such/folder/plan.json"),
+            "--json: /no/such/folder/plan.json: there is no",
+        ),
+        (
+            (*ATTENTION, "--machine", "600*m1", "--machine", "600*m2"),
+            "--machine: 1,200 machines, expected at most 1,024",
+        ),
+        ((*ATTENTION, *CLUSTER, "-n", "4", "--hosts", "a,b"), "-n, --hosts: only with --measure"),
+        ((*ATTENTION, *CLUSTER, "--timeout", "120"), "--timeout: only with --measure"),
+        ((*ATTENTION, "--measure", "--link", "10gbe"), "--link: not with --measure"),
+        (("--model", "x", *CLUSTER, "--layers", "2"), "--layers: only with --heads"),
         (("--model", "/no/such/folder", *CLUSTER), "--model: /no/such/folder: no such file or folder"),
     ],
 )
@@ -136,6 +167,7 @@ def test_wrong_configurations_in_one_line(config: str, tmp_path: Path) -> None:
     file.write_text(config)
     done = plan("--model", str(file), *CLUSTER)
     assert done.exit_code == 1 and done.output.startswith(f"Error: --model: {file}: ")
+    assert ("expected a config.json of mlx-lm" in done.output) is ("model_type" not in config)
     assert len(done.output.splitlines()) == 1
 
 

@@ -136,6 +136,15 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(monkeypatch: py
     read(left)
 
 
+def test_weights_that_leave_no_room_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lm.shard(families.build("llama"), init("solo"))
+    monkeypatch.setenv(MEMORY, "1M")
+    with pytest.raises(ArgumentError, match="; 0 tokens fit. The weights leave no room: divide them"):
+        list(lm.stream_generate(model, families.words(), [1], max_tokens=1))
+    with pytest.raises(ArgumentError, match="; 0 tokens fit. The weights leave no room: divide them"):
+        Engine(model, families.words(), 3, 64)
+
+
 def test_the_server_refuses_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lm.shard(families.build("llama"), init("solo"))
     monkeypatch.setenv(MEMORY, limited(model, 2000, 64))

@@ -217,10 +217,10 @@ def test_up_to_a_thousand_machines(size: int) -> None:
 
 
 def test_machines_from_text() -> None:
-    assert [m.name for m in parse_machines("2*M3-Ultra:256G")] == ["m3-ultra"] * 2
-    given = parse_machines("17.4/800:96G")[0]
+    assert [m.name for m in parse_machines(["2*M3-Ultra:256G"])] == ["m3-ultra"] * 2
+    given = parse_machines(["17.4/800:96G"])[0]
     assert (given.flops, given.bandwidth, given.memory) == (pytest.approx(17.4e12), 800e9, 96 << 30)
-    assert all(parse_machines(name)[0].memory > 1 << 30 for name in CHIPS)
+    assert all(parse_machines([name])[0].memory > 1 << 30 for name in CHIPS)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_machines_from_text() -> None:
 )
 def test_wrong_machines(text: str) -> None:
     with pytest.raises(ArgumentError, match=r"^--machine[^\n]*expected[^\n]*$"):
-        parse_machines(text)
+        parse_machines([text])
 
 
 def test_links_from_text() -> None:

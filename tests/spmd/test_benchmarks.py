@@ -94,6 +94,13 @@ def test_links_are_measured(ring, size):
         assert record.problem == "" and record.case["bytes"] == size and record.figures["gb_s"] > 0
 
 
+def test_a_barrier_that_is_mostly_slow_leaves_a_time(ring, monkeypatch):
+    if ring.size == 1:
+        pytest.skip("no neighbour")
+    monkeypatch.setattr(links, "turns", lambda calls, repeats: {"hop": [3.0] * 3, "barrier": [1.0, 9.0, 9.0]})
+    assert links.measure_hop(ring, 1000, 3).seconds == [2.0] * 3
+
+
 def test_a_link_that_changes_bytes_is_found(ring, monkeypatch):
     if ring.size == 1:
         pytest.skip("no neighbour")

@@ -8,7 +8,6 @@ the log-probabilities of the first token to the folder REFERENCE; all others are
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -18,12 +17,12 @@ from statistics import median
 from typing import Any
 
 import ringattn as ra  # before MLX, for its BLAS
+from ringattn.bench.memory import PeakMemory
 from ringattn.lm.sharding.weights import evaluate_weights
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from ...peak import PeakMemory
 from ..problem import relative_error
 from ..worker import one_line, place
 from .models import load, use_fused_attention
@@ -63,8 +62,6 @@ def measure(name: str, way: str, attention: str, prompts: list[int], reference: 
 
 
 def _one(generate: Generate, peers: Peers, ids: mx.array, expected: Path) -> dict[str, float]:
-    mx.clear_cache()
-    return_freed_memory()
     peak = PeakMemory()
     peers.barrier()
     sent = _sent()
@@ -79,13 +76,6 @@ def _one(generate: Generate, peers: Peers, ids: mx.array, expected: Path) -> dic
     if peers.rank == peers.logits_on:
         found["error"] = _error(first, expected)
     return found
-
-
-def return_freed_memory() -> None:
-    """Let the C library give the pages that it holds for later back to the system, where it can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _error(found: np.ndarray, expected: Path) -> float:

@@ -26,6 +26,7 @@ from ..bench_options import (
 )
 from ..bench_run import Output, run_on_ring
 from ..host_options import HOSTS, PROCESSES, ranks_option, with_options
+from ..lm_command import load_named, warnings_in_one_line
 from ..trace_option import trace_option
 
 if TYPE_CHECKING:
@@ -209,11 +210,14 @@ def generate(
     """Time a language model over the ring: the time to the first token, and the time of each further token."""
     from ...bench.generate import FIGURES, KEYS, ModelBench
     from ...extras import require
+    from ...transport.consensus import raise_on_all_ranks
 
     require("mlx_lm", "ringattn[lm]")
 
     def all_cases(ring: Transport) -> Iterator[Record]:
-        timed = ModelBench(ring, model, dtype, check_tokens, new_tokens)
+        with warnings_in_one_line(ring.rank == 0), raise_on_all_ranks(ring, "bench generate"):
+            loaded = load_named(model, dtype)
+        timed = ModelBench(ring, model, dtype, loaded, check_tokens, new_tokens)
         yield from (timed.measure(length, repeats) for length in prompt_tokens)
 
     run_on_ring(all_cases, options, KEYS, FIGURES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ...errors import ArgumentError
 from ..bench_options import parse_heads
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
     from ...planning import Cluster, Job, ModelShape, Prediction
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
+FOR_MEASURE = ("ranks", "hosts", "hostfile", "interface", "mpiexec", "timeout")
+LINKS = ("link", "island", "outer_link", "row_link")
 CHUNK = {True: 8192, False: 512}  # tokens of a rank in a round: with a GPU, and without
+SLOW = (
+    "Warning: the rate of products is that of float32 weights; a CPU multiplies others some 20 times more slowly. Plan "
+    "and run with --dtype float32"
+)
 
 WHAT = (
     click.option("--model", metavar="PATH", help="A config.json, a folder, a repository, a GGUF file, or 'smollm2'."),
@@ -87,6 +94,9 @@ def plan(json_file: Path | None, growth: bool, answer: int, context: int, chunk:
     from ...planning import Job, best, predictions
     from ...planning.report import as_json, as_text
 
+    _refuse_ignored()
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ArgumentError(f"--json: {json_file}: there is no folder {json_file.parent}")
     shape = _shape(options)
     cluster, with_gpu = _cluster(options, shape)
     job = Job(context, answer, chunk or CHUNK[with_gpu])
@@ -98,6 +108,24 @@ def plan(json_file: Path | None, growth: bool, answer: int, context: int, chunk:
         _write(json_file, as_json(shape, cluster, job, found))
     if best(found, answer) is None:
         raise SystemExit(1)
+
+
+def _refuse_ignored() -> None:
+    """Raise if the user gave an option that the others leave without effect."""
+    context = click.get_current_context()
+    given = {p.name: p.opts[0] for p in context.command.params if p.name and _is_given(context, p.name)}
+    measured = "measure" in given
+    for wrong, why, names in (
+        ("heads" not in given, "only with --heads", ("head_dim", "layers")),
+        (not measured, "only with --measure", FOR_MEASURE),
+        (measured and "machines" not in given, "not with --measure", LINKS),
+    ):
+        if wrong and (found := [given[name] for name in names if name in given]):
+            raise click.UsageError(f"{', '.join(found)}: {why}")
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _shape(options: dict[str, Any]) -> ModelShape:
@@ -122,7 +150,7 @@ def _cluster(options: dict[str, Any], shape: ModelShape) -> tuple[Cluster, bool]
         return _measured(options, shape)
     if not options["machines"]:
         raise click.UsageError("--machine is missing: expected such as 4*m3-ultra:256G, or --measure")
-    machines = [one for text in options["machines"] for one in parse_machines(text)]
+    machines = parse_machines(options["machines"])
     outer = options["outer_link"]
     island = options["island"] or 0
     if (outer is None) != (not island):
@@ -157,6 +185,8 @@ def _measured(options: dict[str, Any], shape: ModelShape) -> tuple[Cluster, bool
     exam = examine_cluster(
         Target(size, hosts, options["interface"], options["mpiexec"]), model, dtype, options["timeout"]
     )
+    if not has_gpu(exam) and options["model"] is not None and dtype != "float32":
+        click.echo(SLOW, err=True)
     return measured_cluster(exam, dtype), has_gpu(exam)
 
 

@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
 from ..generate import checked_prefill_step_size, stream_generate
-from ..limits import agree_on_longest
+from ..limits import agree_on_longest, check_memory
 from ..mlx_lm_compat import model_args
 from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
@@ -97,7 +97,9 @@ class Engine:
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
-        self.longest = agree_on_longest(model, self.ring, checked_prefill_step_size(prefill_step_size))
+        chunk = checked_prefill_step_size(prefill_step_size)
+        self.longest = agree_on_longest(model, self.ring, chunk)
+        check_memory(model, self.ring, 1, self.longest, chunk)  # a server that refuses every prompt must not start
         self._log = log
         self._queue: Queue[Answer] = Queue()
         self._places = threading.BoundedSemaphore(MOST_WAITING)

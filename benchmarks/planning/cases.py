@@ -1,0 +1,59 @@
+"""Configurations to predict and to run, and those by which the rates are measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ringattn as ra  # before MLX, for its BLAS
+
+import mlx.core as mx  # isort: skip
+
+assert ra
+SMALL, LARGE = 384, 1024  # tokens of the calls by which the rates are measured
+SHORT = (256, 512)  # tokens of the prompts by which the rates are measured
+CHUNK = 512  # tokens of a rank in a round
+DECODES = 8  # calls in a row
+STEPS = 6  # new tokens
+REPEATS = 4
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 8,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 4096,
+}
+
+
+class Call(NamedTuple):
+    """A call of ring attention: its tokens, heads and mask."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    mask: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens} tokens, {self.heads}/{self.kv_heads} x {self.dim}, {self.mask}"
+
+
+CALLS = (
+    Call(4096, 8, 8, 64, "causal"),
+    Call(4096, 8, 2, 128, "full"),
+    Call(6144, 8, 2, 64, "causal"),
+    Call(3072, 4, 4, 128, "full"),
+)
+PROMPTS = (1024, 3072)  # tokens; a new token follows
+
+
+def make_model():
+    """The model, with the same random weights in every call."""
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    mx.random.seed(0)
+    return Model(ModelArgs.from_dict(CONFIG))
