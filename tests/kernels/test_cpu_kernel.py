@@ -65,6 +65,12 @@ def test_random_cases(way, first):
         check_both(random_case(seed), f"{seed=}")
 
 
+@pytest.mark.parametrize("seed", [322, 2202])
+def test_one_score_that_decides_a_result(way, seed):
+    """One key beside a sink: the error of its score is that of the result. Plain products have short chains there."""
+    check_both(random_case(seed))
+
+
 @pytest.mark.parametrize("dim,v_dim", [(1, 1), (3, 17), (16, 5), (40, 80), (100, 33), (256, 128), (64, 256)])
 def test_sizes_that_no_block_divides(way, dim, v_dim):
     lengths = [(1, 1), (7, 5), (33, 50), (113, 203)]

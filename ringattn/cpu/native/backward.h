@@ -147,7 +147,7 @@ static void gradient_of_block(const Sums *x, const Call *call, const Unit *unit,
     const int64_t first = range.start - start;
     const float *k = x->k + first * dim, *v = x->v + first * v_dim;
     float *p = x->p + first * TILE_WIDTH + column, *ds = x->ds + first * TILE_WIDTH + column;
-    multiply(keys, lanes.vectors, (Left){k, dim, 1}, (Right){block.q, width}, call->dim, (Result){x->s, width, NULL});
+    multiply_scores(call, keys, lanes.vectors, (Left){k, dim, 1}, (Right){block.q, width}, (Result){x->s, width, NULL});
     mark_nonfinite(x->s, x, range, width);
     cap(x->s, keys * width, call);
     if (call->softcap != 0) cap_slope(x->slope, x->s, keys * width, (float)call->softcap);

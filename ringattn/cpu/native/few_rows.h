@@ -164,8 +164,8 @@ __attribute__((noinline)) static void attend_stream(int rows, Few *few, const La
 /* Whether few_rows can run a unit. Padding in segments may hold anything and needs the other way. */
 static int streams(const Call *call, int64_t rows) {
     int64_t size = item_size(call->dtype);
-    return rows <= FEW && !call->k_ids && call->dim % LANES == 0 && call->v_dim % LANES == 0 && call->k.column == size &&
-           call->v.column == size;
+    return rows <= FEW && !is_small(call) && !call->k_ids && call->dim % LANES == 0 && call->v_dim % LANES == 0 &&
+           call->k.column == size && call->v.column == size;
 }
 
 static int64_t few_rows_scratch(const Call *call) {

@@ -84,7 +84,7 @@ static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range 
     const float *v = chunk->v + (range.start - chunk->start) * v_dim;
     const float *mask = call->mask.data ? chunk->mask : NULL;
     if (mask && !copy_mask(chunk->mask, x, call, unit, range)) return;
-    multiply(keys, x->vectors, (Left){k, dim, 1}, (Right){block.q, width}, call->dim, (Result){chunk->s, width, NULL});
+    multiply_scores(call, keys, x->vectors, (Left){k, dim, 1}, (Right){block.q, width}, (Result){chunk->s, width, NULL});
     cap(chunk->s, keys * width, call);
     apply_masks(chunk->s, mask, x, call, unit, range);
     keep_scores(chunk, range, width);

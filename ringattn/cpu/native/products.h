@@ -100,3 +100,15 @@ static void multiply(ptrdiff_t rows, int vectors, Left a, Right b, ptrdiff_t n, 
         start = stop;
     }
 }
+
+/* C = A B with float64 sums, which are rounded once. */
+static void multiply_exactly(ptrdiff_t rows, int vectors, Left a, Right b, ptrdiff_t n, Result c) {
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        double sums[WIDE] = {0};
+        for (ptrdiff_t k = 0; k < n; k++) {
+            const double x = a.data[i * a.row + k * a.k];
+            for (int j = 0; j < vectors * LANES; j++) sums[j] += x * b.data[k * b.k + j];
+        }
+        for (int j = 0; j < vectors * LANES; j++) c.data[i * c.row + j] = (float)sums[j];
+    }
+}

@@ -92,6 +92,17 @@ static int copy_mask(float *to, const Lanes *x, const Call *call, const Unit *un
     return any;
 }
 
+/* A call with few pairs of a row and a key: one score may decide a result alone, and no rounding averages out. */
+static int is_small(const Call *call) { return call->q_len * call->group * call->k_len <= 2048; }
+
+/* Scores. Those of a small call are exact sums: libraries add so few products in shorter chains than `multiply` does. */
+static void multiply_scores(const Call *call, ptrdiff_t keys, int vectors, Left k, Right q, Result s) {
+    if (is_small(call))
+        multiply_exactly(keys, vectors, k, q, call->dim, s);
+    else
+        multiply(keys, vectors, k, q, call->dim, s);
+}
+
 /* Apply the softcap c of the call, if it has one: c tanh(s / c). */
 static void cap(float *s, int64_t n, const Call *call) {
     const float softcap = (float)call->softcap;

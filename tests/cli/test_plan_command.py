@@ -78,7 +78,7 @@ def test_generate_admits_what_was_promised(folder: str, tmp_path: Path, monkeypa
 
 
 def test_what_does_not_fit(folder: str) -> None:
-    done = plan("--model", folder, "--machine", "17/800:260M", "--context", "1000000000")
+    done = plan("--model", folder, "--machine", "17/800:260M", "--context", "10000000")
     assert done.exit_code == 1
     assert "TOO LITTLE" in done.output and "does not fit: at most " in done.output
     done = plan("--model", folder, "--machine", "17/800:10M", "--context", "1")
