@@ -51,7 +51,7 @@ def replaced(page: str, section: str) -> str:
 
 
 def _parts(folder: Path, gpu: Path | None) -> list[str]:
-    parts = []
+    parts = ["![ringattn beside each rival](pictures/rivals.png)"] if PICTURE.exists() else []
     operator, job = (folder / f"{name}.json" for name in ("operator", "job"))
     if operator.exists():
         parts += _operator(load(operator))
@@ -69,8 +69,6 @@ def _operator(found: dict[str, Any]) -> list[str]:
     for row in rows:
         versions.update(row.versions)
     parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-    if PICTURE.exists():
-        parts.append("![Lead of ringattn over each rival](pictures/rivals.png)")
     for link in dict.fromkeys(row.link for row in rows):
         for gradient in (False, True):
             what = "with the gradient" if gradient else "forward"

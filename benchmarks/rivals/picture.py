@@ -18,15 +18,12 @@ def draw(folder: Path, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5), dpi=100, layout="constrained")
+    parts = {"operator": _operator, "job": _job}
+    found = [name for name in parts if (folder / f"{name}.json").exists()]
+    figure = Figure(figsize=(6.5 * len(found), 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    operator, job = (folder / f"{name}.json" for name in ("operator", "job"))
-    if operator.exists():
-        _operator(left, load(operator)["rows"])
-    if job.exists():
-        _job(right, load(job)["rows"])
-    for axes in (left, right):
+    for name, axes in zip(found, figure.subplots(1, len(found), squeeze=False)[0]):
+        parts[name](axes, load(folder / f"{name}.json")["rows"])
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
 
