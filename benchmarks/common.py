@@ -10,15 +10,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import numpy as np
 
 from ringattn.bench.timing import medians
 from ringattn.reporting.tables import format_table
 
-__all__ = ["chunk_of", "medians", "run_ranks", "sampled_error", "show", "write_result"]
+__all__ = ["chunk_of", "medians", "run_ranks", "sampled_error", "show", "small_llama", "write_result"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_llama(layers: int) -> dict[str, Any]:
+    """Configuration of a Llama for mlx-lm with the hidden size of SmolLM2-135M and `layers` layers."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": layers,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 4096,
+    }
 
 
 def chunk_of(name: str, start: int, stop: int, heads: int, dim: int) -> np.ndarray:

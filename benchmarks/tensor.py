@@ -20,19 +20,9 @@ import mlx.core as mx  # isort: skip
 
 from launch.virtual import Cluster, unavailable
 
-from .common import run_ranks, show, write_result
+from .common import run_ranks, show, small_llama, write_result
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 12,
-    "intermediate_size": 1536,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 4096,
-}
+CONFIG = small_llama(12)
 PREFILL = 1024  # tokens
 STEPS = 12  # new tokens
 RUNS = 3

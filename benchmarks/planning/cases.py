@@ -8,6 +8,8 @@ import ringattn as ra  # before MLX, for its BLAS
 
 import mlx.core as mx  # isort: skip
 
+from ..common import small_llama
+
 assert ra
 SMALL, LARGE = 384, 1024  # tokens of the calls by which the rates are measured
 SHORT = (256, 512)  # tokens of the prompts by which the rates are measured
@@ -15,17 +17,7 @@ CHUNK = 512  # tokens of a rank in a round
 DECODES = 8  # calls in a row
 STEPS = 6  # new tokens
 REPEATS = 4
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 8,
-    "intermediate_size": 1536,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 4096,
-}
+CONFIG = small_llama(8)
 
 
 class Call(NamedTuple):

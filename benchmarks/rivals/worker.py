@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ def main() -> None:
     """Run one rank; leave with 1 if it failed, and do not wait for other ranks."""
     file, module, way, problem, reference = sys.argv[1:]
     rank, size = place()
-    code = 0
+    report(file, rank, lambda: measure(module, way, Problem(**json.loads(problem)), Path(reference), rank, size))
+
+
+def report(file: str, rank: int, measured: Callable[[], Any]) -> None:
+    """Write what `measured` returns, or its error, to ``file.rank``. After an error end at once with 1."""
     try:
-        found = measure(module, way, Problem(**json.loads(problem)), Path(reference), rank, size)
+        found = measured()
     except Exception as error:
-        found = {"failed": one_line(error)}
-        code = 1
+        Path(f"{file}.{rank}").write_text(json.dumps({"failed": one_line(error)}))
+        os._exit(1)
     Path(f"{file}.{rank}").write_text(json.dumps(found))
-    if code:
-        os._exit(code)
 
 
 def place() -> tuple[int, int]:

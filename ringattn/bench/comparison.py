@@ -30,7 +30,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """What moved: ``"faster"``, ``"slower"``, ``"same"`` within the noise, or ``"new"`` without an old record.
+        """The change: ``"faster"``, ``"slower"``, ``"same"`` within the noise, or ``"new"`` without an old record.
 
         A difference of medians counts if it exceeds `CERTAIN` times the larger spread of the two.
         """

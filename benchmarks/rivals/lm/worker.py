@@ -8,8 +8,6 @@ the log-probabilities of the first token to the folder REFERENCE; all others are
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from ..problem import relative_error
-from ..worker import one_line, place
+from ..worker import place, report
 from .models import load, use_fused_attention
 from .ways import Generate, Peers, prepare
 
@@ -38,15 +36,8 @@ def main() -> None:
     """Run one rank; leave with 1 if it failed, and do not wait for other ranks."""
     file, name, way, attention, prompts, reference = sys.argv[1:]
     rank, _ = place()
-    code = 0
-    try:
-        found: Any = measure(name, way, attention, list(map(int, prompts.split(","))), Path(reference))
-    except Exception as error:
-        found = {"failed": one_line(error)}
-        code = 1
-    Path(f"{file}.{rank}").write_text(json.dumps(found))
-    if code:
-        os._exit(code)
+    lengths = list(map(int, prompts.split(",")))
+    report(file, rank, lambda: measure(name, way, attention, lengths, Path(reference)))
 
 
 def measure(name: str, way: str, attention: str, prompts: list[int], reference: Path) -> dict[str, Any]:

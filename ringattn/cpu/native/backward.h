@@ -44,12 +44,7 @@ static int64_t divide(Sums *x, const Call *call, int64_t rows, float *scratch) {
                        chunk * dim, chunk * dim, chunk * v_dim, chunk * v_dim,
                        chunk * WIDE, chunk * WIDE, chunk * WIDE, chunk * WIDE,
                        chunk * TILE_WIDTH, chunk * TILE_WIDTH, 2 * padded(chunk)};
-    int64_t used = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        *parts[i] = scratch ? scratch + used : NULL;
-        used += sizes[i];
-    }
-    return used;
+    return divide_floats(scratch, sizeof sizes / sizeof *sizes, parts, sizes);
 }
 
 static int64_t backward_scratch(const Call *call, int64_t rows) {

@@ -37,12 +37,7 @@ static int64_t divide_chunk(Chunk *x, const Call *call, float *scratch) {
     float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_row, &x->v_row, (float **)&x->nonfinite.keys};
     int64_t sizes[] = {n * padded(call->dim), n * padded(call->v_dim), n * WIDE, n * WIDE, n * WIDE,
                        padded(call->dim), padded(call->v_dim), padded(n)};
-    int64_t used = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        *parts[i] = scratch ? scratch + used : NULL;
-        used += sizes[i];
-    }
-    return used;
+    return divide_floats(scratch, sizeof sizes / sizeof *sizes, parts, sizes);
 }
 
 static int64_t many_rows_scratch(const Call *call, int64_t rows) {

@@ -3,6 +3,16 @@
 #include "call.h"
 #include "vectors.h"
 
+/* Divide `scratch` into parts of these sizes; NULL: only count. Return the number of floats. */
+static int64_t divide_floats(float *scratch, int64_t count, float **const parts[], const int64_t sizes[]) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < count; i++) {
+        *parts[i] = scratch ? scratch + used : NULL;
+        used += sizes[i];
+    }
+    return used;
+}
+
 INLINE vf load_as(int64_t dtype, const char *p) {
     if (dtype == FLOAT32) return load((const float *)p);
     return dtype == FLOAT16 ? from_float16((const uint16_t *)p) : from_bfloat16((const uint16_t *)p);
