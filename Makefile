@@ -23,7 +23,7 @@ test-fast: $(VENV)/test # what needs this process alone
 test-all: $(VENV)/test
 	$(TESTS)
 
-test-emulator: $(VENV)/test # the runtime that executes Metal source, tested by planted bugs
+test-emulator: $(VENV)/test # the runtimes that execute the kernels' text, tested by planted bugs
 	$(TESTS) -m emulator
 
 test-openmpi: $(OPENMPI)/test

@@ -1,0 +1,109 @@
+"""The text of the CUDA kernels, executed on the CPU by `tools.hostcuda`, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ringattn as ra
+from ringattn.cuda import dispatch, launch, set_executor
+from ringattn.verify.features import FEATURES
+from ringattn.verify.oracle import Case, GradientCase, random_case, ratios
+from tools.hostcuda import Runtime, lacking
+
+pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"the host runtime for CUDA lacks {lacking()}")
+
+OPTIONS = ("boolean mask", "additive mask", "softcap", "window on both sides", "value head_dim", "peaked scores")
+
+
+def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
+    case = make()
+    return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))
+
+
+def rest(seeds: range) -> Iterator[tuple[str, Callable[[], Case]]]:
+    yield from ((f"{name}, {dtype}", partial(in_dtype, FEATURES[name], dtype)) for name in OPTIONS for dtype in HALVES)
+    yield from ((f"random {seed}", partial(random_case, seed)) for seed in seeds)
+
+
+HALVES = (mx.float16, mx.bfloat16)
+EVERYTHING = {"everything, bfloat16": FEATURES["everything, bfloat16"], "causal, float16": FEATURES["causal, float16"]}
+MASKS = {
+    "boolean mask, float32": FEATURES["boolean mask"],
+    "additive mask, bfloat16": partial(in_dtype, FEATURES["additive mask"], mx.bfloat16),
+}
+REST = dict(rest(range(12)))
+
+
+@pytest.fixture(autouse=True)
+def executor() -> Iterator[None]:
+    set_executor(Runtime())
+    yield
+    set_executor(None)
+
+
+def attend(case: Case) -> tuple[mx.array, mx.array]:
+    return ra.attention(case.q, case.k, case.v, **case.options, backend="cuda", return_lse=True)
+
+
+def error(case: Case) -> float:
+    """The largest error of results and gradients, as a part of what is allowed."""
+    problem = GradientCase.random(case)
+    named = problem.differentiable
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(named, arrays))
+        q, k, v = (given.pop(name) for name in "qkv")
+        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend="cuda", return_lse=True)
+        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
+
+    _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
+    return max(*ratios(case, *attend(case)), *problem.ratios(dict(zip(named, found))).values())
+
+
+@pytest.mark.parametrize("name", EVERYTHING | MASKS)
+def test_results_and_gradients(name: str) -> None:
+    assert error((EVERYTHING | MASKS)[name]()) <= 1
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("name", REST)
+def test_results_and_gradients_of_each_feature(name: str) -> None:
+    assert error(REST[name]()) <= 1
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_what_is_waited_for_may_be_late(name: str) -> None:
+    case = EVERYTHING[name]()
+    early = attend(case)
+    set_executor(Runtime(late=True))
+    assert all(mx.array_equal(x, y, equal_nan=True) for x, y in zip(early, attend(case)))
+
+
+def test_keys_in_several_runs_and_a_state(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "LEAST_KEYS", 64)
+    case = random_case(3, q_len=3, k_len=300)
+    assert (
+        max(ratios(case, *ra.attention(case.q, case.k, case.v, **case.options, backend="cuda", return_lse=True))) <= 1
+    )
+
+
+def test_keys_that_no_row_sees_may_be_nan() -> None:
+    r = np.random.default_rng(0)
+    q, k, v = (mx.array(r.standard_normal((1, 2, 90, 64)), mx.float32).astype(mx.bfloat16) for _ in range(3))
+    spoiled = [mx.concatenate([x[:, :, :80], mx.full((1, 2, 10, 64), mx.nan, mx.bfloat16)], axis=2) for x in (k, v)]
+    results = [ra.attention(q[:, :, :80], *keys, mask=mx.arange(90) < 80, backend="cuda") for keys in ((k, v), spoiled)]
+    assert mx.array_equal(*results)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("name", EVERYTHING | MASKS)
+def test_no_two_threads_race(name: str) -> None:
+    set_executor(Runtime(races=True))
+    assert error((EVERYTHING | MASKS)[name]()) <= 1
+    assert not launch.default()
