@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
@@ -12,13 +14,14 @@ from ..kernels.interface import KernelInputs, OutputSpec
 from . import source
 from .calls import kernel_call, on_gpu
 from .launch import KernelCall
+from .hopper_tiling import HopperTiling
 from .tiling import Tiling
 
 COMBINE_THREADS = 128
 
 
 def forward_call(
-    inputs: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, output: OutputSpec | None
+    inputs: KernelInputs, tiling: Tiling | HopperTiling, group: int, splits: int, state: State | None, output: OutputSpec | None
 ) -> KernelCall:
     """The call of `forward.cu`.
 
@@ -50,22 +53,17 @@ def forward_call(
         "BFLOAT": int(q.dtype == mx.bfloat16),
         "D": q.shape[3],
         "DV": v.shape[3],
-        "BD": tiling.BD,
-        "BV": tiling.BV,
-        "BK": tiling.BK,
-        "WARPS": tiling.warps,
-        "FRAGMENTS": tiling.fragments,
-        "STAGES": tiling.stages,
+        **tiling.defines,
         "G": group,
         "SOFTCAP": int(rules.softcap is not None),
         **rule_switches(rules, buffers),
         "STATE_IN": int(state is not None),
         **output_switches(output),
     }
-    parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar")
+    parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar", *tiling.parts, "scores")
     rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
-    return kernel_call(
-        "forward",
+    call = kernel_call(
+        tiling.kernel,
         parts,
         defines,
         buffers,
@@ -74,6 +72,17 @@ def forward_call(
         shared_memory=tiling.shared_memory,
         **output_arguments(output, rows, v.shape[3]),
     )
+    return bounded(call) if tiling.bounded else call
+
+
+def bounded(call: KernelCall) -> KernelCall:
+    """Tell the compiler how many threads a block has: the registers that they share depend on it.
+
+    MLX writes the declaration, in which it puts a prefix before the name; so a macro of that name adds the bound.
+    """
+    name = f"custom_kernel_{call.name}"
+    bound = f"#define {name} __launch_bounds__({call.threadgroup[0]}, 1) {name}\n"
+    return replace(call, header=call.header + bound, source=f"#undef {name}\n{call.source}")
 
 
 def combine_call(states: State, output: OutputSpec | None) -> KernelCall:

@@ -63,6 +63,16 @@ class Tiling:
         fits = 2 * (deep.shared_memory + RESERVED) <= shared_bytes
         return deep if fits and fragments == 2 and shared_bytes == MULTIPROCESSOR_BYTES else tiling
 
+    kernel = "forward"
+    parts = ()
+    bounded = False
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """Constants of the kernel."""
+        sizes = {"BK": self.BK, "BD": self.BD, "BV": self.BV}
+        return {**sizes, "WARPS": self.warps, "FRAGMENTS": self.fragments, "STAGES": self.stages}
+
     @property
     def BQ(self) -> int:  # noqa: N802
         """Query rows in a tile."""
