@@ -2,9 +2,17 @@
 
   const int q_len = queries_shape[2], k_len = keys_shape[2], heads = queries_shape[1];
   const int q_tiles = (q_len * RA_G + BQ - 1) / BQ;
-  const int split = blockIdx.x / q_tiles, splits = gridDim.x / q_tiles;
-  const int tile = q_tiles - 1 - blockIdx.x % q_tiles; // under a causal mask the longest first
-  const int batch = blockIdx.z, first_head = blockIdx.y * RA_G, kv_head = first_head / (heads / keys_shape[1]);
+  // Blocks begin in the order of their numbers: tiles from the last to the first, because the last have the most keys
+  // under a causal mask, for as many heads at once as have their keys and values in the cache.
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), all_heads = gridDim.y * gridDim.z;
+  const int cached = max(CACHE / (RA_D + RA_DV) / static_cast<int>(sizeof(RA_T)) / k_len, 1); // key/value heads
+  const int together = min(cached * (heads / keys_shape[1] / RA_G), all_heads), past = block / (together * gridDim.x);
+  const int in_run = block - past * together * gridDim.x, run = min(together, all_heads - past * together);
+  const int block_x = in_run / run, block_head = past * together + in_run % run;
+  const int batch = block_head / gridDim.y, first_head = block_head % gridDim.y * RA_G;
+  const int split = block_x / q_tiles, splits = gridDim.x / q_tiles;
+  const int tile = q_tiles - 1 - block_x % q_tiles; // under a causal mask the longest first
+  const int kv_head = first_head / (heads / keys_shape[1]);
   const Rows rows{batch, heads, first_head, q_len};
   const RA_T* k = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
   const RA_T* v = values + batch * values_strides[0] + kv_head * values_strides[1];
@@ -50,8 +58,8 @@
 #endif
 
   // Which tiles: empty before `first` and from `last` on, full from `full_first` to `full_last`
-  int first = reach[4 * tile], last = reach[4 * tile + 3];
-  const int full_first = reach[4 * tile + 1], full_last = reach[4 * tile + 2];
+  int first = uniform(reach[4 * tile]), last = uniform(reach[4 * tile + 3]);
+  const int full_first = uniform(reach[4 * tile + 1]), full_last = uniform(reach[4 * tile + 2]);
   const int share_of_split = (last - first + splits - 1) / splits;
   first += split * share_of_split;
   last = min(last, first + share_of_split);

@@ -24,7 +24,7 @@
     }
   }
   __syncthreads();
-  const int group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+  const int group = uniform(threadIdx.x / WARPGROUP);
 
   auto after = [&](int kb) { // the next tile
 #if RA_SEGMENTS
@@ -76,19 +76,26 @@
     Slot k_at{0, 0}, v_at{0, 0};
     bool full, grown;
 
-    auto begin_scores = [&] {
-      wait_for(k_full + k_at.stage, k_at.parity);
-      publish_to_products();
+    auto begin_scores = [&](unsigned q_low, unsigned k_low) {
       begin_products();
-      multiply_rows_of<BQ, BK, BD>(s[0], q_tile + 64 * PANEL * group, k_tiles + k_at.stage * K_SIZE);
+      multiply_rows_of<BQ, BK, BD>(s[0], q_low, k_low);
       commit_products();
     };
-    auto begin_sums = [&] {
-      wait_for(v_full + v_at.stage, v_at.parity);
-      publish_to_products();
+    auto begin_sums = [&](unsigned v_low) {
       begin_products();
-      multiply_weights_of<BK>(acc[0], p, v_tiles + v_at.stage * V_SIZE);
+      multiply_weights_of<BK>(acc[0], p, v_low);
       commit_products();
+    };
+    auto queries_low = [&] {
+      return description_of(q_tile + 64 * PANEL * group);
+    };
+    auto keys_low = [&] { // when they are there
+      wait_for(k_full + k_at.stage, k_at.parity);
+      return description_of(k_tiles + k_at.stage * K_SIZE);
+    };
+    auto values_low = [&] {
+      wait_for(v_full + v_at.stage, v_at.parity);
+      return description_of(v_tiles + v_at.stage * V_SIZE, BK * PANEL * sizeof(RA_T));
     };
     auto release = [&](unsigned long long* free, Slot& at) {
       if (lane == 0) {
@@ -105,11 +112,16 @@
       constexpr bool same = true;
 #endif
       full = !RA_MASK && same && kb >= full_first && kb < full_last;
-      finish_scores(s, rules, !full); // in a full tile the scale, which is not below 0, waits for the softmax
-      if (!full) {
-        hide(s, seen, rules, rows, first_row, kb * BK, min(k_len - kb * BK, BK));
+      if (RA_OVERLAP && full) {
+        finish_scores(s, rules, false); // the scale, which is not below 0, waits for the softmax
+        grown = weigh(s, m, l, kept, RA_SOFTCAP ? 1.0f : rules.scale);
+        pin(s[0]);
+      } else {
+        wait_for_products<0>(); // registers are too few to go on meanwhile
+        finish_scores(s, rules, true);
+        if (!full) hide(s, seen, rules, rows, first_row, kb * BK, min(k_len - kb * BK, BK));
+        grown = weigh(s, m, l, kept, 1.0f);
       }
-      grown = weigh(s, m, l, kept, full && !RA_SOFTCAP ? rules.scale : 1.0f);
     };
     auto take_weights = [&] {
       if (grown) {
@@ -132,16 +144,20 @@
       pass(TURN, 2 * WARPGROUP);
     }
     if (first < last) {
-      begin_scores();
+      const unsigned k_low = keys_low();
+      publish_to_products();
+      begin_scores(queries_low(), k_low);
       wait_for_products<0>();
       take_softmax(first);
       take_weights();
       for (int kb = after(first); kb < last; kb = after(kb)) {
+        const unsigned q_low = queries_low(), k_low = keys_low(), v_low = values_low();
+        publish_to_products();
         if (RA_TURNS) {
           meet(TURN + group, 2 * WARPGROUP);
         }
-        begin_scores();
-        begin_sums();
+        begin_scores(q_low, k_low);
+        begin_sums(v_low);
         if (RA_TURNS) {
           pass(TURN + (group + 1) % GROUPS, 2 * WARPGROUP);
         }
@@ -152,7 +168,9 @@
         release(v_free, v_at);
         take_weights();
       }
-      begin_sums();
+      const unsigned v_low = values_low();
+      publish_to_products();
+      begin_sums(v_low);
       wait_for_products<0>();
       pin(acc[0]);
     }

@@ -17,19 +17,18 @@ RA_FUNC constexpr int place_of_panel(int column) {
   return column / PANEL * ROWS * PANEL + column % PANEL;
 }
 
-// Describe an operand at an address, to which `numbers` are added. Groups of 8 rows are 1024 bytes apart. Where the rows
-// of a tile are what is summed over, `panel_bytes` lie between its panels.
-RA_FUNC unsigned long long describe(unsigned address, int numbers, int panel_bytes = 16) {
-  constexpr unsigned swizzle_128 = 1u << 30, group = 1024 >> 4;
-  const unsigned low = (address + numbers * static_cast<int>(sizeof(RA_T))) >> 4 | (panel_bytes >> 4) << 16;
-  return static_cast<unsigned long long>(swizzle_128 | group) << 32 | low;
+// The low word of an operand's description: where its tile begins and, where the tile's rows are what is summed over, how
+// many bytes lie between its panels. The reduction puts it into a uniform register, where products take it from.
+RA_FUNC unsigned description_of(const RA_T* tile, int panel_bytes = 16) {
+  unsigned low = shared_address(tile) >> 4 | (panel_bytes >> 4) << 16;
+  asm volatile("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(low));
+  return low;
 }
 
-// The address of a tile, from which the compiler derives others where they are used: registers are scarce.
-RA_FUNC unsigned tile_address(const RA_T* tile) {
-  unsigned address = shared_address(tile);
-  asm volatile("" : "+r"(address));
-  return address;
+// Describe an operand that begins `numbers` after its tile. Groups of 8 rows are 1024 bytes apart.
+RA_FUNC unsigned long long describe(unsigned low, int numbers) {
+  constexpr unsigned swizzle_128 = 1u << 30, group = 1024 >> 4;
+  return static_cast<unsigned long long>(swizzle_128 | group) << 32 | (low + numbers * static_cast<int>(sizeof(RA_T)) / 16);
 }
 
 // Order what this thread did with registers and shared memory before the products that follow.
@@ -59,6 +58,11 @@ RA_FUNC void pin(float (&c)[N][4]) {
   for (int i = 0; i < 4 * N; i++) {
     asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
   }
+}
+
+// Keep the compiler from moving what leads to `x`, which is not below 0, after a wait that follows.
+RA_FUNC void stay_before(float x) {
+  asm volatile("{.reg .pred below; setp.lt.f32 below, %0, 0f00000000; @below trap;}" ::"f"(x) : "memory");
 }
 
 #define RA_SUMS_2(c, j) \
@@ -110,27 +114,23 @@ RA_FUNC void in_pieces(float (&c)[N][4], F use) {
 
 // Begin s = a b^T over WIDTH columns, for 64 rows of a tile of A_ROWS and 8 * N rows of a tile of B_ROWS.
 template <int A_ROWS, int B_ROWS, int WIDTH, int N>
-RA_FUNC void multiply_rows_of(float (&s)[N][4], const RA_T* a, const RA_T* b) {
-  const unsigned a_at = tile_address(a), b_at = tile_address(b);
+RA_FUNC void multiply_rows_of(float (&s)[N][4], unsigned a, unsigned b) {
   RA_UNROLL
   for (int d = 0; d < WIDTH; d += 16) {
     in_pieces(s, [&](auto& piece, int start) {
-      multiply_shared<false, false>(piece, describe(a_at, place_of_panel<A_ROWS>(d)),
-                                    describe(b_at, place_of_panel<B_ROWS>(d) + start * PANEL), d > 0);
+      multiply_shared<false, false>(piece, describe(a, place_of_panel<A_ROWS>(d)),
+                                    describe(b, place_of_panel<B_ROWS>(d) + start * PANEL), d > 0);
     });
   }
 }
 
 // Begin acc += p b: `p` from registers, `b` a tile of ROWS rows and 8 * W columns.
 template <int ROWS, int W>
-RA_FUNC void multiply_weights_of(float (&acc)[W][4], const unsigned (&p)[ROWS / 16][4], const RA_T* b) {
-  constexpr int panel_bytes = ROWS * PANEL * sizeof(RA_T);
-  const unsigned b_at = tile_address(b);
+RA_FUNC void multiply_weights_of(float (&acc)[W][4], const unsigned (&p)[ROWS / 16][4], unsigned b) {
   RA_UNROLL
   for (int row = 0; row < ROWS; row += 16) {
     in_pieces(acc, [&](auto& piece, int start) {
-      const unsigned long long b_part = describe(b_at, place_of_panel<ROWS>(start) + row * PANEL, panel_bytes);
-      multiply_registers<true>(piece, p[row / 16], b_part);
+      multiply_registers<true>(piece, p[row / 16], describe(b, place_of_panel<ROWS>(start) + row * PANEL));
     });
   }
 }

@@ -9,6 +9,7 @@ constexpr int THREADS = 32 * RA_WARPS;
 constexpr int PART = 16 / sizeof(RA_T); // numbers of 16 bytes
 constexpr int LDK = BD + PART, LDV = BV + PART;
 constexpr int SWIZZLED = 0; // in the place of a row's length: see `place`
+constexpr int CACHE = RA_CACHE;          // bytes of the second-level cache that keys and values may take
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 #define RA_INFINITY __int_as_float(0x7f800000)
@@ -16,6 +17,11 @@ constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 
 RA_FUNC unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+
+// A number that all lanes of a warp have, and the compiler may take for one.
+RA_FUNC int uniform(int x) {
+  return __reduce_min_sync(ALL_LANES, x);
 }
 
 // Where a number of a tile of COUNT rows is: in rows of LD numbers, or, if SWIZZLED, in panels of 64 columns of two bytes.
