@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -29,6 +30,9 @@ class Tiling:
         BV: The values' head_dim, padded likewise.
         item: Bytes of a number.
     """
+
+    kernel: ClassVar[str] = "forward"
+    name: ClassVar[str] = ""
 
     warps: int
     fragments: int
@@ -63,9 +67,10 @@ class Tiling:
         fits = 2 * (deep.shared_memory + RESERVED) <= shared_bytes
         return deep if fits and fragments == 2 and shared_bytes == MULTIPROCESSOR_BYTES else tiling
 
-    kernel = "forward"
-    parts = ()
-    bounded = False
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Files of functions that only some kernels need."""
+        return "matrix" if self.item == 2 else "scalar", "scores"
 
     @property
     def defines(self) -> dict[str, int | str]:

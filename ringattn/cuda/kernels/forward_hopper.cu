@@ -73,53 +73,47 @@
 
     float s[1][BK / 8][4], kept[2];
     unsigned p[BK / 16][4], seen[1][(BK + 63) / 64];
-    Slot k_at{0, 0}, v_at{0, 0};
+    Slot at{0, 0}; // of the tile whose scores are taken
     bool full, grown;
 
-    auto begin_scores = [&](unsigned q_low, unsigned k_low) {
+    const unsigned q_low = description_of(q_tile + 64 * PANEL * group), k_low = description_of(k_tiles);
+    const unsigned v_low = description_of(v_tiles, BK * PANEL * sizeof(RA_T));
+    auto await = [&](unsigned long long* there, const Slot& at) {
+      wait_for(there + at.stage, at.parity);
+      publish_to_products();
+    };
+    auto begin_scores = [&] {
       begin_products();
-      multiply_rows_of<BQ, BK, BD>(s[0], q_low, k_low);
+      multiply_rows_of<BQ, BK, BD>(s[0], q_low, k_low, at.stage * K_SIZE);
       commit_products();
     };
-    auto begin_sums = [&](unsigned v_low) {
+    auto begin_sums = [&](const Slot& at) {
       begin_products();
-      multiply_weights_of<BK>(acc[0], p, v_low);
+      multiply_weights_of<BK>(acc[0], p, v_low, at.stage * V_SIZE);
       commit_products();
     };
-    auto queries_low = [&] {
-      return description_of(q_tile + 64 * PANEL * group);
-    };
-    auto keys_low = [&] { // when they are there
-      wait_for(k_full + k_at.stage, k_at.parity);
-      return description_of(k_tiles + k_at.stage * K_SIZE);
-    };
-    auto values_low = [&] {
-      wait_for(v_full + v_at.stage, v_at.parity);
-      return description_of(v_tiles + v_at.stage * V_SIZE, BK * PANEL * sizeof(RA_T));
-    };
-    auto release = [&](unsigned long long* free, Slot& at) {
+    auto release = [&](unsigned long long* free, const Slot& at) {
       if (lane == 0) {
         arrive(free + at.stage);
       }
-      at.step<RA_STAGES>();
     };
     auto take_softmax = [&](int kb) {
       pin(s[0]);
-      release(k_free, k_at);
+      release(k_free, at);
 #if RA_SEGMENTS
       const bool same = all_same(q_bounds, bounds_of(k_bounds, kb));
 #else
       constexpr bool same = true;
 #endif
       full = !RA_MASK && same && kb >= full_first && kb < full_last;
-      if (RA_OVERLAP && full) {
+      if (full) {
         finish_scores(s, rules, false); // the scale, which is not below 0, waits for the softmax
         grown = weigh(s, m, l, kept, RA_SOFTCAP ? 1.0f : rules.scale);
         pin(s[0]);
       } else {
-        wait_for_products<0>(); // registers are too few to go on meanwhile
+        wait_for_products<0>(); // the rules need the registers
         finish_scores(s, rules, true);
-        if (!full) hide(s, seen, rules, rows, first_row, kb * BK, min(k_len - kb * BK, BK));
+        hide(s, seen, rules, rows, first_row, kb * BK, min(k_len - kb * BK, BK));
         grown = weigh(s, m, l, kept, 1.0f);
       }
     };
@@ -128,8 +122,8 @@
         shrink(acc, kept);
       }
       if (!full) {
-        RA_T* v_tile = v_tiles + v_at.stage * V_SIZE;
-        wait_for(v_full + v_at.stage, v_at.parity);
+        RA_T* v_tile = v_tiles + at.stage * V_SIZE;
+        wait_for(v_full + at.stage, at.parity);
         if (meet_or(ALL_ROWS, THREADS, finds_odd<BK, BV, SWIZZLED>(v_tile))) {
           add_odd_values<BK, SWIZZLED>(acc, seen, v_tile);
           meet(ALL_ROWS, THREADS);
@@ -144,20 +138,21 @@
       pass(TURN, 2 * WARPGROUP);
     }
     if (first < last) {
-      const unsigned k_low = keys_low();
-      publish_to_products();
-      begin_scores(queries_low(), k_low);
+      await(k_full, at);
+      begin_scores();
       wait_for_products<0>();
       take_softmax(first);
       take_weights();
       for (int kb = after(first); kb < last; kb = after(kb)) {
-        const unsigned q_low = queries_low(), k_low = keys_low(), v_low = values_low();
-        publish_to_products();
+        const Slot before = at;
+        at.step<RA_STAGES>();
+        await(k_full, at);
         if (RA_TURNS) {
           meet(TURN + group, 2 * WARPGROUP);
         }
-        begin_scores(q_low, k_low);
-        begin_sums(v_low);
+        begin_scores();
+        await(v_full, before);
+        begin_sums(before);
         if (RA_TURNS) {
           pass(TURN + (group + 1) % GROUPS, 2 * WARPGROUP);
         }
@@ -165,12 +160,11 @@
         take_softmax(kb);
         wait_for_products<0>();
         pin(acc[0]);
-        release(v_free, v_at);
+        release(v_free, before);
         take_weights();
       }
-      const unsigned v_low = values_low();
-      publish_to_products();
-      begin_sums(v_low);
+      await(v_full, at);
+      begin_sums(at);
       wait_for_products<0>();
       pin(acc[0]);
     }

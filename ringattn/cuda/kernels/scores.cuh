@@ -49,7 +49,7 @@ struct Rules {
   const int *query_ids, *key_ids;
 #endif
 #if RA_MASK
-  const RA_INPUT_mask* mask;
+  const RA_MASK_T* mask;
   long long mask_head, mask_row, mask_key; // strides
 #endif
 #if RA_COLUMNS

@@ -9,7 +9,6 @@ constexpr int THREADS = 32 * RA_WARPS;
 constexpr int PART = 16 / sizeof(RA_T); // numbers of 16 bytes
 constexpr int LDK = BD + PART, LDV = BV + PART;
 constexpr int SWIZZLED = 0; // in the place of a row's length: see `place`
-constexpr int CACHE = RA_CACHE;          // bytes of the second-level cache that keys and values may take
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 #define RA_INFINITY __int_as_float(0x7f800000)
