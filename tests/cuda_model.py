@@ -50,7 +50,8 @@ def _forward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarra
     tiles = -(-rows // BQ)
     splits, rest = divmod(call.grid[0], tiles * call.threadgroup[0])
     assert rest == 0 and call.grid[1:] == (heads // d["G"], batch)
-    assert call.threadgroup == (32 * d["WARPS"], 1, 1) and call.template == []
+    loaders = 128 if "LOADER_REGISTERS" in d else 0
+    assert call.threadgroup == (32 * d["WARPS"] + loaders, 1, 1) and call.template == []
     seen, scores = _scores(d, buffers, q, np.repeat(k, heads // k.shape[1], 1))
     v = np.repeat(v, heads // v.shape[1], 1)
     acc = np.zeros((splits, *q.shape[:3], v.shape[3]))

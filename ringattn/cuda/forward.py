@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
@@ -11,6 +13,7 @@ from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import source
 from .calls import kernel_call, on_gpu
+from .hopper_tiling import HopperTiling
 from .launch import KernelCall
 from .tiling import Tiling
 
@@ -18,9 +21,14 @@ COMBINE_THREADS = 128
 
 
 def forward_call(
-    inputs: KernelInputs, tiling: Tiling, group: int, splits: int, state: State | None, output: OutputSpec | None
+    inputs: KernelInputs,
+    tiling: Tiling | HopperTiling,
+    group: int,
+    splits: int,
+    state: State | None,
+    output: OutputSpec | None,
 ) -> KernelCall:
-    """The call of `forward.cu`.
+    """The call of the kernel of `tiling`.
 
     Args:
         inputs: `whole` inputs with at least one query and one key.
@@ -42,30 +50,25 @@ def forward_call(
         **rule_buffers(inputs, (tiling.BQ, tiling.BK), group, len(tiles)),
         **state_buffers(state, output),
     }
-    matrix = q.dtype.size == 2
     defines: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
+        "MASK_T": source.TYPES[mx.bool_ if rules.mask is None else rules.mask.dtype],
         "OUT": source.TYPES[mx.float32 if output is None else output.dtype],
-        "MATRIX": int(matrix),
+        "MATRIX": int(q.dtype.size == 2),
         "BFLOAT": int(q.dtype == mx.bfloat16),
         "D": q.shape[3],
         "DV": v.shape[3],
-        "BD": tiling.BD,
-        "BV": tiling.BV,
-        "BK": tiling.BK,
-        "WARPS": tiling.warps,
-        "FRAGMENTS": tiling.fragments,
-        "STAGES": tiling.stages,
+        **tiling.defines,
         "G": group,
         "SOFTCAP": int(rules.softcap is not None),
         **rule_switches(rules, buffers),
         "STATE_IN": int(state is not None),
         **output_switches(output),
     }
-    parts = ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar")
+    parts = ("tiles", "softmax", "segments", "odd", *tiling.parts)
     rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
-    return kernel_call(
-        "forward",
+    call = kernel_call(
+        tiling.kernel,
         parts,
         defines,
         buffers,
@@ -74,6 +77,17 @@ def forward_call(
         shared_memory=tiling.shared_memory,
         **output_arguments(output, rows, v.shape[3]),
     )
+    return bounded(call) if isinstance(tiling, HopperTiling) else call
+
+
+def bounded(call: KernelCall) -> KernelCall:
+    """Tell the compiler how many threads a block has, on which the number of their registers depends.
+
+    MLX writes the kernel's declaration, with a prefix before the name. A macro of that name adds the bound to it.
+    """
+    name = f"custom_kernel_{call.name}"
+    bound = f"#define {name} __launch_bounds__({call.threadgroup[0]}, 1) {name}\n"
+    return replace(call, header=call.header + bound, source=f"#undef {name}\n{call.source}")
 
 
 def combine_call(states: State, output: OutputSpec | None) -> KernelCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 import mlx.core as mx
 
 KERNELS = Path(__file__).parent / "kernels"
-TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
+INCLUDE = re.compile(r'^#include "(\w+\.cuh?)"\n', re.MULTILINE)
+TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.bool_: "bool", mx.int32: "int"}
 Defines = tuple[tuple[str, int | str], ...]
 
 
 @cache
 def text(name: str) -> str:
-    """The text of a file of `KERNELS`."""
-    return (KERNELS / name).read_text()
+    """The text of a file of `KERNELS`, with that of the files that it includes."""
+    return INCLUDE.sub(lambda found: text(found[1]), (KERNELS / name).read_text())
 
 
 @cache
@@ -26,7 +28,6 @@ def header(parts: tuple[str, ...], defines: Defines) -> str:
     return macros + "".join(text(f"{part}.cuh") for part in parts)
 
 
-@cache
 @cache
 def name(kernel: str, before: str) -> str:
     """The name of a kernel with this header.

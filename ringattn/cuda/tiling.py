@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -29,6 +30,9 @@ class Tiling:
         BV: The values' head_dim, padded likewise.
         item: Bytes of a number.
     """
+
+    kernel: ClassVar[str] = "forward"
+    name: ClassVar[str] = ""
 
     warps: int
     fragments: int
@@ -62,6 +66,17 @@ class Tiling:
         deep = replace(tiling, stages=2)
         fits = 2 * (deep.shared_memory + RESERVED) <= shared_bytes
         return deep if fits and fragments == 2 and shared_bytes == MULTIPROCESSOR_BYTES else tiling
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Files of functions that only some kernels need."""
+        return "matrix" if self.item == 2 else "scalar", "scores"
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """Constants of the kernel."""
+        sizes = {"BK": self.BK, "BD": self.BD, "BV": self.BV}
+        return {**sizes, "WARPS": self.warps, "FRAGMENTS": self.fragments, "STAGES": self.stages}
 
     @property
     def BQ(self) -> int:  # noqa: N802

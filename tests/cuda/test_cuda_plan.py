@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import cuda_model
 import mlx.core as mx
@@ -13,8 +14,9 @@ import ringattn as ra
 from ringattn import backends
 from ringattn.cuda import dispatch, gradient, launch, set_executor
 from ringattn.cuda.backward import deal
-from ringattn.cuda.device import LEAST_SHARED_BYTES, SHARED_BYTES
+from ringattn.cuda.device import HOPPER, LEAST_SHARED_BYTES, SHARED_BYTES
 from ringattn.cuda.gradient_tiling import GradientTiling
+from ringattn.cuda.hopper_tiling import REGISTERS, HopperTiling
 from ringattn.cuda.tiling import Tiling
 from ringattn.errors import ArgumentError, ArgumentTypeError, KernelWarning
 from ringattn.verify.features import FEATURES
@@ -48,6 +50,41 @@ def test_every_feature(feature: str) -> None:
 def test_random_problems(seed: int) -> None:
     case = random_case(seed)
     check(case, *attend(case))
+
+
+@pytest.fixture
+def forward_by_wgmma(monkeypatch):
+    monkeypatch.setattr(dispatch, "capability", lambda: HOPPER)
+
+
+def in_half(case: Case) -> Case:
+    return case if case.q.dtype.size == 2 else replace(case, **{n: getattr(case, n).astype(mx.bfloat16) for n in "qkv"})
+
+
+def kernels(model) -> list[str]:
+    return [call.name.removeprefix("ringattn_cuda_").rpartition("_")[0] for call in model]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_by_wgmma(feature: str, model, forward_by_wgmma) -> None:
+    case = in_half(FEATURES[feature]())
+    check(case, *attend(case))
+    few = case.q.shape[2] <= dispatch.FEW_ROWS
+    assert kernels(model)[0] == ("forward" if few else "forward_hopper")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_problems_by_wgmma(seed: int, model, forward_by_wgmma, monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "LEAST_KEYS", 64)
+    case = in_half(random_case(seed, q_len=200, k_len=300))
+    check(case, *attend(case))
+    assert kernels(model)[0] == "forward_hopper"
+
+
+def test_float32_does_not_take_wgmma(model, forward_by_wgmma) -> None:
+    case = FEATURES["plain"]()
+    check(case, *attend(case))
+    assert kernels(model) == ["forward"]
 
 
 @pytest.mark.parametrize("seed", range(0, 30, 3))
@@ -117,6 +154,17 @@ def test_every_tile_fits_on_every_gpu() -> None:
         assert tiling.BK % 16 == tiling.BD % 16 == tiling.BV % 16 == 0 and dim <= tiling.BD and v_dim <= tiling.BV
         assert min(rows, 32) <= tiling.BQ
         assert tiling.fragments * (tiling.BK + tiling.BV) / 2 <= 192, "sums and scores stay in registers"
+
+
+def test_every_tile_of_wgmma_fits() -> None:
+    for dim, v_dim, rows in itertools.product((8, 64, 80, 128, 136, 256), (8, 33, 128, 256), (65, 99_999)):
+        tiling = HopperTiling.of(dim, v_dim, rows)
+        loader, row = REGISTERS[tiling.groups]
+        assert tiling.shared_memory <= SHARED_BYTES[HOPPER] and dim <= tiling.BD and v_dim <= tiling.BV
+        assert 128 * (loader + tiling.groups * row) <= 1 << 16, "registers of a multiprocessor"
+        assert row >= tiling.BK // 2 + tiling.BK // 4 + tiling.BV // 2 + 24, (
+            "scores, weights and sums stay in registers"
+        )
 
 
 @pytest.mark.parametrize("shared", GPUS)
@@ -233,6 +281,19 @@ def broken(call):
 
 def wrong(call):
     return [x + 1 for x in cuda_model.run(call)]
+
+
+def test_a_kernel_by_wgmma_that_does_not_work_leaves_the_other(
+    as_on_a_gpu, forward_by_wgmma, model, monkeypatch
+) -> None:
+    right = launch.launcher.executor
+    monkeypatch.setattr(launch.launcher, "executor", lambda call: (broken if "hopper" in call.name else right)(call))
+    case = FEATURES["causal, bfloat16"]()
+    with pytest.warns(KernelWarning, match="wgmma.*Failed to compile kernel") as warned:
+        check(case, *attend(case))
+        check(case, *attend(case))
+    assert len(warned) == 1
+    assert set(kernels(model)) == {"forward"}
 
 
 @pytest.mark.parametrize("run,what", [(broken, "Failed to compile kernel"), (wrong, "its answer is wrong")])

@@ -19,7 +19,7 @@ from ...errors import KernelWarning
 from ..interface import KernelInputs, OutputSpec
 from ..reference import ReferenceKernel
 
-MOST_QUERIES = 72  # of a test: more rows than any tile has
+MOST_QUERIES = 72  # of a test: more rows than a warpgroup or a tile of Metal has
 MOST_KEYS = 40  # of a test: the last tile of keys is not whole
 TOLERANCE = 0.05  # of the largest value: a test finds wrong results, not inexact ones
 
@@ -65,7 +65,13 @@ class SelfTest:
         self.verdicts: dict[str, bool] = {}
 
     def ensure(
-        self, attend: Attend, inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str
+        self,
+        attend: Attend,
+        inputs: KernelInputs,
+        state: State | None,
+        output: OutputSpec | None,
+        *details: str,
+        keys: int = MOST_KEYS,
     ) -> None:
         """Test `attend` once on a few tokens that need the same kernels as `inputs`.
 
@@ -75,13 +81,14 @@ class SelfTest:
             state: The state of that call.
             output: The output of that call.
             *details: Further properties that distinguish the kernels.
+            keys: The largest number of keys of the test.
 
         Raises:
             UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first
                 time, a warning is given too.
         """
         name = ", ".join([variant(inputs, state, output), *details])
-        if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs), state is not None, output)):
+        if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs, keys), state is not None, output)):
             raise UnusableError(name)
 
     def ensure_gradient(self, gradient: Gradient, inputs: KernelInputs) -> None:
@@ -165,10 +172,10 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _trial_inputs(inputs: KernelInputs) -> KernelInputs:
+def _trial_inputs(inputs: KernelInputs, keys: int = MOST_KEYS) -> KernelInputs:
     """Make small inputs of random numbers with the features of `inputs`."""
     r = np.random.default_rng(0)
-    group, q_len, k_len = inputs.group, min(inputs.rows[2], MOST_QUERIES), min(inputs.k.shape[2], MOST_KEYS)
+    group, q_len, k_len = inputs.group, min(inputs.rows[2], MOST_QUERIES), min(inputs.k.shape[2], keys)
 
     def normal(like: mx.array, heads: int, tokens: int) -> mx.array:
         return mx.array(r.standard_normal((1, heads, tokens, like.shape[3])), mx.float32).astype(like.dtype)
