@@ -8,16 +8,22 @@ import mlx.core as mx
 
 from . import launch
 
+HOPPER = (9, 0)  # the compute capability whose matrix units multiply by wgmma
 LEAST_SHARED_BYTES = 101_376  # that a block can have on every GPU of compute capability 8.0 and later
 # The CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHARED_BYTES = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448, (11, 0): 232_448}
 
 
 @cache
+def capability() -> tuple[int, int]:
+    """The compute capability of this machine's GPU; ``(0, 0)`` without one."""
+    if not launch.gpu():
+        return 0, 0
+    info = mx.device_info(mx.gpu)
+    return int(info.get("compute_capability_major", 0)), int(info.get("compute_capability_minor", 0))
+
+
+@cache
 def shared_bytes() -> int:
     """Bytes of shared memory that a block can have on this machine's GPU."""
-    if not launch.gpu():
-        return LEAST_SHARED_BYTES
-    info = mx.device_info(mx.gpu)
-    capability = (int(info.get("compute_capability_major", 0)), int(info.get("compute_capability_minor", 0)))
-    return SHARED_BYTES.get(capability, LEAST_SHARED_BYTES)
+    return SHARED_BYTES.get(capability(), LEAST_SHARED_BYTES)

@@ -8,6 +8,7 @@ constexpr int BD = RA_BD, BV = RA_BV; // padded head dims
 constexpr int THREADS = 32 * RA_WARPS;
 constexpr int PART = 16 / sizeof(RA_T); // numbers of 16 bytes
 constexpr int LDK = BD + PART, LDV = BV + PART;
+constexpr int SWIZZLED = 0; // in the place of a row's length: see `place`
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 #define RA_INFINITY __int_as_float(0x7f800000)
@@ -15,6 +16,17 @@ constexpr int LEAST_INT = -2147483647 - 1, MOST_INT = 2147483647;
 
 RA_FUNC unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+
+// Where a number of a tile of COUNT rows is: in rows of LD numbers, or, if SWIZZLED, in panels of 64 columns of two bytes.
+// There the 16-byte parts of a row are exchanged by the low bits of its number, so that 8 rows at one column lie in
+// different banks.
+template <int COUNT, int LD>
+RA_FUNC int place(int row, int column) {
+  if constexpr (LD == SWIZZLED) {
+    return (column / 64 * COUNT + row) * 64 + (column / 8 % 8 ^ row % 8) * 8 + column % 8;
+  }
+  return row * LD + column;
 }
 
 // Copy 16 bytes, or write zeros, while the thread goes on.
@@ -50,30 +62,30 @@ RA_FUNC bool in_parts(const void* start, const Shape& shape, const Strides& stri
   return found;
 }
 
-// Load `COUNT` rows of `dims` numbers, zeros after the first `here` rows and after a row's end.
-template <int COUNT, int WIDTH, int LD>
-RA_FUNC void load(RA_T* to, const RA_T* from, long long row, long long stride, int dims, int here, bool parts) {
-  constexpr int PARTS = WIDTH / PART, STEP = THREADS / PARTS; // of a row, and rows that are loaded at a time
-  if (parts && THREADS % PARTS == 0) {
-    const int first = threadIdx.x / PARTS, d = threadIdx.x % PARTS * PART, left = d < dims ? here - first : 0;
-    from += first * row + d;
-    to += first * LD + d;
+// Load `COUNT` rows of `dims` numbers by `BY` threads, zeros after the first `here` rows and after a row's end.
+template <int COUNT, int WIDTH, int LD, int BY = THREADS>
+RA_FUNC void load(RA_T* to, const RA_T* from, long long row, long long stride, int dims, int here, bool parts,
+                  int thread = threadIdx.x) {
+  constexpr int PARTS = WIDTH / PART, STEP = BY / PARTS; // of a row, and rows that are loaded at a time
+  if (parts && BY % PARTS == 0) {
+    const int first = thread / PARTS, d = thread % PARTS * PART, left = d < dims ? here - first : 0;
+    const RA_T* x = from + first * row + d;
     RA_UNROLL
-    for (int r = 0; r < COUNT; r += STEP) {
+    for (int r = 0; r < COUNT; r += STEP, x += STEP * row) {
       if (COUNT % STEP == 0 || first + r < COUNT) {
-        copy_async(to + r * LD, r < left ? from + r * row : from, r < left);
+        copy_async(to + place<COUNT, LD>(first + r, d), r < left ? x : from, r < left);
       }
     }
   } else if (parts) {
-    for (int i = threadIdx.x; i < COUNT * PARTS; i += THREADS) {
+    for (int i = thread; i < COUNT * PARTS; i += BY) {
       const int r = i / PARTS, d = i % PARTS * PART;
       const bool there = r < here && d < dims;
-      copy_async(to + r * LD + d, there ? from + r * row + d : from, there);
+      copy_async(to + place<COUNT, LD>(r, d), there ? from + r * row + d : from, there);
     }
   } else {
-    for (int i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
+    for (int i = thread; i < COUNT * WIDTH; i += BY) {
       const int r = i / WIDTH, d = i % WIDTH;
-      to[r * LD + d] = r < here && d < dims ? from[r * row + d * stride] : RA_T(0.0f);
+      to[place<COUNT, LD>(r, d)] = r < here && d < dims ? from[r * row + d * stride] : RA_T(0.0f);
     }
   }
 }
@@ -89,15 +101,18 @@ RA_FUNC float quad_sum(float x) {
 }
 
 // Store two neighbours of a row with DIMS numbers, of which the next `dims` belong to it.
-template <int DIMS>
-RA_FUNC void store_two(float* to, const float* two, int dims) {
+template <int DIMS, typename T>
+RA_FUNC void store_two(T* to, const float* two, int dims) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
   if constexpr (DIMS % 2 == 0) {
     if (dims > 0) {
-      *reinterpret_cast<float2*>(to) = make_float2(two[0], two[1]);
+      *reinterpret_cast<Pair*>(to) = Pair{T(two[0]), T(two[1])};
     }
   } else {
     for (int i = 0; i < min(dims, 2); i++) {
-      to[i] = two[i];
+      to[i] = T(two[i]);
     }
   }
 }
