@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 
 import ringattn as ra
-from ringattn.cuda import KernelCall, dispatch, launch
+from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch
+from ringattn.cuda.device import HOPPER
 from ringattn.cuda.source import KERNELS, TYPES
 
 NVCC = shutil.which("nvcc")
@@ -58,12 +59,17 @@ VARIANTS: dict[str, Callable[[], object]] = {
     ),
     "gradient, bfloat16, 256, additive mask": lambda: gradient(mx.bfloat16, 256, mask=mx.zeros((90, 90), mx.bfloat16)),
     "gradient, float32, 128, causal": lambda: gradient(mx.float32, 128, mask="causal"),
+    "gradient by wgmma, bfloat16, 128, causal": lambda: gradient(mx.bfloat16, 128, mask="causal"),
+    "gradient by wgmma, float16, 80 and 33, everything": lambda: gradient(
+        mx.float16, 80, 33, mask=mx.ones((90, 90), mx.bool_), **EVERYTHING
+    ),
+    "gradient by wgmma, bfloat16, 64, additive mask": lambda: gradient(mx.bfloat16, 64, mask=mx.zeros((90, 90))),
     "float16, 80 and 32, keys split": lambda: attend(mx.float16, 80, 32, 1, 2048, sinks=mx.zeros(4)),
 }
 
 
-def calls_of(monkeypatch, run: Callable[[], object]) -> list[KernelCall]:
-    """The kernel calls that `run` makes; their outputs are zeros."""
+def calls_of(monkeypatch, name: str) -> list[KernelCall]:
+    """The kernel calls of a variant; their outputs are zeros."""
     calls: list[KernelCall] = []
 
     def zeros(call: KernelCall) -> list[mx.array]:
@@ -72,7 +78,8 @@ def calls_of(monkeypatch, run: Callable[[], object]) -> list[KernelCall]:
 
     with monkeypatch.context() as patch:
         patch.setattr(launch.launcher, "executor", zeros)
-        mx.eval(run())
+        patch.setattr(gradient_plans, "capability", lambda: HOPPER if "wgmma" in name else (8, 0))
+        mx.eval(VARIANTS[name]())
     return calls
 
 
@@ -92,10 +99,10 @@ def program(call: KernelCall) -> str:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_switch_is_defined_and_braces_match(monkeypatch, name: str) -> None:
-    for call in calls_of(monkeypatch, VARIANTS[name]):
+    for call in calls_of(monkeypatch, name):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", call.header + call.source)
         defined = set(re.findall(r"#define (RA_\w+)", text))
-        assert set(re.findall(r"\bRA_\w+", text)) <= defined
+        assert set(re.findall(r"\bRA_\w+\b(?!##)", text)) <= defined
         for pair in ("{}", "()", "[]"):
             assert text.count(pair[0]) == text.count(pair[1])
         assert all(re.search(rf"\b{name}\b", call.source) for name in call.output_names)
@@ -115,9 +122,11 @@ def test_no_kernel_has_atomics() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kernel_compiles(monkeypatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setattr(dispatch, "LEAST_KEYS", 512)
-    for i, call in enumerate(calls_of(monkeypatch, VARIANTS[name])):
+    for i, call in enumerate(calls_of(monkeypatch, name)):
         source = tmp_path / f"{i}.cu"
         source.write_text(program(call))
-        command = [NVCC, "-cubin", "-std=c++17", "-arch=sm_80", "-diag-suppress", "177", "-o", f"{source}.cubin"]
+        target = "90a" if "wgmma" in call.header else "80"
+        target = f"-gencode=arch=compute_{target},code=sm_{target}"
+        command = [NVCC, "-cubin", "-std=c++17", target, "-diag-suppress", "177", "-o", f"{source}.cubin"]
         done = subprocess.run([*command, str(source)], capture_output=True, text=True)
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[:2000]

@@ -27,26 +27,22 @@ RA_FUNC bool is_odd(RA_T x) {
 }
 
 // Add NaN and infinity to the sums of the rows that see them, by the bits of `seen`.
-template <int BK, int LD, int F, int W, int WORDS>
-RA_FUNC void add_odd_values(float (&acc)[F][W][4], const unsigned (&seen)[F][WORDS], const RA_T* v) {
+template <int BK, int F, int W>
+RA_FUNC void add_odd_values(float (&acc)[F][W][4], const unsigned (&seen)[F], const RA_T* v) {
   constexpr int ROWS = 2 * F;
   const int lane = threadIdx.x % 32, first = lane & ~3;
+  v += lane % 4 * 2;
 #pragma unroll 1
   for (int key = 0; key < BK; key++) {
     bool sees[ROWS];
     RA_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      unsigned bits = 0;
-      RA_UNROLL
-      for (int i = 0; i < WORDS; i++) {
-        const unsigned word = __shfl_sync(ALL_LANES, seen[r / 2][i], first + key % 8 / 2);
-        bits |= key / 64 == i ? word : 0;
-      }
-      sees[r] = bits >> (key / 8 % 8 * 4 + r % 2 * 2 + key % 2) & 1;
+      const unsigned bits = __shfl_sync(ALL_LANES, seen[r / 2], first + key % 8 / 2);
+      sees[r] = bits >> (key / 8 * 4 + r % 2 * 2 + key % 2) & 1;
     }
     RA_UNROLL
     for (int i = 0; i < 2 * W; i++) { // two neighbours of each 8 dims
-      const RA_T value = v[place<BK, LD>(key, i / 2 * 8 + lane % 4 * 2 + i % 2)];
+      const RA_T value = v[key * LDV + i / 2 * 8 + i % 2];
       RA_UNROLL
       for (int r = 0; r < ROWS; r++) {
         acc[r / 2][i / 2][r % 2 * 2 + i % 2] += sees[r] && is_odd(value) ? float(value) : 0.0f;
@@ -59,7 +55,7 @@ RA_FUNC void add_odd_values(float (&acc)[F][W][4], const unsigned (&seen)[F][WOR
 template <int COUNT, int WIDTH, int LD>
 RA_FUNC void clear_odd(RA_T* v) {
   for (int i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
-    RA_T& x = v[place<COUNT, LD>(i / WIDTH, i % WIDTH)];
+    RA_T& x = v[i / WIDTH * LD + i % WIDTH];
     x = is_odd(x) ? RA_T(0.0f) : x;
   }
 }
