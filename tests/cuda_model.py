@@ -124,30 +124,68 @@ def _output(call: KernelCall, buffers: dict[str, np.ndarray], state: list[np.nda
     return [out, lse] if "lse" in call.output_names else [out]
 
 
-def _backward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Compute what each block leaves, key tile by key tile, as the kernel's blocks do."""
-    d, q, k, v = defines(call), *(buffers[name] for name in ("queries", "keys", "values"))
-    (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
-    KEYS, QUERIES, splits = 16 * d["WARPS"] // d["HALVES"], d["QUERIES"], len(buffers["blocks"])
-    assert call.grid == (splits * call.threadgroup[0], heads, batch) and -(-q_len // QUERIES) <= QUERY_TILES
-    assert sorted(i for i in buffers["blocks"].flat if i >= 0) == list(range(-(-k_len // KEYS)))
-    assert all(np.all(np.diff(row < 0) >= 0) for row in buffers["blocks"]), "-1 only at the end"
-    k, v = (np.repeat(x, heads // k.shape[1], 1) for x in (k, v))
-    seen, scores = _scores(d, buffers, q, k)
+def _expanded(buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Keys and values, repeated for each query head."""
+    heads = buffers["queries"].shape[1]
+    return [np.repeat(buffers[name], heads // buffers[name].shape[1], 1) for name in ("keys", "values")]
+
+
+def _derivatives(d: dict[str, int], buffers: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Which pairs are visible, p, ds and the derivative by the product of query and key, ``[B, Hq, Lq, Lk]``."""
+    k, v = _expanded(buffers)
+    seen, scores = _scores(d, buffers, buffers["queries"], k)
     cap = buffers["numbers"][1]
     slope = 1 - (scores / cap) ** 2 if d["SOFTCAP"] else np.ones(scores.shape)
     weights = np.where(seen, np.exp(np.where(seen, scores, 0) - buffers["lse"][..., None]), 0)
     ds = weights * (buffers["dout"] @ v.swapaxes(-1, -2) - buffers["delta"][..., None])
-    by_product = ds * slope
+    return seen, weights, ds, ds * slope
+
+
+def _check_reach(d: dict[str, int], seen: np.ndarray, reach: np.ndarray) -> None:
+    """Check the tiles of some keys: `seen` ``[B, Hq, Lq, keys]``, and the first and last query of `reach`."""
+    first, full_first, full_last, last = reach
+    assert not seen[:, :, :first].any() and not seen[:, :, last:].any()
+    if not any(d[name] for name in ("MASK", "SEGMENTS")):
+        assert seen[:, :, full_first:full_last].all()
+
+
+def _backward_hopper(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Compute what the blocks that hold keys leave, or those that hold queries."""
+    d, q, k = defines(call), buffers["queries"], buffers["keys"]
+    (batch, heads), (kv_heads, k_len) = q.shape[:2], k.shape[1:3]
+    seen, weights, ds, by_product = _derivatives(d, buffers)
+    HELD, sides = 16 * d["WARPS"], seen if d["OF_KEYS"] else seen.swapaxes(-1, -2)
+    tiles = -(-sides.shape[3] // HELD)
+    assert sorted(buffers["order"][:tiles]) == list(range(tiles)) == list(range(len(buffers["reach"])))
+    for tile, reach in enumerate(buffers["reach"]):
+        _check_reach(d, sides[..., tile * HELD : (tile + 1) * HELD], reach * d["PASSING"])
+    left = call.grid[1]
+    assert call.grid == (tiles * call.threadgroup[0], left, batch) and left in (
+        (heads, kv_heads) if d["OF_KEYS"] else (heads,)
+    )
+    if d["OF_KEYS"]:
+        found = [by_product.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ buffers["dout"]]
+        return [x.reshape(batch, left, heads // left, k_len, -1).sum(2) for x in found]
+    dq = buffers["sums"] + buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
+    return [dq, ds] if d["MASK"] == 2 else [dq]
+
+
+def _backward(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Compute what each block leaves, key tile by key tile, as the kernel's blocks do."""
+    d, q = defines(call), buffers["queries"]
+    (batch, heads, q_len, _), k_len = q.shape, buffers["keys"].shape[2]
+    KEYS, QUERIES, splits = 16 * d["WARPS"] // d["HALVES"], d["QUERIES"], len(buffers["blocks"])
+    assert call.grid == (splits * call.threadgroup[0], heads, batch) and -(-q_len // QUERIES) <= QUERY_TILES
+    assert sorted(i for i in buffers["blocks"].flat if i >= 0) == list(range(-(-k_len // KEYS)))
+    assert all(np.all(np.diff(row < 0) >= 0) for row in buffers["blocks"]), "-1 only at the end"
+    k, _ = _expanded(buffers)
+    seen, weights, ds, by_product = _derivatives(d, buffers)
     dq = np.zeros((splits, *q.shape))
     for split, tiles in enumerate(buffers["blocks"]):
         for tile in tiles[tiles >= 0]:
             keys = slice(tile * KEYS, (tile + 1) * KEYS)
             dq[split] += by_product[..., keys] @ k[:, :, keys]
-            first, full_first, full_last, last = buffers["reach"][tile] * QUERIES
-            assert not seen[:, :, :first, keys].any() and not seen[:, :, last:, keys].any()
-            if not any(d[name] for name in ("MASK", "SEGMENTS")):
-                assert seen[:, :, full_first:full_last, keys].all()
+            _check_reach(d, seen[..., keys], buffers["reach"][tile] * QUERIES)
     found = [
         _by_lanes(d, dq).reshape(splits, -1),
         by_product.swapaxes(-1, -2) @ q,
@@ -201,4 +239,10 @@ def _rows(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [np.where(empty, np.inf, lse), np.where(empty, 0, (out * dout).sum(-1) - dlse)]
 
 
-GRADIENT = {"backward": _backward, "collect": _collect, "collect_queries": _collect_queries, "rows": _rows}
+GRADIENT = {
+    "backward": _backward,
+    "backward_hopper": _backward_hopper,
+    "collect": _collect,
+    "collect_queries": _collect_queries,
+    "rows": _rows,
+}

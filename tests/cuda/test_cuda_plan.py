@@ -12,13 +12,17 @@ import pytest
 
 import ringattn as ra
 from ringattn import backends
-from ringattn.cuda import dispatch, gradient, launch, set_executor
+from ringattn.core.masks import Band
+from ringattn.core.rules import ScoreRules
+from ringattn.cuda import dispatch, gradient, gradient_plans, launch, set_executor
 from ringattn.cuda.backward import deal
+from ringattn.cuda.backward_hopper import MOST_HOPPER_DIMS, HopperGradientTiling
 from ringattn.cuda.device import HOPPER, LEAST_SHARED_BYTES, SHARED_BYTES
 from ringattn.cuda.gradient_tiling import GradientTiling
 from ringattn.cuda.hopper_tiling import REGISTERS, HopperTiling
 from ringattn.cuda.tiling import Tiling
 from ringattn.errors import ArgumentError, ArgumentTypeError, KernelWarning
+from ringattn.kernels.interface import KernelInputs
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, check, random_case
 
@@ -132,12 +136,59 @@ def test_the_gradient_of_random_problems(seed: int) -> None:
     gradients(random_case(seed))
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(gradient_plans, "capability", lambda: HOPPER)
+
+
+def in_half(case: Case) -> Case:
+    return case if case.q.dtype.size == 2 else replace(case, **{n: getattr(case, n).astype(mx.bfloat16) for n in "qkv"})
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_gradient_of_every_feature_by_wgmma(feature: str, model, hopper) -> None:
+    gradients(in_half(FEATURES[feature]()))
+    assert [call.name.split("_")[2] for call in model] == ["forward", "rows", *["backward"] * 2, *["collect"] * 2]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_gradient_of_random_problems_by_wgmma(seed: int, hopper) -> None:
+    gradients(in_half(random_case(seed)))
+
+
+@pytest.mark.parametrize("seed", range(0, 30, 3))
+def test_a_gradient_by_wgmma_in_several_calls(seed: int, model, hopper, monkeypatch) -> None:
+    monkeypatch.setattr(gradient_plans, "WORKSPACE", 1 << 14)
+    monkeypatch.setattr(gradient_plans, "SCORES", 1 << 12)
+    gradients(in_half(random_case(seed, q_len=150, k_len=300)))
+    assert sum("hopper" in call.name for call in model) > 2
+
+
+@pytest.mark.parametrize("tokens,heads", [(1000, 4), (40_000, 2)])
+def test_the_heads_of_a_group_are_added_up_where_blocks_are_many(tokens: int, heads: int, hopper) -> None:
+    q, k = (mx.zeros((1, n, tokens, 64), mx.bfloat16) for n in (4, 2))
+    at = np.arange(tokens, dtype=np.int32)
+    plan = gradient_plans.HopperPlan.of(KernelInputs(q, k, k, at, at, ScoreRules(1.0, Band())))
+    assert plan.heads == heads
+
+
+def test_the_gradient_by_wgmma_takes_half_precision_and_few_dims(hopper) -> None:
+    for dtype, dims, expected in (
+        (mx.bfloat16, 128, gradient_plans.HopperPlan),
+        (mx.float16, 136, gradient_plans.FusedPlan),
+        (mx.float32, 64, gradient_plans.FusedPlan),
+    ):
+        x = mx.zeros((1, 1, 8, dims), dtype)
+        at = np.arange(8, dtype=np.int32)
+        assert gradient_plans.plans(KernelInputs(x, x, x, at, at, ScoreRules(1.0, Band())))[0] is expected
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_gradient_in_several_calls(feature: str, model, monkeypatch) -> None:
-    monkeypatch.setattr(gradient, "WORKSPACE", 1 << 17)
-    monkeypatch.setattr(gradient, "SCORES", 1 << 12)
-    monkeypatch.setattr(gradient, "QUERY_TILES", 1)
-    monkeypatch.setattr(gradient, "shared_bytes", lambda: LEAST_SHARED_BYTES)
+    monkeypatch.setattr(gradient_plans, "WORKSPACE", 1 << 17)
+    monkeypatch.setattr(gradient_plans, "SCORES", 1 << 12)
+    monkeypatch.setattr(gradient_plans, "QUERY_TILES", 1)
+    monkeypatch.setattr(gradient_plans, "shared_bytes", lambda: LEAST_SHARED_BYTES)
     gradients(FEATURES[feature]())
     assert sum(call.name.split("_")[2] == "backward" for call in model) > 1
 
@@ -177,6 +228,20 @@ def test_every_tile_of_the_gradient_fits_on_every_gpu(shared: int) -> None:
         assert tiling.QUERIES % (16 * tiling.fragments) == 0
         assert tiling.warps % (tiling.QUERIES // (16 * tiling.fragments)) == 0, "warps share dq"
         assert (tiling.BD + tiling.BV) // tiling.halves // 2 <= 128, "the sums of dk and dv stay in registers"
+
+
+@pytest.mark.parametrize("softcap", (None, 5.0))
+def test_every_tile_of_the_gradient_by_wgmma_fits(softcap: float | None) -> None:
+    for dim, v_dim, of_keys in itertools.product((8, 64, 80, 128), (8, 33, 128), (True, False)):
+        assert max(dim, v_dim) <= MOST_HOPPER_DIMS
+        q, v = (mx.zeros((1, 1, 8, n), mx.bfloat16) for n in (dim, v_dim))
+        at = np.arange(8, dtype=np.int32)
+        tiling = HopperGradientTiling.of(KernelInputs(q, q, v, at, at, ScoreRules(1.0, Band(), softcap)), of_keys)
+        assert tiling.shared_memory <= SHARED_BYTES[HOPPER] and tiling.stages >= 3
+        assert dim <= tiling.BD and v_dim <= tiling.BV and tiling.PASSING % 16 == tiling.threads % 128 == 0
+        sums = tiling.BD // 2 + (tiling.BV // 2 if of_keys else 0)
+        scores = tiling.PASSING * (2 if softcap is None else 3) // 2
+        assert sums + scores <= 200, "sums and scores stay in registers"
 
 
 def test_key_tiles_are_dealt_evenly() -> None:
@@ -261,7 +326,7 @@ def test_the_gradient_stays_lazy_and_works_in_mx_compile(monkeypatch) -> None:
         return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
 
     monkeypatch.setattr(launch.launcher, "executor", zeros)
-    monkeypatch.setattr(gradient, "WORKSPACE", 1 << 17)  # several calls
+    monkeypatch.setattr(gradient_plans, "WORKSPACE", 1 << 17)  # several calls
     x = mx.ones((1, 2, 300, 64))
     found = mx.compile(mx.grad(lambda q: ra.attention(q, q, q, mask="causal", backend="cuda").sum()))(x)
     assert mx.array_equal(found, mx.zeros(x.shape))
@@ -294,6 +359,21 @@ def test_a_kernel_by_wgmma_that_does_not_work_leaves_the_other(
         check(case, *attend(case))
     assert len(warned) == 1
     assert set(kernels(model)) == {"forward"}
+
+
+def test_a_gradient_by_wgmma_that_does_not_work_leaves_the_other_kernel(
+    as_on_a_gpu, hopper, model, monkeypatch
+) -> None:
+    def run(call):
+        return broken(call) if "hopper" in call.name else gradient_model(call)
+
+    gradient_model = launch.launcher.executor
+    monkeypatch.setattr(launch.launcher, "executor", run)
+    with pytest.warns(KernelWarning, match="wgmma.*Failed to compile kernel") as warned:
+        gradients(in_half(FEATURES["causal"]()))
+        gradients(in_half(FEATURES["causal"]()))
+    assert len(warned) == 1
+    assert any(call.name.startswith("ringattn_cuda_backward_") for call in model)
 
 
 @pytest.mark.parametrize("run,what", [(broken, "Failed to compile kernel"), (wrong, "its answer is wrong")])

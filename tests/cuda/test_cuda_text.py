@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 import ringattn as ra
-from ringattn.cuda import KernelCall, dispatch, launch
+from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch
 from ringattn.cuda.device import HOPPER
 from ringattn.cuda.source import KERNELS, TYPES
 
@@ -66,6 +66,11 @@ VARIANTS: dict[str, Callable[[], object]] = {
     ),
     "wgmma, float16, 64, many rows": lambda: attend(mx.float16, 64, None, 7000, 7000),
     "wgmma, bfloat16, 72 and 33, keys split": lambda: attend(mx.bfloat16, 72, 33, 90, 2048),
+    "gradient by wgmma, bfloat16, 128, causal": lambda: gradient(mx.bfloat16, 128, mask="causal"),
+    "gradient by wgmma, float16, 80 and 33, everything": lambda: gradient(
+        mx.float16, 80, 33, mask=mx.ones((90, 90), mx.bool_), **EVERYTHING
+    ),
+    "gradient by wgmma, bfloat16, 64, additive mask": lambda: gradient(mx.bfloat16, 64, mask=mx.zeros((90, 90))),
     "float16, 80 and 32, keys split": lambda: attend(mx.float16, 80, 32, 1, 2048, sinks=mx.zeros(4)),
 }
 
@@ -81,6 +86,7 @@ def calls_of(monkeypatch, name: str) -> list[KernelCall]:
     with monkeypatch.context() as patch:
         patch.setattr(launch.launcher, "executor", zeros)
         patch.setattr(dispatch, "capability", lambda: HOPPER if "wgmma" in name else (8, 0))
+        patch.setattr(gradient_plans, "capability", lambda: HOPPER if "wgmma" in name else (8, 0))
         mx.eval(VARIANTS[name]())
     return calls
 
@@ -103,7 +109,7 @@ def test_every_switch_is_defined_and_braces_match(monkeypatch, name: str) -> Non
     for call in calls_of(monkeypatch, name):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", call.header + call.source)
         defined = set(re.findall(r"#define (RA_\w+)", text))
-        assert set(re.findall(r"\bRA_\w+", text)) <= defined
+        assert set(re.findall(r"\bRA_\w+\b(?!##)", text)) <= defined
         for pair in ("{}", "()", "[]"):
             assert text.count(pair[0]) == text.count(pair[1])
         assert all(re.search(rf"\b{name}\b", call.source) for name in call.output_names)

@@ -113,7 +113,7 @@
     const bool odd_block = __syncthreads_or(finds_odd<KEYS, BD, LDK>(k_tile));
     if (odd_block) { // such keys are zeros in the products, and NaN in the scores of those who see them
       if (threadIdx.x < KEYS) {
-        odd_keys[threadIdx.x] = clear_odd_row<BD>(k_tile + threadIdx.x * LDK);
+        odd_keys[threadIdx.x] = clear_odd_row<KEYS, BD, LDK>(k_tile, threadIdx.x);
       }
       __syncthreads();
     }
@@ -144,7 +144,7 @@
       settled = before;
       if (!full && __syncthreads_or(finds_odd<QUERIES, BD, LDK>(q_tile) | finds_odd<QUERIES, BV, LDV>(dout_tile))) {
         for (int r = threadIdx.x; r < QUERIES; r += THREADS) {
-          const bool odd = clear_odd_row<BD>(q_tile + r * LDK) | clear_odd_row<BV>(dout_tile + r * LDV);
+          const bool odd = clear_odd_row<QUERIES, BD, LDK>(q_tile, r) | clear_odd_row<QUERIES, BV, LDV>(dout_tile, r);
           saved_lse[r] = odd && saved_lse[r] != RA_INFINITY ? RA_NAN : saved_lse[r];
         }
         __syncthreads();

@@ -139,7 +139,5 @@ RA_FUNC float2 load_pair(const RA_T* from) {
 // exp(score * factor - top), 0 where the score is -inf. log2(e) is folded into both: the rounding of that is far below
 // the rounding of the result to the dtype of the values.
 RA_FUNC float tile_weight(float score, float top, float factor) {
-  float result, power = fmaf(score, factor * RA_LOG2E, top == -RA_INFINITY ? 0.0f : -RA_LOG2E * top);
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
-  return result;
+  return power_of_2(fmaf(score, factor * RA_LOG2E, top == -RA_INFINITY ? 0.0f : -RA_LOG2E * top));
 }

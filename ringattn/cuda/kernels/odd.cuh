@@ -64,13 +64,14 @@ RA_FUNC void clear_odd(RA_T* v) {
   }
 }
 
-// Put zeros in the place of NaN and infinity in a row, and return whether there were any.
-template <int WIDTH>
-RA_FUNC bool clear_odd_row(RA_T* row) {
+// Put zeros in the place of NaN and infinity in a row of a tile, and return whether there were any.
+template <int COUNT, int WIDTH, int LD>
+RA_FUNC bool clear_odd_row(RA_T* tile, int row) {
   bool odd = false;
   for (int d = 0; d < WIDTH; d++) {
-    if (is_odd(row[d])) {
-      row[d] = RA_T(0.0f);
+    RA_T& x = tile[place<COUNT, LD>(row, d)];
+    if (is_odd(x)) {
+      x = RA_T(0.0f);
       odd = true;
     }
   }

@@ -91,14 +91,19 @@ class SelfTest:
         if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs, keys), state is not None, output)):
             raise UnusableError(name)
 
-    def ensure_gradient(self, gradient: Gradient, inputs: KernelInputs) -> None:
+    def ensure_gradient(self, gradient: Gradient, inputs: KernelInputs, *details: str) -> None:
         """Test `gradient` once on a few tokens that need the same kernels as `inputs`.
+
+        Args:
+            gradient: Adds the gradients of `inputs` and of their rows to sums.
+            inputs: The inputs of the call that needs the kernels.
+            *details: Further properties that distinguish the kernels.
 
         Raises:
             UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first
                 time, a warning is given too.
         """
-        name = f"the gradient, {variant(inputs, None, None)}"
+        name = ", ".join([f"the gradient, {variant(inputs, None, None)}", *details])
         if not self.works(name, lambda: _gradient_trial_error(gradient, _trial_inputs(inputs))):
             raise UnusableError(name)
 

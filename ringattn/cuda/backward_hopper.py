@@ -1,0 +1,159 @@
+"""The gradient kernel for compute capability 9.0: a problem turned into its two calls, and their tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.gradients import Rows
+from ..kernels.gpu.buffers import rule_buffers, rule_switches
+from ..kernels.gpu.key_tiles import key_tile_ranges
+from ..kernels.interface import KernelInputs
+from . import source
+from .calls import kernel_call, on_gpu
+from .launch import KernelCall
+from .tiling import FRAGMENT, WARP
+
+MOST_HOPPER_DIMS = 128  # of heads: the sums of dk and dv stay in registers
+PANEL = 64  # dims in 128 bytes
+
+
+@dataclass(frozen=True)
+class HopperGradientTiling:
+    """The tiles of one thread block; names in capitals are those in the kernel.
+
+    Attributes:
+        of_keys: Whether the block holds keys, and queries pass; else it holds queries.
+        PASSING: Tokens in a tile that passes.
+        BD: head_dim, padded to whole fragments.
+        BV: The values' head_dim, padded likewise.
+        warps: Warps of a block.
+        stages: Tiles that pass, in shared memory at a time.
+    """
+
+    of_keys: bool
+    PASSING: int
+    BD: int
+    BV: int
+    warps: int = 8
+    stages: int = 4
+
+    @classmethod
+    def of(cls, inputs: KernelInputs, of_keys: bool) -> HopperGradientTiling:
+        """The tiles for some inputs: as many passing tokens as leave all scores and sums in registers."""
+        BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
+        passing = 64 if of_keys or max(BD, BV) > 64 else 128
+        return cls(of_keys, passing // 2 if inputs.rules.softcap is not None else passing, BD, BV)
+
+    @property
+    def HELD(self) -> int:  # noqa: N802
+        """Tokens that a block holds."""
+        return FRAGMENT * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of the held tile, and of each stage: a tile, lse and delta, and two barriers; a note for each token."""
+        width = sum(-(-dims // PANEL) * PANEL for dims in (self.BD, self.BV))
+        stage = self.PASSING * (2 * width + 2 * 4 + 1) + 2 * 8
+        return self.HELD * (2 * width + 1) + self.stages * stage
+
+    def tile(self, of_keys: bool) -> int:
+        """Keys, or queries, in a tile."""
+        return self.HELD if of_keys == self.of_keys else self.PASSING
+
+
+def passing_tile_ranges(inputs: KernelInputs, tiling: HopperGradientTiling) -> np.ndarray:
+    """The passing tiles of each held tile, int32 ``[held tiles, 4]``: first, full first, full last, last."""
+    band, held, passing = inputs.rules.band, inputs.q_pos, inputs.k_pos
+    if tiling.of_keys:
+        band, held, passing = band.transposed, passing, held
+    return key_tile_ranges(band, held, passing, tiling.HELD, 1, tiling.PASSING)
+
+
+def held_keys_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTiling, heads: int) -> KernelCall:
+    """The call of `backward_hopper.cu` whose blocks hold keys.
+
+    Its outputs are float32: dk ``[B, heads, Lk, D]``, without the factor `scale`, and dv ``[B, heads, Lk, Dv]``, to be
+    added up over what each key head has of `heads`.
+
+    Args:
+        inputs: `whole` inputs with at least one query and one key.
+        rows: Their rows; dout in the dtype of q, lse and delta contiguous.
+        tiling: Their tiling.
+        heads: The number of heads of q, or of k.
+    """
+    shape = inputs.k.shape[0], heads, inputs.k.shape[2]
+    dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
+    return _call(inputs, rows, tiling, heads, {}, {name: (*shape, width) for name, width in dims.items()})
+
+
+def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTiling, sums: mx.array) -> KernelCall:
+    """The call of `backward_hopper.cu` whose blocks hold queries; arguments as above.
+
+    Its outputs are float32: `sums` ``[B, Hq, Lq, D]`` plus dq, and with an additive mask its gradient
+    ``[B, Hq, Lq, Lk]``.
+    """
+    outputs: dict[str, tuple[int, ...]] = {"dq": sums.shape}
+    if inputs.rules.mask is not None and inputs.rules.mask.dtype != mx.bool_:
+        outputs["dmask"] = (*inputs.rows, inputs.k.shape[2])
+    return _call(inputs, rows, tiling, inputs.rows[1], {"sums": sums}, outputs)
+
+
+def _call(
+    inputs: KernelInputs,
+    rows: Rows,
+    tiling: HopperGradientTiling,
+    heads: int,
+    more: dict[str, mx.array],
+    outputs: dict[str, tuple[int, ...]],
+) -> KernelCall:
+    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    reach = passing_tile_ranges(inputs, tiling)
+    buffers = {
+        "queries": mx.contiguous(q),
+        "keys": mx.contiguous(k),
+        "values": mx.contiguous(v),
+        "dout": mx.contiguous(rows.dout),
+        "lse": rows.lse,
+        "delta": rows.delta,
+        "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
+        "reach": on_gpu(reach),
+        "order": on_gpu(np.argsort(reach[:, 0] - reach[:, 3], kind="stable").astype(np.int32)),  # the longest first
+        **rule_buffers(inputs, (tiling.tile(False), tiling.tile(True)), 1, -(-inputs.rows[2] // tiling.tile(False))),
+        **more,
+    }
+    defines: dict[str, int | str] = {
+        "T": source.TYPES[q.dtype],
+        "MATRIX": 1,
+        "BFLOAT": int(q.dtype == mx.bfloat16),
+        "OF_KEYS": int(tiling.of_keys),
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "BD": tiling.BD,
+        "BV": tiling.BV,
+        "PASSING": tiling.PASSING,
+        "WARPS": tiling.warps,
+        "STAGES": tiling.stages,
+        "SOFTCAP": int(rules.softcap is not None),
+        **rule_switches(rules, buffers),
+    }
+    return kernel_call(
+        "backward_hopper",
+        ("tiles", "softmax", "segments", "odd", "matrix", "hopper", "held"),
+        defines,
+        buffers,
+        blocks=(len(reach), heads, q.shape[0]),
+        threads=tiling.threads,
+        shared_memory=tiling.shared_memory,
+        output_names=list(outputs),
+        output_shapes=list(outputs.values()),
+        output_dtypes=[mx.float32] * len(outputs),
+        init_value=0.0 if "dmask" in outputs else None,  # tiles that nobody sees are not written
+    )

@@ -1,0 +1,196 @@
+"""How the gradient of a problem is cut into calls, so that the memory they need has a limit."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.gradients import Gradients, Rows
+from ..kernels.interface import KernelInputs
+from . import launch
+from .backward import backward_call, collect_call, collect_queries_call
+from .backward_hopper import MOST_HOPPER_DIMS, HopperGradientTiling, held_keys_call, held_queries_call
+from .device import HOPPER, capability, shared_bytes
+from .gradient_tiling import QUERY_TILES, GradientTiling
+from .tiling import MULTIPROCESSORS
+
+WORKSPACE = 1 << 30  # bytes of dq, or of dk and dv, that one call leaves to be added up
+SCORES = 1 << 26  # of a call with an additive mask, whose gradient it leaves for each score
+MOST_SPLITS = 32
+ENOUGH = 0.97  # of the best use of the GPU: fewer splits need less memory
+WAVES = 3  # blocks for each multiprocessor, from which on they need not be more to fill the GPU evenly
+
+Span = tuple[int, int]
+
+
+def rows_of(rows: Rows, queries: Span) -> Rows:
+    """The part of `rows` for some queries; lse and delta contiguous."""
+    dout, lse, delta = (x[:, :, slice(*queries)] for x in rows)
+    return Rows(dout, mx.contiguous(lse), mx.contiguous(delta))
+
+
+def plans(inputs: KernelInputs) -> tuple[type[Plan], ...]:
+    """The kinds of plan for some inputs, the fastest first."""
+    dims = max(inputs.q.shape[3], inputs.v.shape[3])
+    if capability() == HOPPER and inputs.q.dtype.size == 2 and dims <= MOST_HOPPER_DIMS:
+        return HopperPlan, FusedPlan
+    return (FusedPlan,)
+
+
+@dataclass(frozen=True)
+class Plan(abc.ABC):
+    """Layout of a gradient on a GPU.
+
+    Attributes:
+        queries: The largest number of queries of a call.
+        keys: The largest number of keys of a call.
+        name: The kind of kernel, in messages.
+    """
+
+    queries: int
+    keys: int
+    name: ClassVar[str]
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, inputs: KernelInputs) -> Plan:
+        """Make the plan for some inputs."""
+
+    @abc.abstractmethod
+    def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
+        """Add the gradients of `queries` x `keys` to `sums`, whose q has these queries alone."""
+
+    def keys_of(self, inputs: KernelInputs, queries: Span) -> Iterator[Span]:
+        """Cut the keys that some of the `queries` may see, by position."""
+        lowest, highest = (np.int64(inputs.q_pos[i]) for i in (queries[0], queries[1] - 1))
+        first, last = inputs.rules.band.index_ranges(lowest, highest, inputs.k_pos)
+        for start in range(int(first), int(last), self.keys):
+            yield start, min(start + self.keys, int(last))
+
+
+@dataclass(frozen=True)
+class FusedPlan(Plan):
+    """Plan of `backward.cu`.
+
+    Attributes:
+        tiling: The tile of one thread block.
+        splits: The number of thread blocks for each head.
+    """
+
+    tiling: GradientTiling
+    splits: int
+    name: ClassVar[str] = "mma.sync"
+
+    @classmethod
+    def of(cls, inputs: KernelInputs) -> FusedPlan:
+        """Make the plan for some inputs."""
+        q, k, v = inputs.q, inputs.k, inputs.v
+        heads = q.shape[0] * q.shape[1]
+        tiling = GradientTiling.of(q.dtype, q.shape[3], v.shape[3], shared_bytes())
+        keys = _most(k.shape[2], WORKSPACE // (4 * heads * (k.shape[3] + v.shape[3])), tiling.KEYS)
+        splits = _splits(heads, -(-keys // tiling.KEYS), tiling.blocks)
+        queries = min(WORKSPACE // (4 * heads * splits * tiling.BD), QUERY_TILES * tiling.QUERIES)
+        queries, keys = _within_scores(inputs, queries, keys, tiling.KEYS)
+        return cls(_most(q.shape[2], queries, tiling.QUERIES), keys, tiling, splits)
+
+    def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
+        part = inputs.part(slice(*queries), slice(*keys))
+        dq, dk, dv, *dmask = launch.run(backward_call(part, rows, self.tiling, self.splits))
+        scale, columns = inputs.rules.scale, slice(*keys)
+        q = launch.run(collect_queries_call(dq, mx.contiguous(sums.q), scale, self.tiling))[0]
+        k = _added(sums.k, dk, inputs.group, scale, columns)
+        v = _added(sums.v, dv, inputs.group, 1.0, columns)
+        mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask
+        return Gradients(q, k, v, mask)
+
+
+@dataclass(frozen=True)
+class HopperPlan(Plan):
+    """Plan of `backward_hopper.cu`.
+
+    Attributes:
+        of_keys: The tiles of the call that holds keys.
+        of_queries: The tiles of the call that holds queries.
+        heads: How many sums of dk and dv a call leaves in each batch: one for each query head, or for each of k.
+    """
+
+    of_keys: HopperGradientTiling
+    of_queries: HopperGradientTiling
+    heads: int
+    name: ClassVar[str] = "wgmma"
+
+    @classmethod
+    def of(cls, inputs: KernelInputs) -> HopperPlan:
+        k, v = inputs.k, inputs.v
+        (batch, heads, q_len), kv_heads = inputs.rows, k.shape[1]
+        of_keys, of_queries = (HopperGradientTiling.of(inputs, held) for held in (True, False))
+        enough = batch * kv_heads * (k.shape[2] // of_keys.HELD) >= WAVES * MULTIPROCESSORS
+        heads = kv_heads if enough else heads
+        keys = _most(k.shape[2], WORKSPACE // (4 * batch * heads * (k.shape[3] + v.shape[3])), of_keys.HELD)
+        queries, keys = _within_scores(inputs, q_len, keys, of_keys.HELD)
+        return cls(_most(q_len, queries, of_queries.HELD), keys, of_keys, of_queries, heads)
+
+    def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
+        part = inputs.part(slice(*queries), slice(*keys))
+        scale, columns, group = inputs.rules.scale, slice(*keys), self.heads // inputs.k.shape[1]
+        q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, mx.contiguous(sums.q)))
+        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads))
+        k = _added(sums.k, dk, group, scale, columns)
+        v = _added(sums.v, dv, group, 1.0, columns)
+        mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask
+        return Gradients(q, k, v, mask)
+
+
+def _within_scores(inputs: KernelInputs, queries: int, keys: int, tile: int) -> tuple[int, int]:
+    """The queries and keys of a call, fewer where an additive mask has a gradient for each score."""
+    batch, heads, q_len = inputs.rows
+    if inputs.rules.mask is None or inputs.rules.mask.dtype == mx.bool_:
+        return queries, keys
+    queries = min(queries, max(SCORES // (batch * heads * keys), 1024))
+    return queries, _most(keys, SCORES // (batch * heads * min(queries, q_len)), tile)
+
+
+def _most(length: int, limit: int, tile: int) -> int:
+    """The largest number of tokens of a call: `length`, or whole tiles within `limit`."""
+    return length if length <= limit else max(1, limit // tile) * tile
+
+
+def _splits(heads: int, key_tiles: int, slots: int) -> int:
+    """How many thread blocks share the keys of a head, so that they fill the GPU's `slots` evenly."""
+
+    def used(splits: int) -> float:
+        waves = -(-heads * splits // slots)
+        return heads * splits / (waves * slots)
+
+    candidates = range(1, max(1, min(MOST_SPLITS, key_tiles)) + 1)
+    best = max(map(used, candidates))
+    return next(n for n in candidates if used(n) >= ENOUGH * best)
+
+
+def _collected(parts: mx.array, sums: mx.array, factor: float) -> mx.array:
+    return launch.run(collect_call(parts, mx.contiguous(sums), factor))[0]
+
+
+def _added(sums: mx.array, parts: mx.array, group: int, factor: float, keys: slice) -> mx.array:
+    """Add `parts` ``[B, Hq, keys, D]``, summed over each group, to the rows `keys` of `sums` ``[B, Hkv, Lk, D]``."""
+    batch, heads = sums.shape[:2]
+    found = _collected(parts.reshape(batch * heads, group, -1), sums[:, :, keys], factor)
+    if found.shape == sums.shape:
+        return found
+    return mx.concatenate([sums[:, :, : keys.start], found, sums[:, :, keys.stop :]], 2)
+
+
+def add_to_mask(sums: mx.array, found: mx.array, part: KernelInputs, queries: Span, keys: Span) -> mx.array:
+    """Add the gradient of each score ``[B, Hq, queries, keys]`` to that of the mask, summed where it was broadcast."""
+    found = found.sum(axis=[i for i in range(4) if sums.shape[i] == 1], keepdims=True)
+    rows = slice(None) if sums.shape[2] == 1 else slice(*queries)
+    if sums.shape[3] == 1:
+        columns: slice | mx.array = slice(None)
+    else:
+        columns = slice(*keys) if part.rules.columns is None else mx.array(part.rules.columns)
+    return sums.at[:, :, rows, columns].add(found)
