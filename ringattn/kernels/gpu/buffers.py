@@ -26,18 +26,22 @@ def rule_buffers(inputs: KernelInputs, tile: tuple[int, int], group: int, q_tile
         group: Query heads that are rows of one tile.
         q_tiles: The number of query tiles.
     """
-    rules = inputs.rules
+    return position_buffers(inputs) | rule_arrays(inputs.rules, tile, group, q_tiles)
+
+
+def position_buffers(inputs: KernelInputs) -> dict[str, mx.array]:
+    """The buffers of `rule_buffers` that are the same for all arrays at these positions."""
     band = _needed_band(inputs)
-    buffers: dict[str, mx.array] = {}
-    if band is not None:
-        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
-    if rules.segments is not None:
-        buffers |= _segment_buffers(*rules.segments, tile, group, q_tiles)
-    if rules.mask is not None:
-        buffers["mask"] = rules.mask
-        if rules.columns is not None:
-            buffers["mask_columns"] = padded(mx.array(rules.columns.astype(np.int32)))
+    buffers = {} if band is None else band_buffers(band, inputs.q_pos, inputs.k_pos)
+    if inputs.rules.mask is not None and inputs.rules.columns is not None:
+        buffers["mask_columns"] = _on_gpu(inputs.rules.columns)
     return buffers
+
+
+def rule_arrays(rules: ScoreRules, tile: tuple[int, int], group: int, q_tiles: int) -> dict[str, mx.array]:
+    """The other buffers of `rule_buffers`: they have the contents of the rules' arrays."""
+    buffers = {} if rules.segments is None else _segment_buffers(*rules.segments, tile, group, q_tiles)
+    return buffers if rules.mask is None else buffers | {"mask": rules.mask}
 
 
 def rule_switches(rules: ScoreRules, buffers: dict[str, mx.array]) -> dict[str, int]:
@@ -68,7 +72,8 @@ def band_buffers(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, 
 
 @kept(most=32)
 def _on_gpu(positions: np.ndarray) -> mx.array:
-    return padded(mx.array(positions))
+    """Make an array of at least `MIN_ELEMENTS`, which is there: it may be used first inside a transformation."""
+    return mx.array(np.pad(positions.astype(np.int32), (0, max(0, MIN_ELEMENTS - len(positions)))))
 
 
 def output_switches(output: OutputSpec | None) -> dict[str, int]:

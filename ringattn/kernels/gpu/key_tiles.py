@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...core.arrays import read_only
 from ...core.masks import Band
 from .kept import kept
 
@@ -31,4 +32,4 @@ def key_tile_ranges(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: in
     first, last = first // BK, -(-last // BK)
     full_first = np.clip(-(-full_first // BK), first, last)
     full_last = np.clip(full_last // BK, full_first, last)
-    return np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32)
+    return read_only(np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32))
