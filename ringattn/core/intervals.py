@@ -69,6 +69,7 @@ def in_proportion(n: int, shares: Sequence[float], start: int) -> list[Span]:
     return list(zip([start, *ends], ends))
 
 
+@lru_cache(maxsize=256)
 def locate(part: Spans, whole: Spans) -> Spans:
     """Return the indices of the integers of `part` in the ascending list of those of `whole`, as spans."""
     pieces = intersection(part, whole)
@@ -99,6 +100,11 @@ def positions(spans: Spans) -> np.ndarray:
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths
     return (np.repeat(starts - before, lengths) + np.arange(lengths.sum())).astype(np.int32)
+
+
+def ends(positions: np.ndarray) -> Span:
+    """Return the first and the last of ascending positions."""
+    return int(positions[0]), int(positions[-1])
 
 
 @lru_cache(maxsize=64)

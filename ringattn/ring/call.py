@@ -17,6 +17,7 @@ from ..core.gradients import Gradients, Rows
 from ..core.intervals import Spans, kept_positions
 from ..core.online_softmax import Partial, State, finish
 from ..core.options import Options
+from ..core.rules import ScoreRules
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.interface import Kernel, KernelInputs, OutputSpec
@@ -195,7 +196,7 @@ class RingCall:
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
         columns = None if mask is None else _columns(keys.spans, self.kv_layout.start)
-        rules = replace(options, mask=mask, segments=segments).rules(columns)
+        rules = ScoreRules(options.scale, options.band, options.softcap, mask, columns, segments)
         k, v = keys.arrays[:2]
         return KernelInputs(queries.arrays[0], k, v, kept_positions(queries.spans), k_pos, rules)
 

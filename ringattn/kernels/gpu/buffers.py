@@ -8,6 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ...core.intervals import ends
 from ...core.masks import Band, Tile
 from ...core.online_softmax import State
 from ...core.rules import ScoreRules
@@ -96,8 +97,8 @@ def output_arguments(output: OutputSpec | None, rows: tuple[int, ...], value_dim
 
 def _needed_band(inputs: KernelInputs) -> Band | None:
     """Return the band, or ``None`` where every query sees every key by it."""
-    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
-    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
+    band = inputs.rules.band
+    return None if band.tile(*ends(inputs.q_pos), *ends(inputs.k_pos)) is Tile.FULL else band
 
 
 def _limits(band: Band) -> np.ndarray:
