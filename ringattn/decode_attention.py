@@ -11,7 +11,7 @@ import numpy as np
 from . import backends
 from .autograd.custom_function import custom_op, start_evaluation
 from .core.arrays import view
-from .core.intervals import positions
+from .core.intervals import kept_positions
 from .core.online_softmax import State, finish, merge_states, normalise
 from .core.options import Options, SharedOptions
 from .core.validation import check_flag, check_int, check_qkv
@@ -184,8 +184,8 @@ class _DecodeCall:
         return out, lse
 
     def _inputs(self, q: mx.array, k: mx.array, v: mx.array, options: Options) -> KernelInputs:
-        q_pos = np.arange(self.start, self.start + q.shape[2], dtype=np.int32)
-        k_pos = positions(self.kv_layout.spans[self.ring.rank])
+        q_pos = kept_positions(((self.start, self.start + q.shape[2]),))
+        k_pos = kept_positions(self.kv_layout.spans[self.ring.rank])
         columns = None if options.mask is None else k_pos - self.kv_layout.start
         return KernelInputs(q, k, v, q_pos, k_pos, options.rules(columns))
 

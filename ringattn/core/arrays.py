@@ -13,6 +13,12 @@ def view(x: mx.array) -> np.ndarray:
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
+def read_only(x: np.ndarray) -> np.ndarray:
+    """Make `x` an array that nobody can write to, so that results for it can be kept."""
+    x.flags.writeable = False
+    return x
+
+
 def _new(shape: tuple[int, ...]) -> np.ndarray:
     return np.empty(shape, np.float32)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+
+from .arrays import read_only
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
@@ -66,6 +69,7 @@ def in_proportion(n: int, shares: Sequence[float], start: int) -> list[Span]:
     return list(zip([start, *ends], ends))
 
 
+@lru_cache(maxsize=256)
 def locate(part: Spans, whole: Spans) -> Spans:
     """Return the indices of the integers of `part` in the ascending list of those of `whole`, as spans."""
     pieces = intersection(part, whole)
@@ -96,6 +100,17 @@ def positions(spans: Spans) -> np.ndarray:
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths
     return (np.repeat(starts - before, lengths) + np.arange(lengths.sum())).astype(np.int32)
+
+
+def ends(positions: np.ndarray) -> Span:
+    """Return the first and the last of ascending positions."""
+    return int(positions[0]), int(positions[-1])
+
+
+@lru_cache(maxsize=64)
+def kept_positions(spans: Spans) -> np.ndarray:
+    """List the integers of `spans` like `positions`, in a read-only array that is the same in every call."""
+    return read_only(positions(spans))
 
 
 def cut(positions: np.ndarray, step: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError
+from .intervals import kept_positions
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
@@ -143,7 +144,7 @@ def check_positions(offset: Any, positions: Any, q_len: int, k_len: int) -> tupl
         offset = k_len - q_len if offset is None else check_int("offset", offset)
         if offset + q_len > 2**31:
             raise ArgumentError(f"offset: {offset} for {q_len} queries, expected positions that fit int32")
-        return np.arange(offset, offset + q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32)
+        return kept_positions(((offset, offset + q_len),)), kept_positions(((0, k_len),))
     if offset is not None:
         raise ArgumentError(f"offset: {offset} together with positions, expected one of the two")
     if not isinstance(positions, (tuple, list)) or len(positions) != 2:

@@ -12,6 +12,7 @@ from .launch import KernelCall
 
 KEPT = 256  # small arrays, the layers of a model share theirs,
 LARGEST_KEPT = 1 << 14  # bytes of one
+SHARED = {"numbers", "reach", "limits", "query_at", "key_at", "mask_columns"}  # inputs of `without_arrays`
 
 
 def kernel_call(
@@ -38,6 +39,11 @@ def kernel_call(
         threadgroup=(threads, 1, 1),
         **others,
     )
+
+
+def without_arrays(call: KernelCall) -> KernelCall:
+    """Return `call` without its inputs, but those that follow from shapes, rules and positions."""
+    return call.with_inputs({name: None for name in call.input_names if name not in SHARED})
 
 
 def on_gpu(x: np.ndarray) -> mx.array:

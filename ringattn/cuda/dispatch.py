@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..core.online_softmax import State
-from ..kernels.gpu.self_test import MOST_KEYS, UnusableError
+from ..kernels.gpu.buffers import rule_arrays, state_buffers
+from ..kernels.gpu.kept import Kept
+from ..kernels.gpu.self_test import MOST_KEYS, UnusableError, variant
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import launch
+from .calls import without_arrays
 from .device import HOPPER, capability, shared_bytes
 from .forward import combine_call, forward_call
 from .hopper_tiling import HopperTiling
+from .launch import KernelCall
 from .tiling import Tiling
 
 FEW_ROWS = 64  # query rows that share their keys: up to there the heads of a group are rows of one tile
@@ -31,22 +36,21 @@ def attend(inputs: KernelInputs, state: State | None, output: OutputSpec | None)
         UnusableError: If the variant does not work here.
     """
     inputs = _with_scale_of_at_least_0(inputs.whole())
-    plan = _usable(Plan.all(inputs), inputs, state, output)
     if state is not None:
         state = State(*map(mx.contiguous, state))
-    return plan.launch(inputs, state, output, plan.splits(inputs))
+    return _usable(Launches.kept(inputs, state, output), inputs, state, output).run(inputs, state, output)
 
 
-def _usable(plans: list[Plan], inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Plan:
-    """The first of `plans` that works here."""
+def _usable(choices: list[Launches], inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Launches:
+    """The first of the `choices` that works here."""
     if not launch.default():
-        return plans[0]
-    for plan in plans[:-1]:
+        return choices[0]
+    for launches in choices[:-1]:
         with suppress(UnusableError):
-            plan.test(inputs, state, output)
-            return plan
-    plans[-1].test(inputs, state, output)
-    return plans[-1]
+            launches.test(inputs, state, output)
+            return launches
+    choices[-1].test(inputs, state, output)
+    return choices[-1]
 
 
 def _with_scale_of_at_least_0(inputs: KernelInputs) -> KernelInputs:
@@ -78,20 +82,82 @@ class Plan:
         blocks = -(-q_len * self.group // self.tiling.BQ) * batch * heads // self.group
         return max(1, min(self.tiling.blocks // blocks, inputs.k.shape[2] // LEAST_KEYS))
 
+    def arrays(self, inputs: KernelInputs) -> dict[str, mx.array]:
+        """The buffers of the forward kernel that have the contents of arrays of the `inputs`."""
+        q_tiles = -(-inputs.rows[2] * self.group // self.tiling.BQ)
+        rules = rule_arrays(inputs.rules, (self.tiling.BQ, self.tiling.BK), self.group, q_tiles)
+        return {"queries": inputs.q, "keys": inputs.k, "values": inputs.v, **rules}
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The kernels of a call without its arrays: one, or two where keys are split. It serves all calls with its key.
+
+    Attributes:
+        variant: The kernel variant, for the self-test.
+        forward: The call of `forward.cu`.
+        combine: The call of `combine.cu`, where keys are split.
+    """
+
+    plan: Plan
+    splits: int
+    variant: str
+    forward: KernelCall
+    combine: KernelCall | None
+
+    @classmethod
+    def of(
+        cls, plan: Plan, splits: int, inputs: KernelInputs, state: State | None, output: OutputSpec | None
+    ) -> Launches:
+        """Prepare the kernels for some inputs."""
+        sizes = f"tiles of {plan.tiling.BQ} x {plan.tiling.BK}{plan.tiling.name}"
+        name = variant(inputs, state, output, sizes, "keys split" if splits > 1 else "keys in one run")
+        if splits == 1:
+            forward = forward_call(inputs, plan.tiling, plan.group, 1, state, output)
+            return cls(plan, 1, name, without_arrays(forward), None)
+        forward = forward_call(inputs, plan.tiling, plan.group, splits, state, None)
+        combine = combine_call(State(*map(mx.zeros, forward.output_shapes)), output)
+        return cls(plan, splits, name, without_arrays(forward), without_arrays(combine))
+
+    @classmethod
+    def kept(cls, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> list[Launches]:
+        """Prepare the kernels of each plan, or return those of a call with the same shapes, rules and positions."""
+
+        def make() -> list[Launches]:
+            return [cls.of(plan, plan.splits(inputs), inputs, state, output) for plan in Plan.all(inputs)]
+
+        positions = inputs.q_pos, inputs.k_pos, inputs.rules.columns
+        return _kept.get(_key(inputs, state, output), positions, make)
+
     def test(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> None:
-        """Try the kernels on a few tokens, once; see `SelfTest.ensure`."""
-        splits, sizes = self.splits(inputs), f"tiles of {self.tiling.BQ} x {self.tiling.BK}{self.tiling.name}"
+        """Try the kernels on a few tokens, unless they have passed; see `SelfTest.ensure`."""
 
         def few(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
-            return self.launch(inputs.whole(), state, output, min(splits, 2))
+            inputs = inputs.whole()
+            return Launches.of(self.plan, min(self.splits, 2), inputs, state, output).run(inputs, state, output)
 
-        details = sizes, "keys split" if splits > 1 else "keys in one run"
-        keys = self.tiling.stages * self.tiling.BK + MOST_KEYS  # all stages are used, and one again
-        launch.self_test.ensure(few, inputs, state, output, *details, keys=keys)
+        keys = self.plan.tiling.stages * self.plan.tiling.BK + MOST_KEYS  # all stages are used, and one again
+        launch.self_test.ensure(self.variant, few, inputs, state, output, keys)
 
-    def launch(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None, splits: int) -> Arrays:
-        """One kernel, or two where keys are split."""
-        if splits == 1:
-            return launch.run(forward_call(inputs, self.tiling, self.group, 1, state, output))
-        states = launch.run(forward_call(inputs, self.tiling, self.group, splits, state, None))
-        return launch.run(combine_call(State(*states), output))
+    def run(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
+        """Run the kernels on `inputs`."""
+        arrays = self.plan.arrays(inputs) | state_buffers(state, output if self.combine is None else None)
+        found = launch.run(self.forward.with_inputs(arrays))
+        if self.combine is None:
+            return found
+        return launch.run(self.combine.with_inputs(state_buffers(State(*found), output)))
+
+
+_kept: Kept[list[Launches]] = Kept(64)
+
+
+def _key(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Hashable:
+    """All that the kernels of a call depend on, but for positions."""
+    q, rules, mask = inputs.q, inputs.rules, inputs.rules.mask
+    return (
+        (q.shape, inputs.k.shape, inputs.v.shape, q.dtype),
+        (rules.scale, rules.band, rules.softcap, rules.segments is None),
+        None if mask is None else (mask.shape, mask.dtype),
+        state is None,
+        None if output is None else (output.dtype, output.lse, output.sinks is None),
+    )

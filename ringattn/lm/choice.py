@@ -52,8 +52,13 @@ class Choice:
     def token(self, logprobs: mx.array) -> mx.array:
         """Sample on rank 0; return the token ``[1]`` on every rank.
 
-        Every rank evaluates `logprobs`, because rank 0 may need the other ranks of its row for it.
+        Every rank evaluates `logprobs`, because rank 0 may need the other ranks of its row for it. On one rank the
+        token stays lazy: mlx-lm starts the work on the next one before it reads this one.
         """
+        if self._ring.size == 1:
+            token = self._sampler(logprobs).reshape(1).astype(mx.int32)
+            self.ended = self._end()
+            return token
         own: np.ndarray | None = None
         with raise_on_all_ranks(self._ring, NEXT):
             mx.eval(logprobs)

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..autograd.custom_function import InFlight
 from ..core.online_softmax import State
 from ..kernels.gpu.key_tiles import key_tile_ranges
-from ..kernels.gpu.self_test import UnusableError
+from ..kernels.gpu.self_test import UnusableError, variant
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import launch
 from .device import Device, device
@@ -110,7 +110,7 @@ class Plan:
                 plan = Plan.of(inputs.whole(), self.gpu, tensor)
                 return plan.launch_kernels(inputs, state, output, min(splits, 2))
 
-            launch.self_test.ensure(few, part, state, output, *details)
+            launch.self_test.ensure(variant(part, state, output, *details), few, part, state, output)
         return self.launch_kernels(part, state, output, splits)
 
     def launch_kernels(self, part: KernelInputs, state: State | None, output: OutputSpec | None, splits: int) -> Arrays:

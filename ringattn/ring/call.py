@@ -12,10 +12,12 @@ import numpy as np
 
 from .. import backends
 from ..autograd.custom_function import evaluated_copies
+from ..core.arrays import read_only
 from ..core.gradients import Gradients, Rows
-from ..core.intervals import Spans, positions
+from ..core.intervals import Spans, kept_positions
 from ..core.online_softmax import Partial, State, finish
 from ..core.options import Options
+from ..core.rules import ScoreRules
 from ..core.validation import check_choice, check_flag, check_qkv
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.interface import Kernel, KernelInputs, OutputSpec
@@ -189,14 +191,14 @@ class RingCall:
     def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
         """Make a kernel's inputs from two blocks."""
         options = self.options
-        k_pos = _positions(keys.spans)
+        k_pos = kept_positions(keys.spans)
         rest = list(queries.arrays[before_mask:])
         mask = rest.pop(0) if options.mask is not None else None
         segments = (rest[0], keys.arrays[2]) if options.segments is not None else None
-        columns = None if mask is None else k_pos - self.kv_layout.start
-        rules = replace(options, mask=mask, segments=segments).rules(columns)
+        columns = None if mask is None else _columns(keys.spans, self.kv_layout.start)
+        rules = ScoreRules(options.scale, options.band, options.softcap, mask, columns, segments)
         k, v = keys.arrays[:2]
-        return KernelInputs(queries.arrays[0], k, v, _positions(queries.spans), k_pos, rules)
+        return KernelInputs(queries.arrays[0], k, v, kept_positions(queries.spans), k_pos, rules)
 
     def empty_state(self, tokens: int) -> State:
         """Make the state of `tokens` queries over no keys."""
@@ -223,11 +225,9 @@ class RingCall:
 
 
 @lru_cache(maxsize=64)
-def _positions(spans: Spans) -> np.ndarray:
-    """List the positions of `spans`, in an array that is the same in every call, and read-only."""
-    found = positions(spans)
-    found.flags.writeable = False
-    return found
+def _columns(spans: Spans, start: int) -> np.ndarray:
+    """List the columns of the keys at `spans` in a mask whose first column is that of position `start`."""
+    return read_only(kept_positions(spans) - start)
 
 
 def check_ring(ring: Any) -> Transport:

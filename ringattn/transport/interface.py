@@ -41,15 +41,15 @@ class Signal:
     """An event that a transfer can be made to wait for: closed at first, opened once."""
 
     def __init__(self) -> None:
-        self._opened = threading.Event()
+        self._done = False
         self._watchers: list[Callable[[], None]] = []
 
     @property
     def done(self) -> bool:
-        return self._opened.is_set()
+        return self._done
 
     def open(self) -> None:
-        self._opened.set()
+        self._done = True
         for watcher in self._watchers:
             watcher()
 

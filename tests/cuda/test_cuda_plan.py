@@ -141,10 +141,6 @@ def hopper(monkeypatch):
     monkeypatch.setattr(gradient_plans, "capability", lambda: HOPPER)
 
 
-def in_half(case: Case) -> Case:
-    return case if case.q.dtype.size == 2 else replace(case, **{n: getattr(case, n).astype(mx.bfloat16) for n in "qkv"})
-
-
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_gradient_of_every_feature_by_wgmma(feature: str, model, hopper) -> None:
     gradients(in_half(FEATURES[feature]()))

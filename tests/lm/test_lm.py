@@ -21,6 +21,7 @@ from ringattn.lm.sharding.partition import LEAST, RUN, Cost, next_step, round_la
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
+import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
 
 from ringattn import lm
@@ -193,3 +194,19 @@ def test_one_rank_on_a_gpu_uses_the_attention_of_mlx(monkeypatch: pytest.MonkeyP
             assert sum(chosen) == (calls if gpu else 0)
             found.append(mx.concatenate(logits, axis=1))
     assert mx.abs(found[0] - found[1]).max().item() < 1e-5 * mx.abs(found[0]).max().item()
+
+
+def test_tokens_of_one_rank_stay_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits between the tokens, so that a GPU works on the next one while a token is read."""
+    waits: list[str] = []
+    monkeypatch.setattr(attention, "on_gpu", lambda: True)  # the kernel of the CPU waits in each layer
+    with init("solo") as ring:
+        model = lm.shard(families.build("llama"), ring)
+        texts = lm.stream_generate(model, families.words(), [5, 7, 9], max_tokens=6)
+        tokens = [next(texts).token]
+        evaluate = mx.eval
+        monkeypatch.setattr(mx, "eval", lambda *arrays: waits.append("eval") or evaluate(*arrays))
+        tokens += [response.token for response in texts]
+    assert not waits
+    plain = mlx_lm.stream_generate(families.build("llama"), families.words(), [5, 7, 9], max_tokens=6)
+    assert tokens == [response.token for response in plain]

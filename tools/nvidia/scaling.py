@@ -16,9 +16,9 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX is imported: float32
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import mlx.core as mx
@@ -26,57 +26,19 @@ import numpy as np
 
 import ringattn as ra
 from ringattn.transport import Ring
-from ringattn.verify.oracle import Case, ratios
 
-DIM = 128
-ROWS = 8  # of a rank that are compared with float64
+from .scaling_problem import Problem, gradient_error
+
 SAMPLES, CALLS = 5, 3
-LONG = 200_000  # tokens: such a problem is timed once
+LONG, VERY_LONG = 100_000, 200_000  # tokens: a sample is one call, and there is one sample
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Causal attention over `tokens` tokens, with `heads` query and key/value heads."""
-
-    heads: tuple[int, int]
-    tokens: int
-
-    def head(self, name: str, index: int, spans: tuple[tuple[int, int], ...]) -> mx.array:
-        """The tokens at `spans` of one head of q, k, v or dout: the same numbers on every rank."""
-        key = mx.random.key(1000 * "qkvd".index(name) + index)
-        whole = mx.random.normal((self.tokens, DIM), key=key).astype(mx.bfloat16)
-        return mx.concatenate([whole[start:stop] for start, stop in spans])
-
-    def arrays(self, spans: tuple[tuple[int, int], ...], names: str = "qkv") -> list[mx.array]:
-        """q, k and v at `spans`."""
-        made = []
-        for name in names:
-            x = []
-            for index in range(self.heads[name in "kv"]):
-                x.append(self.head(name, index, spans))
-                mx.eval(x[-1])
-            made.append(mx.stack(x).reshape(1, len(x), -1, DIM))
-            mx.eval(made[-1])
-        return made
-
-    def error(self, layout: ra.Layout, rank: int, out: mx.array, lse: mx.array) -> float:
-        """The largest error of some rows of a rank, in the first and the last head, as a fraction of the allowed."""
-        rows = np.unique(np.linspace(0, out.shape[2] - 1, ROWS).astype(int))
-        positions = layout.positions(rank)[rows]
-        group = self.heads[0] // self.heads[1]
-        worst = 0.0
-        for kv_head in sorted({0, self.heads[1] - 1}):
-            head = kv_head * group
-            whole = ((0, int(positions[-1]) + 1),)
-            k, v = (self.head(name, kv_head, whole)[None, None] for name in "kv")
-            q = self.head("q", head, tuple((int(p), int(p) + 1) for p in positions))[None, None]
-            case = Case(q, k, v, positions, np.arange(k.shape[2]), {"mask": "causal"})
-            at = mx.array(rows)
-            worst = max(worst, *ratios(case, out[:, head : head + 1, at], lse[:, head : head + 1, at]))
-        return worst
+def repeats(tokens: int) -> tuple[int, int]:
+    """How many samples are taken of a problem, and how many calls make one."""
+    return (1, 1) if tokens > VERY_LONG else (SAMPLES, 1) if tokens > LONG else (SAMPLES, CALLS)
 
 
-def seconds(ring: Ring, call: Callable[[], object], samples: int = SAMPLES, calls: int = CALLS) -> float:
+def seconds(ring: Ring, call: Callable[[], object], samples: int, calls: int) -> float:
     """The median seconds of `call`, which all ranks make, on the slowest rank."""
     call()
     times = []
@@ -96,7 +58,7 @@ def slowest(ring: Ring, numbers: list[float]) -> list[float]:
     return np.array(ring.all_reduce(mx.array(own))).max(0).tolist()
 
 
-def alone(ring: Ring, call: Callable[[], object], samples: int = SAMPLES, calls: int = CALLS) -> float:
+def alone(ring: Ring, call: Callable[[], object], samples: int, calls: int) -> float:
     """The median seconds of `call` on rank 0, while the others wait."""
     times = []
     if ring.rank == 0:
@@ -116,11 +78,14 @@ def measure(ring: Ring, problem: Problem, gradient: bool, against_one: bool) -> 
     spans = layout.spans[ring.rank]
     arrays = problem.arrays(spans)
     ours = ring_call(ring, layout, arrays, problem.arrays(spans, "d") if gradient else [])
-    out, lse = ra.ring_attention(*arrays, ring=ring, layout=layout, mask="causal", return_lse=True)
-    error = slowest(ring, [problem.error(layout, ring.rank, out, lse)])[0]
-    del out, lse, arrays
+    results = ra.ring_attention(*arrays, ring=ring, layout=layout, mask="causal", return_lse=True)
+    errors = [problem.error(layout, ring.rank, *results)]
+    if gradient:
+        errors.append(gradient_error(problem, ring, layout, results, ours()))
+    errors = slowest(ring, errors)
+    del results, arrays
     mx.reset_peak_memory()
-    took = seconds(ring, ours, *((1, 1) if problem.tokens > LONG else ()))
+    took = seconds(ring, ours, *repeats(problem.tokens))
     memory = slowest(ring, [mx.get_peak_memory() / 2**30])[0]
     del ours
     record = {
@@ -129,18 +94,20 @@ def measure(ring: Ring, problem: Problem, gradient: bool, against_one: bool) -> 
         "tokens": problem.tokens,
         "ranks": ring.size,
         "gradient": gradient,
-        "error": error,
+        "error": errors[0],
         "seconds": took,
         "GiB a rank": memory,
         "links": type(getattr(ring, "_links", None)).__name__,
     }
+    if gradient:
+        record["gradient error"] = errors[1]
     if against_one:
         record["alone"] = whole(ring, problem, gradient)
         record["of ideal"] = record["alone"] / (ring.size * took)
     return record
 
 
-def ring_call(ring: Ring, layout: ra.Layout, arrays: list[mx.array], cotangent: list[mx.array]) -> Callable[[], object]:
+def ring_call(ring: Ring, layout: ra.Layout, arrays: list[mx.array], cotangent: list[mx.array]) -> Callable[[], Any]:
     """The call to time, with the gradient where there is a `cotangent`."""
 
     def attend(*own: mx.array, **more: bool) -> mx.array | tuple[mx.array, mx.array]:
@@ -153,19 +120,22 @@ def ring_call(ring: Ring, layout: ra.Layout, arrays: list[mx.array], cotangent: 
 
 def whole(ring: Ring, problem: Problem, gradient: bool) -> float:
     """The seconds of one GPU for the whole problem."""
+    count = repeats(problem.tokens)
     if ring.rank != 0:
-        return alone(ring, lambda: None)
+        return alone(ring, lambda: None, *count)
     everything = ((0, problem.tokens),)
     arrays = problem.arrays(everything)
     if not gradient:
-        return alone(ring, lambda: mx.eval(ra.attention(*arrays, mask="causal", return_lse=True)))
+        return alone(ring, lambda: mx.eval(ra.attention(*arrays, mask="causal", return_lse=True)), *count)
     cotangent = problem.arrays(everything, "d")
-    return alone(ring, lambda: there_and_back(lambda *a: ra.attention(*a, mask="causal"), arrays, cotangent))
+    return alone(ring, lambda: there_and_back(lambda *a: ra.attention(*a, mask="causal"), arrays, cotangent), *count)
 
 
-def there_and_back(function: Callable, arrays: list[mx.array], cotangent: list[mx.array]) -> None:
-    """Compute `function` and its gradient."""
-    mx.eval(mx.vjp(lambda *a: [function(*a)], arrays, cotangent))
+def there_and_back(function: Callable, arrays: list[mx.array], cotangent: list[mx.array]) -> list[mx.array]:
+    """Compute `function` and its gradients, and return these."""
+    results, gradients = mx.vjp(lambda *a: [function(*a)], arrays, cotangent)
+    mx.eval(results, gradients)
+    return gradients
 
 
 @click.command()

@@ -12,24 +12,43 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 STYLES = {"ringattn": ("#c44e52", "o", 2.5), "FLASH": ("#4c72b0", "s", 1.3), "CUDNN": ("#55a868", "^", 1.3)}
 
 
-def lines(files: list[Path]) -> dict[str, list[tuple[int, float]]]:
-    """Tokens and fractions of the ideal of each program, forward, with as many key/value heads as query heads."""
-    found = defaultdict(list)
+Lines = dict[str, list[tuple[int, float]]]
+
+
+def lines(files: list[Path]) -> dict[bool, Lines]:
+    """Tokens and fractions of the ideal of each program, with as many key/value heads as query heads.
+
+    The keys say whether the times are those of the forward and the backward pass together.
+    """
+    found: dict[bool, Lines] = {}
     for file in files:
         for record in json.loads(file.read_text()):
-            if "of ideal" in record and not record["gradient"] and record["heads"][0] == record["heads"][1]:
-                found[record["what"]].append((record["tokens"], record["of ideal"]))
-    return {name: sorted(points) for name, points in found.items()}
+            if "of ideal" in record and record["heads"][0] == record["heads"][1]:
+                of_pass = found.setdefault(record["gradient"], defaultdict(list))
+                of_pass[record["what"]].append((record["tokens"], record["of ideal"]))
+    return {gradient: {name: sorted(points) for name, points in of.items()} for gradient, of in sorted(found.items())}
 
 
-def draw(found: dict[str, list[tuple[int, float]]], to: Path) -> None:
+def draw(found: dict[bool, Lines], to: Path) -> None:
+    """Draw one diagram for each kind of pass."""
     matplotlib.use("Agg")
     plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "ringattn"})
-    figure, axes = plt.subplots(figsize=(6.4, 3.8))
+    figure, every = plt.subplots(1, len(found), figsize=(1 + 5.4 * len(found), 3.8), sharey=True, squeeze=False)
+    for axes, (gradient, of) in zip(every[0], found.items()):
+        _draw_pass(axes, of)
+        axes.set_title("forward and backward" if gradient else "forward", fontsize=10)
+    every[0, 0].set_ylabel("speed of four GPUs / four times one GPU")
+    every[0, 0].legend(fontsize=8, loc="lower right", frameon=False)
+    figure.tight_layout()
+    figure.savefig(to, metadata={"Date": None})
+
+
+def _draw_pass(axes: Axes, found: Lines) -> None:
     for name, points in found.items():
         colour, marker, width = next(style for key, style in STYLES.items() if key in name)
         dashes = "--" if "allgather" in name else "-"
@@ -41,10 +60,6 @@ def draw(found: dict[str, list[tuple[int, float]]], to: Path) -> None:
     axes.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("tokens (causal, bfloat16, 16 heads of 128)")
-    axes.set_ylabel("speed of four GPUs / four times one GPU")
-    axes.legend(fontsize=8, loc="lower right", frameon=False)
-    figure.tight_layout()
-    figure.savefig(to, metadata={"Date": None})
 
 
 if __name__ == "__main__":

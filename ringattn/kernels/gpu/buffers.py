@@ -8,6 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ...core.intervals import ends
 from ...core.masks import Band, Tile
 from ...core.online_softmax import State
 from ...core.rules import ScoreRules
@@ -26,18 +27,22 @@ def rule_buffers(inputs: KernelInputs, tile: tuple[int, int], group: int, q_tile
         group: Query heads that are rows of one tile.
         q_tiles: The number of query tiles.
     """
-    rules = inputs.rules
+    return position_buffers(inputs) | rule_arrays(inputs.rules, tile, group, q_tiles)
+
+
+def position_buffers(inputs: KernelInputs) -> dict[str, mx.array]:
+    """The buffers of `rule_buffers` that are the same for all arrays at these positions."""
     band = _needed_band(inputs)
-    buffers: dict[str, mx.array] = {}
-    if band is not None:
-        buffers |= band_buffers(band, inputs.q_pos, inputs.k_pos)
-    if rules.segments is not None:
-        buffers |= _segment_buffers(*rules.segments, tile, group, q_tiles)
-    if rules.mask is not None:
-        buffers["mask"] = rules.mask
-        if rules.columns is not None:
-            buffers["mask_columns"] = padded(mx.array(rules.columns.astype(np.int32)))
+    buffers = {} if band is None else band_buffers(band, inputs.q_pos, inputs.k_pos)
+    if inputs.rules.mask is not None and inputs.rules.columns is not None:
+        buffers["mask_columns"] = _on_gpu(inputs.rules.columns)
     return buffers
+
+
+def rule_arrays(rules: ScoreRules, tile: tuple[int, int], group: int, q_tiles: int) -> dict[str, mx.array]:
+    """The other buffers of `rule_buffers`: they have the contents of the rules' arrays."""
+    buffers = {} if rules.segments is None else _segment_buffers(*rules.segments, tile, group, q_tiles)
+    return buffers if rules.mask is None else buffers | {"mask": rules.mask}
 
 
 def rule_switches(rules: ScoreRules, buffers: dict[str, mx.array]) -> dict[str, int]:
@@ -68,7 +73,8 @@ def band_buffers(band: Band, q_pos: np.ndarray, k_pos: np.ndarray) -> dict[str, 
 
 @kept(most=32)
 def _on_gpu(positions: np.ndarray) -> mx.array:
-    return padded(mx.array(positions))
+    """Make an array of at least `MIN_ELEMENTS`, which is there: it may be used first inside a transformation."""
+    return mx.array(np.pad(positions.astype(np.int32), (0, max(0, MIN_ELEMENTS - len(positions)))))
 
 
 def output_switches(output: OutputSpec | None) -> dict[str, int]:
@@ -91,8 +97,8 @@ def output_arguments(output: OutputSpec | None, rows: tuple[int, ...], value_dim
 
 def _needed_band(inputs: KernelInputs) -> Band | None:
     """Return the band, or ``None`` where every query sees every key by it."""
-    ends = [int(x[i]) for x in (inputs.q_pos, inputs.k_pos) for i in (0, -1)]
-    return None if inputs.rules.band.tile(*ends) is Tile.FULL else inputs.rules.band
+    band = inputs.rules.band
+    return None if band.tile(*ends(inputs.q_pos), *ends(inputs.k_pos)) is Tile.FULL else band
 
 
 def _limits(band: Band) -> np.ndarray:

@@ -7,36 +7,50 @@ to a GPU.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 
 
-def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Keep the last `most` results of a function whose arrays are all read-only, by the identity of the arrays.
+class Kept(Generic[T]):
+    """The results that were used last, at most `most`, by a key and the identities of read-only arrays."""
 
-    Arguments that are no arrays must be hashable. A call with an array that can be written to is not kept.
-    """
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._results: OrderedDict[Hashable, tuple[Sequence, T]] = OrderedDict()  # the arrays keep identities valid
+
+    def get(self, key: Hashable, arrays: Sequence[np.ndarray | None], make: Callable[[], T]) -> T:
+        """Return the result for `key` and `arrays`, which `make` computes if it is not there.
+
+        It is not kept if one of the arrays can be written to.
+        """
+        identities = key, *map(id, arrays)
+        found = self._results.pop(identities, None)
+        if found is None:
+            found = arrays, make()
+            if any(x is not None and x.flags.writeable for x in arrays):
+                return found[1]
+        self._results[identities] = found  # the last to be dropped
+        if len(self._results) > self._most:
+            self._results.popitem(last=False)
+        return found[1]
+
+
+def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Keep results of a function as `Kept` does. Arguments that are no arrays must be hashable."""
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        results: OrderedDict[tuple, tuple[tuple, T]] = OrderedDict()  # the arguments keep the identities valid
+        results = Kept[T](most)
 
         @wraps(function)
         def call(*arguments: Any) -> T:
-            if any(isinstance(x, np.ndarray) and x.flags.writeable for x in arguments):
-                return function(*arguments)
-            key = tuple(id(x) if isinstance(x, np.ndarray) else x for x in arguments)
-            found = results.get(key)
-            if found is None:
-                found = arguments, function(*arguments)
-                results[key] = found
-                if len(results) > most:
-                    results.popitem(last=False)
-            return found[1]
+            arrays = [x for x in arguments if isinstance(x, np.ndarray)]
+            key = tuple(None if isinstance(x, np.ndarray) else x for x in arguments)
+            return results.get(key, arrays, lambda: function(*arguments))
 
         return call
 

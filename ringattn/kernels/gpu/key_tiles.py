@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...core.masks import Band
+from ...core.arrays import read_only
+from ...core.intervals import ends
+from ...core.masks import Band, Tile
 from .kept import kept
 
 
@@ -24,6 +26,9 @@ def key_tile_ranges(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: in
         BK: The number of keys in a tile.
     """
     rows = len(q_pos) * group
+    if len(q_pos) and len(k_pos) and band.tile(*ends(q_pos), *ends(k_pos)) is Tile.FULL:
+        n = len(k_pos)
+        return read_only(np.full((-(-rows // q_rows), 4), (0, 0, n // BK, -(-n // BK)), np.int32))
     starts = np.arange(0, rows, q_rows)
     lowest, highest = q_pos[starts // group], q_pos[(np.minimum(starts + q_rows, rows) - 1) // group]
     first, last = band.index_ranges(lowest, highest, k_pos)
@@ -31,4 +36,4 @@ def key_tile_ranges(band: Band, q_pos: np.ndarray, k_pos: np.ndarray, q_rows: in
     first, last = first // BK, -(-last // BK)
     full_first = np.clip(-(-full_first // BK), first, last)
     full_last = np.clip(full_last // BK, full_first, last)
-    return np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32)
+    return read_only(np.stack([first, full_first, full_last, np.maximum(first, last)], 1).astype(np.int32))

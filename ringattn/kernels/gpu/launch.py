@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import mlx.core as mx
 
 from ...errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,13 @@ class KernelCall:
     output_dtypes: list[mx.Dtype]
     init_value: float | None = None
     ensure_row_contiguous: bool = False
+
+    def with_inputs(self, arrays: Mapping[str, mx.array | None]) -> Self:
+        """Replace the inputs that `arrays` names."""
+        call = copy(self)
+        inputs = [arrays.get(name, x) for name, x in zip(self.input_names, self.inputs)]
+        object.__setattr__(call, "inputs", inputs)  # several times as fast as `replace`, in a call that lasts 50 us
+        return call
 
     def build_options(self) -> tuple[tuple[str, Hashable], ...]:
         """List the further arguments of the function that builds the kernel."""

@@ -33,8 +33,8 @@ class UnusableError(Exception):
     """A kernel variant does not work here."""
 
 
-def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> str:
-    """Describe the kernel variant that a call needs."""
+def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None, *details: str) -> str:
+    """Describe the kernel variant that a call needs, with further properties that distinguish it."""
     rules = inputs.rules
     lengths = (inputs.q.shape[3], inputs.v.shape[3])
     features = {
@@ -48,8 +48,8 @@ def variant(inputs: KernelInputs, state: State | None, output: OutputSpec | None
         "sinks": output is not None and output.sinks is not None,
     }
     ends = "state" if output is None else _name(output.dtype)
-    details = [f"{_name(inputs.q.dtype)} to {ends}", "head_dim {}/{}".format(*lengths)]
-    return ", ".join(details + [feature for feature, there in features.items() if there])
+    named = [feature for feature, there in features.items() if there]
+    return ", ".join([f"{_name(inputs.q.dtype)} to {ends}", "head_dim {}/{}".format(*lengths), *named, *details])
 
 
 class SelfTest:
@@ -66,28 +66,27 @@ class SelfTest:
 
     def ensure(
         self,
+        name: str,
         attend: Attend,
         inputs: KernelInputs,
         state: State | None,
         output: OutputSpec | None,
-        *details: str,
         keys: int = MOST_KEYS,
     ) -> None:
         """Test `attend` once on a few tokens that need the same kernels as `inputs`.
 
         Args:
+            name: The `variant` of the call.
             attend: Attends to `inputs`, from a state or ``None``, and returns an output or a state.
             inputs: The inputs of the call that needs the kernels.
             state: The state of that call.
             output: The output of that call.
-            *details: Further properties that distinguish the kernels.
             keys: The largest number of keys of the test.
 
         Raises:
             UnusableError: If the kernels fail, or their result differs from that of plain MLX operations. The first
                 time, a warning is given too.
         """
-        name = ", ".join([variant(inputs, state, output), *details])
         if not self.works(name, lambda: _trial_error(attend, _trial_inputs(inputs, keys), state is not None, output)):
             raise UnusableError(name)
 
