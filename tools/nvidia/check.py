@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 import ringattn as ra
-from ringattn.bench.kernel import AttentionShape, random_arrays, sampled_error
+from ringattn.bench.problem import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
 from ringattn.verify.features import FEATURES
@@ -156,7 +156,7 @@ def check_large(shape: AttentionShape) -> None:
     first = attend()
     calls, many = (now - was for now, was in zip(threadgroups, before))
     seconds = timed(attend)
-    error = sampled_error(shape, q, k, v, *first)
+    error = sampled_error(shape, (q, k, v), shape.positions, *first)
     same = all(mx.array_equal(a, b).item() for _ in range(4) for a, b in zip(first, attend()))
     what = f"{error:.2f} of the budget, {seconds:.4f} s"
     what += f", {calls} calls, {many} threadgroups" if calls else ""

@@ -18,7 +18,7 @@ import numpy as np
 
 import ringattn as ra
 from ringattn import backends
-from ringattn.bench.kernel import AttentionShape, random_arrays, sampled_error
+from ringattn.bench.problem import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
@@ -137,7 +137,7 @@ def forward(shape: AttentionShape) -> bool:
     """One line: milliseconds and TFLOP/s of all three, and ours as a fraction of theirs."""
     q, k, v = random_arrays(shape)
     ours, mask = attend(shape), "causal" if shape.causal else None
-    error = sampled_error(shape, q, k, v, *ours(q, k, v))
+    error = sampled_error(shape, (q, k, v), shape.positions, *ours(q, k, v))
     flash = torch_flash(shape)
     seconds = [
         per_call(lambda: ours(q, k, v)),
@@ -207,7 +207,7 @@ def decode(keys: int, bandwidth: float) -> bool:
     """One line: one query against a long cache; the bytes of K and V a second, as a fraction of a copy's."""
     shape = AttentionShape(mx.bfloat16, 128, (32, 8), 1, keys, False, lse=True)
     q, k, v = random_arrays(shape)
-    error = sampled_error(shape, q, k, v, *ra.attention(q, k, v, backend="cuda", return_lse=True))
+    error = sampled_error(shape, (q, k, v), shape.positions, *ra.attention(q, k, v, backend="cuda", return_lse=True))
 
     ours = attend(shape)
     seconds = per_call(lambda: ours(q, k, v))

@@ -3,8 +3,8 @@
   const int q_len = queries_shape[2], k_len = keys_shape[2], heads = queries_shape[1];
   const int q_tiles = (q_len * RA_G + BQ - 1) / BQ;
   // Blocks begin in the order of their numbers: tiles from the last to the first, because the last have the most keys
-  // under a causal mask, of as many heads at once as have their keys and values in half of the L2 cache.
-  constexpr int CACHE = 1 << 24; // bytes
+  // under a causal mask, of as many heads at once as have their keys and values in the L2 cache.
+  constexpr int CACHE = 1 << 24; // bytes of it
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), all_heads = gridDim.y * gridDim.z;
   const int cached = max(CACHE / (RA_D + RA_DV) / static_cast<int>(sizeof(RA_T)) / k_len, 1); // key/value heads
   const int together = min(cached * (heads / keys_shape[1] / RA_G), all_heads), past = block / (together * gridDim.x);

@@ -2,7 +2,7 @@
 // arXiv 2407.08608). One warpgroup loads keys and values, RA_STAGES tiles of each ahead at most. The others have 64 rows
 // each: while they take the softmax of one tile, the matrix units multiply the weights of the tile before with its
 // values. With RA_TURNS these warpgroups issue their products in turn, so that one's softmax meets another's products.
-// What a row may not see is decided in partial tiles alone.
+// What a row may not see is decided in partial tiles alone, which have no such overlap.
 
   constexpr int BQ = 16 * RA_WARPS, BK = RA_BK, GROUPS = RA_WARPS / 4; // rows, keys, warpgroups with rows
   constexpr int K_SIZE = tile_size(BK, BD), V_SIZE = tile_size(BK, BV);
