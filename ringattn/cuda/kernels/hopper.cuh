@@ -60,77 +60,83 @@ RA_FUNC void pin(float (&c)[N][4]) {
   }
 }
 
-// Keep the compiler from moving what leads to `x`, which is not below 0, after a wait that follows.
-RA_FUNC void stay_before(float x) {
-  asm volatile("{.reg .pred below; setp.lt.f32 below, %0, 0f00000000; @below trap;}" ::"f"(x) : "memory");
-}
-
-#define RA_SUMS_2(c, j) \
-  "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), "+f"(c[j + 1][0]), "+f"(c[j + 1][1]), \
-      "+f"(c[j + 1][2]), "+f"(c[j + 1][3])
-#define RA_SUMS_4(c, j) RA_SUMS_2(c, j), RA_SUMS_2(c, j + 2)
-#define RA_SUMS_8(c, j) RA_SUMS_4(c, j), RA_SUMS_4(c, j + 4)
-#define RA_SUMS_16(c, j) RA_SUMS_8(c, j), RA_SUMS_8(c, j + 8)
+// Operands of products with 16 to 128 columns
+#define RA_SUMS(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define RA_SUMS_2(c) RA_SUMS(c, 0), RA_SUMS(c, 1)
+#define RA_SUMS_4(c) RA_SUMS_2(c), RA_SUMS(c, 2), RA_SUMS(c, 3)
+#define RA_SUMS_6(c) RA_SUMS_4(c), RA_SUMS(c, 4), RA_SUMS(c, 5)
+#define RA_SUMS_8(c) RA_SUMS_6(c), RA_SUMS(c, 6), RA_SUMS(c, 7)
+#define RA_SUMS_10(c) RA_SUMS_8(c), RA_SUMS(c, 8), RA_SUMS(c, 9)
+#define RA_SUMS_12(c) RA_SUMS_10(c), RA_SUMS(c, 10), RA_SUMS(c, 11)
+#define RA_SUMS_14(c) RA_SUMS_12(c), RA_SUMS(c, 12), RA_SUMS(c, 13)
+#define RA_SUMS_16(c) RA_SUMS_14(c), RA_SUMS(c, 14), RA_SUMS(c, 15)
 #define RA_NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define RA_NAMES_4 RA_NAMES_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define RA_NAMES_8 \
-  RA_NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define RA_NAMES_16 \
-  RA_NAMES_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-             "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define RA_NAMES_6 RA_NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define RA_NAMES_8 RA_NAMES_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define RA_NAMES_10 RA_NAMES_8 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define RA_NAMES_12 RA_NAMES_10 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define RA_NAMES_14 RA_NAMES_12 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define RA_NAMES_16 RA_NAMES_14 ", %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c = a b, or c += a b if `add`, for 8 * TILES columns of b; the names are those of the operands after the sums.
 // - `multiply_shared`: a and b by their descriptions. By columns: the rows of its tile are what is summed over.
 // - `multiply_registers`: a from registers, as in matrix.cuh.
-#define RA_PRODUCTS(TILES, COLUMNS, A0, A1, A2, A3, A4, A5) \
+#define RA_PRODUCTS(TILES, COLUMNS, SUMS, NAMES, A0, A1, A2, A3, A4, A5) \
   template <bool A_BY_COLUMNS, bool B_BY_COLUMNS> \
   RA_FUNC void multiply_shared(float(&c)[TILES][4], unsigned long long a, unsigned long long b, bool add) { \
     asm volatile("{.reg .pred add; setp.ne.b32 add, " A2 ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS \
-                 "k16.f32." RA_TYPES " {" RA_NAMES_##TILES "}, " A0 ", " A1 ", add, 1, 1, " A3 ", " A4 ";}" \
-                 : RA_SUMS_##TILES(c, 0) \
+                 "k16.f32." RA_TYPES " {" NAMES "}, " A0 ", " A1 ", add, 1, 1, " A3 ", " A4 ";}" \
+                 : SUMS \
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(A_BY_COLUMNS), "n"(B_BY_COLUMNS)); \
   } \
   template <bool B_BY_COLUMNS> \
   RA_FUNC void multiply_registers(float(&c)[TILES][4], const unsigned(&a)[4], unsigned long long b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." RA_TYPES " {" RA_NAMES_##TILES "}, {" A0 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." RA_TYPES " {" NAMES "}, {" A0 \
                  ", " A1 ", " A2 ", " A3 "}, " A4 ", 1, 1, 1, " A5 ";" \
-                 : RA_SUMS_##TILES(c, 0) \
+                 : SUMS \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B_BY_COLUMNS)); \
   }
-RA_PRODUCTS(2, "16", "%8", "%9", "%10", "%11", "%12", "%13")
-RA_PRODUCTS(4, "32", "%16", "%17", "%18", "%19", "%20", "%21")
-RA_PRODUCTS(8, "64", "%32", "%33", "%34", "%35", "%36", "%37")
-RA_PRODUCTS(16, "128", "%64", "%65", "%66", "%67", "%68", "%69")
+RA_PRODUCTS(2, "16", RA_SUMS_2(c), RA_NAMES_2, "%8", "%9", "%10", "%11", "%12", "%13")
+RA_PRODUCTS(4, "32", RA_SUMS_4(c), RA_NAMES_4, "%16", "%17", "%18", "%19", "%20", "%21")
+RA_PRODUCTS(6, "48", RA_SUMS_6(c), RA_NAMES_6, "%24", "%25", "%26", "%27", "%28", "%29")
+RA_PRODUCTS(8, "64", RA_SUMS_8(c), RA_NAMES_8, "%32", "%33", "%34", "%35", "%36", "%37")
+RA_PRODUCTS(10, "80", RA_SUMS_10(c), RA_NAMES_10, "%40", "%41", "%42", "%43", "%44", "%45")
+RA_PRODUCTS(12, "96", RA_SUMS_12(c), RA_NAMES_12, "%48", "%49", "%50", "%51", "%52", "%53")
+RA_PRODUCTS(14, "112", RA_SUMS_14(c), RA_NAMES_14, "%56", "%57", "%58", "%59", "%60", "%61")
+RA_PRODUCTS(16, "128", RA_SUMS_16(c), RA_NAMES_16, "%64", "%65", "%66", "%67", "%68", "%69")
 
-// Do something with pieces of c that a product can have: 128, 64, 32 or 16 columns.
+// Do something with the pieces of c that one product can have: 128 columns, and what is left.
 template <int START = 0, int N, typename F>
 RA_FUNC void in_pieces(float (&c)[N][4], F use) {
-  constexpr int LEFT = 8 * N - START, PIECE = LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : 16;
+  constexpr int LEFT = 8 * N - START, PIECE = LEFT < 128 ? LEFT : 128;
   use(reinterpret_cast<float(&)[PIECE / 8][4]>(c[START / 8]), START);
   if constexpr (LEFT > PIECE) {
     in_pieces<START + PIECE>(c, use);
   }
 }
 
-// Begin s = a b^T over WIDTH columns, for 64 rows of a tile of A_ROWS and 8 * N rows of a tile of B_ROWS.
+// Begin s = a b^T over WIDTH columns, for 64 rows of a tile of A_ROWS and 8 * N rows of a tile of B_ROWS, which begins
+// `b_start` numbers later than `b` says.
 template <int A_ROWS, int B_ROWS, int WIDTH, int N>
-RA_FUNC void multiply_rows_of(float (&s)[N][4], unsigned a, unsigned b) {
+RA_FUNC void multiply_rows_of(float (&s)[N][4], unsigned a, unsigned b, int b_start = 0) {
   RA_UNROLL
   for (int d = 0; d < WIDTH; d += 16) {
     in_pieces(s, [&](auto& piece, int start) {
       multiply_shared<false, false>(piece, describe(a, place_of_panel<A_ROWS>(d)),
-                                    describe(b, place_of_panel<B_ROWS>(d) + start * PANEL), d > 0);
+                                    describe(b, b_start + place_of_panel<B_ROWS>(d) + start * PANEL), d > 0);
     });
   }
 }
 
-// Begin acc += p b: `p` from registers, `b` a tile of ROWS rows and 8 * W columns.
+// Begin acc += p b: `p` from registers, `b` a tile of ROWS rows and 8 * W columns, which begins `b_start` numbers later
+// than `b` says.
 template <int ROWS, int W>
-RA_FUNC void multiply_weights_of(float (&acc)[W][4], const unsigned (&p)[ROWS / 16][4], unsigned b) {
+RA_FUNC void multiply_weights_of(float (&acc)[W][4], const unsigned (&p)[ROWS / 16][4], unsigned b, int b_start = 0) {
   RA_UNROLL
   for (int row = 0; row < ROWS; row += 16) {
     in_pieces(acc, [&](auto& piece, int start) {
-      multiply_registers<true>(piece, p[row / 16], describe(b, place_of_panel<ROWS>(start) + row * PANEL));
+      multiply_registers<true>(piece, p[row / 16], describe(b, b_start + place_of_panel<ROWS>(start) + row * PANEL));
     });
   }
 }

@@ -18,6 +18,11 @@ RA_FUNC unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
+// A number that all lanes of a warp have, and the compiler may take for one.
+RA_FUNC int uniform(int x) {
+  return __reduce_min_sync(ALL_LANES, x);
+}
+
 // Where a number of a tile of COUNT rows is: in rows of LD numbers, or, if SWIZZLED, in panels of 64 columns of two bytes.
 // There the 16-byte parts of a row are exchanged by the low bits of its number, so that 8 rows at one column lie in
 // different banks.
