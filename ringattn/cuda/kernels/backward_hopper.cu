@@ -11,6 +11,7 @@
 
   constexpr int HELD = 16 * RA_WARPS, PASSING = RA_PASSING, STAGES = RA_STAGES; // tokens of the tiles
   constexpr int AHEAD = STAGES - 2;                                             // tiles that are loaded early
+  constexpr long long CACHE = 32 << 20; // bytes of the L2 cache that passing tokens may take
   constexpr int PANEL_BYTES = PASSING * PANEL * sizeof(RA_T);
   constexpr int K_SIZE = tile_size(PASSING, BD), V_SIZE = tile_size(PASSING, BV);
   constexpr bool D_PARTS = RA_D % PART == 0, DV_PARTS = RA_DV % PART == 0; // rows begin at 16 bytes
@@ -28,9 +29,17 @@
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int q_len = queries_shape[2], k_len = keys_shape[2], heads = queries_shape[1], kv_heads = keys_shape[1];
-  const int batch = blockIdx.z, block = order[blockIdx.x];
-  const int heads_here = heads / gridDim.y, first_head = blockIdx.y * heads_here;
+  const int batch = blockIdx.z, heads_here = heads / gridDim.y;
   const int held_len = RA_OF_KEYS ? k_len : q_len, passing_len = RA_OF_KEYS ? q_len : k_len;
+
+  // Blocks begin with the longest tiles of as many heads as fit into the cache together: then they end at about one time
+  const long long passing_bytes =
+      (RA_OF_KEYS ? heads : kv_heads) * static_cast<long long>(passing_len) * ((RA_D + RA_DV) * sizeof(RA_T));
+  const int columns = gridDim.x, rows = gridDim.y, turn = blockIdx.x + columns * blockIdx.y; // of the grid
+  const int together = static_cast<int>(max(1ll, min(rows * CACHE / passing_bytes, static_cast<long long>(rows))));
+  const int first_row = turn / (columns * together) * together, rows_here = min(together, rows - first_row);
+  const int turn_here = turn - first_row * columns, y = first_row + turn_here % rows_here;
+  const int block = order[turn_here / rows_here], first_head = y * heads_here;
   const int held = block * HELD, held_here = min(held_len - held, HELD);
   const int row = 16 * warp + lane / 4; // of this lane; the other is 8 below
   const long long kv_place = (static_cast<long long>(batch) * kv_heads + first_head / (heads / kv_heads)) * k_len;
@@ -262,11 +271,11 @@
       }
     };
     const float factor = RA_LOG2E * (full && !RA_SOFTCAP ? scale : 1.0f);
-    const float2* columns = reinterpret_cast<const float2*>(saved + at.stage * 2 * PASSING + lane % 4 * 2);
+    const float2* saved_columns = reinterpret_cast<const float2*>(saved + at.stage * 2 * PASSING + lane % 4 * 2);
     RA_UNROLL
     for (int j = 0; j < PASSING / 8; j++) {
 #if RA_OF_KEYS
-      const float tops[2] = {-RA_LOG2E * columns[4 * j].x, -RA_LOG2E * columns[4 * j].y};
+      const float tops[2] = {-RA_LOG2E * saved_columns[4 * j].x, -RA_LOG2E * saved_columns[4 * j].y};
 #else
       const float(&tops)[2] = row_tops;
 #endif
@@ -285,7 +294,7 @@
     RA_UNROLL
     for (int j = 0; j < PASSING / 8; j++) {
 #if RA_OF_KEYS
-      const float2 two = columns[PASSING / 2 + 4 * j];
+      const float2 two = saved_columns[PASSING / 2 + 4 * j];
       const float deltas[2] = {two.x, two.y};
 #else
       const float(&deltas)[2] = row_deltas;
@@ -346,7 +355,7 @@
     const int mine = row + 8 * r;
     if (mine < held_here) {
 #if RA_OF_KEYS
-      const long long to = (static_cast<long long>(batch) * gridDim.y + blockIdx.y) * k_len + held + mine;
+      const long long to = (static_cast<long long>(batch) * gridDim.y + y) * k_len + held + mine;
       store_row<RA_D>(dk + to * RA_D, k_sums, r);
       store_row<RA_DV>(dv + to * RA_DV, v_sums, r);
 #else

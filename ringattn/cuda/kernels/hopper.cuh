@@ -60,11 +60,6 @@ RA_FUNC void pin(float (&c)[N][4]) {
   }
 }
 
-// Keep the compiler from moving what leads to `x`, which is not below 0, after a wait that follows.
-RA_FUNC void stay_before(float x) {
-  asm volatile("{.reg .pred below; setp.lt.f32 below, %0, 0f00000000; @below trap;}" ::"f"(x) : "memory");
-}
-
 // Operands of products with 16 to 128 columns
 #define RA_SUMS(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define RA_SUMS_2(c) RA_SUMS(c, 0), RA_SUMS(c, 1)
