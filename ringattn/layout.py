@@ -116,9 +116,13 @@ class Layout:
     @cached_property
     def length(self) -> int:
         """The number of tokens of all ranks."""
-        return sum(length(spans) for spans in self.spans)
+        return sum(self._lengths)
 
-    @property
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        return tuple(map(length, self.spans))
+
+    @cached_property
     def stop(self) -> int:
         """One past the last position."""
         return self.start + self.length
@@ -131,7 +135,7 @@ class Layout:
 
     def local_length(self, rank: int) -> int:
         """Count the tokens of `rank`."""
-        return length(self.spans[_checked_rank(rank, self.size)])
+        return self._lengths[_checked_rank(rank, self.size)]
 
     def positions(self, rank: int) -> np.ndarray:
         """Return the positions of the tokens of `rank`, in local order: ascending int32 ``[local_length]``."""
@@ -146,7 +150,10 @@ class Layout:
             raise ArgumentError(f"other: a layout of {other.size} ranks, expected {self.size}")
         if other.start != self.stop:
             raise ArgumentError(f"other: starts at {other.start}, expected {self.stop}, where this layout stops")
-        return Layout(tuple(mine + theirs for mine, theirs in zip(self.spans, other.spans)), self.start)
+        layout = object.__new__(Layout)  # without the checks of thousands of spans: it is called for each new token
+        object.__setattr__(layout, "spans", tuple(map(_joined, self.spans, other.spans)))
+        object.__setattr__(layout, "start", self.start)
+        return layout
 
     def shard(self, x: Array, rank: int, axis: int = 2) -> Array:
         """Cut the tokens of `rank` out of the whole mx or NumPy array `x`, whose token axis is `axis`."""
@@ -175,6 +182,13 @@ class Layout:
         from .ring.gather import gather
 
         return gather(self, x, ring, axis)
+
+
+def _joined(first: Spans, second: Spans) -> Spans:
+    """Join spans and later ones of one rank; where they meet, the two become one."""
+    if first and second and first[-1][1] == second[0][0]:
+        return (*first[:-1], (first[-1][0], second[0][1]), *second[1:])
+    return first + second
 
 
 def _short(spans: tuple[Spans, ...]) -> str:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..kernels.gpu import launch
 from ..kernels.gpu.self_test import SelfTest
+from ..native.cuda import has_gpu
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def available() -> bool:
 
 def gpu() -> bool:
     """Return whether MLX can use an NVIDIA GPU."""
-    return bool(mx.cuda.is_available())
+    return has_gpu()
 
 
 launcher: launch.Launcher[KernelCall] = launch.Launcher(lambda call: launch.run_on_gpu(call, mx.fast.cuda_kernel))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -179,11 +179,19 @@ def _addresses_kernel(dtypes: tuple[mx.Dtype, ...]) -> Any:
     )
 
 
+@cache
+def has_gpu() -> bool:
+    """Return whether MLX can use an NVIDIA GPU. To ask takes as long as the rest of a short call."""
+    import mlx.core as mx
+
+    return bool(mx.cuda.is_available())
+
+
 def on_gpu() -> bool:
     """Return whether MLX's default device is an NVIDIA GPU."""
     import mlx.core as mx
 
-    return mx.default_device().type == mx.DeviceType.gpu and bool(mx.cuda.is_available())
+    return mx.default_device().type == mx.DeviceType.gpu and has_gpu()
 
 
 def driver() -> Driver | None:

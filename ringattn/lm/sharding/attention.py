@@ -37,10 +37,11 @@ def sharded_attention(
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
     assert cache.step is not None
     constraints = cache.constraints(mask)
-    dtype = mx.result_type(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:  # as in mlx-lm: some layers have wider queries than keys
+        dtype = mx.result_type(q, k, v)
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
     if cache.in_trial():
-        return mx.zeros((*q.shape[:-1], v.shape[-1]), dtype)
-    q, k, v = (x.astype(dtype) for x in (q, k, v))  # as in mlx-lm: some layers have wider queries than keys
+        return mx.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     if softcap is None and _mlx_does_it(cache, constraints):
         causal = "causal" if q.shape[2] > 1 else None
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=causal, sinks=sinks)

@@ -72,7 +72,7 @@ class ShardedKVCache(ShardedCache):
         if self.step is None or (keys.shape[2] != self._computed(self.step)):
             raise ArgumentError("cache: used by a model that is not sharded, expected one of ringattn.lm.shard")
         step = self.step
-        before = self.layout.local_length(self.ring.rank)
+        before = self.held
         if not step.shared and not step.new.spans[self.ring.rank]:
             keys, values = keys[:, :, :0], values[:, :, :0]
         first = self._first_wanted(step)
@@ -114,7 +114,8 @@ class ShardedKVCache(ShardedCache):
     def _all_held(self) -> tuple[mx.array, mx.array]:
         if self.keys is None or self.values is None:
             raise ArgumentError("cache: empty, expected at least one token in it")
-        return self.keys[:, :, : self.held], self.values[:, :, : self.held]
+        held = self.held
+        return self.keys[:, :, :held], self.values[:, :, :held]
 
     @property
     def held(self) -> int:
