@@ -21,7 +21,7 @@ PANEL = 64  # dims in 128 bytes
 
 
 @dataclass(frozen=True)
-class HopperGradientTiling:
+class HeldTiling:
     """The tiles of one thread block; names in capitals are those in the kernel.
 
     Attributes:
@@ -41,7 +41,7 @@ class HopperGradientTiling:
     stages: int = 4
 
     @classmethod
-    def of(cls, inputs: KernelInputs, of_keys: bool) -> HopperGradientTiling:
+    def of(cls, inputs: KernelInputs, of_keys: bool) -> HeldTiling:
         """The tiles for some inputs: as many passing tokens as leave all scores and sums in registers."""
         BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
         passing = 64 if of_keys or max(BD, BV) > 64 else 128
@@ -69,7 +69,7 @@ class HopperGradientTiling:
         return self.HELD if of_keys == self.of_keys else self.PASSING
 
 
-def passing_tile_ranges(inputs: KernelInputs, tiling: HopperGradientTiling) -> np.ndarray:
+def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:
     """The passing tiles of each held tile, int32 ``[held tiles, 4]``: first, full first, full last, last."""
     band, held, passing = inputs.rules.band, inputs.q_pos, inputs.k_pos
     if tiling.of_keys:
@@ -77,7 +77,7 @@ def passing_tile_ranges(inputs: KernelInputs, tiling: HopperGradientTiling) -> n
     return key_tile_ranges(band, held, passing, tiling.HELD, 1, tiling.PASSING)
 
 
-def held_keys_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTiling, heads: int) -> KernelCall:
+def held_keys_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int) -> KernelCall:
     """The call of `backward_hopper.cu` whose blocks hold keys.
 
     Its outputs are float32: dk ``[B, heads, Lk, D]``, without the factor `scale`, and dv ``[B, heads, Lk, Dv]``, to be
@@ -94,7 +94,7 @@ def held_keys_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTilin
     return _call(inputs, rows, tiling, heads, {}, {name: (*shape, width) for name, width in dims.items()})
 
 
-def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTiling, sums: mx.array) -> KernelCall:
+def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array) -> KernelCall:
     """The call of `backward_hopper.cu` whose blocks hold queries; arguments as above.
 
     Its outputs are float32: `sums` ``[B, Hq, Lq, D]`` plus dq, and with an additive mask its gradient
@@ -109,7 +109,7 @@ def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HopperGradientTi
 def _call(
     inputs: KernelInputs,
     rows: Rows,
-    tiling: HopperGradientTiling,
+    tiling: HeldTiling,
     heads: int,
     more: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],

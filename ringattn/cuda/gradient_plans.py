@@ -14,7 +14,7 @@ from ..core.gradients import Gradients, Rows
 from ..kernels.interface import KernelInputs
 from . import launch
 from .backward import backward_call, collect_call, collect_queries_call
-from .backward_hopper import MOST_HOPPER_DIMS, HopperGradientTiling, held_keys_call, held_queries_call
+from .backward_hopper import MOST_HOPPER_DIMS, HeldTiling, held_keys_call, held_queries_call
 from .device import HOPPER, capability, shared_bytes
 from .gradient_tiling import QUERY_TILES, GradientTiling
 from .tiling import MULTIPROCESSORS
@@ -119,8 +119,8 @@ class HopperPlan(Plan):
         heads: How many sums of dk and dv a call leaves in each batch: one for each query head, or for each of k.
     """
 
-    of_keys: HopperGradientTiling
-    of_queries: HopperGradientTiling
+    of_keys: HeldTiling
+    of_queries: HeldTiling
     heads: int
     name: ClassVar[str] = "wgmma"
 
@@ -128,7 +128,7 @@ class HopperPlan(Plan):
     def of(cls, inputs: KernelInputs) -> HopperPlan:
         k, v = inputs.k, inputs.v
         (batch, heads, q_len), kv_heads = inputs.rows, k.shape[1]
-        of_keys, of_queries = (HopperGradientTiling.of(inputs, held) for held in (True, False))
+        of_keys, of_queries = (HeldTiling.of(inputs, held) for held in (True, False))
         enough = batch * kv_heads * (k.shape[2] // of_keys.HELD) >= WAVES * MULTIPROCESSORS
         heads = kv_heads if enough else heads
         keys = _most(k.shape[2], WORKSPACE // (4 * batch * heads * (k.shape[3] + v.shape[3])), of_keys.HELD)
