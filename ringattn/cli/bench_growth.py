@@ -13,12 +13,14 @@ import click
 
 from ..errors import LaunchError
 from ..launcher.processes import available_cores
-from .bench_options import DTYPES, OUTPUT, listed, numbers, parse_heads, repeats_option
+from .bench_options import DTYPES, OUTPUT, listed, numbers, parse_heads
 from .bench_run import Output
 from .host_options import ranks_option, with_options
 
 if TYPE_CHECKING:
     from ..bench.records import Record
+
+MOST_REPEATS = 10  # times as many calls of a short length as of the greatest one
 
 
 @click.command()
@@ -35,20 +37,24 @@ if TYPE_CHECKING:
         help="Query / key-value heads.",
     ),
     click.option("--causal/--full", default=True, show_default=True, help="The mask."),
-    repeats_option(3),
+    click.option(
+        "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Timed calls at the greatest length."
+    ),
     *OUTPUT,
 )
 def growth(ranks: int, **options: Any) -> None:
     """Fit the growth of time, memory and bytes with the length and with the ranks, beside the theory.
 
     Each rank has one thread. Time grows with the square of the length, memory and bytes with the length. With more
-    ranks, time and a rank's memory fall in proportion, as long as each rank has a core of its own.
+    ranks, time and a rank's memory fall in proportion, as long as each rank has a core of its own. Shorter calls are
+    timed up to 10 times as often as those of the greatest length.
     """
     from ..bench.growth import fits, format_fits
     from ..reporting.machine import machine
 
     output = Output.pop_from(options)
     output.check()
+    output.drawn = ("peak_bytes",)
     figures = ("efficiency", "sent_bytes", "sent_ratio", "peak_bytes", "tflops", "error")
     output.show(_all_records(ranks, options), ("ranks", "tokens"), figures)
     click.echo(f"\n{format_fits(fits(output.records, available_cores()))}\n\n{machine()}")
@@ -61,17 +67,20 @@ def counts(most: int) -> list[int]:
 
 
 def _all_records(most: int, options: dict[str, Any]) -> Iterator[Record]:
+    lengths = options["tokens"]
     for ranks in counts(most):
-        yield from _records(ranks, options)
+        for tokens in lengths:
+            more = min(MOST_REPEATS, max(lengths) // tokens)
+            yield from _records(ranks, tokens, options["repeats"] * more, options)
 
 
-def _records(ranks: int, options: dict[str, Any]) -> list[Record]:
+def _records(ranks: int, tokens: int, repeats: int, options: dict[str, Any]) -> list[Record]:
     """Run ``ringattn bench ring`` on local ranks with one thread each, and read its records."""
     from ..bench.records import load
 
     mask = "--causal" if options["causal"] else "--full"
-    given = {name: options[name] for name in ("dtype", "heads", "repeats")}
-    given |= {"head-dim": options["head_dim"], "tokens": ",".join(map(str, options["tokens"]))}
+    given = {name: options[name] for name in ("dtype", "heads")}
+    given |= {"head-dim": options["head_dim"], "tokens": tokens, "repeats": repeats}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "records.json")
         line = ["bench", "ring", "-n", str(ranks), "--threads", "1", "--json", str(file), mask]

@@ -31,12 +31,14 @@ class Output:
         plot: Picture to draw.
         compare: File of an earlier run.
         records: Records so far.
+        drawn: Figures that the picture shows beside the times.
     """
 
     json_file: Path | None = None
     plot: Path | None = None
     compare: Path | None = None
     records: list[Record] = field(default_factory=list)
+    drawn: Sequence[str] = ()
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> Output:
@@ -84,7 +86,7 @@ class Output:
         if self.plot is not None:
             from ..bench.plot import draw
 
-            draw(self.records, self.plot)
+            draw(self.records, self.plot, self.drawn)
         return 1 if self.failed else 0
 
     @property
