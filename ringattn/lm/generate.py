@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError
-from .limits import check_memory, longest_context
+from .limits import check_memory, room_of
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .shard import everyone_of, sharded
 from .sharding.cache_kinds import check_caches
@@ -52,7 +52,8 @@ def stream_generate(
         tokenizer: Its tokenizer.
         prompt: Text, or token ids as an MLX or NumPy array ``[tokens]`` or a list; at least one token. Only rank 0's is
             used.
-        max_tokens: Tokens to generate, the same on every rank; -1 for no limit.
+        max_tokens: Tokens to generate, the same on every rank; -1 for no limit. Memory for so many is reserved, and
+            without a limit for the prompt alone.
         sampler: mlx-lm's: a function of log-probabilities ``[1, vocabulary]`` that returns a token ``[1]``. Default:
             the likeliest token.
         prefill_step_size: Tokens that each rank computes in one round of prefill; in mlx-lm, tokens of the whole round.
@@ -72,10 +73,10 @@ def stream_generate(
 
     Raises:
         ArgumentError: The model is not sharded, the prompt has no token or an unknown one, an option is not supported,
-            an option differs between ranks, or a rank has too little memory for the context, which is checked before
-            the prompt is read. An error on one rank (also in `sampler`, `stopped`, a logits processor or
-            `prompt_progress_callback`) is raised on every rank, and the ring still works afterwards. A rank that leaves
-            the text before the others gets the error from its next call.
+            an option differs between ranks, or a rank has too little memory for the context and an answer of
+            `max_tokens`, which is checked before the prompt is read. An error on one rank (also in `sampler`,
+            `stopped`, a logits processor or `prompt_progress_callback`) is raised on every rank, and the ring still
+            works afterwards. A rank that leaves the text before the others gets the error from its next call.
 
     Warns:
         ContextWarning: On rank 0, where the prompt is longer than the model's longest context.
@@ -92,15 +93,16 @@ def stream_generate(
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-        longest, _ = longest_context(known, ring, prefill_step_size)
-    context = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
-    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": context}
+        longest = room_of(known, ring, prefill_step_size).longest
+    cached = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
+    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": cached}
     numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
     described = tuple((name, str(value)) for name, value in fields.items())
     with ring.call(BEGIN):
         replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
     table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
-    check_memory(known, ring, held.size + int(table[0, 1]), int(table[:, 0].min()), prefill_step_size)
+    context = held.size + int(table[0, 1])
+    check_memory(known, ring, context, int(table[:, 0].min()), prefill_step_size, answer=max(0, max_tokens))
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
     for leaf in leaves:
         leaf.expect_prompt(shared_ids.size)
