@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,14 @@ def test_errors_in_one_line(line: tuple[str, ...], message: str) -> None:
     done = plan(*line)
     assert done.exit_code != 0
     assert done.output.splitlines()[-1].startswith("Error: ") and message in done.output.splitlines()[-1]
+
+
+def test_a_repository_that_cannot_be_reached_is_one_line_at_once() -> None:
+    line = [sys.executable, "-m", "ringattn.cli", "plan", "--model", "nobody/nothing", *CLUSTER]
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=20, env=nowhere)  # retries take 23 s
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: --model: nobody/nothing: no such folder, and Hugging Face: ")
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "nothing"}', '{"model_type": "llama"}'])
