@@ -70,14 +70,13 @@ def _levelled(machines: list[Machine], spread: float) -> list[Machine]:
     """Machines whose rates are the means of groups within `spread`, which their source says."""
     if len(machines) == 1:
         return machines
-    rates = {
-        name: level([getattr(machine, name) for machine in machines], spread)
-        for name in ("flops", "attention", "bandwidth")
-    }
+    flops = level([machine.flops for machine in machines], spread)
+    attention = level([machine.attention for machine in machines], spread)
+    bandwidth = level([machine.bandwidth for machine in machines], spread)
     source = f"{SOURCE}; rates within {spread - 1:.0%}, the spread of the measurements, count as equal"
     return [
-        replace(machine, source=source, **{name: values[i] for name, values in rates.items()})
-        for i, machine in enumerate(machines)
+        replace(machine, flops=f, attention=a, bandwidth=b, source=source)
+        for machine, f, a, b in zip(machines, flops, attention, bandwidth)
     ]
 
 

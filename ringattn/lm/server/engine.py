@@ -19,6 +19,7 @@ from ...transport.collectives import broadcast_bytes
 from ..generate import checked_prefill_step_size, stream_generate
 from ..limits import check_memory, least_room
 from ..mlx_lm_compat import model_args
+from ..rounds import SHORTEST
 from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
 from .api.fields import RequestError
@@ -97,7 +98,7 @@ class Engine:
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
-        chunk = checked_prefill_step_size(prefill_step_size)
+        chunk = checked_prefill_step_size(prefill_step_size) or SHORTEST
         self._room = least_room(model, self.ring, chunk)
         self.longest = self._room.longest
         check_memory(model, self.ring, 1, self.longest, chunk)  # a server that refuses every prompt must not start
