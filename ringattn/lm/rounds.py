@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import mlx.core as mx
-
+from ..core.device import uses_gpu
 from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.interface import Transport
 from .host_memory import memory_of_rank
@@ -88,12 +87,11 @@ def _own_rounds(model: Any, available: int, start: int, tokens: int) -> int:
     context = start + tokens
     layers = len(model.layers)
     cost = Cost(model.cost.linear * layers, model.cost.attention * layers)
-    gpu = mx.default_device().type == mx.DeviceType.gpu
 
     def fits(held: Sequence[int], chunks: Sequence[int]) -> bool:
         return model.footprint.needed(context, held[rank] / context, ROOM * chunks[rank]) <= available
 
-    return count_rounds(start, tokens, model.weights, cost, OPERATIONS[gpu], fits)
+    return count_rounds(start, tokens, model.weights, cost, OPERATIONS[uses_gpu()], fits)
 
 
 def _growing(first: int, last: int) -> Iterator[int]:
