@@ -54,7 +54,7 @@ def read_on_ring(
     rows: Sequence[Machine],
     links: Sequence[Link],
     tokens: int,
-    chunk: int,
+    step: int,
     weights: Sequence[float],
     tensor: int = 1,
     row_link: Link | None = None,
@@ -66,7 +66,7 @@ def read_on_ring(
         rows: The slowest machine of each row.
         links: Link from each row to the next one.
         tokens: Tokens of the prompt.
-        chunk: Tokens of a rank in one round.
+        step: Tokens of all rows in one round.
         weights: Speed of each row.
         tensor: Ranks in a row.
         row_link: Link within a row.
@@ -76,7 +76,7 @@ def read_on_ring(
     found = Reading()
     done = 0
     while done < tokens:
-        new = min(chunk * ring.size, tokens - done)
+        new = min(step, tokens - done)
         if new < LEAST * ring.size:
             found.seconds += _few(part, rows, ring, done, new)
         else:
