@@ -38,12 +38,12 @@ def token_on_ring(
 def token_through_pipeline(
     shape: ModelShape, stages: Sequence[Machine], links: Sequence[Link], tokens: int, shares: Sequence[float]
 ) -> float:
-    """Seconds of one new token, which passes the stages one after the other."""
+    """Seconds of one new token, which passes the stages one after the other and returns to the first."""
     own = sum(
         share * (_read(shape, machine, tokens) + shape.depth * machine.layer) for machine, share in zip(stages, shares)
     )
     hops = sum(link.latency + shape.hidden / link.bandwidth for link in links[: len(stages) - 1])
-    return own + hops
+    return own + hops + links[-1].latency
 
 
 def _read(shape: ModelShape, machine: Machine, tokens: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from .hops import Ring, Timing, call_timing
 from .links import Link
 from .machines import Machine
 from .shape import Attending, ModelShape
+
+SAMPLES = 64  # of the rounds of a prompt
 
 
 def ring_of(rows: Sequence[Machine], links: Sequence[Link]) -> Ring:
@@ -42,6 +44,14 @@ class Reading:
     exposed: float = 0.0
     sent: float = 0.0
     strategy: str = "none"
+
+    def add(self, other: Reading, times: int) -> None:
+        """Add what takes `times` as long as `other`."""
+        self.seconds += times * other.seconds
+        self.transfer += times * other.transfer
+        self.exposed += times * other.exposed
+        self.sent += times * other.sent
+        self.strategy = other.strategy if other.strategy != "none" else self.strategy
 
     @property
     def hidden(self) -> float:
@@ -74,17 +84,30 @@ def read_on_ring(
     part = shape.part(tensor)
     ring = ring_of(rows, links)
     found = Reading()
-    done = 0
-    while done < tokens:
-        new = min(step, tokens - done)
+    for start, new, times in _samples(tokens, step):
+        one = Reading()
         if new < LEAST * ring.size:
-            found.seconds += _few(part, rows, ring, done, new)
+            one.seconds = _few(part, rows, ring, start, new)
         else:
-            _round(part, rows, ring, found, (done, new), weights)
+            _round(part, rows, ring, one, (start, new), weights)
         if tensor > 1 and row_link is not None:
-            _sum(found, shape, row_link, tensor, ring.size, new)
-        done += new
+            _sum(one, shape, row_link, tensor, ring.size, new)
+        found.add(one, times)
     return found
+
+
+def _samples(tokens: int, step: int) -> Iterator[tuple[int, int, int]]:
+    """Rounds to compute as (start, tokens, times): of many equal rounds, the middle one of each run stands for all.
+
+    The time of a round grows by the same amount from each round to the next.
+    """
+    whole = tokens // step
+    run = -(-whole // SAMPLES) or 1
+    for first in range(0, whole, run):
+        count = min(run, whole - first)
+        yield int(step * (first + (count - 1) / 2)), step, count
+    if tokens % step:
+        yield whole * step, tokens % step, 1
 
 
 def attend_on_ring(shape: ModelShape, rows: Sequence[Machine], links: Sequence[Link], layout: Layout) -> Reading:

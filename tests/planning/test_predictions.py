@@ -24,6 +24,7 @@ from ringattn.planning import (
     parse_link,
     parse_machines,
     predictions,
+    prefill,
 )
 from ringattn.planning.choice import arrangements
 from ringattn.planning.demand import pass_kv
@@ -112,6 +113,19 @@ def test_a_ring_without_links_is_as_fast_as_its_work_divided() -> None:
         ring = read_on_ring(MODEL, [MACHINE] * size, [free] * size, 1 << 16, 8192, [1.0] * size)
         assert ring.seconds == pytest.approx(alone.seconds / size, rel=0.02)
         assert ring.hidden > 0.99
+
+
+@pytest.mark.parametrize("tokens", [1 << 20, (1 << 20) + 700])
+def test_many_rounds_take_as_long_as_their_samples(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = ([MACHINE] * 2, [LINK] * 2, tokens, 1024, [1.0] * 2)
+    few = read_on_ring(MODEL, *where)
+    prefill_samples = prefill.SAMPLES
+    monkeypatch.setattr(prefill, "SAMPLES", tokens)
+    all_rounds = read_on_ring(MODEL, *where)
+    assert few.seconds == pytest.approx(all_rounds.seconds, rel=1e-3)
+    for name in ("transfer", "sent"):  # within one sample the strategy changes
+        assert getattr(few, name) == pytest.approx(getattr(all_rounds, name), rel=1 / prefill_samples)
+    assert few.hidden == pytest.approx(all_rounds.hidden, abs=0.01)
 
 
 def test_the_work_of_a_prompt() -> None:
