@@ -12,6 +12,7 @@ import mlx.nn as nn  # isort: skip
 assert ra
 SMALL, LARGE = 384, 1024  # tokens of the calls by which the rates are measured
 SHORT = (256, 512)  # tokens of the prompts by which the rates are measured
+DECODED = (2048, 16384)  # keys of a new token by which the rate of reading keys is measured
 DECODES = 8  # calls in a row
 STEPS = 8  # new tokens
 REPEATS = 5  # of the rates
@@ -61,18 +62,18 @@ class Run(NamedTuple):
 
 
 CALLS = (
-    Call(5120, 6, 6, 64, "causal"),
-    Call(5120, 4, 1, 128, "causal"),
-    Call(3584, 6, 2, 64, "full"),
-    Call(3584, 4, 4, 128, "full"),
+    Call(5632, 6, 3, 64, "causal"),
+    Call(4608, 4, 2, 128, "causal"),
+    Call(4352, 8, 2, 64, "full"),
+    Call(3840, 4, 4, 128, "full"),
 )
-PROMPTS = (1280, 3328)
+PROMPTS = (1536, 3840)
 
 
 def runs(hosts: int) -> list[Run]:
     """The runs of a model on so many hosts."""
     found = [Run(tokens, tensor) for tensor in (1, 2) for tokens in PROMPTS]
-    found.append(Run(PROMPTS[1], chunk=448))
+    found.append(Run(PROMPTS[1], chunk=480))
     return [*found, *(Run(tokens, stages=2) for tokens in PROMPTS)] if hosts == 2 else found
 
 

@@ -17,7 +17,7 @@ from ringattn.planning.hops import Ring, call_timing
 from ringattn.planning.shape import attention_shape
 from ringattn.ring.schedule import Sizes
 
-from .cases import CALLS, LARGE, SHORT, SMALL, Call, Run, make_model, runs
+from .cases import CALLS, DECODED, LARGE, SHORT, SMALL, Call, Run, make_model, runs
 
 MEMORY = 1 << 36  # bytes: enough
 Rates = Sequence[dict[str, Any]]  # of all ranks
@@ -59,8 +59,7 @@ def _run(shape: ModelShape, cluster: Cluster, run: Run) -> tuple[float, float]:
     wanted = Arrangement(stages=size) if run.stages > 1 else Arrangement(size // run.tensor, run.tensor)
     job = Job(run.tokens, chunk=run.chunk or None, gpu=False)
     found = next(one for one in predictions(shape, cluster, job) if one.arrangement == wanted)
-    first = found.first if run.stages > 1 else found.first - found.token  # a pipeline reads the last token as a step
-    return first, found.token
+    return found.first, found.token
 
 
 def _line(unit: float, small: float, first: float, large: float, second: float) -> tuple[float, float]:
@@ -81,15 +80,15 @@ def _machine(one: dict[str, Any], shape: ModelShape) -> Machine:
     call, attention = _line(kind.pair_flops, SMALL**2, one["small"], LARGE**2, one["large"])
     cut = _cut(kind.pair_flops, call, attention, one["causal"])
     linear = []
-    for n in SHORT:
-        pairs = n * (n + 1) / 2 * kind.pair_flops
-        linear.append(one["prompts"][str(n)] - shape.depth * (pairs / attention + call + cut * n))
-    fixed, flops = _line(shape.linear, SHORT[0], linear[0], SHORT[1], linear[1])
-    keys = (LARGE - SMALL) * kind.key / max(one["one large"] - one["one small"], 1e-7)
+    for n in SHORT:  # of which the last token is read alone
+        pairs = n * (n - 1) / 2 * kind.pair_flops
+        linear.append(one["prompts"][str(n)] - one["token"] - shape.depth * (pairs / attention + call + cut * n))
+    fixed, flops = _line(shape.prompt_linear, SHORT[0], linear[0], SHORT[1], linear[1])
+    keys = (DECODED[1] - DECODED[0]) * kind.key / max(one["decoded"][1] - one["decoded"][0], 1e-7)
     weights = one["token"] - SHORT[1] * kind.key * kind.count / keys
     return Machine(  # its bandwidth contains all of a token's work beside the keys
         "host", flops, attention, (shape.read + shape.head) / max(weights, 1e-6), MEMORY,
-        call=call, cut=cut, layer=fixed / shape.depth, keys=keys,
+        call=call, cut=cut, packed=shape.read / max(fixed, 1e-6), keys=keys,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ringattn.doctor.link_speed import measure_hop
 from ringattn.doctor.row_speed import measure_row
 from ringattn.ring.call import check_ring
 
-from .cases import CALLS, CONFIG, DECODES, LARGE, REPEATS, SHORT, SMALL, STEPS, make_model
+from .cases import CALLS, CONFIG, DECODED, DECODES, LARGE, REPEATS, SHORT, SMALL, STEPS, make_model
 from .runs import make_ids, read
 
 
@@ -43,7 +43,7 @@ def _medians(ring: ra.Ring, calls: dict[str, Callable[[], object]]) -> dict[str,
 
 
 def _kernel(ring: ra.Ring, heads: int, kv_heads: int, dim: int) -> dict[str, float]:
-    """Seconds of kernel calls of two sizes, of a causal one, and of two with one query."""
+    """Seconds of kernel calls of two sizes, and of a causal one."""
     q, k, v = (mx.random.normal((1, h, LARGE, dim)) for h in (heads, kv_heads, kv_heads))
     mx.eval(q, k, v)
 
@@ -56,8 +56,6 @@ def _kernel(ring: ra.Ring, heads: int, kv_heads: int, dim: int) -> dict[str, flo
             "small": partial(attend, SMALL, SMALL),
             "large": partial(attend, LARGE, LARGE),
             "causal": partial(attend, LARGE, LARGE, "causal"),
-            "one small": partial(attend, 1, SMALL),
-            "one large": partial(attend, 1, LARGE),
         },
     )
 
@@ -71,9 +69,24 @@ def _model(ring: ra.Ring) -> dict[str, Any]:
     prompts = _medians(ring, {str(n): lambda n=n: read(model, ids[:, :n], n) for n in SHORT})
     cache = read(model, ids[:, : SHORT[1]], SHORT[1])[1]
     steps = turns({"token": together(ring, lambda: mx.eval(model(ids[:, :1], cache=cache)))}, STEPS + 2)
-    dim = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
-    kernel = _kernel(ring, CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"], dim)
-    return {"prompts": prompts, "token": median(steps["token"][2:]), **kernel}
+    heads, kv_heads = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
+    dim = CONFIG["hidden_size"] // heads
+    kernel = _kernel(ring, heads, kv_heads, dim)
+    return {
+        "prompts": prompts,
+        "token": median(steps["token"][2:]),
+        "decoded": _decoded(ring, heads, kv_heads, dim),
+        **kernel,
+    }
+
+
+def _decoded(ring: ra.Ring, heads: int, kv_heads: int, dim: int) -> list[float]:
+    """Seconds of attention from one token to so many keys of a cache."""
+    q, k, v = (mx.random.normal((1, h, DECODED[1], dim)) for h in (heads, kv_heads, kv_heads))
+    mx.eval(q, k, v)
+    calls = {str(n): lambda n=n: mx.eval(ra.attention(q[:, :, :1], k[:, :, :n], v[:, :, :n])) for n in DECODED}
+    seconds = _medians(ring, calls)
+    return [seconds[str(n)] for n in DECODED]
 
 
 def _exchange(ring: ra.Ring) -> float:

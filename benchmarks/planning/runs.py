@@ -33,12 +33,16 @@ def make_ids() -> mx.array:
 
 
 def read(model: nn.Module, ids: mx.array, step: int) -> tuple[mx.array, list]:
-    """The last log-probabilities after a prompt that is read in rounds of `step` tokens, and the cache."""
+    """The log-probabilities after a prompt that is read in rounds of `step` tokens, and the cache.
+
+    As in mlx-lm, the last token is read alone, and before it nothing is evaluated but the cache.
+    """
     cache = model.make_cache()
-    for start in range(0, ids.shape[1], step):
-        logits = model(ids[:, start : start + step], cache=cache)
+    most = ids.shape[1] - 1
+    for start in range(0, most, step):
+        model(ids[:, start : min(start + step, most)], cache=cache)
         mx.eval([one.state for one in cache])
-    last = logits[0, -1]
+    last = model(ids[:, -1:], cache=cache)[0, -1]
     found = last - mx.logsumexp(last)
     mx.eval(found)
     return found, cache
@@ -124,7 +128,7 @@ def _sharded(model: nn.Module, run: Run, ids: mx.array) -> Answer:
         mx.eval(model(ids[:, :1], cache=cache))
         times.append(time.perf_counter())
     token = median(b - a for a, b in zip(times[1:], times[2:]))
-    return times[1] - start, token, logprobs if model.ring.rank == model.ring.size - 1 else mx.zeros(0)
+    return times[0] - start, token, logprobs
 
 
 def _pipeline(model: nn.Module, grid: ra.Grid) -> Callable[[Run, mx.array], Answer]:

@@ -45,7 +45,7 @@ def read_on_rings(
     done = 0
     while done < tokens:
         new = min(step, tokens - done)
-        linear = shape.linear * new / ranks / flops
+        linear = shape.prompt_linear * new / ranks / flops
         for kind in shape.attending:
             held = done + new
             seen = held if kind.window is None else min(held, kind.window + new / ranks)

@@ -146,8 +146,8 @@ def _round(
     start, new = tokens
     layout = round_layout(start, new, tuple(weights), part.cost)
     lengths = np.array([layout.local_length(rank) for rank in range(ring.size)])
-    linear = part.linear / part.depth * lengths / np.array([m.flops for m in rows])
-    linear = linear + np.array([m.layer for m in rows])
+    linear = part.prompt_linear / part.depth * lengths / np.array([m.flops for m in rows])
+    linear = linear + np.array([m.pack(part.read / part.depth) for m in rows])
     attended = 0
     for kind in part.attending:
         timing, strategy, sent = _attention(kind, ring, layout, start)
@@ -184,17 +184,18 @@ def _few(part: ModelShape, rows: Sequence[Machine], ring: Ring, held: int, new: 
     """Seconds of a round with too few tokens to share: every rank computes all of them, as for new tokens."""
     slowest = min(rows, key=lambda machine: machine.flops)
     pairs = sum(kind.count * kind.pair_flops for kind in part.attending) * new * (held / ring.size + new)
-    fixed = part.depth * (ring.exchange() + slowest.layer)
-    return part.linear * new / slowest.flops + pairs / slowest.attention + fixed
+    fixed = part.depth * ring.exchange() + slowest.pack(part.read)
+    return part.prompt_linear * new / slowest.flops + pairs / slowest.attention + fixed
 
 
 def _sum(found: Reading, shape: ModelShape, link: Link, tensor: int, rows: int, new: int) -> None:
     """Add the sums of a round over all rows, which nothing hides."""
-    seconds = 2 * shape.depth * sum_seconds(link, tensor, shape.hidden * -(-new // rows))
+    sums = 2 * (shape.depth - 1)  # none in the last layer; see `ModelShape.prompt_linear`
+    seconds = sums * sum_seconds(link, tensor, shape.hidden * -(-new // rows))
     found.seconds += seconds
     found.transfer += seconds
     found.exposed += seconds
-    found.sent += 2 * shape.depth * 2 * (tensor - 1) * shape.hidden * new
+    found.sent += sums * 2 * (tensor - 1) * shape.hidden * new
 
 
 def sum_seconds(link: Link, ranks: int, count: int) -> float:
@@ -221,7 +222,10 @@ def read_through_pipeline(
         new = min(chunk, tokens - start)
         arrived = 0.0
         for s, machine in enumerate(stages):
-            done[s] = max(done[s], arrived) + shares[s] * _alone(shape, machine, start, new)
+            own = shares[s] * _alone(shape, machine, start, new)
+            if s + 1 == len(stages):
+                own -= (shape.linear - shape.prompt_linear) * new / machine.flops
+            done[s] = max(done[s], arrived) + own
             if s + 1 < len(stages):
                 arrived = done[s] + links[s].latency + new * shape.hidden / links[s].bandwidth
                 found.sent += new * shape.hidden
@@ -241,6 +245,5 @@ def _alone(shape: ModelShape, machine: Machine, start: int, new: int) -> float:
         before = start if kind.window is None else min(start, kind.window)
         own = new * (new + 1) / 2 if kind.window is None else new * min(new, kind.window) / 2
         pairs += kind.count * kind.pair_flops * (new * before + own)
-    calls = machine.layer * shape.depth
-    calls += (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
-    return shape.linear * new / machine.flops + pairs / machine.attention + calls
+    calls = (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
+    return shape.linear * new / machine.flops + pairs / machine.attention + calls + machine.pack(shape.read)

@@ -32,7 +32,7 @@ from ringattn.planning.hops import Ring, call_timing
 from ringattn.planning.links import LINKS
 from ringattn.planning.machines import CHIPS
 from ringattn.planning.prefill import read_on_ring, read_through_pipeline
-from ringattn.planning.shape import attention_shape
+from ringattn.planning.shape import LAST, attention_shape
 from ringattn.ring.schedule import Sizes
 
 MODEL = ModelShape(  # a Llama of 8 billion parameters, quantised
@@ -133,10 +133,21 @@ def test_the_work_of_a_prompt() -> None:
     free = Link("free", 1e18, 0.0)
     n = 1 << 14
     pairs = n * (n + 1) / 2 * 32 * 4.0 * 32 * 128
-    expected = MODEL.linear * n / MACHINE.flops + pairs / MACHINE.attention
+    expected = MODEL.linear * (31 + LAST) / 32 * n / MACHINE.flops + pairs / MACHINE.attention
     for chunk in (512, 3000, n):
         assert read_on_ring(MODEL, [MACHINE], [free], n, chunk, [1.0]).seconds == pytest.approx(expected, rel=1e-6)
         assert read_through_pipeline(MODEL, [MACHINE], [free], n, chunk, [1.0]).seconds == pytest.approx(expected)
+
+
+def test_the_first_stage_of_a_pipeline_computes_all_of_its_layers() -> None:
+    """And the last one little of its last layer, so that the first one is the slowest."""
+    free = Link("free", 1e18, 0.0)
+    n = 1 << 14
+    few = replace(MODEL, depth=4, linear=MODEL.linear / 8, attending=(replace(MODEL.attending[0], count=4),))
+    pairs = n * (n + 1) / 2 * 4 * 4.0 * 32 * 128
+    first = 0.5 * (few.linear * n / MACHINE.flops + pairs / MACHINE.attention)
+    found = read_through_pipeline(few, [MACHINE] * 2, [free] * 2, n, 256, [0.5, 0.5])
+    assert first < found.seconds < 1.03 * first  # and the last chunk passes the second stage
 
 
 def test_layers_with_a_window_cost_what_it_reaches() -> None:
