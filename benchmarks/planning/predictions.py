@@ -45,13 +45,17 @@ def _call(call: Call, seconds: Sequence[dict[str, float]], link: Link) -> float:
 def predict_models(rates: Rates, link: Link) -> dict[str, tuple[float, float]]:
     """Seconds of the first token and of a further one, of each run, as ``ringattn plan`` predicts them."""
     shape = shape_of("model", make_model())
-    machines = tuple(_machine(one["model"], shape) for one in rates)
+    machines = tuple(_machine(one["model"], shape, "token") for one in rates)
+    alone = tuple(_machine(one["model"], shape, "token alone") for one in rates)  # stages read one after the other
     rows = [one["row"] for one in rates if "row" in one]
     row = None
     if rows:
         row = Link("row", min(one["bandwidth"] for one in rows), max(one["latency"] for one in rows) / 2)
-    cluster = Cluster(machines, link, row=row)
-    return {run.name: _run(shape, cluster, run) for run in runs(len(rates)) if rows or run.tensor == run.stages == 1}
+    return {
+        run.name: _run(shape, Cluster(alone if run.stages > 1 else machines, link, row=row), run)
+        for run in runs(len(rates))
+        if rows or run.tensor == 1
+    }
 
 
 def _run(shape: ModelShape, cluster: Cluster, run: Run) -> tuple[float, float]:
@@ -74,7 +78,7 @@ def _cut(unit: float, call: float, rate: float, seconds: float) -> float:
     return max(0.0, (seconds - call - pairs * unit / rate) / LARGE)
 
 
-def _machine(one: dict[str, Any], shape: ModelShape) -> Machine:
+def _machine(one: dict[str, Any], shape: ModelShape, token: str) -> Machine:
     """The rates of a rank, from kernel calls, two short prompts, and a token after them on one rank."""
     kind = shape.attending[0]
     call, attention = _line(kind.pair_flops, SMALL**2, one["small"], LARGE**2, one["large"])
@@ -85,7 +89,7 @@ def _machine(one: dict[str, Any], shape: ModelShape) -> Machine:
         linear.append(one["prompts"][str(n)] - one["token"] - shape.depth * (pairs / attention + call + cut * n))
     fixed, flops = _line(shape.prompt_linear, SHORT[0], linear[0], SHORT[1], linear[1])
     keys = (DECODED[1] - DECODED[0]) * kind.key / max(one["decoded"][1] - one["decoded"][0], 1e-7)
-    weights = one["token"] - SHORT[1] * kind.key * kind.count / keys
+    weights = one[token] - SHORT[1] * kind.key * kind.count / keys
     return Machine(  # its bandwidth contains all of a token's work beside the keys
         "host", flops, attention, (shape.read + shape.head) / max(weights, 1e-6), MEMORY,
         call=call, cut=cut, packed=shape.read / max(fixed, 1e-6), keys=keys,

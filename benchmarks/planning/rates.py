@@ -68,16 +68,30 @@ def _model(ring: ra.Ring) -> dict[str, Any]:
     ids = make_ids()
     prompts = _medians(ring, {str(n): lambda n=n: read(model, ids[:, :n], n) for n in SHORT})
     cache = read(model, ids[:, : SHORT[1]], SHORT[1])[1]
-    steps = turns({"token": together(ring, lambda: mx.eval(model(ids[:, :1], cache=cache)))}, STEPS + 2)
+
+    def step() -> None:
+        mx.eval(model(ids[:, :1], cache=cache))
+
     heads, kv_heads = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
     dim = CONFIG["hidden_size"] // heads
     kernel = _kernel(ring, heads, kv_heads, dim)
     return {
         "prompts": prompts,
-        "token": median(steps["token"][2:]),
+        "token": median(turns({"": together(ring, step)}, STEPS + 2)[""][2:]),
+        "token alone": _alone(ring, step),
         "decoded": _decoded(ring, heads, kv_heads, dim),
         **kernel,
     }
+
+
+def _alone(ring: ra.Ring, step: Callable[[], None]) -> float:
+    """Seconds of a step on this rank while the others wait: hosts on one machine share its memory's bandwidth."""
+    found = 0.0
+    for rank in range(ring.size):
+        if rank == ring.rank:
+            found = median(turns({"": step}, STEPS)[""][2:])
+        ring.barrier()
+    return found
 
 
 def _decoded(ring: ra.Ring, heads: int, kv_heads: int, dim: int) -> list[float]:

@@ -79,6 +79,23 @@ def test_generate_admits_what_was_promised(folder: str, tmp_path: Path, monkeypa
         assert least_room(lm.shard(model, ring), ring, 64).longest == promised["longest_context"]
 
 
+@pytest.mark.parametrize("tokens", [900, 5000, 20_000])
+def test_rounds_are_those_of_generate(folder: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringattn import init, lm
+    from ringattn.lm.host_memory import MEMORY
+    from ringattn.lm.rounds import agree_on_round
+    from ringattn.planning import Job, Machine
+    from ringattn.planning.choice import round_tokens
+    from ringattn.planning.describe import read_shape
+
+    monkeypatch.setenv(MEMORY, "290M")
+    model, _ = lm.load(folder)
+    with init("solo") as ring:
+        rounds = agree_on_round(lm.shard(model, ring), ring, 0, tokens)
+    machine = Machine("m", 1e12, 1e12, 1e11, 290 << 20)
+    assert round_tokens(read_shape(folder), Job(tokens, gpu=False), [machine], [1.0]) == rounds
+
+
 def test_what_does_not_fit(folder: str) -> None:
     done = plan("--model", folder, "--machine", "17/800:260M", "--context", "10000000")
     assert done.exit_code == 1
