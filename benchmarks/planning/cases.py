@@ -67,13 +67,13 @@ CALLS = (
     Call(4352, 8, 2, 64, "full"),
     Call(3840, 4, 4, 128, "full"),
 )
-PROMPTS = (1536, 3840)
+PROMPTS = (1152, 2816)
 
 
 def runs(hosts: int) -> list[Run]:
     """The runs of a model on so many hosts."""
     found = [Run(tokens, tensor) for tensor in (1, 2) for tokens in PROMPTS]
-    found.append(Run(PROMPTS[1], chunk=480))
+    found.append(Run(PROMPTS[1], chunk=352))
     return [*found, *(Run(tokens, stages=2) for tokens in PROMPTS)] if hosts == 2 else found
 
 
