@@ -17,7 +17,7 @@ from ringattn.planning.hops import Ring, call_timing
 from ringattn.planning.shape import attention_shape
 from ringattn.ring.schedule import Sizes
 
-from .cases import CALLS, DECODED, LARGE, SHORT, SMALL, Call, Run, make_model, runs
+from .cases import CALLS, DECODED, LARGE, SHORT, SMALL, THIN, Call, Run, make_model, runs
 
 MEMORY = 1 << 36  # bytes: enough
 Rates = Sequence[dict[str, Any]]  # of all ranks
@@ -45,8 +45,9 @@ def _call(call: Call, seconds: Sequence[dict[str, float]], link: Link) -> float:
 def predict_models(rates: Rates, link: Link) -> dict[str, tuple[float, float]]:
     """Seconds of the first token and of a further one, of each run, as ``ringattn plan`` predicts them."""
     shape = shape_of("model", make_model())
-    machines = tuple(_machine(one["model"], shape, "token") for one in rates)
-    alone = tuple(_machine(one["model"], shape, "token alone") for one in rates)  # stages read one after the other
+    thin = shape_of("thin", make_model(**THIN))
+    machines = tuple(_machine(one["model"], shape, thin, "") for one in rates)
+    alone = tuple(_machine(one["model"], shape, thin, " alone") for one in rates)  # stages read one after the other
     rows = [one["row"] for one in rates if "row" in one]
     row = None
     if rows:
@@ -78,8 +79,8 @@ def _cut(unit: float, call: float, rate: float, seconds: float) -> float:
     return max(0.0, (seconds - call - pairs * unit / rate) / LARGE)
 
 
-def _machine(one: dict[str, Any], shape: ModelShape, token: str) -> Machine:
-    """The rates of a rank, from kernel calls, two short prompts, and a token after them on one rank."""
+def _machine(one: dict[str, Any], shape: ModelShape, thin: ModelShape, how: str) -> Machine:
+    """The rates of a rank, from kernel calls, two short prompts, and tokens of two models on one rank."""
     kind = shape.attending[0]
     call, attention = _line(kind.pair_flops, SMALL**2, one["small"], LARGE**2, one["large"])
     cut = _cut(kind.pair_flops, call, attention, one["causal"])
@@ -89,10 +90,11 @@ def _machine(one: dict[str, Any], shape: ModelShape, token: str) -> Machine:
         linear.append(one["prompts"][str(n)] - one["token"] - shape.depth * (pairs / attention + call + cut * n))
     fixed, flops = _line(shape.prompt_linear, SHORT[0], linear[0], SHORT[1], linear[1])
     keys = (DECODED[1] - DECODED[0]) * kind.key / max(one["decoded"][1] - one["decoded"][0], 1e-7)
-    weights = one[token] - SHORT[1] * kind.key * kind.count / keys
-    return Machine(  # its bandwidth contains all of a token's work beside the keys
-        "host", flops, attention, (shape.read + shape.head) / max(weights, 1e-6), MEMORY,
-        call=call, cut=cut, packed=shape.read / max(fixed, 1e-6), keys=keys,
+    both = [one[name + how] - SHORT[1] * kind.key * kind.count / keys for name in ("thin", "token")]
+    step, bandwidth = _line(1.0, thin.read + thin.head, both[0], shape.read + shape.head, both[1])
+    return Machine(
+        "host", flops, attention, bandwidth, MEMORY,
+        call=call, cut=cut, packed=shape.read / max(fixed, 1e-6), step=step / shape.depth, keys=keys,
     )  # fmt: skip
 
 

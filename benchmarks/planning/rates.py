@@ -11,6 +11,7 @@ import ringattn as ra  # before MLX, for its BLAS
 from ringattn import lm
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn  # isort: skip
 
 from ringattn.bench.ranks import together
 from ringattn.bench.timing import turns
@@ -18,7 +19,7 @@ from ringattn.doctor.link_speed import measure_hop
 from ringattn.doctor.row_speed import measure_row
 from ringattn.ring.call import check_ring
 
-from .cases import CALLS, CONFIG, DECODED, DECODES, LARGE, REPEATS, SHORT, SMALL, STEPS, make_model
+from .cases import CALLS, CONFIG, DECODED, DECODES, LARGE, REPEATS, SHORT, SMALL, STEPS, THIN, make_model
 from .runs import make_ids, read
 
 
@@ -67,21 +68,29 @@ def _model(ring: ra.Ring) -> dict[str, Any]:
     lm.shard(model, ra.init("solo"))
     ids = make_ids()
     prompts = _medians(ring, {str(n): lambda n=n: read(model, ids[:, :n], n) for n in SHORT})
-    cache = read(model, ids[:, : SHORT[1]], SHORT[1])[1]
-
-    def step() -> None:
-        mx.eval(model(ids[:, :1], cache=cache))
-
+    thin = make_model(**THIN)
+    mx.eval(thin.parameters())
+    lm.shard(thin, ra.init("solo"))
+    step, thin_step = (_stepping(one, ids[:, : SHORT[1]]) for one in (model, thin))
+    tokens = turns({"token": together(ring, step), "thin": together(ring, thin_step)}, STEPS + 2)
     heads, kv_heads = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
     dim = CONFIG["hidden_size"] // heads
     kernel = _kernel(ring, heads, kv_heads, dim)
     return {
         "prompts": prompts,
-        "token": median(turns({"": together(ring, step)}, STEPS + 2)[""][2:]),
+        "token": median(tokens["token"][2:]),
+        "thin": median(tokens["thin"][2:]),
         "token alone": _alone(ring, step),
+        "thin alone": _alone(ring, thin_step),
         "decoded": _decoded(ring, heads, kv_heads, dim),
         **kernel,
     }
+
+
+def _stepping(model: nn.Module, ids: mx.array) -> Callable[[], None]:
+    """A token after a prompt."""
+    cache = read(model, ids, ids.shape[1])[1]
+    return lambda: mx.eval(model(ids[:, :1], cache=cache))
 
 
 def _alone(ring: ra.Ring, step: Callable[[], None]) -> float:

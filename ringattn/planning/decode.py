@@ -42,9 +42,10 @@ def token_through_pipeline(
 
 
 def _read(shape: ModelShape, machine: Machine, tokens: float) -> float:
-    """Seconds to read the weights and the keys of so many tokens."""
+    """Seconds of all layers of a token, which read the weights and the keys of so many tokens."""
     keys = sum(
         kind.count * kind.key * (tokens if kind.window is None else min(tokens, kind.window))
         for kind in shape.attending
     )
-    return (shape.read + shape.head + shape.states) / machine.bandwidth + keys / (machine.keys or machine.bandwidth)
+    weights = (shape.read + shape.head + shape.states) / machine.bandwidth
+    return weights + keys / (machine.keys or machine.bandwidth) + shape.depth * machine.step

@@ -31,6 +31,7 @@ class Machine:
         cut: Seconds of a query token on a mask's edge beside its visible pairs.
         packed: Bytes per second at which products with many tokens rearrange the weights before they multiply, as a
             CPU's do in each round; ``None``: in no time.
+        step: Seconds of a layer of a new token beside what it reads, which a row of ranks does not divide.
         keys: Bytes per second at which keys are read for a new token; ``None``: as `bandwidth`.
         source: Origin of the rates.
     """
@@ -43,6 +44,7 @@ class Machine:
     call: float = 0.0
     cut: float = 0.0
     packed: float | None = None
+    step: float = 0.0
     keys: float | None = None
     source: str = ""
 
