@@ -176,7 +176,12 @@ def _on_ring(
 
 
 def round_tokens(part: ModelShape, job: Job, rows: Sequence[Machine], weights: Sequence[float]) -> int:
-    """Tokens that all rows together compute in a round; `part` is the model of one rank of a row."""
+    """Tokens that all rows together compute in a round; `part` is the model of one rank of a row.
+
+    Attention alone has no rounds.
+    """
+    if part.is_attention_only:
+        return job.context
     if job.chunk is not None:
         return job.chunk * len(rows)
     cost = Cost(part.cost.linear * part.depth, part.cost.attention * part.depth)
