@@ -46,6 +46,7 @@ NEEDS = {  # benchmark -> module that only it needs -> name of the package for p
     "hybrid": {"mlx_lm": "ringattn[lm]"},
     "tensor": {"mlx_lm": "ringattn[lm]"},
     "planning": {"mlx_lm": "ringattn[lm]"},
+    "trace": {"mlx_lm": "ringattn[lm]"},
     "kernel": {"torch": "torch"},
 }
 

@@ -1,24 +1,33 @@
-"""Cost of a trace: calls of 2 ranks with a recorder and without one, in turn."""
+"""Cost of a trace: pairs of calls on 2 ranks, with a recorder and without one, whose order changes in each pair."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
-import mlx.core as mx
+import ringattn as ra  # before MLX, for its BLAS
+from ringattn import lm
 
-import ringattn as ra
+import mlx.core as mx  # isort: skip
+
 from ringattn.bench.problem import AttentionShape, random_arrays
 from ringattn.bench.ranks import together
-from ringattn.bench.timing import turns
+from ringattn.bench.timing import median_interval, turns
 from ringattn.tracing.spans import NO_TRACER, Event, Recorder
+from ringattn.transport.trace_file import MOST
 
-from .common import run_ranks, show, write_result
+from .common import run_ranks, show, small_llama, write_result
 
-CALLS = {"ring_attention, 2,048 tokens": 2048, "decode_attention, 1 token": 1}  # name: queries
-KEYS = 2048
-REPEATS = {2048: 100, 1: 2000}
+KEYS = 2048  # tokens
+PAIRS = {  # of calls
+    "ring_attention, 2,048 tokens, 8/2 heads of 128": 1000,
+    "decode_attention, 1 token after 2,048": 30_000,
+    "a token of a Llama of 576 x 8 layers after 512": 3000,
+}
+PROMPT = 512  # tokens that the Llama reads first
 SPANS = 100_000  # of the loop that times a span
 
 
@@ -27,32 +36,23 @@ def main() -> None:
     found = run_ranks("benchmarks.trace", 2, 1)
     assert found is not None
     slowest = found[0]
-    rows = [
-        [name, f"{1e3 * off:.3f}", f"{1e3 * on:.3f}", f"{ratio - 1:+.2%}", spans, f"{1e2 * spans * price / off:.2f} %"]
-        for name, (off, on, ratio, spans) in slowest["calls"].items()
-        for price in [slowest["on"] - slowest["off"]]
-    ]
-    head = ["call", "off ms", "on ms", "median of on / off", "spans of a rank", "spans x price of a span"]
+    price = slowest["on"] - slowest["off"]
+    rows = []
+    for name, (off, low, middle, high, spans) in slowest["calls"].items():
+        ratio = f"{middle - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})"
+        rows.append([name, PAIRS[name], f"{1e3 * off:.3f}", ratio, spans, f"{spans * price / off:.2%}"])
+    head = ["call", "pairs", "off ms", "median of on / off (95 %)", "spans of a rank", "spans x price of a span"]
     show("a trace on 2 ranks with a thread each (aim: below 1 %)", head, rows)
     print(f"  a span: {1e6 * slowest['on']:.2f} us with a recorder, {1e6 * slowest['off']:.2f} us without one")
 
 
 def worker() -> None:
-    """Measure on one rank: medians of each call, the median of the ratios of neighbours, and the number of spans."""
+    """Measure on one rank."""
     mx.set_default_device(mx.cpu)
     with ra.init() as ring:
-        layout = ra.Layout.zigzag(KEYS, ring.size)
-        result: dict = {"calls": {}}
-        for name, queries in CALLS.items():
-            q, k, v = random_arrays(AttentionShape(mx.float32, 128, (8, 2), queries, KEYS, True))
-            k, v = (mx.contiguous(layout.shard(x, ring.rank)) for x in (k, v))
-            if queries > 1:
-                q = mx.contiguous(layout.shard(q, ring.rank))
-                call = partial(ra.ring_attention, q, k, v, ring=ring, layout=layout, mask="causal")
-            else:
-                call = partial(ra.decode_attention, q, k, v, ring=ring, kv_layout=layout)
-            result["calls"][name] = _compare(ring, lambda call=call: mx.eval(call()), REPEATS[queries])
-        for name, tracer in (("off", NO_TRACER), ("on", Recorder([]))):
+        calls = zip(PAIRS, (_prompt(ring), _decode(ring), _token(ring)))
+        result: dict = {"calls": {name: _compare(ring, call, PAIRS[name]) for name, call in calls}}
+        for name, tracer in (("off", NO_TRACER), ("on", Recorder(deque(maxlen=MOST)))):
             start = time.perf_counter()
             for _ in range(SPANS):
                 with tracer.span("compute", 0):
@@ -61,18 +61,58 @@ def worker() -> None:
         write_result(ring.rank, result)
 
 
-def _compare(ring, call, repeats: int) -> tuple[float, float, float, int]:
-    events: list[Event] = []
+def _arrays(ring: ra.Ring, queries: int) -> tuple[ra.Layout, list[mx.array]]:
+    layout = ra.Layout.zigzag(KEYS, ring.size)
+    q, k, v = random_arrays(AttentionShape(mx.float32, 128, (8, 2), queries, KEYS, True))
+    q = layout.shard(q, ring.rank) if queries > 1 else q
+    return layout, [mx.contiguous(x) for x in (q, layout.shard(k, ring.rank), layout.shard(v, ring.rank))]
+
+
+def _prompt(ring: ra.Ring) -> Callable[[], None]:
+    layout, arrays = _arrays(ring, KEYS)
+    return lambda: mx.eval(ra.ring_attention(*arrays, ring=ring, layout=layout, mask="causal"))
+
+
+def _decode(ring: ra.Ring) -> Callable[[], None]:
+    layout, arrays = _arrays(ring, 1)
+    return lambda: mx.eval(ra.decode_attention(*arrays, ring=ring, kv_layout=layout))
+
+
+def _token(ring: ra.Ring) -> Callable[[], None]:
+    """A new token, always after the same context."""
+    from mlx_lm.models.cache import trim_prompt_cache
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    model = Model(ModelArgs.from_dict(small_llama(8)))
+    lm.shard(model, ring)
+    cache = model.make_cache()
+    ids = mx.ones((1, PROMPT), mx.int32)
+    mx.eval(model(ids, cache=cache))
+
+    def call() -> None:
+        mx.eval(model(ids[:, :1], cache=cache))
+        trim_prompt_cache(cache, 1)
+
+    return call
+
+
+def _compare(ring, call, pairs: int) -> tuple[float, float, float, float, int]:
+    """Median seconds without a recorder, median of the ratios of pairs with its interval, and the number of spans."""
+    recorder = Recorder(events := deque[Event](maxlen=MOST))
 
     def under(tracer) -> None:
         ring.tracer = tracer
         call()
         ring.tracer = NO_TRACER
 
-    both = {"off": partial(under, NO_TRACER), "on": lambda: under(Recorder(events))}
-    found = turns({name: together(ring, one) for name, one in both.items()}, repeats)
-    ratio = median(on / off for on, off in zip(found["on"], found["off"]))
-    return median(found["off"]), median(found["on"]), ratio, len(events) // repeats
+    both = {"off": partial(under, NO_TRACER), "on": partial(under, recorder)}
+    both["on"]()
+    spans = len(events)
+    orders = [{name: together(ring, both[name]) for name in order} for order in (("off", "on"), ("on", "off"))]
+    times = [turns(order, 1) for _ in range(pairs // 2) for order in orders]
+    ratios = [one["on"][0] / one["off"][0] for one in times]
+    low, high = median_interval(ratios)
+    return median(one["off"][0] for one in times), low, median(ratios), high, spans
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .core.device import uses_gpu
 from .cpu.backend import HostKernel
 from .cuda import launch as cuda_launch
 from .cuda.backend import CudaKernel
@@ -47,7 +48,7 @@ def available() -> list[str]:
 
 
 def _best() -> str:
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if not uses_gpu():
         return "host"
     if mx.metal.is_available():
         return "metal"

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from statistics import median
+from collections.abc import Iterator, Sequence
+from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 
 import ringattn as ra
 from ringattn.core.masks import Band
-from ringattn.planning.decode import token_on_ring
+from ringattn.planning import Arrangement, Cluster, Job, Link, Machine, ModelShape, predictions
 from ringattn.planning.demand import choose
 from ringattn.planning.describe import shape_of
 from ringattn.planning.hops import Ring, call_timing
-from ringattn.planning.links import Link
-from ringattn.planning.machines import Machine
-from ringattn.planning.prefill import read_on_ring
-from ringattn.planning.shape import ModelShape, attention_shape
+from ringattn.planning.shape import attention_shape
 from ringattn.ring.schedule import Sizes
 
-from .cases import CALLS, CHUNK, DECODES, LARGE, PROMPTS, SHORT, SMALL, make_model
+from .cases import CALLS, DECODED, LARGE, SHORT, SMALL, THIN, Call, Run, make_model, runs
+
+MEMORY = 1 << 36  # bytes: enough
+Rates = Sequence[dict[str, Any]]  # of all ranks
 
 
-def predict_calls(found: list[dict], link: Link) -> list[tuple[str, float, float]]:
-    """Name, predicted and measured seconds of each call, from the results of all ranks."""
-    result = []
-    for call in CALLS:
-        seconds = [one["calls"][call.name] for one in found]
-        shape = attention_shape(call.heads, call.kv_heads, call.dim, 4)
-        kind = shape.attending[0]
-        fitted = [_line(kind.pair_flops, SMALL**2, s["small"], LARGE**2, s["large"]) for s in seconds]
-        cut = median(_cut(kind.pair_flops, *line, s["causal"]) for line, s in zip(fitted, seconds))
-        rates = np.array([rate for _, rate in fitted])
-        ring = Ring(rates, float(np.mean([fixed for fixed, _ in fitted])), (link,) * len(found), cut)
-        layout = ra.Layout.zigzag(call.tokens, len(found))
-        spans = list(layout.spans)
-        sizes = Sizes(kind.key), kind.query
-        strategy, demand = choose(spans, spans, Band.of(call.mask == "causal", None), *sizes)
-        timing = call_timing(ring, demand, sizes[strategy == "pass_q"], kind.pair_flops)
-        measured = max(s["ring"] for s in seconds)
-        result.append((f"{call.name}, {strategy}", float(timing.finish.max()) + ring.exchange(), measured))
-    return result
+def predict_calls(rates: Rates, link: Link) -> dict[str, float]:
+    """Seconds of each call of ring attention."""
+    return {call.name: _call(call, [one["calls"][call.name] for one in rates], link) for call in CALLS}
+
+
+def _call(call: Call, seconds: Sequence[dict[str, float]], link: Link) -> float:
+    shape = attention_shape(call.heads, call.kv_heads, call.dim, 4)
+    kind = shape.attending[0]
+    fitted = [_line(kind.pair_flops, SMALL**2, s["small"], LARGE**2, s["large"]) for s in seconds]
+    cut = median(_cut(kind.pair_flops, *line, s["causal"]) for line, s in zip(fitted, seconds))
+    flops = np.array([rate for _, rate in fitted])
+    ring = Ring(flops, fmean(fixed for fixed, _ in fitted), (link,) * len(seconds), cut)
+    spans = list(ra.Layout.zigzag(call.tokens, len(seconds)).spans)
+    sizes = Sizes(kind.key), kind.query
+    strategy, demand = choose(spans, spans, Band.of(call.mask == "causal", None), *sizes)
+    timing = call_timing(ring, demand, sizes[strategy == "pass_q"], kind.pair_flops)
+    return float(timing.finish.max()) + ring.exchange()
+
+
+def predict_models(rates: Rates, link: Link) -> dict[str, tuple[float, float]]:
+    """Seconds of the first token and of a further one, of each run, as ``ringattn plan`` predicts them."""
+    shape = shape_of("model", make_model())
+    thin = shape_of("thin", make_model(**THIN))
+    machines = tuple(_machine(one["model"], shape, thin, "") for one in rates)
+    alone = tuple(_machine(one["model"], shape, thin, " alone") for one in rates)  # stages read one after the other
+    rows = [one["row"] for one in rates if "row" in one]
+    row = None
+    if rows:
+        row = Link("row", min(one["bandwidth"] for one in rows), max(one["latency"] for one in rows) / 2)
+    return {
+        run.name: _run(shape, Cluster(alone if run.stages > 1 else machines, link, row=row), run)
+        for run in runs(len(rates))
+        if rows or run.tensor == 1
+    }
+
+
+def _run(shape: ModelShape, cluster: Cluster, run: Run) -> tuple[float, float]:
+    size = cluster.size
+    wanted = Arrangement(stages=size) if run.stages > 1 else Arrangement(size // run.tensor, run.tensor)
+    job = Job(run.tokens, chunk=run.chunk or None, gpu=False)
+    found = next(one for one in predictions(shape, cluster, job) if one.arrangement == wanted)
+    return found.first, found.token
 
 
 def _line(unit: float, small: float, first: float, large: float, second: float) -> tuple[float, float]:
@@ -55,39 +79,29 @@ def _cut(unit: float, call: float, rate: float, seconds: float) -> float:
     return max(0.0, (seconds - call - pairs * unit / rate) / LARGE)
 
 
-def predict_model(found: list[dict], link: Link) -> list[tuple[str, float, float]]:
-    """Name, predicted and measured seconds of each prompt and of a token after it, from the results of all ranks."""
-    shape = shape_of("llama", make_model())
-    kind = shape.attending[0]
-    machines = [_machine(one, shape) for one in found]
-    links = [link] * len(found)
-    weights = [1.0] * len(found)
-    latency = median(one["exchange"] for one in found) / DECODES
-    ring = Ring(np.array([m.attention for m in machines]), 0.0, (replace(link, latency=latency),) * len(found))
-    result = []
-    for prompt in PROMPTS:
-        reading = read_on_ring(shape, machines, links, prompt, CHUNK, weights)
-        measured = max(one["prefill"][str(prompt)] for one in found)
-        result.append((f"prompt of {prompt}, {reading.strategy}", reading.seconds, measured))
-        token = token_on_ring(shape, [replace(one, layer=0.0) for one in machines], ring, prompt, weights)
-        measured = max(one["decode"][str(prompt)] for one in found)
-        result.append((f"a token after {prompt}", token, measured))
-    assert kind.count == shape.depth
-    return result
-
-
-def _machine(one: dict, shape: ModelShape) -> Machine:
-    """The rates of a rank, from a kernel call, two short prompts, and a token after them on one rank."""
+def _machine(one: dict[str, Any], shape: ModelShape, thin: ModelShape, how: str) -> Machine:
+    """The rates of a rank, from kernel calls, two short prompts, and tokens of two models on one rank."""
     kind = shape.attending[0]
     call, attention = _line(kind.pair_flops, SMALL**2, one["small"], LARGE**2, one["large"])
     cut = _cut(kind.pair_flops, call, attention, one["causal"])
     linear = []
-    for n in SHORT:
-        pairs = n * (n + 1) / 2 * kind.pair_flops
-        linear.append(one["alone"][str(n)] - shape.depth * (pairs / attention + call + cut * n))
-    fixed, flops = _line(shape.linear, SHORT[0], linear[0], SHORT[1], linear[1])
-    keys = SHORT[1] * kind.key * kind.count
-    return Machine(  # its bandwidth contains all of a token's work beside the keys
-        "host", flops, attention, (shape.read + shape.head) / max(one["token"] - keys / one["keys"], 1e-6), 0.0,
-        call=call, cut=cut, layer=fixed / shape.depth, keys=one["keys"],
+    for n in SHORT:  # of which the last token is read alone
+        pairs = n * (n - 1) / 2 * kind.pair_flops
+        linear.append(one["prompts"][str(n)] - one["token"] - shape.depth * (pairs / attention + call + cut * n))
+    fixed, flops = _line(shape.prompt_linear, SHORT[0], linear[0], SHORT[1], linear[1])
+    keys = (DECODED[1] - DECODED[0]) * kind.key / max(one["decoded"][1] - one["decoded"][0], 1e-7)
+    both = [one[name + how] - SHORT[1] * kind.key * kind.count / keys for name in ("thin", "token")]
+    step, bandwidth = _line(1.0, thin.read + thin.head, both[0], shape.read + shape.head, both[1])
+    return Machine(
+        "host", flops, attention, bandwidth, MEMORY,
+        call=call, cut=cut, packed=shape.read / max(fixed, 1e-6), step=step / shape.depth, keys=keys,
     )  # fmt: skip
+
+
+def ratios(predicted: dict[str, Any], measured: Rates) -> Iterator[tuple[str, float, float]]:
+    """Name, predicted and measured seconds of each configuration."""
+    for name, seconds in predicted["calls"].items():
+        yield f"call, {name}", seconds, max(one["calls"][name] for one in measured)
+    for name, both in predicted["models"].items():
+        for what, i in (("prompt", 0), ("token after", 1)):
+            yield f"{what}, {name}", both[i], max(one["models"][name][i] for one in measured)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..core.device import uses_gpu
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -20,7 +22,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         _release()
-        self._on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        self._on_gpu = uses_gpu()
         if self._on_gpu:
             mx.reset_peak_memory()
         elif _STATUS.exists():

@@ -5,48 +5,71 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .comparison import varying
-from .records import Record
+from .records import FIGURES, Record
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def draw(records: Sequence[Record], path: Path, others: Sequence[str] = ()) -> None:
     """Draw medians with their quartiles into `path`, in the format that its name asks for.
 
     Over the number (tokens, ranks, ...) with the most values, as lines on logarithmic axes; as bars if none varies.
+
+    Args:
+        records: Records of one benchmark.
+        path: File to write.
+        others: Names of figures that are drawn beside the times.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     good = [record for record in records if record.seconds]
     axis = x_axis(good)
-    if axis is None:
-        labels = [label(record, varying(good)) for record in good]
-        axes.barh(labels, [1e3 * record.median for record in good], color=COLORS[0])
-        axes.invert_yaxis()
-        axes.set_xlabel("milliseconds")
-    else:
-        for (name, own), color in zip(lines(good, axis).items(), COLORS * len(good)):
-            points = sorted(own, key=lambda record: record.case[axis])
-            y = [1e3 * record.median for record in points]
-            error = [1e3 * record.spread / 2 for record in points]
-            axes.errorbar([record.case[axis] for record in points], y, error, marker="o", color=color, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel(axis)
-        axes.set_ylabel("milliseconds")
-        axes.grid(alpha=0.3)
-        if any(lines(good, axis)):
-            axes.legend(frameon=False, fontsize=8.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"ringattn bench {records[0].bench}" if records else "no case", loc="left")
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 + len(others), squeeze=False)[0]
+    for panel, name in zip(panels, ("", *others)):
+        unit = _unit(name)
+        if axis is None:
+            panel.barh(
+                [label(one, varying(good)) for one in good], [_value(one, name) for one in good], color=COLORS[0]
+            )
+            panel.invert_yaxis()
+            panel.set_xlabel(unit)
+        else:
+            _draw_lines(panel, good, axis, name)
+            panel.set_ylabel(unit)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(f"ringattn bench {records[0].bench}" if records else "no case", loc="left")
     figure.savefig(path)
+
+
+def _draw_lines(panel: Any, records: Sequence[Record], axis: str, name: str) -> None:
+    """Lines of a figure over `axis`, one for each combination of the other parameters."""
+    for (line, own), color in zip(lines(records, axis).items(), COLORS * len(records)):
+        points = sorted(own, key=lambda record: record.case[axis])
+        error = None if name else [1e3 * record.spread / 2 for record in points]
+        x, y = [record.case[axis] for record in points], [_value(record, name) for record in points]
+        panel.errorbar(x, y, error, marker="o", color=color, label=line)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel(axis)
+    panel.grid(alpha=0.3)
+    if any(lines(records, axis)):
+        panel.legend(frameon=False, fontsize=8.5)
+
+
+def _value(record: Record, name: str) -> float:
+    """A figure in its unit; the time in milliseconds if `name` is empty."""
+    return FIGURES[name].factor * record.figures[name] if name else 1e3 * record.median
+
+
+def _unit(name: str) -> str:
+    return FIGURES[name].title if name else "milliseconds"
 
 
 def x_axis(records: Sequence[Record]) -> str | None:

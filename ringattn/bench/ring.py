@@ -133,14 +133,14 @@ class RingCase:
             if problem.gradient:
                 backward(call, self.own[0], mx.zeros(lse.shape), out, lse)
 
-    def error(self) -> float:
-        """Largest error of this rank's answer as a fraction of the allowed one.
+    def error(self, results: list[mx.array]) -> float:
+        """Largest error of this rank's `results` of `with_ring` as a fraction of the allowed one. Collective.
 
         `out` is compared with float64 in some rows. Gradients are compared with those without a ring, whose parts are
         summed over the ranks.
         """
         shape = self._problem.shape
-        out, *gradients = self.with_ring()
+        out, *gradients = results
         other, *others = self.without_ring()
         arrays = (self.own[0], *self.whole[1:])
         worst = max(
@@ -179,8 +179,9 @@ def measure(ring: Transport, problem: RingProblem, repeats: int) -> Record:
     case = {"ranks": ring.size, "transport": ring.backend, **shape.case, "layout": problem.layout}
     case["strategy"] = problem.strategy or "auto"
     calls = RingCase(ring, problem)
-    figures = _traced(ring, calls)
-    errors = of_all(ring, {"error": calls.error()})["error"]
+    figures, results = _traced(ring, calls)
+    errors = of_all(ring, {"error": calls.error(results)})["error"]
+    del results  # the timed calls need its memory
     error = max(errors)
     if not error <= 1:
         return Record(bench, case, problem=f"{error:.3g} of the allowed error, on rank {errors.index(error)}")
@@ -194,8 +195,8 @@ def measure(ring: Transport, problem: RingProblem, repeats: int) -> Record:
     return Record(bench, case, samples["ring"], figures)
 
 
-def _traced(ring: Transport, calls: RingCase) -> dict[str, float]:
-    """Bytes, memory and waits of the first call: of all ranks together, or of the rank with the most.
+def _traced(ring: Transport, calls: RingCase) -> tuple[dict[str, float], list[mx.array]]:
+    """Bytes, memory and waits of the first call: of all ranks together, or of the rank with the most; its results.
 
     A later call reuses memory that is free, but still counted.
     """
@@ -203,10 +204,11 @@ def _traced(ring: Transport, calls: RingCase) -> dict[str, float]:
     before = ring.bytes_sent
     memory = PeakMemory()
     with recorded(ring) as events:
-        calls.with_ring()
+        results = calls.with_ring()
     waited = sum(event.stop - event.start for event in events if event.kind == "wait")
     found = of_all(ring, {"sent_bytes": ring.bytes_sent - before, "peak_bytes": memory.growth(), "waited_s": waited})
-    return {name: sum(each) if name == "sent_bytes" else max(each) for name, each in found.items()}
+    figures = {name: sum(each) if name == "sent_bytes" else max(each) for name, each in found.items()}
+    return figures, results
 
 
 def warm_up(ring: Transport) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 
@@ -26,3 +27,16 @@ def turns(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float 
 def medians(calls: Mapping[str, Callable[[], object]], repeats: int, pause: float = 0.0) -> dict[str, float]:
     """Median seconds of each call; see `turns`."""
     return {name: median(times) for name, times in turns(calls, repeats, pause).items()}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Interval that holds the median of the population with a probability of about 95 %.
+
+    Its ends are two of the values: their ranks are the quantiles of a binomial distribution, approximated by a normal
+    one (Conover, Practical Nonparametric Statistics, section 3.2).
+    """
+    values = sorted(values)
+    reach = 1.96 * math.sqrt(len(values)) / 2
+    low = max(0, math.floor(len(values) / 2 - reach))
+    high = min(len(values) - 1, math.ceil(len(values) / 2 + reach))
+    return values[low], values[high]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.device import uses_gpu
 from ..errors import ArgumentError
 from ..extras import require
 
@@ -52,16 +53,10 @@ def listed(name: str, read: Callable[[str], Any], default: str, what: str, gpu: 
     """Option whose text `read` converts. `gpu` is the default on a GPU, where it differs."""
 
     def callback(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
-        return read((gpu if gpu is not None and _has_gpu() else default) if text is None else text)
+        return read((gpu if gpu is not None and uses_gpu() else default) if text is None else text)
 
     shown = default if gpu is None else f"{gpu} on a GPU, else {default}"
     return click.option(f"--{name}", callback=callback, help=f"{what}  [default: {shown}]")
-
-
-def _has_gpu() -> bool:
-    import mlx.core as mx
-
-    return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def backend_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str:

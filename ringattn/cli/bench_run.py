@@ -31,12 +31,14 @@ class Output:
         plot: Picture to draw.
         compare: File of an earlier run.
         records: Records so far.
+        drawn: Figures that the picture shows beside the times.
     """
 
     json_file: Path | None = None
     plot: Path | None = None
     compare: Path | None = None
     records: list[Record] = field(default_factory=list)
+    drawn: Sequence[str] = ()
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> Output:
@@ -62,29 +64,49 @@ class Output:
         except ArgumentError as error:
             raise ArgumentError(f"--compare: {error}") from None
 
-    def show(self, records: Iterable[Record], keys: Sequence[str], figures: Sequence[str]) -> None:
-        """Print each record as a row of a table, as soon as it is measured."""
+    def show(
+        self,
+        records: Iterable[Record],
+        keys: Sequence[str],
+        figures: Sequence[str],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Print each record as a row of a table, as soon as it is measured.
+
+        Args:
+            records: The records.
+            keys: Columns with the parameters of a case.
+            figures: Columns with figures.
+            about: Facts for the file, which is then written after each record; ``None``: it is written at the end.
+        """
         from ..bench.report import Table
 
         table = Table(keys, figures, click.echo)
         for record in records:
             table.add(record)
             self.records.append(record)
+            if about is not None:
+                self._save(about)
 
-    def finish(self, about: Mapping[str, Any]) -> int:
-        """Print the comparison and write the files. Return the exit status."""
-        from ..bench import comparison, records
+    def _save(self, about: Mapping[str, Any]) -> None:
+        from ..bench import records
         from ..reporting.machine import machine
 
-        if self.compare is not None:
-            click.echo(f"\n{comparison.format_changes(comparison.compare(self.records, self._old()))}")
         if self.json_file is not None:
             command = " ".join(["ringattn", *sys.argv[1:]])
             records.save(self.json_file, self.records, {"command": command, "machine": machine(), **about})
+
+    def finish(self, about: Mapping[str, Any]) -> int:
+        """Print the comparison and write the files. Return the exit status."""
+        from ..bench import comparison
+
+        if self.compare is not None:
+            click.echo(f"\n{comparison.format_changes(comparison.compare(self.records, self._old()))}")
+        self._save(about)
         if self.plot is not None:
             from ..bench.plot import draw
 
-            draw(self.records, self.plot)
+            draw(self.records, self.plot, self.drawn)
         return 1 if self.failed else 0
 
     @property

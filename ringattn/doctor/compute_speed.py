@@ -16,6 +16,7 @@ import numpy as np
 
 from ..attention import attention
 from ..bench.problem import AttentionShape, random_arrays
+from ..core.device import uses_gpu
 
 ENOUGH = 0.05  # seconds of one call after which no larger size is measured
 SIZES = (256, 512, 1024, 2048, 4096)  # of matrices
@@ -59,7 +60,7 @@ class Speed(NamedTuple):
 
 def measure(dtype: mx.Dtype, heads: tuple[int, int], head_dim: int) -> ComputeSpeeds:
     """Time matrix products, and attention with the dtype, heads and head_dim of a model."""
-    gpu = mx.default_device().type == mx.DeviceType.gpu
+    gpu = uses_gpu()
     workloads: dict[str, tuple[Workload, tuple[int, ...]]] = {
         "mlx": (lambda n: _mlx(n, mx.float32), SIZES),
         "numpy": (_numpy, SIZES),

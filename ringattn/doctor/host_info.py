@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.device import uses_gpu
 from ..launcher.processes import available_cores
 from ..lm.host_memory import usable_memory
 from ..native import blas, sgemm, tf32
@@ -99,7 +100,7 @@ def collect() -> HostInfo:
 def _gpu() -> str | None:
     import mlx.core as mx
 
-    if mx.default_device().type != mx.DeviceType.gpu:
+    if not uses_gpu():
         return None
     name = str(mx.device_info().get("device_name", "GPU"))
     return f"{name} ({nvidia.description()})" if mx.cuda.is_available() else name

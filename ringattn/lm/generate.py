@@ -15,16 +15,12 @@ from ..errors import ArgumentError
 from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError
-from .limits import check_memory, longest_context
+from .limits import check_memory, room_of
 from .prompt import Prompt, prompt_ids, warn_of_length
+from .rounds import SHORTEST, agree_on_round
 from .shard import everyone_of, sharded
 from .sharding.cache_kinds import check_caches
 from .sharding.forward_pass import ShardedCache
-
-# Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
-# fewer bytes for each token.
-PREFILL_STEP_SIZE = 512
-PREFILL_STEP_SIZE_GPU = 8192
 
 Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) -> logits
 
@@ -52,12 +48,14 @@ def stream_generate(
         tokenizer: Its tokenizer.
         prompt: Text, or token ids as an MLX or NumPy array ``[tokens]`` or a list; at least one token. Only rank 0's is
             used.
-        max_tokens: Tokens to generate, the same on every rank; -1 for no limit.
+        max_tokens: Tokens to generate, the same on every rank; -1 for no limit. Memory for so many is reserved, and
+            without a limit for the prompt alone.
         sampler: mlx-lm's: a function of log-probabilities ``[1, vocabulary]`` that returns a token ``[1]``. Default:
             the likeliest token.
         prefill_step_size: Tokens that each rank computes in one round of prefill; in mlx-lm, tokens of the whole round.
-            With more tokens a rank needs more memory and sends fewer bytes in all. Default: 512 on a CPU, 8192 on a
-            GPU. The older name `chunk` works too.
+            With more tokens a rank needs more memory and sends fewer bytes in all. Default: as many as the memory
+            allows, while the ranks hold about equal parts and a round takes no more than about 20 s; at least 512. The
+            older name `chunk` works too.
         stopped: Called on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
             cache then holds the tokens read and generated so far, and may hold one token that was not yielded.
         logits_processors: mlx-lm's; those of rank 0 are used. They get the tokens of `prompt_cache` too, as if all were
@@ -72,10 +70,10 @@ def stream_generate(
 
     Raises:
         ArgumentError: The model is not sharded, the prompt has no token or an unknown one, an option is not supported,
-            an option differs between ranks, or a rank has too little memory for the context, which is checked before
-            the prompt is read. An error on one rank (also in `sampler`, `stopped`, a logits processor or
-            `prompt_progress_callback`) is raised on every rank, and the ring still works afterwards. A rank that leaves
-            the text before the others gets the error from its next call.
+            an option differs between ranks, or a rank has too little memory for the context and an answer of
+            `max_tokens`, which is checked before the prompt is read. An error on one rank (also in `sampler`,
+            `stopped`, a logits processor or `prompt_progress_callback`) is raised on every rank, and the ring still
+            works afterwards. A rank that leaves the text before the others gets the error from its next call.
 
     Warns:
         ContextWarning: On rank 0, where the prompt is longer than the model's longest context.
@@ -92,16 +90,19 @@ def stream_generate(
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-        longest, _ = longest_context(known, ring, prefill_step_size)
-    context = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
-    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": context}
+        shortest = prefill_step_size or SHORTEST
+        longest = room_of(known, ring, shortest).longest
+    cached = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
+    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": cached}
     numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
     described = tuple((name, str(value)) for name, value in fields.items())
     with ring.call(BEGIN):
         replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
     table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
-    check_memory(known, ring, held.size + int(table[0, 1]), int(table[:, 0].min()), prefill_step_size)
+    context = held.size + int(table[0, 1])
+    check_memory(known, ring, context, int(table[:, 0].min()), shortest, answer=max(0, max_tokens))
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
+    step = (prefill_step_size or 0) * known.ring.size or agree_on_round(known, ring, held.size, shared_ids.size)
     for leaf in leaves:
         leaf.expect_prompt(shared_ids.size)
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
@@ -114,7 +115,7 @@ def stream_generate(
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=prefill_step_size * known.ring.size,
+            prefill_step_size=step,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:
@@ -127,8 +128,8 @@ def stream_generate(
             leaf.marks = ()
 
 
-def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int:
-    """The tokens of a rank in one round; `options` may have nothing but its older name."""
+def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int | None:
+    """The tokens of a rank in one round, if they are given; `options` may have nothing but its older name."""
     options = options or {}
     name = "prefill_step_size"
     if size is None and "chunk" in options:
@@ -136,9 +137,7 @@ def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None =
         size = options.pop(name)
     if options:
         raise ArgumentError(f"{next(iter(options))}: not supported over a ring")
-    if size is not None:
-        return check_int(name, size, 1)
-    return PREFILL_STEP_SIZE if mx.default_device().type == mx.DeviceType.cpu else PREFILL_STEP_SIZE_GPU
+    return None if size is None else check_int(name, size, 1)
 
 
 def _check_max_tokens(max_tokens: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..core.device import uses_gpu
 from ..errors import ArgumentError
 from ..transport.interface import Transport
 
@@ -27,14 +28,14 @@ def memory_of_rank(ring: Transport) -> int:
     given = os.environ.get(MEMORY)
     if given is not None:
         return parse_bytes(MEMORY, given)
-    own_gpu = mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available()
+    own_gpu = uses_gpu() and not mx.metal.is_available()
     here = 1 if own_gpu else ring.hosts.count(ring.hosts[ring.rank])
     return usable_memory() // here
 
 
 def usable_memory() -> int:
     """Bytes of this host, or of the GPU of a rank that has one of its own, that the ranks may use."""
-    gpu = mx.default_device().type == mx.DeviceType.gpu
+    gpu = uses_gpu()
     info = mx.device_info() if gpu else {}
     if gpu and not mx.metal.is_available():
         return int(info.get("total_memory") or info.get("memory_size") or UNLIMITED)  # a rank has a GPU of its own

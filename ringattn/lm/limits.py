@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +14,11 @@ from ..errors import ArgumentError
 from ..transport.consensus import agree, raise_on_all_ranks
 from ..transport.interface import Transport
 from .host_memory import MEMORY, memory_of_rank
-from .memory import Footprint
+from .memory import CacheLayer, Footprint
 from .mlx_lm_compat import model_args
 
 POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length", "n_ctx")  # names for the longest context
 GIB = 1 << 30
-SHORTEN = "Shorten the prompt, add ranks"
 DIVIDE = "The weights leave no room: divide them among ranks (--tensor)"
 
 
@@ -39,64 +40,104 @@ def context_limit(model: nn.Module) -> int | None:
     return None
 
 
-def longest_context(model: Any, everyone: Transport, chunk: int) -> tuple[int, int]:
-    """Tokens of context for which the memory of a rank is enough, and that memory in bytes.
+@dataclass(frozen=True)
+class Room:
+    """Memory of one rank, and the contexts that fit in it.
+
+    Attributes:
+        place: The rank and its host, for people.
+        footprint: Memory that the model needs.
+        available: Bytes that the rank may use.
+        share: The part of the context that the rank holds.
+        chunk: Tokens that the rank computes in a round of prefill.
+    """
+
+    place: str
+    footprint: Footprint
+    available: int
+    share: float
+    chunk: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context that fit."""
+        return _longest(self.footprint, self.available, self.share, self.chunk)
+
+    def refusal(self, context: int, answer: int, longest: int) -> str:
+        """Text of an error, in one line.
+
+        Args:
+            context: Tokens of the prompt, with those of its cache.
+            answer: Tokens of the answer.
+            longest: Tokens of context that fit on all ranks.
+        """
+        needed = self.footprint.needed(context + answer, self.share, self.chunk)
+        asked = f" and an answer of {answer:,} (max_tokens)" if answer else ""
+        shorten = f"Shorten the prompt{', lower max_tokens' if answer else ''}, add ranks"
+        return (
+            f"prompt: {context:,} tokens of context{asked} need {needed / GIB:.2f} GiB on {self.place}, which has "
+            f"{self.available / GIB:.2f} GiB; {longest:,} tokens fit. {shorten if longest else DIVIDE}, or set "
+            f"{MEMORY} if the rank may use more"
+        )
+
+
+def room_of(model: Any, everyone: Transport, chunk: int) -> Room:
+    """Memory of this rank.
 
     Args:
         model: A sharded model.
         everyone: All ranks.
         chunk: Tokens that a rank computes in a round of prefill.
     """
-    available = memory_of_rank(everyone)
-    return _longest(model.footprint, available, *_share(model, chunk)), available
+    share = model.weights[model.ring.rank] / sum(model.weights)
+    place = f"rank {everyone.rank} ({everyone.hosts[everyone.rank]})"
+    own_chunk = int(chunk * share * len(model.weights))
+    return Room(place, model.footprint, memory_of_rank(everyone), share, own_chunk)
 
 
-def agree_on_longest(model: Any, everyone: Transport, chunk: int) -> int:
-    """The smallest of all ranks' `longest_context`. Collective."""
+def least_room(model: Any, everyone: Transport, chunk: int) -> Room:
+    """The room of the rank where the shortest contexts fit; the arguments are those of `room_of`. Collective."""
     what = "the longest context"
     with raise_on_all_ranks(everyone, what):
-        own, _ = longest_context(model, everyone, chunk)
+        own = json.dumps(asdict(room_of(model, everyone, chunk))).encode()
     with everyone.call(what):
-        replies = agree(everyone, what, payload=[memoryview(own.to_bytes(8, "little"))])
-    return min(int.from_bytes(reply, "little") for reply in replies)
+        replies = agree(everyone, what, payload=[memoryview(own)])
+    return min((_parse(bytes(reply)) for reply in replies), key=lambda room: room.longest)
 
 
-def check_memory(model: Any, everyone: Transport, tokens: int, longest: int, chunk: int) -> None:
-    """Raise on every rank if the context does not fit in the memory of one. Collective where it does not.
+def _parse(text: bytes) -> Room:
+    fields = json.loads(text)
+    footprint = fields["footprint"]
+    layers = tuple(CacheLayer(**layer) for layer in footprint["layers"])
+    return Room(**{**fields, "footprint": Footprint(**{**footprint, "layers": layers})})
+
+
+def check_memory(model: Any, everyone: Transport, context: int, longest: int, chunk: int, *, answer: int = 0) -> None:
+    """Raise on every rank if the context and its answer do not fit in the memory of one. Collective where they do not.
 
     Args:
         model: A sharded model.
         everyone: All ranks.
-        tokens: Tokens of the context.
-        longest: The smallest of all ranks' `longest_context`.
-        chunk: As in `longest_context`.
+        context: Tokens of the context.
+        longest: The smallest of the longest contexts of all ranks' rooms.
+        chunk: As in `room_of`.
+        answer: Tokens of the answer; 0 where there is no limit.
 
     Raises:
-        ArgumentError: `tokens` is above `longest`.
+        ArgumentError: `context` and `answer` together are above `longest`.
     """
-    if tokens <= longest:
+    if context + answer <= longest:
         return
     with raise_on_all_ranks(everyone, "stream_generate"):
-        own, available = longest_context(model, everyone, chunk)
-        if own < tokens:
-            needed = model.footprint.needed(tokens, *_share(model, chunk))
-            raise ArgumentError(
-                f"prompt: {tokens:,} tokens of context need {needed / GIB:.2f} GiB on rank {everyone.rank} "
-                f"({everyone.hosts[everyone.rank]}), which has {available / GIB:.2f} GiB; {longest:,} tokens fit. "
-                f"{SHORTEN if longest else DIVIDE}, or set {MEMORY} if the rank may use more"
-            )
+        own = room_of(model, everyone, chunk)
+        if own.longest < context + answer:
+            raise ArgumentError(own.refusal(context, answer, longest))
     agree(everyone, "stream_generate")
 
 
 @lru_cache(maxsize=16)
 def _longest(footprint: Footprint, available: int, share: float, chunk: int) -> int:
     return footprint.longest(available, share, chunk)
-
-
-def _share(model: Any, chunk: int) -> tuple[float, int]:
-    """The part of the context that this rank holds, and the tokens that it computes in a round of prefill."""
-    share = model.weights[model.ring.rank] / sum(model.weights)
-    return share, int(chunk * share * len(model.weights))
 
 
 def _configurations(model: nn.Module) -> Iterator[Mapping[str, Any]]:

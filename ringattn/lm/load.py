@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..core.device import uses_gpu
 from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..native import sgemm
 from ..transport.grid import Grid
@@ -55,7 +56,7 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, *, grid: Grid | None =
         raise MissingExtraError(f"{error.name} is not installed: pip install 'ringattn[lm]'") from None
     if (problem := compat.version_problem()) is not None:
         warnings.warn(problem, VersionWarning, stacklevel=2)
-    if mx.default_device().type == mx.DeviceType.cpu and (slow := sgemm.advice()):
+    if not uses_gpu() and (slow := sgemm.advice()):
         warnings.warn(slow, KernelWarning, stacklevel=2)
     row = None if grid is None else grid.row
     file = find_smollm2() if str(path) == SMOLLM2 else Path(path)
@@ -70,7 +71,7 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, *, grid: Grid | None =
     if row is not None:
         shard_weights(model, row)
     evaluate_weights(model)
-    if mx.default_device().type == mx.DeviceType.cpu and (kind := _slow_on_a_cpu(model)):
+    if not uses_gpu() and (kind := _slow_on_a_cpu(model)):
         advice = f"MLX multiplies {kind} weights slowly on a CPU, float32 ones some 20 times faster: dtype=mx.float32"
         warnings.warn(f"{advice}, on the command line --dtype float32", KernelWarning, stacklevel=2)
     return model, tokenizer

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..layout import Layout
+from ..lm.rounds import OPERATIONS, ROOM, SHORTEST, count_rounds
+from ..lm.sharding.partition import Cost
 from .decode import token_on_ring, token_through_pipeline
 from .links import Link
 from .machines import Machine
@@ -15,6 +17,8 @@ from .nested import read_on_rings
 from .prediction import Arrangement, Prediction, divisors
 from .prefill import Reading, attend_on_ring, read_on_ring, read_through_pipeline, ring_of
 from .shape import ModelShape
+
+CHUNKS = 4  # of a pipeline's prompt for each stage
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,16 @@ class Job:
     Attributes:
         context: Tokens of the prompt.
         answer: Tokens of the answer.
-        chunk: Tokens that a rank computes in a round of prefill.
-        pipeline_chunk: Tokens of a chunk in a pipeline; mlx-lm's 2,048.
+        chunk: Tokens that a rank computes in a round of prefill; ``None``: as many as `lm.rounds` gives it.
+        pipeline_chunk: The most tokens of a chunk in a pipeline; mlx-lm's 2,048.
+        gpu: Whether the ranks compute on GPUs, whose rounds may have more work.
     """
 
     context: int
     answer: int = 256
-    chunk: int = 8192
+    chunk: int | None = None
     pipeline_chunk: int = 2048
+    gpu: bool = True
 
 
 def best(found: Sequence[Prediction], answer: int) -> Prediction | None:
@@ -140,6 +146,7 @@ def _on_ring(
     tensor = arrangement.tensor
     row_link = cluster.row or cluster.link
     links = cluster.links(tensor)
+    step = round_tokens(shape.part(tensor), job, rows, weights)
     reading: Reading
     if shape.is_attention_only and arrangement.groups == 1:
         layout = Layout.zigzag(job.context, len(rows)) if len(set(weights)) == 1 else None
@@ -147,16 +154,16 @@ def _on_ring(
         reading = attend_on_ring(shape, rows, links, layout)
     elif arrangement.groups > 1:
         outer = cluster.outer or cluster.link
-        reading = read_on_rings(shape, rows, (cluster.link, outer), arrangement, job.context, job.chunk)
+        reading = read_on_rings(shape, rows, (cluster.link, outer), arrangement, job.context, step)
     else:
-        reading = read_on_ring(shape, rows, links, job.context, job.chunk, weights, tensor, row_link)
+        reading = read_on_ring(shape, rows, links, job.context, step, weights, tensor, row_link)
     token = token_on_ring(shape, rows, ring_of(rows, links), job.context, weights, tensor, row_link)
     footprint = shape.part(tensor).footprint()
     total = sum(weights)
     needs = []
     for row, weight in zip(rows, weights):
         share = weight / total
-        chunk = min(int(job.chunk * share * len(rows)), job.context)
+        chunk = min(int((job.chunk or SHORTEST) * share * len(rows)), job.context)
         needed = footprint.needed(job.context, share, chunk)
         needs.append((row.memory - needed, needed, row.memory, footprint.longest(int(row.memory), share, chunk)))
     _, memory, available, _ = min(needs)
@@ -168,15 +175,40 @@ def _on_ring(
     )
 
 
+def round_tokens(part: ModelShape, job: Job, rows: Sequence[Machine], weights: Sequence[float]) -> int:
+    """Tokens that all rows together compute in a round; `part` is the model of one rank of a row.
+
+    Attention alone has no rounds.
+    """
+    if part.is_attention_only:
+        return job.context
+    if job.chunk is not None:
+        return job.chunk * len(rows)
+    cost = Cost(part.cost.linear * part.depth, part.cost.attention * part.depth)
+    footprint = part.footprint()
+
+    def fits(held: Sequence[int], chunks: Sequence[int]) -> bool:
+        needs = (footprint.needed(job.context, own / job.context, ROOM * chunk) for own, chunk in zip(held, chunks))
+        return all(need <= row.memory for need, row in zip(needs, rows))
+
+    return -(-job.context // count_rounds(0, job.context, weights, cost, OPERATIONS[job.gpu], fits))
+
+
+def pipeline_chunk(job: Job, stages: int) -> int:
+    """Tokens of a chunk in a pipeline: short enough that all stages work for most of the time."""
+    return max(SHORTEST, min(job.pipeline_chunk, job.context // (CHUNKS * stages)))
+
+
 def _pipeline(shape: ModelShape, cluster: Cluster, job: Job, arrangement: Arrangement) -> Prediction:
     """A stage of layers on each machine, in proportion to their speeds."""
     machines = cluster.machines
     speeds = [machine.flops for machine in machines]
     shares = _layers(shape.depth, speeds)
     links = cluster.links()
-    reading = read_through_pipeline(shape, machines, links, job.context, job.pipeline_chunk, shares)
+    chunk = pipeline_chunk(job, len(machines))
+    reading = read_through_pipeline(shape, machines, links, job.context, chunk, shares)
     token = token_through_pipeline(shape, machines, links, job.context, shares)
-    chunk = min(job.pipeline_chunk, job.context)
+    chunk = min(chunk, job.context)
     footprints = [shape.footprint(share) for share in shares]
     needs = [
         (machine.memory - one.needed(job.context, 1.0, chunk), one.needed(job.context, 1.0, chunk), machine.memory)

@@ -26,11 +26,8 @@ def token_on_ring(
     """
     part = shape.part(tensor)
     total = sum(weights)
-    slowest = max(
-        _read(part, machine, tokens * weight / total) + part.depth * machine.layer
-        for machine, weight in zip(rows, weights)
-    )
-    exchanges = sum(kind.count * (ring.exchange(kind.query.result) + ring.call) for kind in part.attending)
+    slowest = max(_read(part, machine, tokens * weight / total) for machine, weight in zip(rows, weights))
+    exchanges = sum(kind.count * ring.exchange(kind.query.result) for kind in part.attending)
     sums = 2 * shape.depth * sum_seconds(row_link, tensor, shape.hidden) if tensor > 1 and row_link else 0.0
     return slowest + exchanges + sums
 
@@ -38,18 +35,17 @@ def token_on_ring(
 def token_through_pipeline(
     shape: ModelShape, stages: Sequence[Machine], links: Sequence[Link], tokens: int, shares: Sequence[float]
 ) -> float:
-    """Seconds of one new token, which passes the stages one after the other."""
-    own = sum(
-        share * (_read(shape, machine, tokens) + shape.depth * machine.layer) for machine, share in zip(stages, shares)
-    )
+    """Seconds of one new token, which passes the stages one after the other and returns to the first."""
+    own = sum(share * _read(shape, machine, tokens) for machine, share in zip(stages, shares))
     hops = sum(link.latency + shape.hidden / link.bandwidth for link in links[: len(stages) - 1])
-    return own + hops
+    return own + hops + links[-1].latency
 
 
 def _read(shape: ModelShape, machine: Machine, tokens: float) -> float:
-    """Seconds to read the weights and the keys of so many tokens."""
+    """Seconds of all layers of a token, which read the weights and the keys of so many tokens."""
     keys = sum(
         kind.count * kind.key * (tokens if kind.window is None else min(tokens, kind.window))
         for kind in shape.attending
     )
-    return (shape.read + shape.head + shape.states) / machine.bandwidth + keys / (machine.keys or machine.bandwidth)
+    weights = (shape.read + shape.head + shape.states) / machine.bandwidth
+    return weights + keys / (machine.keys or machine.bandwidth) + shape.depth * machine.step

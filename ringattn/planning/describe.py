@@ -157,9 +157,7 @@ def _config(path: str) -> dict[str, Any]:
     if not file.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise ArgumentError("no such file or folder")
-        from huggingface_hub import hf_hub_download
-
-        file = Path(hf_hub_download(path, "config.json"))
+        file = _downloaded(path)
     try:
         config = json.loads(file.read_text())
     except ValueError:  # of JSON or of Unicode
@@ -167,3 +165,17 @@ def _config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ArgumentError("expected a config.json of mlx-lm: a JSON object with model_type, or a folder with one")
     return config
+
+
+def _downloaded(name: str) -> Path:
+    """The configuration of a repository on Hugging Face."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Without a network, the download of one file alone retries for 23 s and prints each failure.
+        file = Path(snapshot_download(name, allow_patterns=["config.json"]), "config.json")
+    except Exception as error:  # of the network, of the name, of the disk
+        raise ArgumentError(f"no such folder, and Hugging Face: {' '.join(str(error).split())[:300]}") from None
+    if not file.exists():
+        raise ArgumentError("the repository has no config.json")
+    return file

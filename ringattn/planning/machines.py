@@ -29,7 +29,9 @@ class Machine:
         memory: Bytes that the rank may use.
         call: Seconds of a call of the attention kernel beside its operations.
         cut: Seconds of a query token on a mask's edge beside its visible pairs.
-        layer: Seconds of a layer beside its operations.
+        packed: Bytes per second at which products with many tokens rearrange the weights before they multiply, as a
+            CPU's do in each round; ``None``: in no time.
+        step: Seconds of a layer of a new token beside what it reads, which a row of ranks does not divide.
         keys: Bytes per second at which keys are read for a new token; ``None``: as `bandwidth`.
         source: Origin of the rates.
     """
@@ -41,9 +43,14 @@ class Machine:
     memory: float
     call: float = 0.0
     cut: float = 0.0
-    layer: float = 0.0
+    packed: float | None = None
+    step: float = 0.0
     keys: float | None = None
     source: str = ""
+
+    def pack(self, weights: float) -> float:
+        """Seconds in which products rearrange so many bytes of weights."""
+        return 0.0 if self.packed is None else weights / self.packed
 
 
 class Chip(NamedTuple):

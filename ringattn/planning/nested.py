@@ -21,7 +21,7 @@ def read_on_rings(
     links: tuple[Link, Link],
     arrangement: Arrangement,
     tokens: int,
-    chunk: int,
+    step: int,
 ) -> Reading:
     """Time of rounds on equal parts of the tokens, at the pace of the slowest machine.
 
@@ -34,7 +34,7 @@ def read_on_rings(
         links: Link within a ring, and link between rings.
         arrangement: Rings of rings.
         tokens: Tokens of the prompt.
-        chunk: Tokens of a rank in a round.
+        step: Tokens of all ranks in a round.
     """
     inner, outer = links
     size, groups = arrangement.ring, arrangement.groups
@@ -44,8 +44,8 @@ def read_on_rings(
     found = Reading(strategy="pass_kv")
     done = 0
     while done < tokens:
-        new = min(chunk * ranks, tokens - done)
-        linear = shape.linear * new / ranks / flops
+        new = min(step, tokens - done)
+        linear = shape.prompt_linear * new / ranks / flops
         for kind in shape.attending:
             held = done + new
             seen = held if kind.window is None else min(held, kind.window + new / ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from .hops import Ring, Timing, call_timing
 from .links import Link
 from .machines import Machine
 from .shape import Attending, ModelShape
+
+SAMPLES = 64  # of the rounds of a prompt
 
 
 def ring_of(rows: Sequence[Machine], links: Sequence[Link]) -> Ring:
@@ -43,6 +45,14 @@ class Reading:
     sent: float = 0.0
     strategy: str = "none"
 
+    def add(self, other: Reading, times: int) -> None:
+        """Add what takes `times` as long as `other`."""
+        self.seconds += times * other.seconds
+        self.transfer += times * other.transfer
+        self.exposed += times * other.exposed
+        self.sent += times * other.sent
+        self.strategy = other.strategy if other.strategy != "none" else self.strategy
+
     @property
     def hidden(self) -> float:
         """Share of the transfers that computation hides; 1 where there are none."""
@@ -54,7 +64,7 @@ def read_on_ring(
     rows: Sequence[Machine],
     links: Sequence[Link],
     tokens: int,
-    chunk: int,
+    step: int,
     weights: Sequence[float],
     tensor: int = 1,
     row_link: Link | None = None,
@@ -66,7 +76,7 @@ def read_on_ring(
         rows: The slowest machine of each row.
         links: Link from each row to the next one.
         tokens: Tokens of the prompt.
-        chunk: Tokens of a rank in one round.
+        step: Tokens of all rows in one round.
         weights: Speed of each row.
         tensor: Ranks in a row.
         row_link: Link within a row.
@@ -74,17 +84,30 @@ def read_on_ring(
     part = shape.part(tensor)
     ring = ring_of(rows, links)
     found = Reading()
-    done = 0
-    while done < tokens:
-        new = min(chunk * ring.size, tokens - done)
+    for start, new, times in _samples(tokens, step):
+        one = Reading()
         if new < LEAST * ring.size:
-            found.seconds += _few(part, rows, ring, done, new)
+            one.seconds = _few(part, rows, ring, start, new)
         else:
-            _round(part, rows, ring, found, (done, new), weights)
+            _round(part, rows, ring, one, (start, new), weights)
         if tensor > 1 and row_link is not None:
-            _sum(found, shape, row_link, tensor, ring.size, new)
-        done += new
+            _sum(one, shape, row_link, tensor, ring.size, new)
+        found.add(one, times)
     return found
+
+
+def _samples(tokens: int, step: int) -> Iterator[tuple[int, int, int]]:
+    """Rounds to compute as (start, tokens, times): of many equal rounds, the middle one of each run stands for all.
+
+    The time of a round grows by the same amount from each round to the next.
+    """
+    whole = tokens // step
+    run = -(-whole // SAMPLES) or 1
+    for first in range(0, whole, run):
+        count = min(run, whole - first)
+        yield int(step * (first + (count - 1) / 2)), step, count
+    if tokens % step:
+        yield whole * step, tokens % step, 1
 
 
 def attend_on_ring(shape: ModelShape, rows: Sequence[Machine], links: Sequence[Link], layout: Layout) -> Reading:
@@ -123,8 +146,8 @@ def _round(
     start, new = tokens
     layout = round_layout(start, new, tuple(weights), part.cost)
     lengths = np.array([layout.local_length(rank) for rank in range(ring.size)])
-    linear = part.linear / part.depth * lengths / np.array([m.flops for m in rows])
-    linear = linear + np.array([m.layer for m in rows])
+    linear = part.prompt_linear / part.depth * lengths / np.array([m.flops for m in rows])
+    linear = linear + np.array([m.pack(part.read / part.depth) for m in rows])
     attended = 0
     for kind in part.attending:
         timing, strategy, sent = _attention(kind, ring, layout, start)
@@ -161,17 +184,18 @@ def _few(part: ModelShape, rows: Sequence[Machine], ring: Ring, held: int, new: 
     """Seconds of a round with too few tokens to share: every rank computes all of them, as for new tokens."""
     slowest = min(rows, key=lambda machine: machine.flops)
     pairs = sum(kind.count * kind.pair_flops for kind in part.attending) * new * (held / ring.size + new)
-    fixed = part.depth * (ring.exchange() + slowest.layer)
-    return part.linear * new / slowest.flops + pairs / slowest.attention + fixed
+    fixed = part.depth * ring.exchange() + slowest.pack(part.read)
+    return part.prompt_linear * new / slowest.flops + pairs / slowest.attention + fixed
 
 
 def _sum(found: Reading, shape: ModelShape, link: Link, tensor: int, rows: int, new: int) -> None:
     """Add the sums of a round over all rows, which nothing hides."""
-    seconds = 2 * shape.depth * sum_seconds(link, tensor, shape.hidden * -(-new // rows))
+    sums = 2 * (shape.depth - 1)  # none in the last layer; see `ModelShape.prompt_linear`
+    seconds = sums * sum_seconds(link, tensor, shape.hidden * -(-new // rows))
     found.seconds += seconds
     found.transfer += seconds
     found.exposed += seconds
-    found.sent += 2 * shape.depth * 2 * (tensor - 1) * shape.hidden * new
+    found.sent += sums * 2 * (tensor - 1) * shape.hidden * new
 
 
 def sum_seconds(link: Link, ranks: int, count: int) -> float:
@@ -198,7 +222,10 @@ def read_through_pipeline(
         new = min(chunk, tokens - start)
         arrived = 0.0
         for s, machine in enumerate(stages):
-            done[s] = max(done[s], arrived) + shares[s] * _alone(shape, machine, start, new)
+            own = shares[s] * _alone(shape, machine, start, new)
+            if s + 1 == len(stages):
+                own -= (shape.linear - shape.prompt_linear) * new / machine.flops
+            done[s] = max(done[s], arrived) + own
             if s + 1 < len(stages):
                 arrived = done[s] + links[s].latency + new * shape.hidden / links[s].bandwidth
                 found.sent += new * shape.hidden
@@ -218,6 +245,5 @@ def _alone(shape: ModelShape, machine: Machine, start: int, new: int) -> float:
         before = start if kind.window is None else min(start, kind.window)
         own = new * (new + 1) / 2 if kind.window is None else new * min(new, kind.window) / 2
         pairs += kind.count * kind.pair_flops * (new * before + own)
-    calls = machine.layer * shape.depth
-    calls += (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
-    return shape.linear * new / machine.flops + pairs / machine.attention + calls
+    calls = (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
+    return shape.linear * new / machine.flops + pairs / machine.attention + calls + machine.pack(shape.read)

@@ -9,6 +9,8 @@ from ..lm.memory import CacheLayer, Footprint
 from ..lm.sharding.partition import Cost
 from ..ring.schedule import Sizes
 
+LAST = 0.1  # of the products of the last layer that a prompt needs: those of keys and values, roughly
+
 
 @dataclass(frozen=True)
 class Attending:
@@ -72,6 +74,15 @@ class ModelShape:
     activations: int = 0
     can_divide: bool = False
     positions: int | None = None
+
+    @property
+    def prompt_linear(self) -> float:
+        """Operations for a token of a prompt in all layers, besides attention.
+
+        The last layer computes little more than its keys and values: of a prompt but for its last token, mlx-lm
+        evaluates the caches alone.
+        """
+        return self.linear * (self.depth - 1 + LAST) / self.depth
 
     @property
     def is_attention_only(self) -> bool:

@@ -35,6 +35,8 @@ class Event(NamedTuple):
 
 
 _NO_SPAN = nullcontext()
+_NO_CALL = ("", "")
+_new = tuple.__new__  # of a named tuple; its own constructor takes twice as long
 
 
 class Tracer:
@@ -66,56 +68,58 @@ class Tracer:
 NO_TRACER = Tracer()
 
 
-class Recorder(Tracer):
-    """Tracer that appends to `events`."""
+class Recorder(Tracer, AbstractContextManager[None]):
+    """Tracer that appends to `events`.
+
+    A new token has a few spans in each layer, so a span must cost little: the recorder itself is the context manager of
+    the span that `span` has opened last, and has as many Python frames for it as a tracer that records nothing.
+
+    Attributes:
+        added: Number of events so far, with those that a full deque has dropped.
+    """
 
     def __init__(self, events: MutableSequence[Event]):
         self.events: MutableSequence[Event] = events
-        self._calls: list[_OpenCall] = []
+        self.added = 0
+        self._labels = _NO_CALL  # name and strategy of the present call
+        self._calls: list[tuple[tuple[str, str], int, float]] = []  # labels of the call around, bytes before, start
+        self._spans: list[tuple[str, int, int, float]] = []  # kind, hop, bytes, start
         self._sent = 0
 
     def begin(self, call: str) -> None:
-        self._calls.append(_OpenCall(call, self._sent))
+        self._calls.append((self._labels, self._sent, time.time()))
+        self._labels = (call, "")
 
     def choose(self, strategy: str) -> None:
         if self._calls:
-            self._calls[-1].strategy = strategy
+            self._labels = (self._labels[0], strategy)
 
     def end(self) -> None:
         if self._calls:  # empty if the trace began within the call
-            call = self._calls[-1]
-            self.add("call", 0, call.start, time.time(), self._sent - call.sent)
-            self._calls.pop()
+            stop = time.time()
+            labels, sent, start = self._calls.pop()
+            self.added += 1
+            self.events.append(_new(Event, ("call", 0, start, stop, self._sent - sent, *self._labels)))
+            self._labels = labels
 
     def add(self, kind: str, hop: int, start: float, stop: float, count: int = 0) -> None:
         if kind == "send":
             self._sent += count
-        open_calls = self._calls[-1:]
-        labels = (open_calls[0].name, open_calls[0].strategy) if open_calls else ("", "")
-        self.events.append(Event(kind, hop, start, stop, count, *labels))
+        self.added += 1
+        self.events.append(_new(Event, (kind, hop, start, stop, count, *self._labels)))
 
     def span(self, kind: str, hop: int, buffers: Sequence[memoryview] = ()) -> AbstractContextManager[None]:
-        return _Span(self, kind, hop, sum(map(len, buffers)))
-
-
-class _OpenCall:
-    def __init__(self, name: str, sent: int):
-        self.name = name
-        self.strategy = ""
-        self.sent = sent  # bytes before the call
-        self.start = time.time()
-
-
-class _Span(AbstractContextManager[None]):
-    def __init__(self, tracer: Tracer, kind: str, hop: int, count: int):
-        self._tracer = tracer
-        self._what = (kind, hop)
-        self._count = count
+        count = sum(map(len, buffers)) if buffers else 0
+        self._spans.append((kind, hop, count, time.time()))
+        return self
 
     def __enter__(self) -> None:
-        self._start = time.time()
+        pass
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._tracer.add(*self._what, self._start, time.time(), self._count)
+        stop = time.time()
+        kind, hop, count, start = self._spans.pop()
+        self.added += 1
+        self.events.append(_new(Event, (kind, hop, start, stop, count, *self._labels)))

@@ -54,7 +54,7 @@ class TraceFile:
         self._ring = ring
         self._paths = paths
         self._events: deque[Event] = deque(maxlen=MOST)
-        self._recorder = CountingRecorder(self._events)
+        self._recorder = Recorder(self._events)
         self._offsets: list[list[Offset]] = []  # of all ranks: measured in the beginning and in the end
 
     def start(self) -> None:
@@ -69,11 +69,12 @@ class TraceFile:
         ring = self._ring
         ring.finish_trace = lambda: None  # the ring may be closed twice
         events = list(self._events)  # without those of the rounds below
+        dropped = self._recorder.added - len(events)
         try:
             with ring.call(CALL):
-                tracks = self._collect(events, self._recorder.dropped)
+                tracks = self._collect(events, dropped)
         except (RingAttentionError, RuntimeError):  # the ring broke, and says so elsewhere
-            _save([self._track(ring.rank, self._recorder.dropped, events)], self._paths, f".rank{ring.rank}")
+            _save([self._track(ring.rank, dropped, events)], self._paths, f".rank{ring.rank}")
             return
         if tracks:
             _save(tracks, self._paths)
@@ -98,23 +99,6 @@ class TraceFile:
             e._replace(start=to_first_clock(e.start, offsets), stop=to_first_clock(e.stop, offsets)) for e in events
         ]
         return Track(rank, self._ring.hosts[rank], shifted, max(offset.error for offset in offsets), dropped)
-
-
-class CountingRecorder(Recorder):
-    """Recorder that counts the events which its full deque drops."""
-
-    def __init__(self, events: deque[Event]):
-        super().__init__(events)
-        self._added = 0
-
-    def add(self, kind: str, hop: int, start: float, stop: float, count: int = 0) -> None:
-        self._added += 1
-        super().add(kind, hop, start, stop, count)
-
-    @property
-    def dropped(self) -> int:
-        """Number of events that are not kept any more."""
-        return self._added - len(self.events)
 
 
 def measure_offsets(ring: Transport) -> list[Offset]:

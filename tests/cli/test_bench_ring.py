@@ -99,6 +99,13 @@ def test_growth(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(r.case["ranks"], r.case["tokens"]) for r in load(file)] == [(1, 64), (1, 128), (2, 64), (2, 128)]
     assert "bytes sent against tokens, 2 ranks" in done.stdout and "theory" in done.stdout
+    first = load(file)
+    assert [len(one.seconds) for one in first] == [2, 1, 2, 1]  # shorter calls are timed more often
+    done = run(*line[:4], "64,128,256", *line[5:], "--continue")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = load(file)
+    assert [one for one in again if one.case["tokens"] < 256] == first
+    assert [one.case["ranks"] for one in again if one.case["tokens"] == 256] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,7 @@ def test_growth(tmp_path: Path) -> None:
         (("ring", "--interface", "en0"), "without hosts"),
         (("links", "--bytes", "0"), "'0', expected numbers of at least 1"),
         (("growth", "-n", "0"), "-n"),
+        (("growth", "--continue"), "--continue: only with --json"),
     ],
 )
 def test_a_wrong_option_is_one_line(line: tuple[str, ...], message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ def test_generate_admits_what_was_promised(folder: str, tmp_path: Path, monkeypa
     """The longest context of a plan is admitted, and one token more is not."""
     from ringattn import init, lm
     from ringattn.lm.host_memory import MEMORY
-    from ringattn.lm.limits import agree_on_longest
+    from ringattn.lm.limits import least_room
 
     file = tmp_path / "plan.json"
     where = ("--machine", "1/10:300M", "--prefill-step-size", "64")
@@ -74,7 +76,24 @@ def test_generate_admits_what_was_promised(folder: str, tmp_path: Path, monkeypa
     monkeypatch.setenv(MEMORY, "300M")
     model, _ = lm.load(folder)
     with init("solo") as ring:
-        assert agree_on_longest(lm.shard(model, ring), ring, 64) == promised["longest_context"]
+        assert least_room(lm.shard(model, ring), ring, 64).longest == promised["longest_context"]
+
+
+@pytest.mark.parametrize("tokens", [900, 5000, 20_000])
+def test_rounds_are_those_of_generate(folder: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringattn import init, lm
+    from ringattn.lm.host_memory import MEMORY
+    from ringattn.lm.rounds import agree_on_round
+    from ringattn.planning import Job, Machine
+    from ringattn.planning.choice import round_tokens
+    from ringattn.planning.describe import read_shape
+
+    monkeypatch.setenv(MEMORY, "290M")
+    model, _ = lm.load(folder)
+    with init("solo") as ring:
+        rounds = agree_on_round(lm.shard(model, ring), ring, 0, tokens)
+    machine = Machine("m", 1e12, 1e12, 1e11, 290 << 20)
+    assert round_tokens(read_shape(folder), Job(tokens, gpu=False), [machine], [1.0]) == rounds
 
 
 def test_what_does_not_fit(folder: str) -> None:
@@ -159,6 +178,14 @@ def test_errors_in_one_line(line: tuple[str, ...], message: str) -> None:
     done = plan(*line)
     assert done.exit_code != 0
     assert done.output.splitlines()[-1].startswith("Error: ") and message in done.output.splitlines()[-1]
+
+
+def test_a_repository_that_cannot_be_reached_is_one_line_at_once() -> None:
+    line = [sys.executable, "-m", "ringattn.cli", "plan", "--model", "nobody/nothing", *CLUSTER]
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=20, env=nowhere)  # retries take 23 s
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: --model: nobody/nothing: no such folder, and Hugging Face: ")
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "nothing"}', '{"model_type": "llama"}'])

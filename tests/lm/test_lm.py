@@ -185,7 +185,7 @@ def test_one_rank_on_a_gpu_uses_the_attention_of_mlx(monkeypatch: pytest.MonkeyP
     found = []
     with init("solo") as ring:
         for gpu in (False, True):
-            monkeypatch.setattr(attention, "on_gpu", partial(bool, gpu))
+            monkeypatch.setattr(attention, "uses_gpu", partial(bool, gpu))
             model = lm.shard(families.build(family), ring)
             cache = make_prompt_cache(model)
             logits = [model(mx.arange(a, b)[None] % 61, cache=cache) for a, b in ((0, 50), (50, 51), (51, 55))]

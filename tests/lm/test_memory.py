@@ -24,6 +24,7 @@ from ringattn.lm import host_memory
 from ringattn.lm.host_memory import MEMORY, memory_of_rank, parse_bytes
 from ringattn.lm.memory import MOST, PROCESS, CacheLayer, Footprint
 from ringattn.lm.server.api.fields import RequestError
+from ringattn.lm.server.api.requests import Request, Served, read_request
 from ringattn.lm.server.engine import Engine
 from ringattn.lm.server.stop_words import StopWords
 from ringattn.lm.sharding.sharded_cache import held_bytes
@@ -120,20 +121,25 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(monkeypatch: py
     longest = model.footprint.longest(int(os.environ[MEMORY]), 1.0, 64)
     cache = model.make_cache()
 
-    def read(tokens: int) -> None:
-        list(lm.stream_generate(model, families.words(), [1] * tokens, max_tokens=1, prompt_cache=cache, chunk=64))
+    def read(tokens: int, answer: int) -> None:
+        list(lm.stream_generate(model, families.words(), [1] * tokens, max_tokens=answer, prompt_cache=cache, chunk=64))
 
-    read(1500)
+    read(1500, 1)
     held = cache[0].size()
     left = longest - held
-    with pytest.raises(
-        ArgumentError,
-        match=rf"^prompt: {longest + 1:,} tokens of context need \S+ GiB on rank 0 \(\S+\), which has \S+ GiB; "
-        rf"{longest:,} tokens fit[^\n]*$",
+    for tokens, answer, asked in (
+        (left + 1, -1, ""),
+        (left - 19, 20, " and an answer of 20 (max_tokens)"),
+        (left, 1, " and an answer of 1 (max_tokens)"),
     ):
-        read(left + 1)
-    assert cache[0].size() == held  # nothing was read
-    read(left)
+        with pytest.raises(
+            ArgumentError,
+            match=rf"^prompt: {held + tokens:,} tokens of context{re.escape(asked)} need \S+ GiB on rank 0 \(\S+\), "
+            rf"which has \S+ GiB; {longest:,} tokens fit[^\n]*$",
+        ):
+            read(tokens, answer)
+        assert cache[0].size() == held  # nothing was read
+    read(left - 20, 20)
 
 
 def test_weights_that_leave_no_room_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +156,28 @@ def test_the_server_refuses_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(MEMORY, limited(model, 2000, 64))
     engine = Engine(model, families.words(), 3, 64)
     assert 2000 <= engine.longest < 2300
-    with pytest.raises(RequestError, match=r"fit in the memory") as refused:
-        engine.submit(None, [1] * (engine.longest + 1))
-    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    for tokens, body in ((engine.longest, {}), (1500, {"max_tokens": 900})):
+        with pytest.raises(RequestError, match=rf"GiB on rank 0 .*{engine.longest:,} tokens fit") as refused:
+            engine.submit(request(body), [1] * tokens)
+        assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     for start in (1, 2):
         engine._generate(None, {}, [start] * 800, 1, StopWords([]))
     assert len(engine._pool) == 2
     engine._generate(None, {}, [3] * (engine.longest - 1000), 1, StopWords([]))
     assert len(engine._pool) == 2  # of three contexts the oldest had to go before the third was read
+
+
+def test_a_default_length_of_answers_becomes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lm.shard(families.build("llama"), init("solo"))
+    monkeypatch.setenv(MEMORY, limited(model, 2000, 64))
+    engine = Engine(model, families.words(), 3, 64)
+    for tokens, body, answer in ((1400, {}, 512), (engine.longest - 9, {}, 9), (1500, {"max_tokens": 7}, 7)):
+        assert engine.submit(request(body), [1] * tokens).request.max_tokens == answer
+
+
+def request(body: dict) -> Request:
+    """A request to a server whose answers have 512 tokens by default."""
+    return read_request("text", {"prompt": "x", **body}, Served(("tiny",), 64, {"max_tokens": 512}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -177,6 +197,5 @@ def test_generate_says_so_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stdout == ""
     errors = [one for one in done.stderr.splitlines() if one.startswith("Error: ")]
     assert len(errors) == 1, done.stderr
-    assert re.match(r"Error: (rank \d: )?prompt: 5,\d{3} tokens of context need .*; [\d,]+ tokens fit", errors[0]), (
-        errors
-    )
+    need = r"5,\d{3} tokens of context and an answer of \d+ \(max_tokens\) need .*; [\d,]+ tokens fit"
+    assert re.match(rf"Error: (rank \d: )?prompt: {need}", errors[0]), errors

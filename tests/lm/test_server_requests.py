@@ -76,6 +76,12 @@ def test_harmless_options_are_accepted() -> None:
     assert read("chat", messages=MESSAGES, **plain) == read("chat", messages=MESSAGES)
 
 
+@pytest.mark.parametrize(("body", "given"), [({}, False), ({"max_tokens": 7}, True), ({"max_tokens": None}, False)])
+def test_a_length_of_the_clients_own_is_known(body: dict, given: bool) -> None:
+    assert read("text", prompt="x", **body).gives_max_tokens is given
+    assert read("chat", messages=MESSAGES, max_completion_tokens=3).gives_max_tokens
+
+
 def test_values_become_what_the_engine_needs() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     found = read("chat", messages=MESSAGES, tools=tools, stop="x", max_completion_tokens=3, reasoning_effort="low")

@@ -24,6 +24,7 @@ from ringattn.planning import (
     parse_link,
     parse_machines,
     predictions,
+    prefill,
 )
 from ringattn.planning.choice import arrangements
 from ringattn.planning.demand import pass_kv
@@ -31,7 +32,7 @@ from ringattn.planning.hops import Ring, call_timing
 from ringattn.planning.links import LINKS
 from ringattn.planning.machines import CHIPS
 from ringattn.planning.prefill import read_on_ring, read_through_pipeline
-from ringattn.planning.shape import attention_shape
+from ringattn.planning.shape import LAST, attention_shape
 from ringattn.ring.schedule import Sizes
 
 MODEL = ModelShape(  # a Llama of 8 billion parameters, quantised
@@ -114,15 +115,39 @@ def test_a_ring_without_links_is_as_fast_as_its_work_divided() -> None:
         assert ring.hidden > 0.99
 
 
+@pytest.mark.parametrize("tokens", [1 << 20, (1 << 20) + 700])
+def test_many_rounds_take_as_long_as_their_samples(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = ([MACHINE] * 2, [LINK] * 2, tokens, 1024, [1.0] * 2)
+    few = read_on_ring(MODEL, *where)
+    prefill_samples = prefill.SAMPLES
+    monkeypatch.setattr(prefill, "SAMPLES", tokens)
+    all_rounds = read_on_ring(MODEL, *where)
+    assert few.seconds == pytest.approx(all_rounds.seconds, rel=1e-3)
+    for name in ("transfer", "sent"):  # within one sample the strategy changes
+        assert getattr(few, name) == pytest.approx(getattr(all_rounds, name), rel=1 / prefill_samples)
+    assert few.hidden == pytest.approx(all_rounds.hidden, abs=0.01)
+
+
 def test_the_work_of_a_prompt() -> None:
     """One rank computes each pair once, however many rounds there are."""
     free = Link("free", 1e18, 0.0)
     n = 1 << 14
     pairs = n * (n + 1) / 2 * 32 * 4.0 * 32 * 128
-    expected = MODEL.linear * n / MACHINE.flops + pairs / MACHINE.attention
+    expected = MODEL.linear * (31 + LAST) / 32 * n / MACHINE.flops + pairs / MACHINE.attention
     for chunk in (512, 3000, n):
         assert read_on_ring(MODEL, [MACHINE], [free], n, chunk, [1.0]).seconds == pytest.approx(expected, rel=1e-6)
         assert read_through_pipeline(MODEL, [MACHINE], [free], n, chunk, [1.0]).seconds == pytest.approx(expected)
+
+
+def test_the_first_stage_of_a_pipeline_computes_all_of_its_layers() -> None:
+    """And the last one little of its last layer, so that the first one is the slowest."""
+    free = Link("free", 1e18, 0.0)
+    n = 1 << 14
+    few = replace(MODEL, depth=4, linear=MODEL.linear / 8, attending=(replace(MODEL.attending[0], count=4),))
+    pairs = n * (n + 1) / 2 * 4 * 4.0 * 32 * 128
+    first = 0.5 * (few.linear * n / MACHINE.flops + pairs / MACHINE.attention)
+    found = read_through_pipeline(few, [MACHINE] * 2, [free] * 2, n, 256, [0.5, 0.5])
+    assert first < found.seconds < 1.03 * first  # and the last chunk passes the second stage
 
 
 def test_layers_with_a_window_cost_what_it_reaches() -> None:

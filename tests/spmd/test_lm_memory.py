@@ -15,7 +15,7 @@ from families import build, words
 
 from ringattn import lm
 from ringattn.lm.host_memory import MEMORY
-from ringattn.lm.limits import agree_on_longest, longest_context
+from ringattn.lm.limits import least_room, room_of
 
 CHUNK = 16
 
@@ -26,17 +26,21 @@ def test_the_rank_with_least_memory_decides(ring: Ring, monkeypatch: pytest.Monk
     last = ring.size - 1
     tokens = 1500 if ring.rank == last else 3000
     monkeypatch.setenv(MEMORY, str(model.footprint.needed(tokens, share, CHUNK)))
-    longest = agree_on_longest(model, ring, CHUNK)
+    least = least_room(model, ring, CHUNK)
+    longest = least.longest
     assert 1500 <= longest < 3000
+    assert least.place.startswith(f"rank {last} (")
     if ring.rank == last:
-        assert longest == longest_context(model, ring, CHUNK)[0]
+        assert least == room_of(model, ring, CHUNK)
 
-    def read(count: int) -> int:
-        found = lm.stream_generate(model, words(), [1] * count, max_tokens=2, prefill_step_size=CHUNK)
+    def read(count: int, answer: int = 2) -> int:
+        found = lm.stream_generate(model, words(), [1] * count, max_tokens=answer, prefill_step_size=CHUNK)
         return len([one.token for one in found])
 
-    with pytest.raises(ArgumentError, match=rf"on rank {last} .*; {longest:,} tokens fit"):
-        read(longest + 1)
+    with pytest.raises(ArgumentError, match=rf"an answer of 2 \(max_tokens\) .* on rank {last} .*; {longest:,} tok"):
+        read(longest - 1)
+    with pytest.raises(ArgumentError, match=rf"prompt: {longest + 1:,} tokens of context need .* on rank {last} "):
+        read(longest + 1, -1)  # without a limit the prompt alone is admitted
     assert read(200) == 2  # the ring still works
 
 

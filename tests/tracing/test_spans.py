@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import pytest
 
@@ -40,6 +41,23 @@ def test_a_nested_call_keeps_the_labels_of_the_outer_one() -> None:
     tracer.end()
     tracer.end()
     assert [(e.call, e.strategy) for e in events] == [("inner", ""), ("outer", "pass_kv")]
+
+
+def test_spans_may_be_nested() -> None:
+    events: list[Event] = []
+    tracer = Recorder(events)
+    with tracer.span("compute", 1), tracer.span("wait", 2):
+        pass
+    assert [(e.kind, e.hop) for e in events] == [("wait", 2), ("compute", 1)]
+    assert events[1].start <= events[0].start <= events[0].stop <= events[1].stop
+
+
+def test_events_that_a_deque_dropped_are_counted() -> None:
+    tracer = Recorder(deque(maxlen=2))
+    for hop in range(5):
+        with tracer.span("wait", hop):
+            pass
+    assert tracer.added == 5
 
 
 def test_a_span_that_fails_is_recorded() -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
 FOR_MEASURE = ("ranks", "hosts", "hostfile", "interface", "mpiexec", "timeout")
 LINKS = ("link", "island", "outer_link", "row_link")
-CHUNK = {True: 8192, False: 512}  # tokens of a rank in a round: with a GPU, and without
 SLOW = (
     "Warning: the rate of products is that of float32 weights; a CPU multiplies others some 20 times more slowly. Plan "
     "and run with --dtype float32"
@@ -47,7 +46,7 @@ WHAT = (
         "chunk",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Tokens that a rank computes in one round of prefill.  [default: 8192; 512 where no GPU is measured]",
+        help="Tokens that a rank computes in one round of prefill.  [default: as ringattn generate]",
     ),
 )
 
@@ -99,7 +98,7 @@ def plan(json_file: Path | None, growth: bool, answer: int, context: int, chunk:
         raise ArgumentError(f"--json: {json_file}: there is no folder {json_file.parent}")
     shape = _shape(options)
     cluster, with_gpu = _cluster(options, shape)
-    job = Job(context, answer, chunk or CHUNK[with_gpu])
+    job = Job(context, answer, chunk, gpu=with_gpu)
     found = predictions(shape, cluster, job)
     if growth:
         found += _growth(shape, cluster, job)

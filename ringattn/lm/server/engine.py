@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, Queue
 from typing import Any
 
@@ -17,8 +17,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from ...errors import RingError
 from ...transport.collectives import broadcast_bytes
 from ..generate import checked_prefill_step_size, stream_generate
-from ..limits import agree_on_longest, check_memory
+from ..limits import check_memory, least_room
 from ..mlx_lm_compat import model_args
+from ..rounds import SHORTEST
 from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
 from .api.fields import RequestError
@@ -97,8 +98,9 @@ class Engine:
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
-        chunk = checked_prefill_step_size(prefill_step_size)
-        self.longest = agree_on_longest(model, self.ring, chunk)
+        chunk = checked_prefill_step_size(prefill_step_size) or SHORTEST
+        self._room = least_room(model, self.ring, chunk)
+        self.longest = self._room.longest
         check_memory(model, self.ring, 1, self.longest, chunk)  # a server that refuses every prompt must not start
         self._log = log
         self._queue: Queue[Answer] = Queue()
@@ -118,11 +120,10 @@ class Engine:
         """Queue a request. The caller must call `leave` at the end.
 
         Raises:
-            RequestError: The server is shutting down, too many requests wait, or the prompt does not fit in memory.
+            RequestError: The server is shutting down, too many requests wait, or the prompt does not fit in memory with
+                the answer.
         """
-        if len(ids) > self.longest:
-            message = f"the prompt has {len(ids):,} tokens, and {self.longest:,} fit in the memory of the ranks"
-            raise RequestError(400, f"{message}: shorten it", code="context_length_exceeded")
+        request = self._admitted(request, len(ids))
         if self.stopping:
             raise RequestError(503, "the server is shutting down", code="shutting_down")
         if not self._places.acquire(blocking=False):
@@ -130,6 +131,18 @@ class Engine:
         answer = Answer(request, ids)
         self._queue.put(answer)
         return answer
+
+    def _admitted(self, request: Request, prompt: int) -> Request:
+        """The request with an answer for which there is memory: a length that the client gave is never changed.
+
+        Raises:
+            RequestError: The prompt of so many tokens does not fit with an answer of this length.
+        """
+        answer = request.max_tokens if request.gives_max_tokens else 1
+        if prompt + answer > self.longest:
+            message = self._room.refusal(prompt, answer, self.longest)
+            raise RequestError(400, message, code="context_length_exceeded")
+        return replace(request, max_tokens=min(request.max_tokens, self.longest - prompt))
 
     def leave(self, answer: Answer) -> None:
         """End an answer that is complete or whose client has left."""
@@ -223,7 +236,7 @@ class Engine:
         self, answer: Answer | None, options: dict[str, Any], ids: list[int], max_tokens: int, stop: StopWords
     ) -> None:
         cache, reuse = self._pool.pop(ids)
-        self._pool.shrink(self.longest - len(ids))
+        self._pool.shrink(self.longest - len(ids) - max_tokens)
         cache = self.model.make_cache() if cache is None else cache
         if answer is not None:
             answer.cached = reuse.kept

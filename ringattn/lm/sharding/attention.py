@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...core.device import uses_gpu
 from ...decode_attention import decode_attention
 from ...errors import UnsupportedModelError
 from ...ring_attention import ring_attention
@@ -64,15 +65,10 @@ def _mlx_does_it(cache: ShardedKVCache, constraints: dict[str, Any]) -> bool:
 
     MLX's attention then gives the result, with less work in Python. On a CPU the kernel of ringattn takes less time.
     """
-    if cache.ring.size > 1 or not on_gpu() or constraints.keys() - {"window"}:
+    if cache.ring.size > 1 or not uses_gpu() or constraints.keys() - {"window"}:
         return False
     window = constraints.get("window")
     return window is None or window >= cache.held
-
-
-def on_gpu() -> bool:
-    """Whether MLX computes on a GPU by default."""
-    return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def split_heads(x: mx.array, count: int) -> mx.array:

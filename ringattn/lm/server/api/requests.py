@@ -98,6 +98,7 @@ class Request:
         kind: ``"chat"`` or ``"text"``.
         messages, tools, role_mapping, template: The conversation of a chat, and arguments of its template.
         prompt: The beginning of a text.
+        gives_max_tokens: Whether `max_tokens` is the client's, not the server's default.
         logprobs: The number of likeliest tokens to return for each token; ``None``: no log-probabilities at all.
         sampling: Keywords of mlx-lm's `make_sampler`, with ``temperature`` in place of ``temp``.
         processors: Keywords of mlx-lm's `make_logits_processors`.
@@ -112,6 +113,7 @@ class Request:
     stream: bool
     include_usage: bool
     max_tokens: int
+    gives_max_tokens: bool
     stop: tuple[str, ...]
     seed: int | None
     logprobs: int | None
@@ -146,9 +148,10 @@ def read_request(kind: str, body: Any, served: Served) -> Request:
     needed = "messages" if kind == "chat" else "prompt"
     if needed not in values:
         raise RequestError(400, f"{needed}: missing", needed, "missing_required_parameter")
+    gives_max_tokens = not values.keys().isdisjoint(("max_tokens", "max_completion_tokens"))
     values = {**served.defaults, **values}
     _check_tokens(values, served.vocabulary)
-    return _build(kind, values)
+    return _build(kind, values, gives_max_tokens)
 
 
 def _checked(rules: Mapping[str, Rule], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +185,7 @@ def _check_tokens(values: Mapping[str, Any], vocabulary: int) -> None:
         raise RequestError(400, f"logit_bias: token {unknown[0]}, expected 0 to {vocabulary - 1}", "logit_bias")
 
 
-def _build(kind: str, values: Mapping[str, Any]) -> Request:
+def _build(kind: str, values: Mapping[str, Any], gives_max_tokens: bool) -> Request:
     template = dict(values.get("chat_template_kwargs", {}))
     if "reasoning_effort" in values:
         template["reasoning_effort"] = values["reasoning_effort"]
@@ -196,6 +199,7 @@ def _build(kind: str, values: Mapping[str, Any]) -> Request:
         stream=values.get("stream", False),
         include_usage=values.get("stream_options", {}).get("include_usage", False),
         max_tokens=values.get("max_completion_tokens", values["max_tokens"]),
+        gives_max_tokens=gives_max_tokens,
         stop=values.get("stop", ()),
         seed=values.get("seed"),
         logprobs=_logprobs(values),
