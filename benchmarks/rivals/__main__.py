@@ -24,7 +24,7 @@ def main(line: Sequence[str] | None = None) -> None:
     operator.add_argument("--rounds", type=int, default=2, help="rounds in which the fastest rivals take turns")
     operator.add_argument("--only", default="", help="regular expression for the problems, as they are printed")
     operator.add_argument("--rivals", default="", help="regular expression for the rivals, as 'ringmaster:ulysses'")
-    operator.add_argument("--tokens", type=int, default=0, help="one length in the place of all")
+    operator.add_argument("--minutes", type=float, default=1e9, help="begin no piece (a shape over a link) after them")
     operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
     operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
     job = commands.add_parser("job", help="a whole language model on virtual hosts; needs root")
@@ -42,19 +42,16 @@ def main(line: Sequence[str] | None = None) -> None:
 
 
 def _operator(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from .operator import Operator, problems
     from .roster import ROSTER
 
     wanted = [one for one in problems(arguments.whole) if re.search(arguments.only, _name(one))]
-    if arguments.tokens:
-        wanted = list(dict.fromkeys(replace(one, tokens=arguments.tokens) for one in wanted))
     keep = re.compile(arguments.rivals)
     _require("--only", arguments.only, wanted, map(_name, problems(arguments.whole)))
     _require("--rivals", arguments.rivals, filter(keep.search, _names(ROSTER)), _names(ROSTER))
-    measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
-    measured.run(wanted, arguments.json)
+    links = arguments.links.split(",")
+    measured = Operator(links, arguments.rounds, lambda rival: bool(keep.search(rival.name)), arguments.json)
+    measured.run(wanted, arguments.minutes)
 
 
 def _job(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from benchmarks.rivals import page, results, starting, tables
 from benchmarks.rivals.__main__ import main
-from benchmarks.rivals.operator import problems
+from benchmarks.rivals.operator import FEW, Operator, Piece, problems
 from benchmarks.rivals.problem import Problem, exact_rows, relative_error
 from benchmarks.rivals.results import JobRow, OperatorRow
 from benchmarks.rivals.roster import FIRST, OURS, ROSTER
@@ -142,7 +144,9 @@ def test_reason_names_the_cause_below_the_first_line() -> None:
 def test_problems_and_roster() -> None:
     few, whole = list(problems(whole=False)), list(problems(whole=True))
     assert set(few) < set(whole)
-    assert {problem.tokens for problem in few} == {4096, 8192, 16384}
+    assert {problem.tokens for problem in whole} == {4096, 8192, 16384}
+    shapes = [problem.shape for problem in few]
+    assert len(list(groupby(shapes))) == len(set(shapes)) == len(FEW)  # those of one shape come in a row
     assert ROSTER[0] is FIRST
     assert len({one.name for one in ROSTER}) == len(ROSTER)
     long = Problem(16384, 8, 8, 64, causal=False, gradient=True)
@@ -160,13 +164,60 @@ def test_commands_of_ranks_find_each_other() -> None:
 
 def test_failure_of_a_rank_is_the_reason_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "GRACE", 0.2)
-    fails = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'failed': 'no kernel'})); sys.exit(1)"
+    fails = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'done': [], 'failed': 'no kernel'})); sys.exit(1)"
     commands = [
         starting.Command(["python3", "-c", fails, str(tmp_path / "f.0")], {}),
         starting.Command(["sleep", "100"], {}),
     ]
     with pytest.raises(starting.FailedError, match="no kernel"):
         starting.collect(commands, tmp_path / "f", 2, 60, None)
+
+
+def test_results_before_a_failure_are_kept(tmp_path: Path) -> None:
+    fails = "import sys; from benchmarks.rivals.worker import report; report(sys.argv[1], 0, (1 // n for n in (1, 0)))"
+    command = starting.Command([sys.executable, "-c", fails, str(tmp_path / "f")], {})
+    with pytest.raises(starting.FailedError, match="ZeroDivisionError") as caught:
+        starting.collect([command], tmp_path / "f", 1, 60, None)
+    assert caught.value.done == [[1]]
+
+
+def started(fails: Problem, starts: list[tuple[str, list[Problem]]]):
+    """A stand-in of `Piece._start`: every call takes a second, and `fails` fails."""
+
+    def start(piece, rival, wanted, turn, cluster):
+        starts.append((rival.name, list(wanted)))
+        done = wanted[: wanted.index(fails)] if fails in wanted else wanted
+        result = {"seconds": [1.0], "errors": {"out": 1e-7}, "versions": {}}
+        return [(result,) * rival.ranks for _ in done], "" if len(done) == len(wanted) else "no kernel"
+
+    return start
+
+
+def test_a_rival_is_started_again_after_a_problem_that_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [one for one in problems(whole=False) if one.shape == FEW[0]]
+    starts: list[tuple[str, list[Problem]]] = []
+    monkeypatch.setattr(Piece, "_start", started(own[1], starts))
+    rows = Piece(own, "loopback", None, tmp_path, {}).run(2, lambda rival: rival is FIRST)
+    assert [one for _, one in starts] == [own, own[2:], [own[0], *own[2:]]]  # not again in the second round
+    assert [row.failed for row in rows] == ["", "no kernel", "", ""]
+    assert [len(row.seconds) for row in rows] == [2, 0, 2, 2]
+
+
+def test_pieces_in_the_file_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[tuple[str, list[Problem]]] = []
+    monkeypatch.setattr(Piece, "_start", started(TINY, starts))
+    wanted = [one for one in problems(whole=False) if one.shape in FEW[:2]]
+
+    def run(minutes: float) -> list[OperatorRow]:
+        measured = Operator(["loopback"], 1, lambda rival: rival is FIRST, tmp_path / "results" / "f.json")
+        return measured.run(wanted, minutes)
+
+    assert [row.problem for row in run(0)] == []
+    assert {row.problem.shape for row in run(1e9)} == set(FEW[:2])
+    before = len(starts)
+    assert len(run(1e9)) == len(wanted) and len(starts) == before
 
 
 def test_slow_ranks_are_ended(tmp_path: Path) -> None:
