@@ -76,7 +76,7 @@ OPTIONS = (
         type=click.IntRange(min=1),
         metavar="TOKENS",
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
-        "[default: 512 on a CPU, 8192 on a GPU]",
+        "[default: as many as the memory allows, in rounds of about 20 s or less]",
     ),
     click.option(
         "--weights",

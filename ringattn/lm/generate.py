@@ -17,14 +17,10 @@ from ..transport.interface import Transport
 from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError
 from .limits import check_memory, longest_context
 from .prompt import Prompt, prompt_ids, warn_of_length
+from .rounds import SHORTEST, agree_on_round
 from .shard import everyone_of, sharded
 from .sharding.cache_kinds import check_caches
 from .sharding.forward_pass import ShardedCache
-
-# Tokens that a rank computes in one round of prefill. On a CPU one round takes a few seconds. On a GPU long rounds send
-# fewer bytes for each token.
-PREFILL_STEP_SIZE = 512
-PREFILL_STEP_SIZE_GPU = 8192
 
 Processor = Callable[[mx.array, mx.array], mx.array]  # (all tokens so far, logits) -> logits
 
@@ -56,8 +52,9 @@ def stream_generate(
         sampler: mlx-lm's: a function of log-probabilities ``[1, vocabulary]`` that returns a token ``[1]``. Default:
             the likeliest token.
         prefill_step_size: Tokens that each rank computes in one round of prefill; in mlx-lm, tokens of the whole round.
-            With more tokens a rank needs more memory and sends fewer bytes in all. Default: 512 on a CPU, 8192 on a
-            GPU. The older name `chunk` works too.
+            With more tokens a rank needs more memory and sends fewer bytes in all. Default: as many as the memory
+            allows, while the ranks hold about equal parts and a round takes no more than about 20 s; at least 512. The
+            older name `chunk` works too.
         stopped: Called on rank 0 before each round of prefill and for each token; True ends the text on every rank. The
             cache then holds the tokens read and generated so far, and may hold one token that was not yielded.
         logits_processors: mlx-lm's; those of rank 0 are used. They get the tokens of `prompt_cache` too, as if all were
@@ -92,7 +89,8 @@ def stream_generate(
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-        longest, _ = longest_context(known, ring, prefill_step_size)
+        shortest = prefill_step_size or SHORTEST
+        longest, _ = longest_context(known, ring, shortest)
     context = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
     fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": context}
     numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
@@ -100,8 +98,9 @@ def stream_generate(
     with ring.call(BEGIN):
         replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
     table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
-    check_memory(known, ring, held.size + int(table[0, 1]), int(table[:, 0].min()), prefill_step_size)
+    check_memory(known, ring, held.size + int(table[0, 1]), int(table[:, 0].min()), shortest)
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
+    step = (prefill_step_size or 0) * known.ring.size or agree_on_round(known, ring, held.size, shared_ids.size)
     for leaf in leaves:
         leaf.expect_prompt(shared_ids.size)
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
@@ -114,7 +113,7 @@ def stream_generate(
             sampler=choice.token,
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
-            prefill_step_size=prefill_step_size * known.ring.size,
+            prefill_step_size=step,
             prompt_cache=prompt_cache,
         ):
             if choice.ended:
@@ -127,8 +126,8 @@ def stream_generate(
             leaf.marks = ()
 
 
-def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int:
-    """The tokens of a rank in one round; `options` may have nothing but its older name."""
+def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int | None:
+    """The tokens of a rank in one round, if they are given; `options` may have nothing but its older name."""
     options = options or {}
     name = "prefill_step_size"
     if size is None and "chunk" in options:
@@ -136,9 +135,7 @@ def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None =
         size = options.pop(name)
     if options:
         raise ArgumentError(f"{next(iter(options))}: not supported over a ring")
-    if size is not None:
-        return check_int(name, size, 1)
-    return PREFILL_STEP_SIZE if mx.default_device().type == mx.DeviceType.cpu else PREFILL_STEP_SIZE_GPU
+    return None if size is None else check_int(name, size, 1)
 
 
 def _check_max_tokens(max_tokens: int) -> None:

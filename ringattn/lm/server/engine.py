@@ -19,6 +19,7 @@ from ...transport.collectives import broadcast_bytes
 from ..generate import checked_prefill_step_size, stream_generate
 from ..limits import agree_on_longest, check_memory
 from ..mlx_lm_compat import model_args
+from ..rounds import SHORTEST
 from ..shard import Sharded, everyone_of
 from ..sharding.forward_pass import size_of
 from .api.fields import RequestError
@@ -97,7 +98,7 @@ class Engine:
         self.stopping = False
         self._pool = PromptCachePool(pool_size)
         self._prefill_step_size = prefill_step_size
-        chunk = checked_prefill_step_size(prefill_step_size)
+        chunk = checked_prefill_step_size(prefill_step_size) or SHORTEST
         self.longest = agree_on_longest(model, self.ring, chunk)
         check_memory(model, self.ring, 1, self.longest, chunk)  # a server that refuses every prompt must not start
         self._log = log
