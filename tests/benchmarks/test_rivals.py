@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.rivals import job as job_module
 from benchmarks.rivals import page, results, starting, tables
 from benchmarks.rivals.__main__ import main
+from benchmarks.rivals.job import Job, pieces
 from benchmarks.rivals.operator import FEW, Operator, Piece, problems
 from benchmarks.rivals.problem import Problem, exact_rows, relative_error
 from benchmarks.rivals.results import JobRow, OperatorRow
@@ -66,12 +70,12 @@ def test_failures_keep_the_table_whole() -> None:
 
 
 def job(rate: str, way: str, attention: str, first: float, token: float) -> JobRow:
-    return JobRow(rate, "larger", way, attention, 2048, first, token, 1e9, 2048e3, 1e-7)
+    return JobRow(rate, "larger", way, attention, 2048, [first, 3 * first, first], [token], 1e9, 2048e3, 1e-7)
 
 
 def test_job_tables() -> None:
     rows = [
-        job("none", "mlx-lm, one host", "mlx", 30.0, 0.1),
+        job("1gbit", "mlx-lm, one host", "mlx", 30.0, 0.1),
         job("1gbit", "mlx-lm, tensor parallel", "mlx", 20.0, 0.05),
         job("10gbit", "mlx-lm, tensor parallel", "mlx", 16.0, 0.05),
         job("1gbit", "ringattn", "ringattn", 10.0, 0.1),
@@ -164,7 +168,9 @@ def test_commands_of_ranks_find_each_other() -> None:
 
 def test_failure_of_a_rank_is_the_reason_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "GRACE", 0.2)
-    fails = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'done': [], 'failed': 'no kernel'})); sys.exit(1)"
+    fails = (
+        "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'done': [], 'failed': 'no kernel'})); sys.exit(1)"
+    )
     commands = [
         starting.Command(["python3", "-c", fails, str(tmp_path / "f.0")], {}),
         starting.Command(["sleep", "100"], {}),
@@ -218,6 +224,42 @@ def test_pieces_in_the_file_are_not_measured_again(tmp_path: Path, monkeypatch: 
     assert {row.problem.shape for row in run(1e9)} == set(FEW[:2])
     before = len(starts)
     assert len(run(1e9)) == len(wanted) and len(starts) == before
+
+
+def test_samples_of_the_job_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[str] = []
+
+    def collect(commands, file, ranks, timeout, cluster):
+        starts.append(commands[0].line[-4])
+        if starts[-1] == "tensor":
+            raise starting.FailedError("no ring")
+        return [
+            [{"first": 2.0 + rank, "token": 0.1, "memory": 9.0, "sent": 8.0, "error": 0.0}] for rank in range(ranks)
+        ]
+
+    monkeypatch.setattr(job_module, "Cluster", lambda *_, **__: nullcontext(SimpleNamespace(addresses=["a", "b"])))
+    monkeypatch.setattr(job_module, "unavailable", lambda: "")
+    monkeypatch.setattr(job_module, "collect", collect)
+    monkeypatch.setattr(job_module, "ring_command", lambda line, *_: [starting.Command(line, {})])
+    wanted = [one for one in pieces(whole=False) if one.attention == "ringattn" and one.rate == "1gbit"]
+    file = tmp_path / "results" / "job.json"
+    once = Job(1, lambda way: True, file).run(wanted, 1e9)
+    assert len(once) == len(wanted) * len(wanted[0].ways()) == len(starts)
+    assert Job(1, lambda way: True, file).run(wanted, 1e9) == once and len(starts) == len(once)
+    twice = Job(2, lambda way: True, file).run(wanted, 1e9)
+    assert {(row.way, *row.first) for row in twice} == {
+        ("mlx-lm, one host", 2.0, 2.0),
+        ("mlx-lm, tensor parallel",),
+        *((way, 3.0, 3.0) for way in ("mlx-lm --pipeline", "pipelined prefill", "ringattn")),
+    }
+
+
+def test_pieces_of_the_job_have_ringattn_beside_each_rival() -> None:
+    for piece in pieces(whole=True):
+        ways = piece.ways()
+        assert ways[0].name == "one" and ways[-1].name == "ring"
+        assert {way.attention for way in ways[:-1]} == {piece.attention}
+    assert len(set(pieces(whole=False))) == len(list(pieces(whole=False)))
 
 
 def test_slow_ranks_are_ended(tmp_path: Path) -> None:
