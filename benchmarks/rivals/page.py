@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import ROOT
+from .computed import computed_table
+from .job import LARGER, OURS
 from .results import load
 from .tables import failures, gpu_table, job_leads, job_table, lead_line, operator_table
 
@@ -18,20 +20,27 @@ INTRODUCTION = """## Rivals
 
 What people use instead, measured in the same run as ringattn, on the same problems. All answers were compared before
 anything was timed: those of the operator with PyTorch's, and PyTorch's with float64; the log-probabilities of a model
-with those of mlx-lm on one host. `python -m benchmarks.rivals operator`, `sudo python -m benchmarks.rivals job` and
-`python -m benchmarks.rivals page` make this section."""
+with those of mlx-lm on one host. Both sides of a ratio were measured in one piece of a few minutes.
+`python -m benchmarks.rivals operator`, `sudo python -m benchmarks.rivals job` and `python -m benchmarks.rivals page`
+make this section."""
 OPERATOR = """### The operator
 
 Attention in float32 over 2 ranks with one thread each; "one process" has two threads. The loopback interface carries
 TCP for all of them. The throttled link joins two virtual hosts with a core each, which one process with two threads
-cannot use. Each library has its fastest way for the problem. Times are medians of the slowest rank."""
+cannot use. Each library has its fastest way for the problem. Times are medians of the slowest rank; a rival that takes
+more than 1.5 times as long as the fastest was called twice, the others at least five times in two rounds."""
 JOB = """### A whole language model
 
 Two virtual hosts with a core each, float32, all with the same BLAS (that which ringattn gives MLX). "larger": random
 weights, 4 layers with the shapes of Qwen2.5-1.5B and SmolLM2's vocabulary; "smollm2": SmolLM2-135M. MLX has no fused
 attention on a CPU, as it has on a Mac, so mlx-lm's ways were also measured with ringattn's fused attention: those rows
 compare the ways to divide the work. "Pipelined prefill" is a model of exo's, written for this comparison: chunks of 512
-tokens stream through the stages."""
+tokens stream through the stages. Rounds of the other ways are their defaults: 2,048 tokens in mlx-lm, and what
+`prefill_step_size` says in ringattn. Times are medians of the samples."""
+COMPUTED = """**Computed, not measured:** first token of "larger" with all 28 layers, on more hosts than this machine
+has cores. The model of `ringattn plan` computes it from the measured times of one host; links have 0.94 of their rate,
+and 0.1 ms for a small message. The model's two key/value heads allow tensor parallelism over two hosts, so more hosts
+are a ring of such pairs."""
 
 
 def write(folder: Path, gpu: Path | None = None) -> str:
@@ -82,6 +91,8 @@ def _job(found: dict[str, Any]) -> list[str]:
     parts = [JOB, about(found)]
     for model in dict.fromkeys(row.model for row in rows):
         parts += [f"**{model}**", job_table(rows, model), job_leads(rows, model)]
+    if any(row.model == LARGER and row.way == "mlx-lm, one host" and row.attention == OURS for row in rows):
+        parts += [COMPUTED, computed_table(rows)]
     return [*parts, "Ways that could not do some of the work:", failures(rows)]
 
 

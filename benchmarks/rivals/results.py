@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -115,8 +116,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Command of this process."""
-    return "python -m benchmarks.rivals " + " ".join(sys.argv[1:])
+    """Command of this process, without the names of files and the time at which to stop."""
+    line = " ".join(sys.argv[1:])
+    return "python -m benchmarks.rivals " + re.sub(r" --(json|minutes)[ =]\S+", "", line)
 
 
 def processor() -> str:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.rivals import computed, page, results, starting, tables
 from benchmarks.rivals import job as job_module
-from benchmarks.rivals import page, results, starting, tables
 from benchmarks.rivals.__main__ import main
 from benchmarks.rivals.job import Job, pieces
 from benchmarks.rivals.operator import FEW, Operator, Piece, problems
@@ -86,6 +86,24 @@ def test_job_tables() -> None:
         "| 1gbit | 2K | mlx-lm, one host, mlx's attention | 3.00 | 1.00 |",
         "| 1gbit | 2K | mlx-lm, tensor parallel, mlx's attention | 2.00 | 0.50 |",
     ]
+
+
+def test_computed_rows_have_the_rates_of_the_measured_host() -> None:
+    measured = computed.shape(4)
+    pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
+
+    def one(prompt: int) -> JobRow:
+        seconds = prompt * measured.linear / 1e11 + prompt**2 / 2 * pairs / 8e10 + 0.2
+        return JobRow("1gbit", "larger", "mlx-lm, one host", "ringattn", prompt, [seconds], [0.2], 1e9, 0.0, 0.0)
+
+    rows = [one(2048), one(8192), one(16384)]
+    found = computed.host(rows)
+    assert found.flops == pytest.approx(1e11)
+    assert found.attention == pytest.approx(8e10)
+    lines = computed.computed_table(rows).splitlines()[2:]
+    assert len(lines) == len(computed.HOSTS) * len(computed.PROMPTS)
+    alone, ring = (float(cell) for cell in lines[0].split(" | ")[3:5])
+    assert alone / 2 <= ring <= 0.6 * alone
 
 
 def test_records_of_gpus() -> None:
