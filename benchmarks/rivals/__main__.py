@@ -24,12 +24,15 @@ def main(line: Sequence[str] | None = None) -> None:
     operator.add_argument("--rounds", type=int, default=2, help="rounds in which the fastest rivals take turns")
     operator.add_argument("--only", default="", help="regular expression for the problems, as they are printed")
     operator.add_argument("--rivals", default="", help="regular expression for the rivals, as 'ringmaster:ulysses'")
-    operator.add_argument("--minutes", type=float, default=1e9, help="begin no piece (a shape over a link) after them")
+    operator.add_argument("--minutes", type=float, default=1e9, help="start no rival after them")
     operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
     operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
     job = commands.add_parser("job", help="a whole language model on virtual hosts; needs root")
     job.add_argument("--rates", default="", help="some of the rates, with commas between")
     job.add_argument("--models", default="", help="regular expression for the models: smollm2, larger")
+    job.add_argument(
+        "--attention", default="", help="regular expression for the attention of the others: ringattn, mlx"
+    )
     job.add_argument("--ways", default="", help="regular expression for the ways, as 'tensor mlx' or 'ring ringattn'")
     job.add_argument("--prompts", default="", help="some of the lengths, with commas between")
     job.add_argument("--samples", type=int, default=2, help="measurements of each piece")
@@ -64,7 +67,9 @@ def _job(arguments: argparse.Namespace) -> None:
     prompts = list(map(int, arguments.prompts.split(","))) if arguments.prompts else [one.prompt for one in known]
     for rate in rates:
         _require("--rates", rate, [one for one in known if one.rate == rate], (one.rate for one in known))
-    models = [one for one in known if re.search(arguments.models, one.model)]
+    kinds = [one for one in known if re.search(arguments.attention, one.attention)]
+    _require("--attention", arguments.attention, kinds, (one.attention for one in known))
+    models = [one for one in kinds if re.search(arguments.models, one.model)]
     _require("--models", arguments.models, models, (one.model for one in known))
     wanted = [one for one in models if one.rate in rates and one.prompt in prompts]
     _require("--prompts", arguments.prompts, wanted, (str(one.prompt) for one in known))

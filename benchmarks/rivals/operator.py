@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby, product
 from pathlib import Path
-from statistics import median
 
 from launch.virtual import Cluster, unavailable
 
@@ -19,11 +18,11 @@ from .results import OperatorRow, load, save
 from .roster import FIRST, OURS, ROSTER, Rival
 from .starting import FailedError, collect, plain_commands, ring_command
 
+Rows = dict[tuple, OperatorRow]  # by their keys
 LOOPBACK = "loopback"
 LINKS = (LOOPBACK, "1gbit")
 FEW = ((4096, 8, 8, 64), (4096, 8, 2, 128), (8192, 8, 2, 128))  # tokens, heads, key/value heads, head dimension
-NEAR = 1.5  # times the fastest: such rivals are timed in all rounds, the others once
-FIRST_CALLS = 2  # timed calls in the first round
+SLOW_CALLS = 2  # timed calls of a rival that is not fast
 TIMEOUT = 300.0  # s of one run
 
 
@@ -36,11 +35,11 @@ def problems(whole: bool) -> Iterator[Problem]:
 
 
 class Operator:
-    """Measurement of rivals, in pieces of one shape over one link. A piece that is in the file is not measured again.
+    """Measurement of rivals, in pieces of one shape over one link. What is in the file is not measured again.
 
     Args:
         links: `LOOPBACK`, and rates of links of the virtual cluster in units of tc.
-        rounds: Number of rounds in which the fastest rivals take turns.
+        rounds: Number of rounds in which the fast rivals take turns.
         keep: Function that says which rivals to run.
         file: File for the results.
     """
@@ -53,107 +52,97 @@ class Operator:
         self._rounds = rounds
         self._keep = keep
         self._file = file
-        self._failures: dict[tuple, str] = {}  # by rival, link and kind of problem: they do not depend on the size
+        self._rows: Rows = {row.key: row for row in load(file)["rows"]} if file.exists() else {}
 
     def run(self, wanted: Sequence[Problem], minutes: float) -> list[OperatorRow]:
-        """Measure problems. Begin no piece after `minutes`. Save the rows after each piece, and return all."""
+        """Measure problems. Start no rival after `minutes`. Save the rows after each rival, and return all."""
         end = time.monotonic() + 60 * minutes
-        rows: list[OperatorRow] = load(self._file)["rows"] if self._file.exists() else []
-        for link, (_, shape) in product(self._links, [(k, list(g)) for k, g in groupby(wanted, lambda p: p.shape)]):
-            left = [problem for problem in shape if not any(r.link == link and r.problem == problem for r in rows)]
-            if not left or time.monotonic() > end:
-                continue
-            where = nullcontext() if link == LOOPBACK else Cluster(2, rate=link, cores=1)
-            with where as cluster, tempfile.TemporaryDirectory() as folder:
-                found = Piece(left, link, cluster, Path(folder), self._failures).run(self._rounds, self._keep)
-            for row in found:
-                print(row.line(), flush=True)
-            rows += found
-            save(self._file, rows)
-        return rows
+        shapes = [list(group) for _, group in groupby(wanted, lambda problem: problem.shape)]
+        for link, problems in product(self._links, shapes):
+            cores = nullcontext() if link == LOOPBACK else Cluster(2, rate=link, cores=1)
+            with cores as cluster, tempfile.TemporaryDirectory() as folder:
+                piece = Piece(problems, link, cluster, Path(folder), self._rows)
+                for _ in piece.run(self._rounds, self._keep):
+                    save(self._file, self._measured())
+                    if time.monotonic() > end:
+                        return self._measured()
+        return self._measured()
+
+    def _measured(self) -> list[OperatorRow]:
+        return [row for row in self._rows.values() if row.measured]
 
 
 class Piece:
-    """Problems of one shape over one link. All rivals take turns, each with one start for all problems.
+    """Problems of one shape over one link. Each rival has one start for all problems.
 
     Args:
         problems: The problems.
         link: Name of the link.
         cluster: Virtual hosts; ``None`` for this machine itself.
         folder: Folder for references and results.
-        failures: Reasons of earlier failures by rival, link and kind of problem.
+        rows: Rows of this and other pieces, to which those of this one are added.
     """
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        link: str,
-        cluster: Cluster | None,
-        folder: Path,
-        failures: dict[tuple, str],
-    ):
+    def __init__(self, problems: Sequence[Problem], link: str, cluster: Cluster | None, folder: Path, rows: Rows):
         self._problems = problems
         self._link = link
         self._cluster = cluster
         self._folder = folder
-        self._failures = failures
-        self._rows: dict[tuple[Problem, Rival], OperatorRow] = {}
+        self._rows = rows
 
-    def run(self, rounds: int, keep: Callable[[Rival], bool]) -> list[OperatorRow]:
-        """Rows of all rivals that `keep` names, in the order of the problems."""
-        if self._cluster is not None or not keep(FIRST):
-            self._attempt(FIRST, self._problems, 1, None)
-            self._rows.clear()
+    def run(self, rounds: int, keep: Callable[[Rival], bool]) -> Iterator[Rival]:
+        """Measure the rivals that `keep` names and that are not among the rows. Yield each when it is measured.
+
+        The fast ones take turns, so that other work on the machine affects all alike.
+        """
+        here = [one for one in ROSTER if keep(one) and (self._cluster is None or one.ranks > 1)]
+        missing = [one for one in here if self._missing(one)]
+        if missing and missing[0] is not FIRST:
+            self._start(FIRST, self._problems, None, calls=0)  # for the references
+        fast = [one for one in missing if one.fast]
         for turn in range(rounds):
-            limits = {problem: NEAR * self._fastest(problem) for problem in self._problems}
-            for rival in ROSTER:
-                if keep(rival) and (self._cluster is None or rival.ranks > 1):
-                    chosen = [one for one in self._problems if not turn or self._near(rival, one, limits[one])]
-                    self._attempt(rival, chosen, turn, self._cluster)
-        order = {problem: i for i, problem in enumerate(self._problems)}
-        return [row for _, row in sorted(self._rows.items(), key=lambda item: order[item[0][0]])]
+            for rival in fast:
+                own = [problem for problem in self._problems if turn == 0 or not self._row(rival, problem).failed]
+                self._attempt(rival, own, self._cluster)
+                yield rival
+        for rival in missing:
+            if not rival.fast:
+                self._attempt(rival, self._problems, self._cluster)
+                yield rival
 
-    def _fastest(self, problem: Problem) -> float:
-        times = [median(row.seconds) for (own, _), row in self._rows.items() if own == problem and row.seconds]
-        return min(times, default=0.0)
+    def _missing(self, rival: Rival) -> bool:
+        return any(rival.solves(one) and not self._row(rival, one).measured for one in self._problems)
 
-    def _near(self, rival: Rival, problem: Problem, limit: float) -> bool:
-        row = self._rows.get((problem, rival))
-        return row is not None and bool(row.seconds) and (rival is OURS or median(row.seconds) <= limit)
-
-    def _attempt(self, rival: Rival, wanted: Sequence[Problem], turn: int, cluster: Cluster | None) -> None:
+    def _attempt(self, rival: Rival, wanted: Sequence[Problem], cluster: Cluster | None) -> None:
         """Measure problems with a rival. After a failure it is started again for the problems after that."""
-        left = []
-        for problem in wanted:
-            if not rival.solves(problem):
-                continue
-            reason = self._failures.get((rival, self._link, problem.kind())) or _too_large(rival, problem)
-            if reason:
-                self._row(rival, problem).failed = reason
-            else:
-                left.append(problem)
+        left = [problem for problem in wanted if rival.solves(problem)]
+        for problem in left:
+            self._row(rival, problem).failed = _too_large(rival, problem)
+        left = [problem for problem in left if not self._row(rival, problem).failed]
         while left:
-            done, reason = self._start(rival, left, turn, cluster)
+            done, reason = self._start(rival, left, cluster, None if rival.fast else SLOW_CALLS)
             for problem, ranks in zip(left, done):
                 _add(self._row(rival, problem), ranks)
+                print(self._row(rival, problem).line(), flush=True)
             left = left[len(done) :]
             if left and reason:
-                self._failures[rival, self._link, left[0].kind()] = reason
                 self._row(rival, left[0]).failed = reason
+                print(self._row(rival, left[0]).line(), flush=True)
                 left = left[1:]
 
     def _row(self, rival: Rival, problem: Problem) -> OperatorRow:
-        return self._rows.setdefault((problem, rival), OperatorRow(self._link, problem, rival.title, rival.way))
+        row = OperatorRow(self._link, problem, rival.title, rival.way)
+        return self._rows.setdefault(row.key, row)
 
     def _start(
-        self, rival: Rival, wanted: Sequence[Problem], turn: int, cluster: Cluster | None
+        self, rival: Rival, wanted: Sequence[Problem], cluster: Cluster | None, calls: int | None
     ) -> tuple[list[tuple[dict, ...]], str]:
         """Results of all ranks for the first problems, and the reason why the next one has none."""
         tasks = [
             {
                 "problem": problem.as_dict(),
                 "reference": str(self._reference(problem)),
-                "repeats": problem.repeats if turn else FIRST_CALLS,
+                "repeats": problem.repeats if calls is None else calls,
             }
             for problem in wanted
         ]

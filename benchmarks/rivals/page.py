@@ -27,8 +27,9 @@ OPERATOR = """### The operator
 
 Attention in float32 over 2 ranks with one thread each; "one process" has two threads. The loopback interface carries
 TCP for all of them. The throttled link joins two virtual hosts with a core each, which one process with two threads
-cannot use. Each library has its fastest way for the problem. Times are medians of the slowest rank; a rival that takes
-more than 1.5 times as long as the fastest was called twice, the others at least five times in two rounds."""
+cannot use. Each library has its fastest way for the problem. Times are medians of the slowest rank, of 6 to 12 calls in
+two rounds for PyTorch in one process, axolotl-ringmaster's Ulysses and ringattn, and of two for the others, which are
+slower."""
 JOB = """### A whole language model
 
 Two virtual hosts with a core each, float32, all with the same BLAS (that which ringattn gives MLX). "larger": random

@@ -43,6 +43,16 @@ class OperatorRow:
     versions: dict[str, str] = field(default_factory=dict)
     failed: str = ""
 
+    @property
+    def key(self) -> tuple:
+        """What tells a row from all others."""
+        return self.link, self.problem, self.rival, self.way
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are times, or a reason why there are none."""
+        return bool(self.seconds or self.failed)
+
     def line(self) -> str:
         """One line for people."""
         what = "gradient" if self.problem.gradient else "forward"

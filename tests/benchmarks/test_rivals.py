@@ -208,7 +208,7 @@ def test_results_before_a_failure_are_kept(tmp_path: Path) -> None:
 def started(fails: Problem, starts: list[tuple[str, list[Problem]]]):
     """A stand-in of `Piece._start`: every call takes a second, and `fails` fails."""
 
-    def start(piece, rival, wanted, turn, cluster):
+    def start(piece, rival, wanted, cluster, calls):
         starts.append((rival.name, list(wanted)))
         done = wanted[: wanted.index(fails)] if fails in wanted else wanted
         result = {"seconds": [1.0], "errors": {"out": 1e-7}, "versions": {}}
@@ -223,25 +223,28 @@ def test_a_rival_is_started_again_after_a_problem_that_it_cannot_do(
     own = [one for one in problems(whole=False) if one.shape == FEW[0]]
     starts: list[tuple[str, list[Problem]]] = []
     monkeypatch.setattr(Piece, "_start", started(own[1], starts))
-    rows = Piece(own, "loopback", None, tmp_path, {}).run(2, lambda rival: rival is FIRST)
+    rows: dict[tuple, OperatorRow] = {}
+    assert list(Piece(own, "loopback", None, tmp_path, rows).run(2, lambda rival: rival is FIRST)) == [FIRST, FIRST]
     assert [one for _, one in starts] == [own, own[2:], [own[0], *own[2:]]]  # not again in the second round
-    assert [row.failed for row in rows] == ["", "no kernel", "", ""]
-    assert [len(row.seconds) for row in rows] == [2, 0, 2, 2]
+    assert [row.failed for row in rows.values()] == ["", "no kernel", "", ""]
+    assert [len(row.seconds) for row in rows.values()] == [2, 0, 2, 2]
 
 
-def test_pieces_in_the_file_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rivals_in_the_file_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[tuple[str, list[Problem]]] = []
     monkeypatch.setattr(Piece, "_start", started(TINY, starts))
-    wanted = [one for one in problems(whole=False) if one.shape in FEW[:2]]
+    wanted = [one for one in problems(whole=False) if one.shape == FEW[1]]
+    file = tmp_path / "results" / "f.json"
 
     def run(minutes: float) -> list[OperatorRow]:
-        measured = Operator(["loopback"], 1, lambda rival: rival is FIRST, tmp_path / "results" / "f.json")
-        return measured.run(wanted, minutes)
+        return Operator(["loopback"], 1, lambda rival: True, file).run(wanted, minutes)
 
-    assert [row.problem for row in run(0)] == []
-    assert {row.problem.shape for row in run(1e9)} == set(FEW[:2])
-    before = len(starts)
-    assert len(run(1e9)) == len(wanted) and len(starts) == before
+    assert {row.rival for row in run(0)} == {FIRST.title}  # no other was started
+    rows = run(1e9)
+    assert {(row.rival, row.way) for row in rows} == {(one.title, one.way) for one in ROSTER}
+    assert results.load(file)["rows"] == rows and all(row.measured for row in rows)
+    assert [name for name, _ in starts] == [FIRST.name, FIRST.name, *(one.name for one in ROSTER[1:])]
+    assert run(1e9) == rows and len(starts) == len(ROSTER) + 1
 
 
 def test_samples_of_the_job_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
