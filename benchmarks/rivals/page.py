@@ -16,6 +16,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "pictures" / "rivals.png"
 BEGIN = "<!-- rivals: written by python -m benchmarks.rivals page -->"
 END = "<!-- rivals: end -->"
+ON_GPUS = "### On GPUs"
 INTRODUCTION = """## Rivals
 
 What people use instead, measured in the same run as ringattn, on the same problems. All answers were compared before
@@ -45,10 +46,22 @@ are a ring of such pairs."""
 
 
 def write(folder: Path, gpu: Path | None = None) -> str:
-    """Replace the section between the markers, or add it to the end of the page. Return it."""
-    section = "\n\n".join([BEGIN, INTRODUCTION, *_parts(folder, gpu), END])
-    PAGE.write_text(replaced(PAGE.read_text(), section))
+    """Replace the section between the markers, or add it to the end of the page. Return it.
+
+    Without `gpu` the part on GPUs stays as it is.
+    """
+    page = PAGE.read_text()
+    on_gpus = gpu_part(page) if gpu is None else [ON_GPUS, gpu_table(json.loads(gpu.read_text()))]
+    section = "\n\n".join([BEGIN, INTRODUCTION, *_parts(folder), *on_gpus, END])
+    PAGE.write_text(replaced(page, section))
     return section
+
+
+def gpu_part(page: str) -> list[str]:
+    """The part of `page` on GPUs, whose records come from other machines."""
+    own = page.partition(BEGIN)[2].partition(END)[0]
+    _, title, part = own.partition(ON_GPUS)
+    return [title + part.rstrip()] if title else []
 
 
 def replaced(page: str, section: str) -> str:
@@ -60,15 +73,13 @@ def replaced(page: str, section: str) -> str:
     return f"{before}{section}{after}"
 
 
-def _parts(folder: Path, gpu: Path | None) -> list[str]:
+def _parts(folder: Path) -> list[str]:
     parts = ["![ringattn beside each rival](pictures/rivals.png)"] if PICTURE.exists() else []
     operator, job = (folder / f"{name}.json" for name in ("operator", "job"))
     if operator.exists():
         parts += _operator(load(operator))
     if job.exists():
         parts += _job(load(job))
-    if gpu is not None:
-        parts += ["### On GPUs", gpu_table(json.loads(gpu.read_text()))]
     return parts
 
 

@@ -130,6 +130,12 @@ def test_section_is_replaced_and_the_rest_of_the_page_kept() -> None:
     )
 
 
+def test_part_on_gpus_stays() -> None:
+    part = f"{page.ON_GPUS}\n\n| a |"
+    assert page.gpu_part(f"text\n{page.BEGIN}\n\nold\n\n{part}\n\n{page.END}\n## After") == [part]
+    assert page.gpu_part(f"{page.BEGIN}\nold\n{page.END}") == []
+
+
 def test_first_answer_is_compared_with_float64(tmp_path: Path) -> None:
     out = exact_rows(TINY, np.arange(TINY.tokens)).astype(np.float32)
     wrong = out.copy()
