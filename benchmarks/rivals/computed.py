@@ -31,7 +31,7 @@ def host(rows: Sequence[JobRow]) -> Machine:
 
     Reading n tokens takes ``linear * n + attention * n**2 / 2`` seconds, and the last token is read alone.
     """
-    own = [row for row in rows if (row.way, row.attention, row.model) == ("mlx-lm, one host", OURS, LARGER)]
+    own = _alone(rows)
     ends = [min(own, key=lambda row: row.prompt), max(own, key=lambda row: row.prompt)]
     measured = shape(CONFIG["num_hidden_layers"])
     pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
@@ -46,6 +46,16 @@ def host(rows: Sequence[JobRow]) -> Machine:
         memory=MEMORY,
         source="measured",
     )
+
+
+def computable(rows: Sequence[JobRow]) -> bool:
+    """Whether one host was measured with two lengths of prompts."""
+    return len({row.prompt for row in _alone(rows)}) > 1
+
+
+def _alone(rows: Sequence[JobRow]) -> list[JobRow]:
+    kind = ("mlx-lm, one host", OURS, LARGER)
+    return [row for row in rows if (row.way, row.attention, row.model) == kind and row.first]
 
 
 def computed_table(rows: Sequence[JobRow]) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import ROOT
-from .computed import computed_table
-from .job import LARGER, OURS
+from .computed import computable, computed_table
 from .results import load
 from .tables import failures, gpu_table, job_leads, job_table, lead_line, operator_table
 
@@ -38,7 +37,7 @@ weights, 4 layers with the shapes of Qwen2.5-1.5B and SmolLM2's vocabulary; "smo
 attention on a CPU, as it has on a Mac, so mlx-lm's ways were also measured with ringattn's fused attention: those rows
 compare the ways to divide the work. "Pipelined prefill" is a model of exo's, written for this comparison: chunks of 512
 tokens stream through the stages. Rounds of the other ways are their defaults: 2,048 tokens in mlx-lm, and what
-`prefill_step_size` says in ringattn. Times are medians of the samples."""
+`prefill_step_size` says in ringattn."""
 COMPUTED = """**Computed, not measured:** first token of "larger" with all 28 layers, on more hosts than this machine
 has cores. The model of `ringattn plan` computes it from the measured times of one host; links have 0.94 of their rate,
 and 0.1 ms for a small message. The model's two key/value heads allow tensor parallelism over two hosts, so more hosts
@@ -100,10 +99,15 @@ def _operator(found: dict[str, Any]) -> list[str]:
 
 def _job(found: dict[str, Any]) -> list[str]:
     rows = found["rows"]
-    parts = [JOB, about(found)]
+    samples = sorted({len(row.first) for row in rows if row.first})
+    parts = [
+        JOB,
+        about(found),
+        f"Samples of each time, of which the median is shown: {' to '.join(map(str, samples))}.",
+    ]
     for model in dict.fromkeys(row.model for row in rows):
         parts += [f"**{model}**", job_table(rows, model), job_leads(rows, model)]
-    if any(row.model == LARGER and row.way == "mlx-lm, one host" and row.attention == OURS for row in rows):
+    if computable(rows):
         parts += [COMPUTED, computed_table(rows)]
     return [*parts, "Ways that could not do some of the work:", failures(rows)]
 
@@ -111,4 +115,4 @@ def _job(found: dict[str, Any]) -> list[str]:
 def about(found: dict[str, Any]) -> str:
     """Machine, versions, command and time of results."""
     machine = " ".join(found["machine"].split())
-    return f"{found['processor']}; {machine}; {found['time']}. `{found['command']}`"
+    return f"{found['processor']}; {machine}; {found['time']}. Last piece: `{found['command']}`"

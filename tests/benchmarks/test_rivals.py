@@ -97,6 +97,7 @@ def test_computed_rows_have_the_rates_of_the_measured_host() -> None:
         return JobRow("1gbit", "larger", "mlx-lm, one host", "ringattn", prompt, [seconds], [0.2], 1e9, 0.0, 0.0)
 
     rows = [one(2048), one(8192), one(16384)]
+    assert computed.computable(rows) and not computed.computable(rows[:1])
     found = computed.host(rows)
     assert found.flops == pytest.approx(1e11)
     assert found.attention == pytest.approx(8e10)
