@@ -24,15 +24,20 @@ def main(line: Sequence[str] | None = None) -> None:
     operator.add_argument("--rounds", type=int, default=2, help="rounds in which the fastest rivals take turns")
     operator.add_argument("--only", default="", help="regular expression for the problems, as they are printed")
     operator.add_argument("--rivals", default="", help="regular expression for the rivals, as 'ringmaster:ulysses'")
-    operator.add_argument("--tokens", type=int, default=0, help="one length in the place of all")
+    operator.add_argument("--minutes", type=float, default=1e9, help="start no rival after them")
     operator.add_argument("--whole", action="store_true", help="all shapes at all lengths")
     operator.add_argument("--json", type=Path, default=FOLDER / "operator.json", help="file for the results")
     job = commands.add_parser("job", help="a whole language model on virtual hosts; needs root")
-    job.add_argument("--rates", default="", help="rates of links in the place of all, with commas between")
+    job.add_argument("--rates", default="", help="some of the rates, with commas between")
     job.add_argument("--models", default="", help="regular expression for the models: smollm2, larger")
+    job.add_argument(
+        "--attention", default="", help="regular expression for the attention of the others: ringattn, mlx"
+    )
     job.add_argument("--ways", default="", help="regular expression for the ways, as 'tensor mlx' or 'ring ringattn'")
-    job.add_argument("--prompts", default="", help="lengths in the place of all, with commas between")
-    job.add_argument("--whole", action="store_true", help="all lengths at all rates")
+    job.add_argument("--prompts", default="", help="some of the lengths, with commas between")
+    job.add_argument("--samples", type=int, default=2, help="measurements of each piece")
+    job.add_argument("--minutes", type=float, default=1e9, help="begin no piece (a prompt over a link) after them")
+    job.add_argument("--whole", action="store_true", help="all lengths and both attentions at all rates")
     job.add_argument("--json", type=Path, default=FOLDER / "job.json", help="file for the results")
     page = commands.add_parser("page", help="write the results into docs/benchmarks.md, and draw them")
     page.add_argument("--folder", type=Path, default=FOLDER, help="folder of the results")
@@ -42,37 +47,35 @@ def main(line: Sequence[str] | None = None) -> None:
 
 
 def _operator(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from .operator import Operator, problems
     from .roster import ROSTER
 
     wanted = [one for one in problems(arguments.whole) if re.search(arguments.only, _name(one))]
-    if arguments.tokens:
-        wanted = list(dict.fromkeys(replace(one, tokens=arguments.tokens) for one in wanted))
     keep = re.compile(arguments.rivals)
     _require("--only", arguments.only, wanted, map(_name, problems(arguments.whole)))
     _require("--rivals", arguments.rivals, filter(keep.search, _names(ROSTER)), _names(ROSTER))
-    measured = Operator(arguments.links.split(","), arguments.rounds, lambda rival: bool(keep.search(rival.name)))
-    measured.run(wanted, arguments.json)
+    links = arguments.links.split(",")
+    measured = Operator(links, arguments.rounds, lambda rival: bool(keep.search(rival.name)), arguments.json)
+    measured.run(wanted, arguments.minutes)
 
 
 def _job(arguments: argparse.Namespace) -> None:
-    from .job import RATES, WAYS, run, runs
+    from .job import WAYS, Job, pieces
 
-    prompts = tuple(map(int, arguments.prompts.split(","))) if arguments.prompts else None
-    rates = arguments.rates.split(",") if arguments.rates else None
-    plan = [
-        (rate, model, prompts or lengths)
-        for rate, model, lengths in runs(arguments.whole)
-        if re.search(arguments.models, model) and (rates is None or rate in rates)
-    ]
-    for rate in rates or ():
-        _require("--rates", rate, [one for one in RATES if one == rate], RATES)
-    _require("--models", arguments.models, plan, (model for _, model, _ in runs(arguments.whole)))
+    known = list(pieces(arguments.whole))
+    rates = arguments.rates.split(",") if arguments.rates else sorted({one.rate for one in known})
+    prompts = list(map(int, arguments.prompts.split(","))) if arguments.prompts else [one.prompt for one in known]
+    for rate in rates:
+        _require("--rates", rate, [one for one in known if one.rate == rate], (one.rate for one in known))
+    kinds = [one for one in known if re.search(arguments.attention, one.attention)]
+    _require("--attention", arguments.attention, kinds, (one.attention for one in known))
+    models = [one for one in kinds if re.search(arguments.models, one.model)]
+    _require("--models", arguments.models, models, (one.model for one in known))
+    wanted = [one for one in models if one.rate in rates and one.prompt in prompts]
+    _require("--prompts", arguments.prompts, wanted, (str(one.prompt) for one in known))
     keep = re.compile(arguments.ways)
     _require("--ways", arguments.ways, filter(keep.search, map(_way, WAYS)), map(_way, WAYS))
-    run(plan, lambda way: bool(keep.search(_way(way))), arguments.json)
+    Job(arguments.samples, lambda way: bool(keep.search(_way(way))), arguments.json).run(wanted, arguments.minutes)
 
 
 def _page(arguments: argparse.Namespace) -> None:

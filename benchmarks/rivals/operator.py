@@ -4,133 +4,176 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import product
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby, product
 from pathlib import Path
-from statistics import median
 
 from launch.virtual import Cluster, unavailable
 
 from .environments import python_of
 from .problem import Problem
-from .results import OperatorRow, save
+from .results import OperatorRow, load, save
 from .roster import FIRST, OURS, ROSTER, Rival
 from .starting import FailedError, collect, plain_commands, ring_command
 
+Rows = dict[tuple, OperatorRow]  # by their keys
 LOOPBACK = "loopback"
 LINKS = (LOOPBACK, "1gbit")
-NEAR = 1.5  # times the fastest: such rivals are timed in all rounds, the others once
-TIMEOUT = 600.0  # s of one run
+FEW = ((4096, 8, 8, 64), (4096, 8, 2, 128), (8192, 8, 2, 128))  # tokens, heads, key/value heads, head dimension
+SLOW_CALLS = 2  # timed calls of a rival that is not fast
+TIMEOUT = 300.0  # s of one run
 
 
 def problems(whole: bool) -> Iterator[Problem]:
-    """Problems to measure: all at 4K tokens, and a few longer ones, or all at each length if `whole` is set."""
-    shapes = list(product(((8, 8), (8, 2)), (64, 128), (False, True), (False, True)))
-    for tokens in (4096, 8192, 16384):
-        for (heads, kv_heads), dim, causal, gradient in shapes:
-            few = tokens == 4096 or (kv_heads == 2 and (dim == 128 if tokens == 8192 else dim == 64 and causal))
-            if whole or few:
+    """Problems to measure, those of one shape in a row: the shapes `FEW`, or all at each length if `whole` is set."""
+    for tokens, (heads, kv_heads), dim in product((4096, 8192, 16384), ((8, 8), (8, 2)), (64, 128)):
+        if whole or (tokens, heads, kv_heads, dim) in FEW:
+            for gradient, causal in product((False, True), (False, True)):
                 yield Problem(tokens, heads, kv_heads, dim, causal, gradient)
 
 
 class Operator:
-    """Measurement of rivals on problems over links.
+    """Measurement of rivals, in pieces of one shape over one link. What is in the file is not measured again.
 
     Args:
         links: `LOOPBACK`, and rates of links of the virtual cluster in units of tc.
-        rounds: Number of rounds.
+        rounds: Number of rounds in which the fast rivals take turns.
         keep: Function that says which rivals to run.
+        file: File for the results.
     """
 
-    def __init__(self, links: Sequence[str], rounds: int, keep: Callable[[Rival], bool]):
+    def __init__(self, links: Sequence[str], rounds: int, keep: Callable[[Rival], bool], file: Path):
+        if (reason := unavailable()) and list(links) != [LOOPBACK]:
+            print(f"Only over {LOOPBACK}: {reason}", flush=True)
+            links = [LOOPBACK]
         self._links = links
         self._rounds = rounds
         self._keep = keep
-        self._failures: dict[tuple, str] = {}  # by rival, link and kind of problem: they do not depend on the size
+        self._file = file
+        self._rows: Rows = {row.key: row for row in load(file)["rows"]} if file.exists() else {}
 
-    def run(self, wanted: Sequence[Problem], file: Path) -> list[OperatorRow]:
-        """Measure all problems over all links. Save the rows to `file` after each problem, and return them."""
-        rows: list[OperatorRow] = []
-        with ExitStack() as stack:
-            clusters = self._clusters(stack)
-            for problem in wanted:
-                with tempfile.TemporaryDirectory() as folder:
-                    for link, cluster in clusters.items():
-                        found = self._turns(problem, link, cluster, Path(folder))
-                        rows += found
-                        for row in found:
-                            print(row.line(), flush=True)
-                save(file, rows)
-        return rows
+    def run(self, wanted: Sequence[Problem], minutes: float) -> list[OperatorRow]:
+        """Measure problems. Start no rival after `minutes`. Save the rows after each rival, and return all."""
+        end = time.monotonic() + 60 * minutes
+        shapes = [list(group) for _, group in groupby(wanted, lambda problem: problem.shape)]
+        for link, problems in product(self._links, shapes):
+            cores = nullcontext() if link == LOOPBACK else Cluster(2, rate=link, cores=1)
+            with cores as cluster, tempfile.TemporaryDirectory() as folder:
+                piece = Piece(problems, link, cluster, Path(folder), self._rows)
+                for _ in piece.run(self._rounds, self._keep):
+                    save(self._file, self._measured())
+                    if time.monotonic() > end:
+                        return self._measured()
+        return self._measured()
 
-    def _clusters(self, stack: ExitStack) -> Mapping[str, Cluster | None]:
-        """Virtual hosts for each link; ``None`` for this machine itself."""
-        links = list(self._links)
-        if (reason := unavailable()) and links != [LOOPBACK]:
-            print(f"Only over {LOOPBACK}: {reason}", flush=True)
-            links = [LOOPBACK]
-        return {
-            link: None if link == LOOPBACK else stack.enter_context(Cluster(2, rate=link, cores=1)) for link in links
-        }
-
-    def _turns(self, problem: Problem, link: str, cluster: Cluster | None, folder: Path) -> list[OperatorRow]:
-        """Rows of all rivals for a problem. They take turns, so that other work on the machine affects all alike."""
-        if not (folder / "out.npy").exists() and (cluster is not None or not self._keep(FIRST)):
-            self._attempt(FIRST, problem, LOOPBACK, None, folder)
-        times: dict[Rival, list[float]] = {}
-        rows: dict[Rival, OperatorRow] = {}
-        for turn in range(self._rounds):
-            limit = NEAR * min((median(x) for x in times.values()), default=0.0)
-            for rival in ROSTER:
-                if not (rival.solves(problem) and self._keep(rival) and (cluster is None or rival.ranks > 1)):
-                    continue
-                if turn and (rival not in times or (median(times[rival]) > limit and rival is not OURS)):
-                    continue
-                found = self._attempt(rival, problem, link, cluster, folder)
-                if isinstance(found, str):
-                    rows.setdefault(rival, OperatorRow(link, problem, rival.title, rival.way, failed=found))
-                    continue
-                times.setdefault(rival, []).extend(found["seconds"])
-                rows[rival] = OperatorRow(link, problem, rival.title, rival.way, times[rival], **found["checked"])
-        return list(rows.values())
-
-    def _attempt(self, rival: Rival, problem: Problem, link: str, cluster: Cluster | None, folder: Path) -> dict | str:
-        """Result of one run of a rival, or the reason why there is none."""
-        kind = (rival, link, problem.kind())
-        if kind in self._failures:
-            return self._failures[kind]
-        need, free = rival.memory(problem), _free_memory()
-        if need > 0.9 * free:
-            return f"its scores need {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
-        try:
-            return run_rival(rival, problem, cluster, folder)
-        except FailedError as error:
-            self._failures[kind] = str(error)
-            return str(error)
+    def _measured(self) -> list[OperatorRow]:
+        return [row for row in self._rows.values() if row.measured]
 
 
-def run_rival(rival: Rival, problem: Problem, cluster: Cluster | None, folder: Path) -> dict:
-    """Seconds of each call of the slowest rank, errors and versions of one run.
+class Piece:
+    """Problems of one shape over one link. Each rival has one start for all problems.
 
-    Raises:
-        FailedError: The rival did not do it.
+    Args:
+        problems: The problems.
+        link: Name of the link.
+        cluster: Virtual hosts; ``None`` for this machine itself.
+        folder: Folder for references and results.
+        rows: Rows of this and other pieces, to which those of this one are added.
     """
-    file = folder / "result"
-    described = json.dumps(problem.as_dict())
-    arguments = ["benchmarks.rivals.worker", str(file), rival.module, rival.way, described, str(folder)]
-    if rival == OURS:
-        commands = ring_command(arguments, rival.ranks, cluster)
-    else:
-        commands = plain_commands(python_of(rival.environment), arguments, rival.ranks, cluster)
-    try:
-        ranks = collect(commands, file, rival.ranks, TIMEOUT, cluster)
-    finally:
-        for result in folder.glob("result.*"):
-            result.unlink()
-    seconds = [max(calls) for calls in zip(*(rank["seconds"] for rank in ranks))]
-    error = max(max(rank["errors"].values()) for rank in ranks)
-    return {"seconds": seconds, "checked": {"error": error, "versions": ranks[0]["versions"]}}
+
+    def __init__(self, problems: Sequence[Problem], link: str, cluster: Cluster | None, folder: Path, rows: Rows):
+        self._problems = problems
+        self._link = link
+        self._cluster = cluster
+        self._folder = folder
+        self._rows = rows
+
+    def run(self, rounds: int, keep: Callable[[Rival], bool]) -> Iterator[Rival]:
+        """Measure the rivals that `keep` names and that are not among the rows. Yield each when it is measured.
+
+        The fast ones take turns, so that other work on the machine affects all alike.
+        """
+        here = [one for one in ROSTER if keep(one) and (self._cluster is None or one.ranks > 1)]
+        missing = [one for one in here if self._missing(one)]
+        if missing and missing[0] is not FIRST:
+            self._start(FIRST, self._problems, None, calls=0)  # for the references
+        fast = [one for one in missing if one.fast]
+        for turn in range(rounds):
+            for rival in fast:
+                own = [problem for problem in self._problems if turn == 0 or not self._row(rival, problem).failed]
+                self._attempt(rival, own, self._cluster)
+                yield rival
+        for rival in missing:
+            if not rival.fast:
+                self._attempt(rival, self._problems, self._cluster)
+                yield rival
+
+    def _missing(self, rival: Rival) -> bool:
+        return any(rival.solves(one) and not self._row(rival, one).measured for one in self._problems)
+
+    def _attempt(self, rival: Rival, wanted: Sequence[Problem], cluster: Cluster | None) -> None:
+        """Measure problems with a rival. After a failure it is started again for the problems after that."""
+        left = [problem for problem in wanted if rival.solves(problem)]
+        for problem in left:
+            self._row(rival, problem).failed = _too_large(rival, problem)
+        left = [problem for problem in left if not self._row(rival, problem).failed]
+        while left:
+            done, reason = self._start(rival, left, cluster, None if rival.fast else SLOW_CALLS)
+            for problem, ranks in zip(left, done):
+                _add(self._row(rival, problem), ranks)
+                print(self._row(rival, problem).line(), flush=True)
+            left = left[len(done) :]
+            if left and reason:
+                self._row(rival, left[0]).failed = reason
+                print(self._row(rival, left[0]).line(), flush=True)
+                left = left[1:]
+
+    def _row(self, rival: Rival, problem: Problem) -> OperatorRow:
+        row = OperatorRow(self._link, problem, rival.title, rival.way)
+        return self._rows.setdefault(row.key, row)
+
+    def _start(
+        self, rival: Rival, wanted: Sequence[Problem], cluster: Cluster | None, calls: int | None
+    ) -> tuple[list[tuple[dict, ...]], str]:
+        """Results of all ranks for the first problems, and the reason why the next one has none."""
+        tasks = [
+            {
+                "problem": problem.as_dict(),
+                "reference": str(self._reference(problem)),
+                "repeats": problem.repeats if calls is None else calls,
+            }
+            for problem in wanted
+        ]
+        file = self._folder / "result"
+        arguments = ["benchmarks.rivals.worker", str(file), rival.module, rival.way, json.dumps(tasks)]
+        if rival == OURS:
+            commands = ring_command(arguments, rival.ranks, cluster)
+        else:
+            commands = plain_commands(python_of(rival.environment), arguments, rival.ranks, cluster)
+        try:
+            return list(zip(*collect(commands, file, rival.ranks, TIMEOUT, cluster))), ""
+        except FailedError as error:
+            return list(zip(*error.done)), str(error)
+
+    def _reference(self, problem: Problem) -> Path:
+        folder = self._folder / problem.kind().replace(", ", "-").replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def _add(row: OperatorRow, ranks: Sequence[dict]) -> None:
+    """Add the seconds of each call of the slowest rank, and the error, to a row."""
+    row.seconds += [max(calls) for calls in zip(*(rank["seconds"] for rank in ranks))]
+    row.error = max(row.error or 0.0, *(max(rank["errors"].values()) for rank in ranks))
+    row.versions = ranks[0]["versions"]
+
+
+def _too_large(rival: Rival, problem: Problem) -> str:
+    """Reason why the scores of a rival do not fit in memory; empty where they do."""
+    need, free = rival.memory(problem), _free_memory()
+    return f"its scores need {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free" if need > 0.9 * free else ""
 
 
 def _free_memory() -> float:

@@ -62,15 +62,17 @@ def _operator(axes, rows: Sequence[OperatorRow]) -> None:
 
 def _job(axes, rows: Sequence[JobRow]) -> None:
     first = rows[0].model
-    rate = next((row.rate for row in rows if row.rate != "none"), "none")
+    rate = rows[0].rate
     lines: dict[str, list[JobRow]] = {}
     for row in rows:
-        if row.model == first and row.first and row.rate in (rate, "none"):
+        if row.model == first and row.first and row.rate == rate:
             name = row.way if row.way == OURS else f"{row.way} ({row.attention}'s attention)"
             lines.setdefault(name, []).append(row)
     for (name, own), color in zip(lines.items(), COLORS):
         width = 2.5 if name == OURS else 1.2
-        axes.plot([row.prompt for row in own], [row.first for row in own], "o-", color=color, label=name, lw=width)
+        own.sort(key=lambda row: row.prompt)
+        times = [median(row.first) for row in own]
+        axes.plot([row.prompt for row in own], times, "o-", color=color, label=name, lw=width)
     prompts = sorted({row.prompt for own in lines.values() for row in own})
     axes.set_xscale("log", base=2)
     axes.set_xticks(prompts, [f"{prompt / 1024:g}K" for prompt in prompts])

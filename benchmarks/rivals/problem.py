@@ -9,8 +9,8 @@ import numpy as np
 
 NAMES = ("out", "dq", "dk", "dv")
 SAMPLED = 4  # rows of each head that are compared with float64
-ENOUGH = 4e12  # floating-point operations of all repeats of a case
-REPEATS = (3, 9)  # least and most
+ENOUGH = 1e12  # floating-point operations of all repeats of a case
+REPEATS = (3, 6)  # least and most
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,14 @@ class Problem:
 
     @property
     def repeats(self) -> int:
-        """Number of timed calls."""
+        """Number of timed calls of a fast rival in one round."""
         least, most = REPEATS
         return int(min(most, max(least, ENOUGH / self.flops)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Numbers that problems of one piece of the measurement share."""
+        return self.tokens, self.heads, self.kv_heads, self.dim
 
     def label(self) -> str:
         """Description in one cell of a table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,16 @@ class OperatorRow:
     versions: dict[str, str] = field(default_factory=dict)
     failed: str = ""
 
+    @property
+    def key(self) -> tuple:
+        """What tells a row from all others."""
+        return self.link, self.problem, self.rival, self.way
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are times, or a reason why there are none."""
+        return bool(self.seconds or self.failed)
+
     def line(self) -> str:
         """One line for people."""
         what = "gradient" if self.problem.gradient else "forward"
@@ -59,8 +70,8 @@ class JobRow:
         way: Name of the way.
         attention: Whose attention it uses: ``"mlx"`` or ``"ringattn"``.
         prompt: Tokens of the prompt.
-        first: Seconds to the first token.
-        token: Seconds for each further token, the median.
+        first: Seconds to the first token, of each sample.
+        token: Seconds for each further token, the median of each sample.
         memory: Largest peak of a host in bytes.
         sent: Bytes that all hosts sent from the prompt to the first token.
         error: Largest difference of the first token's log-probabilities from the reference, of the largest value.
@@ -72,20 +83,25 @@ class JobRow:
     way: str
     attention: str
     prompt: int
-    first: float | None = None
-    token: float | None = None
+    first: list[float] = field(default_factory=list)
+    token: list[float] = field(default_factory=list)
     memory: float | None = None
     sent: float | None = None
     error: float | None = None
     failed: str = ""
 
+    @property
+    def key(self) -> tuple:
+        """What tells a row from all others."""
+        return self.rate, self.model, self.way, self.attention, self.prompt
+
     def line(self) -> str:
-        """One line for people."""
+        """One line for people, with the last sample."""
         found = self.failed
         if not found:
             assert self.first and self.token and self.memory is not None and self.sent is not None
             found = (
-                f"first token {self.first:7.2f} s  token {self.token * 1e3:6.1f} ms  "
+                f"first token {self.first[-1]:7.2f} s  token {self.token[-1] * 1e3:6.1f} ms  "
                 f"{self.memory / 1e6:5.0f} MB  sent {self.sent / 1e6:6.1f} MB  error {self.error:.0e}"
             )
         return f"{self.rate:7} {self.model:10} {self.prompt:6} {self.way} ({self.attention}): {found}"
@@ -110,8 +126,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Command of this process."""
-    return "python -m benchmarks.rivals " + " ".join(sys.argv[1:])
+    """Command of this process, without the names of files and the time at which to stop."""
+    line = " ".join(sys.argv[1:])
+    return "python -m benchmarks.rivals " + re.sub(r" --(json|minutes)[ =]\S+", "", line)
 
 
 def processor() -> str:

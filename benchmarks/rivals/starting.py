@@ -25,7 +25,15 @@ LOCAL_TCP = {"MPIR_CVAR_NOLOCAL": "1", "FI_TCP_IFACE": "lo"}  # MPICH without sh
 
 
 class FailedError(Exception):
-    """A rival that did not do its work, with the reason in one line."""
+    """A rival that did not do its work, with the reason in one line.
+
+    Attributes:
+        done: Results of each rank from before the failure.
+    """
+
+    def __init__(self, reason: str, done: Sequence[list] = ()):
+        super().__init__(reason)
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -72,28 +80,32 @@ def ring_command(arguments: Sequence[str], ranks: int, cluster: Cluster | None) 
     return [Command([*launch, sys.executable, "-m", *arguments], variables)]
 
 
-def collect(commands: Sequence[Command], file: Path, ranks: int, timeout: float, cluster: Cluster | None) -> list[dict]:
-    """Run commands to their end. Return the JSON of each rank, from ``file.rank``.
+def collect(commands: Sequence[Command], file: Path, ranks: int, timeout: float, cluster: Cluster | None) -> list[list]:
+    """Run commands to their end. Return the results of each rank, from ``file.rank``.
 
     Raises:
         FailedError: A rank failed, or they took longer than `timeout` seconds. No process is left.
     """
+    results = [Path(f"{file}.{rank}") for rank in range(ranks)]
+    for result in results:
+        result.unlink(missing_ok=True)
     with tempfile.TemporaryFile("w+") as output:
         processes = [_start(command, output, cluster) for command in commands]
         try:
             finished = _wait(processes, timeout)
         finally:
             _end(processes)
-        results = [Path(f"{file}.{rank}") for rank in range(ranks)]
-        found = [json.loads(result.read_text()) for result in results if result.exists()]
+        found = [json.loads(result.read_text()) if result.exists() else {"done": []} for result in results]
+        done = [one["done"] for one in found]
         failures = [one["failed"] for one in found if "failed" in one]
+        codes = [process.returncode for process in processes]
         if failures:
-            raise FailedError(failures[0])
+            raise FailedError(failures[0], done)
         if not finished:
-            raise FailedError(f"no answer within {timeout:.0f} s")
-        if len(found) < ranks:
-            raise FailedError(_last_line(output, [process.returncode for process in processes]))
-        return found
+            raise FailedError(f"no answer within {timeout:.0f} s", done)
+        if any(codes) or not all(done):
+            raise FailedError(_last_line(output, codes), done)
+        return done
 
 
 def _start(command: Command, output, cluster: Cluster | None) -> subprocess.Popen:

@@ -114,8 +114,8 @@ def job_table(rows: Sequence[JobRow], model: str) -> str:
 
 
 def _job_line(rate: str, title: str, attention: str, prompts: Sequence[int], cells: dict[int, JobRow]) -> list[str]:
-    firsts = [f"{cells[p].first:.1f}" if p in cells else NONE for p in prompts]
-    tokens = [f"{1e3 * (cells[p].token or 0):.0f}" if p in cells else NONE for p in prompts]
+    firsts = [f"{median(cells[p].first):.1f}" if p in cells else NONE for p in prompts]
+    tokens = [f"{1e3 * median(cells[p].token):.0f}" if p in cells else NONE for p in prompts]
     longest = cells[max(cells)]
     sent = f"{(longest.sent or 0) / longest.prompt:,.0f}"
     return [rate, title, attention, *firsts, *tokens, f"{(longest.memory or 0) / 1e6:.0f}", sent]
@@ -123,16 +123,14 @@ def _job_line(rate: str, title: str, attention: str, prompts: Sequence[int], cel
 
 def job_leads(rows: Sequence[JobRow], model: str) -> str:
     """Table of the speed of ringattn in units of each other way's, for the first token and for a new one."""
+    found = [row for row in rows if row.model == model and row.first]
     lines = []
-    ours = {(row.rate, row.prompt): row for row in rows if row.model == model and row.way == OURS and row.first}
-    for (rate, prompt), own in ours.items():
-        others = [row for row in rows if row.model == model and row.prompt == prompt and row.first and row.way != OURS]
-        for row in others:
-            if row.rate in (rate, "none"):
-                assert row.first and row.token and own.first and own.token
+    for own in (row for row in found if row.way == OURS):
+        for row in found:
+            if row.way != OURS and (row.rate, row.prompt) == (own.rate, own.prompt):
                 name = f"{row.way}, {row.attention}'s attention"
-                cells = [f"{row.first / own.first:.2f}", f"{row.token / own.token:.2f}"]
-                lines.append([rate, f"{prompt // 1024}K", name, *cells])
+                ratios = [median(row.first) / median(own.first), median(row.token) / median(own.token)]
+                lines.append([row.rate, f"{row.prompt // 1024}K", name, *(f"{ratio:.2f}" for ratio in ratios)])
     return markdown(["links", "prompt", "against", "first token, times as fast", "new token, times as fast"], lines)
 
 

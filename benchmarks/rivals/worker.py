@@ -1,10 +1,11 @@
-"""One rank of a rival of the operator: its answer compared, then timed.
+"""One rank of a rival of the operator: its answers compared, then timed.
 
-    python -m benchmarks.rivals.worker FILE MODULE WAY PROBLEM REFERENCE
+    python -m benchmarks.rivals.worker FILE MODULE WAY TASKS
 
-Runs in the environment of the rival. Writes JSON to ``FILE.rank``: the seconds of each call, the errors and the
-versions, or the reason why the rival failed. PROBLEM is JSON. The first rival of a problem writes its answer to the
-folder REFERENCE, after a comparison of some rows with float64; all others are compared with it.
+Runs in the environment of the rival. TASKS is JSON: a list of problems, each with the folder of its reference and the
+number of timed calls. ``FILE.rank`` gets the seconds of each call, the errors and the versions for each problem, and
+the reason of a failure, which ends the process. The first rival of a problem writes its answer to the folder, after a
+comparison of some rows with float64; all others are compared with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,22 @@ MOST = 1e-4  # difference of a result, of its largest value
 
 def main() -> None:
     """Run one rank; leave with 1 if it failed, and do not wait for other ranks."""
-    file, module, way, problem, reference = sys.argv[1:]
+    file, module, way, tasks = sys.argv[1:]
     rank, size = place()
-    report(file, rank, lambda: measure(module, way, Problem(**json.loads(problem)), Path(reference), rank, size))
+    report(file, rank, measure(module, way, json.loads(tasks), rank, size))
 
 
-def report(file: str, rank: int, measured: Callable[[], Any]) -> None:
-    """Write what `measured` returns, or its error, to ``file.rank``. After an error end at once with 1."""
+def report(file: str, rank: int, results: Iterable[Any]) -> None:
+    """Write results to ``file.rank`` as they come, and the reason of an error, after which the process ends with 1."""
+    found: dict[str, Any] = {"done": []}
+    path = Path(f"{file}.{rank}")
     try:
-        found = measured()
+        for result in results:
+            found["done"].append(result)
+            path.write_text(json.dumps(found))
     except Exception as error:
-        Path(f"{file}.{rank}").write_text(json.dumps({"failed": one_line(error)}))
+        path.write_text(json.dumps({**found, "failed": one_line(error)}))
         os._exit(1)
-    Path(f"{file}.{rank}").write_text(json.dumps(found))
 
 
 def place() -> tuple[int, int]:
@@ -53,23 +57,28 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
-def measure(module: str, way: str, problem: Problem, reference: Path, rank: int, size: int) -> dict[str, Any]:
-    """Seconds of the calls of one rank, after a check of its answer."""
+def measure(module: str, way: str, tasks: list[dict[str, Any]], rank: int, size: int) -> Iterator[dict[str, Any]]:
+    """Seconds of the calls of one rank for each task, after a check of its answer."""
     rival = importlib.import_module(f".attend.{module}", __package__)
-    work: Work = rival.prepare(problem, way, rank, size)
-    errors = compare(problem, work.positions, work.answer(), reference)
-    wrong = {name: error for name, error in errors.items() if not error < MOST}
-    if wrong:
-        parts = (f"{name} differs by {error:.1g} of its largest value" for name, error in wrong.items())
-        raise ValueError(f"wrong answer: {', '.join(parts)}")
-    seconds = []
-    for _ in range(problem.repeats):
+    for task in tasks:
+        problem = Problem(**task["problem"])
+        work: Work = rival.prepare(problem, way, rank, size)
+        errors = compare(problem, work.positions, work.answer(), Path(task["reference"]))
+        wrong = {name: error for name, error in errors.items() if not error < MOST}
+        if wrong:
+            parts = (f"{name} differs by {error:.1g} of its largest value" for name, error in wrong.items())
+            raise ValueError(f"wrong answer: {', '.join(parts)}")
+        seconds = [_timed(work) for _ in range(task["repeats"])]
         work.barrier()
-        start = time.perf_counter()
-        work.call()
-        seconds.append(time.perf_counter() - start)
+        work.close()
+        yield {"seconds": seconds, "errors": errors, "versions": rival.versions()}
+
+
+def _timed(work: Work) -> float:
     work.barrier()
-    return {"seconds": seconds, "errors": errors, "versions": rival.versions()}
+    start = time.perf_counter()
+    work.call()
+    return time.perf_counter() - start
 
 
 def compare(problem: Problem, positions: np.ndarray, found: list[np.ndarray], reference: Path) -> dict[str, float]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.rivals import page, results, starting, tables
+from benchmarks.rivals import computed, page, results, starting, tables
+from benchmarks.rivals import job as job_module
 from benchmarks.rivals.__main__ import main
-from benchmarks.rivals.operator import problems
+from benchmarks.rivals.job import Job, pieces
+from benchmarks.rivals.operator import FEW, Operator, Piece, problems
 from benchmarks.rivals.problem import Problem, exact_rows, relative_error
 from benchmarks.rivals.results import JobRow, OperatorRow
 from benchmarks.rivals.roster import FIRST, OURS, ROSTER
@@ -64,12 +70,12 @@ def test_failures_keep_the_table_whole() -> None:
 
 
 def job(rate: str, way: str, attention: str, first: float, token: float) -> JobRow:
-    return JobRow(rate, "larger", way, attention, 2048, first, token, 1e9, 2048e3, 1e-7)
+    return JobRow(rate, "larger", way, attention, 2048, [first, 3 * first, first], [token], 1e9, 2048e3, 1e-7)
 
 
 def test_job_tables() -> None:
     rows = [
-        job("none", "mlx-lm, one host", "mlx", 30.0, 0.1),
+        job("1gbit", "mlx-lm, one host", "mlx", 30.0, 0.1),
         job("1gbit", "mlx-lm, tensor parallel", "mlx", 20.0, 0.05),
         job("10gbit", "mlx-lm, tensor parallel", "mlx", 16.0, 0.05),
         job("1gbit", "ringattn", "ringattn", 10.0, 0.1),
@@ -80,6 +86,25 @@ def test_job_tables() -> None:
         "| 1gbit | 2K | mlx-lm, one host, mlx's attention | 3.00 | 1.00 |",
         "| 1gbit | 2K | mlx-lm, tensor parallel, mlx's attention | 2.00 | 0.50 |",
     ]
+
+
+def test_computed_rows_have_the_rates_of_the_measured_host() -> None:
+    measured = computed.shape(4)
+    pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
+
+    def one(prompt: int) -> JobRow:
+        seconds = prompt * measured.linear / 1e11 + prompt**2 / 2 * pairs / 8e10 + 0.2
+        return JobRow("1gbit", "larger", "mlx-lm, one host", "ringattn", prompt, [seconds], [0.2], 1e9, 0.0, 0.0)
+
+    rows = [one(2048), one(8192), one(16384)]
+    assert computed.computable(rows) and not computed.computable(rows[:1])
+    found = computed.host(rows)
+    assert found.flops == pytest.approx(1e11)
+    assert found.attention == pytest.approx(8e10)
+    lines = computed.computed_table(rows).splitlines()[2:]
+    assert len(lines) == len(computed.HOSTS) * len(computed.PROMPTS)
+    alone, ring = (float(cell) for cell in lines[0].split(" | ")[3:5])
+    assert alone / 2 <= ring <= 0.6 * alone
 
 
 def test_records_of_gpus() -> None:
@@ -104,6 +129,12 @@ def test_section_is_replaced_and_the_rest_of_the_page_kept() -> None:
     assert page.replaced(f"{once}\n## After\n", f"{page.BEGIN}\nnew\n{page.END}") == (
         f"# Title\n\ntext\n\n{page.BEGIN}\nnew\n{page.END}\n\n## After\n"
     )
+
+
+def test_part_on_gpus_stays() -> None:
+    part = f"{page.ON_GPUS}\n\n| a |"
+    assert page.gpu_part(f"text\n{page.BEGIN}\n\nold\n\n{part}\n\n{page.END}\n## After") == [part]
+    assert page.gpu_part(f"{page.BEGIN}\nold\n{page.END}") == []
 
 
 def test_first_answer_is_compared_with_float64(tmp_path: Path) -> None:
@@ -142,7 +173,9 @@ def test_reason_names_the_cause_below_the_first_line() -> None:
 def test_problems_and_roster() -> None:
     few, whole = list(problems(whole=False)), list(problems(whole=True))
     assert set(few) < set(whole)
-    assert {problem.tokens for problem in few} == {4096, 8192, 16384}
+    assert {problem.tokens for problem in whole} == {4096, 8192, 16384}
+    shapes = [problem.shape for problem in few]
+    assert len(list(groupby(shapes))) == len(set(shapes)) == len(FEW)  # those of one shape come in a row
     assert ROSTER[0] is FIRST
     assert len({one.name for one in ROSTER}) == len(ROSTER)
     long = Problem(16384, 8, 8, 64, causal=False, gradient=True)
@@ -160,13 +193,101 @@ def test_commands_of_ranks_find_each_other() -> None:
 
 def test_failure_of_a_rank_is_the_reason_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "GRACE", 0.2)
-    fails = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'failed': 'no kernel'})); sys.exit(1)"
+    fails = (
+        "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'done': [], 'failed': 'no kernel'})); sys.exit(1)"
+    )
     commands = [
         starting.Command(["python3", "-c", fails, str(tmp_path / "f.0")], {}),
         starting.Command(["sleep", "100"], {}),
     ]
     with pytest.raises(starting.FailedError, match="no kernel"):
         starting.collect(commands, tmp_path / "f", 2, 60, None)
+
+
+def test_results_before_a_failure_are_kept(tmp_path: Path) -> None:
+    fails = "import sys; from benchmarks.rivals.worker import report; report(sys.argv[1], 0, (1 // n for n in (1, 0)))"
+    command = starting.Command([sys.executable, "-c", fails, str(tmp_path / "f")], {})
+    with pytest.raises(starting.FailedError, match="ZeroDivisionError") as caught:
+        starting.collect([command], tmp_path / "f", 1, 60, None)
+    assert caught.value.done == [[1]]
+
+
+def started(fails: Problem, starts: list[tuple[str, list[Problem]]]):
+    """A stand-in of `Piece._start`: every call takes a second, and `fails` fails."""
+
+    def start(piece, rival, wanted, cluster, calls):
+        starts.append((rival.name, list(wanted)))
+        done = wanted[: wanted.index(fails)] if fails in wanted else wanted
+        result = {"seconds": [1.0], "errors": {"out": 1e-7}, "versions": {}}
+        return [(result,) * rival.ranks for _ in done], "" if len(done) == len(wanted) else "no kernel"
+
+    return start
+
+
+def test_a_rival_is_started_again_after_a_problem_that_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [one for one in problems(whole=False) if one.shape == FEW[0]]
+    starts: list[tuple[str, list[Problem]]] = []
+    monkeypatch.setattr(Piece, "_start", started(own[1], starts))
+    rows: dict[tuple, OperatorRow] = {}
+    assert list(Piece(own, "loopback", None, tmp_path, rows).run(2, lambda rival: rival is FIRST)) == [FIRST, FIRST]
+    assert [one for _, one in starts] == [own, own[2:], [own[0], *own[2:]]]  # not again in the second round
+    assert [row.failed for row in rows.values()] == ["", "no kernel", "", ""]
+    assert [len(row.seconds) for row in rows.values()] == [2, 0, 2, 2]
+
+
+def test_rivals_in_the_file_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[tuple[str, list[Problem]]] = []
+    monkeypatch.setattr(Piece, "_start", started(TINY, starts))
+    wanted = [one for one in problems(whole=False) if one.shape == FEW[1]]
+    file = tmp_path / "results" / "f.json"
+
+    def run(minutes: float) -> list[OperatorRow]:
+        return Operator(["loopback"], 1, lambda rival: True, file).run(wanted, minutes)
+
+    assert {row.rival for row in run(0)} == {FIRST.title}  # no other was started
+    rows = run(1e9)
+    assert {(row.rival, row.way) for row in rows} == {(one.title, one.way) for one in ROSTER}
+    assert results.load(file)["rows"] == rows and all(row.measured for row in rows)
+    assert [name for name, _ in starts] == [FIRST.name, FIRST.name, *(one.name for one in ROSTER[1:])]
+    assert run(1e9) == rows and len(starts) == len(ROSTER) + 1
+
+
+def test_samples_of_the_job_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[str] = []
+
+    def collect(commands, file, ranks, timeout, cluster):
+        starts.append(commands[0].line[-4])
+        if starts[-1] == "tensor":
+            raise starting.FailedError("no ring")
+        return [
+            [{"first": 2.0 + rank, "token": 0.1, "memory": 9.0, "sent": 8.0, "error": 0.0}] for rank in range(ranks)
+        ]
+
+    monkeypatch.setattr(job_module, "Cluster", lambda *_, **__: nullcontext(SimpleNamespace(addresses=["a", "b"])))
+    monkeypatch.setattr(job_module, "unavailable", lambda: "")
+    monkeypatch.setattr(job_module, "collect", collect)
+    monkeypatch.setattr(job_module, "ring_command", lambda line, *_: [starting.Command(line, {})])
+    wanted = [one for one in pieces(whole=False) if one.attention == "ringattn" and one.rate == "1gbit"]
+    file = tmp_path / "results" / "job.json"
+    once = Job(1, lambda way: True, file).run(wanted, 1e9)
+    assert len(once) == len(wanted) * len(wanted[0].ways()) == len(starts)
+    assert Job(1, lambda way: True, file).run(wanted, 1e9) == once and len(starts) == len(once)
+    twice = Job(2, lambda way: True, file).run(wanted, 1e9)
+    assert {(row.way, *row.first) for row in twice} == {
+        ("mlx-lm, one host", 2.0, 2.0),
+        ("mlx-lm, tensor parallel",),
+        *((way, 3.0, 3.0) for way in ("mlx-lm --pipeline", "pipelined prefill", "ringattn")),
+    }
+
+
+def test_pieces_of_the_job_have_ringattn_beside_each_rival() -> None:
+    for piece in pieces(whole=True):
+        ways = piece.ways()
+        assert ways[0].name == "one" and ways[-1].name == "ring"
+        assert {way.attention for way in ways[:-1]} == {piece.attention}
+    assert len(set(pieces(whole=False))) == len(list(pieces(whole=False)))
 
 
 def test_slow_ranks_are_ended(tmp_path: Path) -> None:

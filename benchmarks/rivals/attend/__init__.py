@@ -21,9 +21,11 @@ class Work:
         answer: Function that returns the results of a call as float32 arrays ``[heads, local tokens, dim]``: out, and
             dq, dk and dv where the problem asks for the gradient.
         barrier: Function that waits for all ranks.
+        close: Function that undoes what `prepare` changed in the process.
     """
 
     positions: np.ndarray
     call: Callable[[], object]
     answer: Callable[[], list[np.ndarray]]
     barrier: Callable[[], None]
+    close: Callable[[], object] = lambda: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 import ringattn as ra  # before MLX, for its BLAS
@@ -22,13 +23,18 @@ def prepare(problem: Problem, way: str, rank: int, size: int) -> Work:
             return ra.attention(q, k, v, mask=mask)
 
         return mlx_work(problem, contiguous(problem.tokens, rank, size), attend_alone, lambda: None)
-    ring = ra.init()
+    ring = _ring()
     layout = ra.Layout.zigzag(problem.tokens, ring.size)
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return ra.ring_attention(q, k, v, ring=ring, layout=layout, mask=mask)
 
     return mlx_work(problem, layout.positions(ring.rank), attend, ring.barrier)
+
+
+@cache
+def _ring() -> ra.Ring:
+    return ra.init()
 
 
 def versions() -> dict[str, str]:

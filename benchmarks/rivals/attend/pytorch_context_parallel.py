@@ -35,7 +35,7 @@ def _sdpa(problem, mesh, rank, size, barrier) -> Work:
     if problem.causal:  # the default order of `context_parallel`: a piece from the front and one from the back
         positions = _head_tail(problem.tokens, rank, size)
     arrays = torch_ranks.local_tensors(problem, positions)
-    patched = ExitStack()  # to the end of the process
+    patched = ExitStack()
     patched.enter_context(cp.context_parallel(mesh, buffers=[torch.zeros(1, 1, problem.tokens)], buffer_seq_dims=[2]))
     patched.enter_context(sdpa_kernel(SDPBackend.MATH))
     group = problem.heads // problem.kv_heads
@@ -44,7 +44,7 @@ def _sdpa(problem, mesh, rank, size, barrier) -> Work:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=group > 1)
 
     work = torch_ranks.work(problem, positions, arrays, attend, barrier)
-    work.patched = patched
+    work.close = patched.close
     return work
 
 
@@ -64,7 +64,9 @@ def _flex(problem, mesh, rank, size, barrier) -> Work:
     def attend(q, k, v):
         return module(q, k, v, block_mask=mask)
 
-    return torch_ranks.work(problem, positions, arrays, attend, barrier)
+    work = torch_ranks.work(problem, positions, arrays, attend, barrier)
+    work.close = torch.compiler.reset  # each problem is compiled for its shape
+    return work
 
 
 class _Flex(torch.nn.Module):

@@ -45,4 +45,6 @@ def prepare(problem: Problem, way: str, rank: int, size: int) -> Work:
     def heads_first(x: torch.Tensor) -> torch.Tensor:  # `out` has tokens before heads, the gradients have not
         return x.transpose(1, 2) if x.shape[1] == len(positions) else x
 
-    return torch_ranks.work(problem, positions, arrays, attend, barrier, heads_first)
+    work = torch_ranks.work(problem, positions, arrays, attend, barrier, heads_first)
+    work.close = rm.teardown
+    return work

@@ -11,7 +11,7 @@ from ringattn import lm
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
 
-STEP = 512  # tokens of a chunk of prefill; of ringattn: for each rank
+CHUNK = 512  # tokens that a stage of the pipelined prefill computes at once; the other ways have their own defaults
 
 Generate = Callable[[mx.array, int], Iterator[tuple[int, mx.array]]]
 
@@ -71,18 +71,18 @@ def prepare(way: str, model: nn.Module, tokenizer: Any) -> tuple[Generate, Peers
 
     pipeline = Pipeline(model, group.group)
     group.logits_on = group.group.size() - 1
-    return (lambda ids, new: pipeline.generate(ids, new, STEP)), group
+    return (lambda ids, new: pipeline.generate(ids, new, CHUNK)), group
 
 
 def _mlx_lm(model: nn.Module) -> Generate:
     from mlx_lm.generate import generate_step
 
-    return lambda ids, new: generate_step(ids, model, max_tokens=new, prefill_step_size=STEP)
+    return lambda ids, new: generate_step(ids, model, max_tokens=new)
 
 
 def _ringattn(model: nn.Module, tokenizer: Any) -> Generate:
     def generate(ids: mx.array, new: int) -> Iterator[tuple[int, mx.array]]:
-        for response in lm.stream_generate(model, tokenizer, ids, max_tokens=new, prefill_step_size=STEP):
+        for response in lm.stream_generate(model, tokenizer, ids, max_tokens=new):
             yield response.token, response.logprobs
 
     return generate

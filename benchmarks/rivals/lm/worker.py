@@ -1,15 +1,16 @@
 """One rank of a way to run a language model: its answers compared, its times, memory and bytes measured.
 
-    python -m benchmarks.rivals.lm.worker FILE MODEL WAY ATTENTION PROMPTS REFERENCE
+    python -m benchmarks.rivals.lm.worker FILE MODEL WAY ATTENTION PROMPT REFERENCE
 
-PROMPTS are lengths with commas between. Writes JSON to ``FILE.rank``. The way ``"one"`` with mlx-lm's attention writes
-the log-probabilities of the first token to the folder REFERENCE; all others are compared with them.
+PROMPT is a number of tokens. Writes JSON to ``FILE.rank``. The first way writes the log-probabilities of the first
+token to the folder REFERENCE; all others are compared with them.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,14 +35,13 @@ MOST = 1e-4  # difference of the log-probabilities, of the largest
 
 def main() -> None:
     """Run one rank; leave with 1 if it failed, and do not wait for other ranks."""
-    file, name, way, attention, prompts, reference = sys.argv[1:]
+    file, name, way, attention, prompt, reference = sys.argv[1:]
     rank, _ = place()
-    lengths = list(map(int, prompts.split(",")))
-    report(file, rank, lambda: measure(name, way, attention, lengths, Path(reference)))
+    report(file, rank, measure(name, way, attention, int(prompt), Path(reference)))
 
 
-def measure(name: str, way: str, attention: str, prompts: list[int], reference: Path) -> dict[str, Any]:
-    """Figures of one rank for each length of the prompt."""
+def measure(name: str, way: str, attention: str, prompt: int, reference: Path) -> Iterator[dict[str, Any]]:
+    """Figures of one rank."""
     model, tokenizer, ids = load(name)
     if attention == "ringattn" and way != "ring":
         use_fused_attention(model)
@@ -49,7 +49,7 @@ def measure(name: str, way: str, attention: str, prompts: list[int], reference: 
     evaluate_weights(model)
     for _ in generate(ids[:WARM], NEW):
         pass
-    return {str(length): _one(generate, peers, ids[:length], reference / f"{name}-{length}.npy") for length in prompts}
+    yield _one(generate, peers, ids[:prompt], reference / f"{name}-{prompt}.npy")
 
 
 def _one(generate: Generate, peers: Peers, ids: mx.array, expected: Path) -> dict[str, float]:
