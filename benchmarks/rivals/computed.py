@@ -40,7 +40,7 @@ def host(rows: Sequence[JobRow]) -> Machine:
     token = median(ends[0].token)
     return Machine(
         "host",
-        flops=measured.linear / (a - slope * n),
+        flops=measured.prompt_linear / (a - slope * n),
         attention=pairs / (2 * slope),
         bandwidth=(measured.read + measured.head) / token,
         memory=MEMORY,
@@ -73,7 +73,7 @@ def computed_table(rows: Sequence[JobRow]) -> str:
 
 
 def _cells(whole: ModelShape, machine: Machine, link: Link, prompt: int, count: int) -> list[str]:
-    job = Job(prompt, answer=1)
+    job = Job(prompt, answer=1, gpu=False)
     (alone,) = predictions(whole, Cluster((machine,), link), job)
     found = predictions(whole, Cluster((machine,) * count, link), job)
     first = {

@@ -134,6 +134,13 @@ inline unsigned __ballot_sync(unsigned, int here) {
   host::meet_warp();
   return result;
 }
+template <typename T>
+T __reduce_min_sync(unsigned, T x) {
+  for (int step = 16; step > 0; step /= 2) {
+    x = std::min(x, host::exchange(x, host::lane() ^ step));
+  }
+  return x;
+}
 inline int __any_sync(unsigned lanes, int here) { return __ballot_sync(lanes, here) != 0; }
 inline int __all_sync(unsigned lanes, int here) { return __ballot_sync(lanes, !here) == 0; }
 
