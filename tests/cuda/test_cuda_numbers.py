@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.cuda import dispatch, launch, set_executor
+from ringattn.cuda import dispatch, gradient_plans, launch, set_executor
+from ringattn.cuda.device import HOPPER
+from ringattn.kernels.gpu.kept import Kept
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import Case, GradientCase, random_case, ratios
 from tools.hostcuda import Runtime, lacking
@@ -41,10 +43,17 @@ REST = dict(rest(range(12)))
 
 
 @pytest.fixture(autouse=True)
-def executor() -> Iterator[None]:
+def executor(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "_kept", Kept(64))  # tests change what kernels depend on
     set_executor(Runtime())
     yield
     set_executor(None)
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> None:
+    for module in (dispatch, gradient_plans):
+        monkeypatch.setattr(module, "capability", lambda: HOPPER)
 
 
 def attend(case: Case) -> tuple[mx.array, mx.array]:
@@ -71,14 +80,29 @@ def test_results_and_gradients(name: str) -> None:
     assert error((EVERYTHING | MASKS)[name]()) <= 1
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_results_and_gradients_by_wgmma(name: str) -> None:
+    assert error(EVERYTHING[name]()) <= 1
+
+
+@pytest.mark.emulator
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", REST)
+def test_results_and_gradients_of_each_feature_by_wgmma(name: str) -> None:
+    assert error(REST[name]()) <= 1
+
+
 @pytest.mark.emulator
 @pytest.mark.parametrize("name", REST)
 def test_results_and_gradients_of_each_feature(name: str) -> None:
     assert error(REST[name]()) <= 1
 
 
+@pytest.mark.parametrize("capability", [(8, 0), HOPPER])
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_what_is_waited_for_may_be_late(name: str) -> None:
+def test_what_is_waited_for_may_be_late(monkeypatch, name: str, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda: capability)
     case = EVERYTHING[name]()
     early = attend(case)
     set_executor(Runtime(late=True))

@@ -32,7 +32,7 @@ HALVES = (mx.float16, mx.bfloat16)
 AXES = 8  # of MLX's shapes and strides
 CU = "mlx::core::cu::"
 MARK = "int hostcuda_body_follows;"
-DECLARED_MEMORY = re.compile(r"extern __shared__ __align__\(\d+\) unsigned char memory\[\];")
+DECLARED_MEMORY = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?unsigned char memory\[\];")
 MEMORY = "unsigned char* const memory = host::shared;"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-ffp-contract=off"]
 PROGRAM = """#include "launch.h"

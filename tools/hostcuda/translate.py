@@ -202,6 +202,7 @@ INSTRUCTIONS: dict[str, Callable[[Statement], str]] = {
     "ldmatrix": matrices,
     "stmatrix": matrices,
     "mma.sync": lambda statement: plain(f"mma<{half(statement)}>")(statement),
+    "redux.sync.or": lambda statement: f"{statement.written[0]} = host::reduce_or({statement.written[0]})",
     "ex2": lambda statement: f"{statement.written[0]} = std::exp2({statement.read[0]})",
     "cp.async.commit_group": plain("commit_copies"),
     "cp.async.wait_all": plain("wait_for_copies"),

@@ -114,6 +114,17 @@ static T exchange(T x, int from) {
   meet_warp();
   return result;
 }
+
+template <typename T, typename Join>
+static T reduce(T x, Join join) {
+  for (int step = 16; step > 0; step /= 2) {
+    x = join(x, exchange(x, lane() ^ step));
+  }
+  return x;
+}
+static unsigned reduce_or(unsigned x) {
+  return reduce(x, [](unsigned a, unsigned b) { return a | b; });
+}
 } // namespace host
 
 template <typename T>
@@ -136,10 +147,7 @@ inline unsigned __ballot_sync(unsigned, int here) {
 }
 template <typename T>
 T __reduce_min_sync(unsigned, T x) {
-  for (int step = 16; step > 0; step /= 2) {
-    x = std::min(x, host::exchange(x, host::lane() ^ step));
-  }
-  return x;
+  return host::reduce(x, [](T a, T b) { return std::min(a, b); });
 }
 inline int __any_sync(unsigned lanes, int here) { return __ballot_sync(lanes, here) != 0; }
 inline int __all_sync(unsigned lanes, int here) { return __ballot_sync(lanes, !here) == 0; }

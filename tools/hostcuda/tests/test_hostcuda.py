@@ -102,7 +102,7 @@ PRODUCT = """
     y[(row + e %% 4 / 2 * 8) * 64 + e / 4 * 8 + lane %% 4 * 2 + e %% 2] = s[e / 4][e %% 4];
   }
 """
-ROWS, COLUMNS = "later(describe({0}), k)", "later(describe({0}, 128 * 64), k * 64)"
+ROWS, COLUMNS = "describe(description_of({0}), k)", "describe(description_of({0}, 128 * 64), k * 64)"
 PRODUCTS = {
     "a b^T": (False, False, "ij,kj->ik"),
     "a b": (False, True, "ij,jk->ik"),
