@@ -20,29 +20,33 @@ STYLES = {"ringattn": ("#c44e52", "o", 2.5), "FLASH": ("#4c72b0", "s", 1.3), "CU
 Lines = dict[str, list[tuple[int, float]]]
 
 
-def lines(files: list[Path]) -> dict[bool, Lines]:
-    """Tokens and fractions of the ideal of each program, with as many key/value heads as query heads.
+def records(files: list[Path]) -> list[dict]:
+    """The records that compare several GPUs with one, with as many key/value heads as query heads."""
+    every = [record for file in files for record in json.loads(file.read_text())]
+    return [record for record in every if "of ideal" in record and record["heads"][0] == record["heads"][1]]
+
+
+def lines(found: list[dict]) -> dict[bool, Lines]:
+    """Tokens and fractions of the ideal of each program.
 
     The keys say whether the times are those of the forward and the backward pass together.
     """
-    found: dict[bool, Lines] = {}
-    for file in files:
-        for record in json.loads(file.read_text()):
-            if "of ideal" in record and record["heads"][0] == record["heads"][1]:
-                of_pass = found.setdefault(record["gradient"], defaultdict(list))
-                of_pass[record["what"]].append((record["tokens"], record["of ideal"]))
-    return {gradient: {name: sorted(points) for name, points in of.items()} for gradient, of in sorted(found.items())}
+    passes: dict[bool, Lines] = {}
+    for record in found:
+        of_pass = passes.setdefault(record["gradient"], defaultdict(list))
+        of_pass[record["what"]].append((record["tokens"], record["of ideal"]))
+    return {gradient: {name: sorted(points) for name, points in of.items()} for gradient, of in sorted(passes.items())}
 
 
-def draw(found: dict[bool, Lines], to: Path) -> None:
-    """Draw one diagram for each kind of pass."""
+def draw(found: dict[bool, Lines], gpus: int, to: Path) -> None:
+    """Draw one diagram for each kind of pass on `gpus` GPUs."""
     matplotlib.use("Agg")
     plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "ringattn"})
     figure, every = plt.subplots(1, len(found), figsize=(1 + 5.4 * len(found), 3.8), sharey=True, squeeze=False)
     for axes, (gradient, of) in zip(every[0], found.items()):
         _draw_pass(axes, of)
         axes.set_title("forward and backward" if gradient else "forward", fontsize=10)
-    every[0, 0].set_ylabel("speed of four GPUs / four times one GPU")
+    every[0, 0].set_ylabel(f"speed of {gpus} GPUs / {gpus} times one GPU")
     every[0, 0].legend(fontsize=8, loc="lower right", frameon=False)
     figure.tight_layout()
     figure.savefig(to, metadata={"Date": None})
@@ -63,4 +67,5 @@ def _draw_pass(axes: Axes, found: Lines) -> None:
 
 
 if __name__ == "__main__":
-    draw(lines([Path(name) for name in sys.argv[2:]]), Path(sys.argv[1]))
+    measured = records([Path(name) for name in sys.argv[2:]])
+    draw(lines(measured), measured[0]["ranks"], Path(sys.argv[1]))
