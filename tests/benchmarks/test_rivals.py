@@ -93,7 +93,7 @@ def test_computed_rows_have_the_rates_of_the_measured_host() -> None:
     pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
 
     def one(prompt: int) -> JobRow:
-        seconds = prompt * measured.linear / 1e11 + prompt**2 / 2 * pairs / 8e10 + 0.2
+        seconds = prompt * measured.prompt_linear / 1e11 + prompt**2 / 2 * pairs / 8e10 + 0.2
         return JobRow("1gbit", "larger", "mlx-lm, one host", "ringattn", prompt, [seconds], [0.2], 1e9, 0.0, 0.0)
 
     rows = [one(2048), one(8192), one(16384)]
