@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Rows
-from ..kernels.gpu.buffers import rule_buffers, rule_switches
+from ..kernels.gpu.buffers import rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
-from . import source
 from .calls import kernel_call, on_gpu
+from .gradient_call import gradient_call, longest_first, mask_output
 from .gradient_tiling import GradientTiling
 from .launch import KernelCall
 
@@ -26,10 +26,9 @@ def query_tile_ranges(inputs: KernelInputs, tiling: GradientTiling) -> np.ndarra
 
 def deal(reach: np.ndarray, splits: int) -> np.ndarray:
     """Deal key tiles to `splits` thread blocks, the longest first, to and fro: int32 ``[splits, most]``, -1 is none."""
-    longest_first = np.argsort(reach[:, 0] - reach[:, 3], kind="stable")
     rounds = -(-len(reach) // splits)
     dealt = np.full(rounds * splits, -1, np.int32)
-    dealt[: len(reach)] = longest_first
+    dealt[: len(reach)] = longest_first(reach)
     table = dealt.reshape(rounds, splits)
     table[1::2] = table[1::2, ::-1]
     return np.stack([np.append(x[x >= 0], x[x < 0]) for x in table.T])
@@ -48,58 +47,34 @@ def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, spli
         tiling: Their tiling.
         splits: The number of thread blocks for each head.
     """
-    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
+    q = inputs.q
     batch, heads, q_len = inputs.rows
-    k_len, head_dim, value_dim = k.shape[2], q.shape[3], v.shape[3]
     reach = query_tile_ranges(inputs, tiling)
-    buffers = {
-        "queries": mx.contiguous(q),
-        "keys": mx.contiguous(k),
-        "values": mx.contiguous(v),
-        "dout": mx.contiguous(rows.dout),
-        "lse": rows.lse,
-        "delta": rows.delta,
-        "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
-        "reach": on_gpu(reach),
-        "blocks": on_gpu(deal(reach, splits)),
-        **rule_buffers(inputs, (tiling.QUERIES, tiling.KEYS), 1, -(-q_len // tiling.QUERIES)),
-    }
-    matrix = q.dtype.size == 2
-    defines: dict[str, int | str] = {
-        "T": source.TYPES[q.dtype],
-        "MATRIX": int(matrix),
-        "BFLOAT": int(q.dtype == mx.bfloat16),
-        "D": head_dim,
-        "DV": value_dim,
-        "BD": tiling.BD,
-        "BV": tiling.BV,
+    defines = {
         "QUERIES": tiling.QUERIES,
-        "WARPS": tiling.warps,
         "HALVES": tiling.halves,
         "FRAGMENTS": tiling.fragments,
         "STAGES": tiling.stages,
-        "SOFTCAP": int(rules.softcap is not None),
-        **rule_switches(rules, buffers),
     }
-    outputs = {
+    outputs: dict[str, tuple[int, ...]] = {
         "dq": (splits, batch * heads * tiling.dq_numbers(q_len)),
-        "dk": (batch, heads, k_len, head_dim),
-        "dv": (batch, heads, k_len, value_dim),
+        "dk": (batch, heads, inputs.k.shape[2], q.shape[3]),
+        "dv": (batch, heads, inputs.k.shape[2], inputs.v.shape[3]),
     }
-    if defines["MASK"] == 2:
-        outputs["dmask"] = (batch, heads, q_len, k_len)
-    return kernel_call(
+    return gradient_call(
         "backward",
-        ("tiles", "softmax", "segments", "odd", "matrix" if matrix else "scalar"),
+        ("matrix" if q.dtype.size == 2 else "scalar",),
+        inputs,
+        rows,
+        tiling,
+        {
+            "reach": on_gpu(reach),
+            "blocks": on_gpu(deal(reach, splits)),
+            **rule_buffers(inputs, (tiling.QUERIES, tiling.KEYS), 1, -(-q_len // tiling.QUERIES)),
+        },
         defines,
-        buffers,
-        blocks=(splits, heads, batch),
-        threads=tiling.threads,
-        shared_memory=tiling.shared_memory,
-        output_names=list(outputs),
-        output_shapes=list(outputs.values()),
-        output_dtypes=[mx.float32] * len(outputs),
-        init_value=0.0 if "dmask" in outputs else None,  # tiles that nobody sees are not written
+        outputs | mask_output(inputs),
+        (splits, heads, batch),
     )
 
 

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Rows
-from ..kernels.gpu.buffers import rule_buffers, rule_switches
+from ..kernels.gpu.buffers import rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
-from . import source
-from .calls import kernel_call, on_gpu
+from .calls import on_gpu
+from .gradient_call import gradient_call, longest_first, mask_output
 from .launch import KernelCall
 from .tiling import FRAGMENT, WARP
 
@@ -100,9 +100,7 @@ def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums
     Its outputs are float32: `sums` ``[B, Hq, Lq, D]`` plus dq, and with an additive mask its gradient
     ``[B, Hq, Lq, Lk]``.
     """
-    outputs: dict[str, tuple[int, ...]] = {"dq": sums.shape}
-    if inputs.rules.mask is not None and inputs.rules.mask.dtype != mx.bool_:
-        outputs["dmask"] = (*inputs.rows, inputs.k.shape[2])
+    outputs = {"dq": sums.shape, **mask_output(inputs)}
     return _call(inputs, rows, tiling, inputs.rows[1], {"sums": sums}, outputs)
 
 
@@ -114,46 +112,21 @@ def _call(
     more: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
 ) -> KernelCall:
-    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
     reach = passing_tile_ranges(inputs, tiling)
-    buffers = {
-        "queries": mx.contiguous(q),
-        "keys": mx.contiguous(k),
-        "values": mx.contiguous(v),
-        "dout": mx.contiguous(rows.dout),
-        "lse": rows.lse,
-        "delta": rows.delta,
-        "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
-        "reach": on_gpu(reach),
-        "order": on_gpu(np.argsort(reach[:, 0] - reach[:, 3], kind="stable").astype(np.int32)),  # the longest first
-        **rule_buffers(inputs, (tiling.tile(False), tiling.tile(True)), 1, -(-inputs.rows[2] // tiling.tile(False))),
-        **more,
-    }
-    defines: dict[str, int | str] = {
-        "T": source.TYPES[q.dtype],
-        "MATRIX": 1,
-        "BFLOAT": int(q.dtype == mx.bfloat16),
-        "OF_KEYS": int(tiling.of_keys),
-        "D": q.shape[3],
-        "DV": v.shape[3],
-        "BD": tiling.BD,
-        "BV": tiling.BV,
-        "PASSING": tiling.PASSING,
-        "WARPS": tiling.warps,
-        "STAGES": tiling.stages,
-        "SOFTCAP": int(rules.softcap is not None),
-        **rule_switches(rules, buffers),
-    }
-    return kernel_call(
+    tiles = tiling.tile(False), tiling.tile(True)
+    return gradient_call(
         "backward_hopper",
-        ("tiles", "softmax", "segments", "odd", "matrix", "hopper", "held"),
-        defines,
-        buffers,
-        blocks=(len(reach), heads, q.shape[0]),
-        threads=tiling.threads,
-        shared_memory=tiling.shared_memory,
-        output_names=list(outputs),
-        output_shapes=list(outputs.values()),
-        output_dtypes=[mx.float32] * len(outputs),
-        init_value=0.0 if "dmask" in outputs else None,  # tiles that nobody sees are not written
+        ("matrix", "hopper", "held"),
+        inputs,
+        rows,
+        tiling,
+        {
+            "reach": on_gpu(reach),
+            "order": on_gpu(longest_first(reach).astype(np.int32)),
+            **rule_buffers(inputs, tiles, 1, -(-inputs.rows[2] // tiles[0])),
+            **more,
+        },
+        {"OF_KEYS": int(tiling.of_keys), "PASSING": tiling.PASSING, "STAGES": tiling.stages},
+        outputs,
+        (len(reach), heads, inputs.q.shape[0]),
     )

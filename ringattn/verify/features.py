@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -85,3 +86,9 @@ FEATURES: dict[str, Callable[[], Case]] = {
     "peaked scores": lambda: _case(15, size=30.0, options=_causal),
     "everything, bfloat16": lambda: _case(16, batch=2, dtype=mx.bfloat16, options=_everything),
 }
+
+
+def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
+    """Make a problem, with q, k and v in `dtype`."""
+    case = make()
+    return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -71,14 +72,24 @@ def _chain(case: Case, backend: str) -> float:
     return max(ratios(case, *finish(state, None, case.q.dtype)))
 
 
+def attention_gradients(problem: GradientCase, backend: str, **options: Any) -> dict[str, mx.array]:
+    """The gradients of `attention` by all inputs of `problem` that have one, with further `options`."""
+    named = problem.differentiable
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(named, arrays))
+        q, k, v = (given.pop(name) for name in "qkv")
+        changed = {**problem.case.options, **options, **given}
+        out, lse = attention(q, k, v, backend=backend, return_lse=True, **changed)
+        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
+
+    _, gradients = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
+    return dict(zip(named, gradients))
+
+
 def _gradient(case: Case, backend: str) -> float:
     problem = GradientCase.random(case)
-
-    def function(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return list(attention(q, k, v, backend=backend, return_lse=True, **case.options))
-
-    _, gradients = mx.vjp(function, [case.q, case.k, case.v], [problem.dout, problem.dlse])
-    return max(problem.ratios(dict(zip("qkv", gradients))).values())
+    return max(problem.ratios(attention_gradients(problem, backend)).values())
 
 
 VARIANTS: dict[str, tuple[Callable[[Case, str], float], ProblemSize]] = {

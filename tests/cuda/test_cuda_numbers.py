@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
@@ -15,18 +14,14 @@ import ringattn as ra
 from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor
 from ringattn.cuda.device import HOPPER
 from ringattn.kernels.gpu.kept import Kept
-from ringattn.verify.features import FEATURES
+from ringattn.verify.features import FEATURES, in_dtype
 from ringattn.verify.oracle import Case, GradientCase, random_case, ratios
+from ringattn.verify.variants import attention_gradients
 from tools.hostcuda import Runtime, lacking
 
 pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"the host runtime for CUDA lacks {lacking()}")
 
 OPTIONS = ("boolean mask", "additive mask", "softcap", "window on both sides", "value head_dim", "peaked scores")
-
-
-def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
-    case = make()
-    return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))
 
 
 def rest(seeds: range) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -74,16 +69,7 @@ def attend(case: Case) -> tuple[mx.array, mx.array]:
 def error(case: Case) -> float:
     """The largest error of results and gradients, as a part of what is allowed."""
     problem = GradientCase.random(case)
-    named = problem.differentiable
-
-    def function(*arrays: mx.array) -> list[mx.array]:
-        given = dict(zip(named, arrays))
-        q, k, v = (given.pop(name) for name in "qkv")
-        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend="cuda", return_lse=True)
-        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
-
-    _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
-    return max(*ratios(case, *attend(case)), *problem.ratios(dict(zip(named, found))).values())
+    return max(*ratios(case, *attend(case)), *problem.ratios(attention_gradients(problem, "cuda")).values())
 
 
 @pytest.mark.parametrize("name", EVERYTHING | MASKS)

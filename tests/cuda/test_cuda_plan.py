@@ -26,6 +26,7 @@ from ringattn.kernels.gpu.kept import Kept
 from ringattn.kernels.interface import KernelInputs
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, check, random_case
+from ringattn.verify.variants import attention_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -114,16 +115,7 @@ def test_a_ring_hop_continues_a_state(monkeypatch) -> None:
 def gradients(case: Case) -> None:
     """Check the gradients of a problem."""
     problem = GradientCase.random(case)
-    named = problem.differentiable
-
-    def function(*arrays: mx.array) -> list[mx.array]:
-        given = dict(zip(named, arrays))
-        q, k, v = (given.pop(name) for name in "qkv")
-        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend="cuda", return_lse=True)
-        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
-
-    _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
-    ratios = problem.ratios(dict(zip(named, found)))
+    ratios = problem.ratios(attention_gradients(problem, "cuda"))
     assert max(ratios.values()) <= 1, ratios
 
 

@@ -18,6 +18,7 @@ from ringattn.cpu.backend import HostKernel
 from ringattn.kernels.interface import KernelInputs
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, GradientCase, check, random_case
+from ringattn.verify.variants import attention_gradients
 
 WAYS = [*flash.instruction_sets(), "NumPy"]
 
@@ -33,17 +34,7 @@ def way(request, monkeypatch) -> str:
 
 
 def gradients(problem: GradientCase) -> dict[str, mx.array]:
-    named = problem.differentiable
-
-    def function(*arrays: mx.array) -> list[mx.array]:
-        given = dict(zip(named, arrays))
-        q, k, v = (given.pop(name) for name in "qkv")
-        positions = problem.case.q_pos, problem.case.k_pos
-        options = {**problem.case.options, **given}
-        out, lse = ra.attention(q, k, v, backend="host", positions=positions, return_lse=True, **options)
-        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
-
-    return dict(zip(named, mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])[1]))
+    return attention_gradients(problem, "host", positions=(problem.case.q_pos, problem.case.k_pos))
 
 
 def check_both(case, what: str = "") -> None:

@@ -12,22 +12,11 @@ import pytest
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
+from benchmarks.rivals import computed
+from benchmarks.rivals.job import LARGER, OURS
+from benchmarks.rivals.results import JobRow
 from ringattn.planning import Cluster, Job, Link, Machine, ModelShape, predictions
-from ringattn.planning.describe import shape_of, unread_model
 
-CONFIG = {
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "num_hidden_layers": 4,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-}
 GBIT = Link("1 Gbit/s", 0.94e9 / 8, 1e-4)
 ALONE = {2048: 8.2, 16384: 91.4}  # s of the first token on one host
 TOKEN = 0.241  # s after the short prompt
@@ -40,17 +29,13 @@ MEASURED = {  # s of the first token
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return shape_of("larger", unread_model(CONFIG))
+    return computed.shape(4)
 
 
 @pytest.fixture(scope="module")
-def host(shape: ModelShape) -> Machine:
-    """Rates with which one host takes ``linear * n + attention * n**2 / 2`` seconds for n tokens."""
-    (n, a), (m, b) = ((tokens, (seconds - TOKEN) / tokens) for tokens, seconds in ALONE.items())
-    slope = (b - a) / (m - n)
-    pairs = sum(kind.count * kind.pair_flops for kind in shape.attending)
-    bandwidth = (shape.read + shape.head) / TOKEN
-    return Machine("host", shape.prompt_linear / (a - slope * n), pairs / (2 * slope), bandwidth, 1 << 36)
+def host() -> Machine:
+    kind = ("1gbit", LARGER, "mlx-lm, one host", OURS)
+    return computed.host([JobRow(*kind, prompt, [first], [TOKEN], 0.0, 0.0, 0.0) for prompt, first in ALONE.items()])
 
 
 @pytest.mark.parametrize("prompt", MEASURED)

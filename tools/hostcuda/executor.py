@@ -114,7 +114,7 @@ def program(call: KernelCall) -> str:
 
 
 def lacking() -> str | None:
-    """What this machine lacks to run kernels, or ``None``."""
+    """The program that this machine lacks to run kernels, or ``None``."""
     return None if shutil.which("g++") else "g++"
 
 

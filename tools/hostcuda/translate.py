@@ -42,7 +42,7 @@ class Statement:
 
     @property
     def listed(self) -> list[str]:
-        """What follows the instruction's name."""
+        """The values that follow the instruction's name."""
         _, _, rest = self.text.strip().partition(" ")
         return self.values(rest)
 
@@ -84,7 +84,7 @@ def closing(text: str, opening: int) -> int:
 
 
 def sections(inside: str) -> list[str]:
-    """What an asm statement has between its colons."""
+    """The parts of an asm statement between its colons."""
     found, i, begin = [], 0, 0
     while i < len(inside):
         if inside[i] == '"':

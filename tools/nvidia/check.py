@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +27,10 @@ import ringattn as ra
 from ringattn.bench.problem import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
 from ringattn.metal import set_executor
-from ringattn.verify.features import FEATURES
+from ringattn.verify.features import FEATURES, in_dtype
 from ringattn.verify.findings import Check, run_check
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, random_case, ratios
-from ringattn.verify.variants import variants
+from ringattn.verify.variants import attention_gradients, variants
 
 from .executor import cuda_executor, groups
 
@@ -104,23 +103,8 @@ def feature(make: Callable[[], Case]) -> float:
     """Compute the largest error of a feature, forward and gradient."""
     problem = GradientCase.random(make())
     case = problem.case
-    named = problem.differentiable
-
-    def function(*arrays: mx.array) -> list[mx.array]:
-        given = dict(zip(named, arrays))
-        q, k, v = (given.pop(name) for name in "qkv")
-        out, lse = ra.attention(q, k, v, **{**case.options, **given}, backend=kernels, return_lse=True)
-        return [out, mx.where(lse == -mx.inf, 0.0, lse)]
-
-    _, found = mx.vjp(function, list(named.values()), [problem.dout, problem.dlse])
     results = ra.attention(case.q, case.k, case.v, **case.options, backend=kernels, return_lse=True)
-    return max(*ratios(case, *results), *problem.ratios(dict(zip(named, found))).values())
-
-
-def in_dtype(make: Callable[[], Case], dtype: mx.Dtype) -> Case:
-    """Make a problem with q, k and v in another dtype."""
-    case = make()
-    return replace(case, q=case.q.astype(dtype), k=case.k.astype(dtype), v=case.v.astype(dtype))
+    return max(*ratios(case, *results), *problem.ratios(attention_gradients(problem, kernels)).values())
 
 
 def random_problems(seeds: range, gradient: bool) -> float:
