@@ -39,16 +39,23 @@ INLINE void multiply_block(const int rows, const int vectors, Left a, Right b, p
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; j++) sums[i][j] = (vf){0};
-    const float *left = a.data, *right = b.data;
-    for (ptrdiff_t k = 0; k < n; k++, left += a.k, right += b.k) {
+    const float *left[(MOST + 2) / 3], *right = b.data;
+#pragma GCC unroll 4
+    for (int i = 0; i < (rows + 2) / 3; i++) left[i] = a.data + 3 * i * a.row;
+    for (ptrdiff_t k = 0; k < n; k++, right += b.k) {
         vf y[VECTORS];
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; j++) y[j] = load(right + j * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            vf x = fill(left[i * a.row]);
+            vf x = fill(left[i / 3][i % 3 * a.row]);
 #pragma GCC unroll 2
             for (int j = 0; j < vectors; j++) sums[i][j] += x * y[j];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < (rows + 2) / 3; i++) {
+            left[i] += a.k;
+            __asm__("" : "+r"(left[i])); /* or the compiler keeps an offset for each row: more than there are registers */
         }
     }
 #pragma GCC unroll 16
