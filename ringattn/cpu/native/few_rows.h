@@ -19,12 +19,6 @@
 #define PANEL (MOST == 12 ? 4 : 2)
 #endif
 
-#ifdef __clang__
-#define SHUFFLE(X, Y, ...) __builtin_shufflevector(X, Y, __VA_ARGS__)
-#else
-#define SHUFFLE(X, Y, ...) __builtin_shuffle(X, Y, (vi){__VA_ARGS__})
-#endif
-
 INLINE vf pairwise_sums(vf x, vf y) { /* sums of adjacent lanes: those of x, then those of y */
 #if LANES == 16
     return SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +

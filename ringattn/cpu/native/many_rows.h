@@ -25,7 +25,7 @@ static Block block_at(const Call *call, float *scratch, int64_t i) {
 }
 
 typedef struct { /* keys and values of a chunk, float32; and scratch of a tile */
-    float *k, *v, *s, *mask, *q_row, *v_row;
+    float *k, *v, *s, *mask, *q_rows, *v_rows; /* q_rows and v_rows: LANES rows */
     float *seen;         /* [nonfinite keys][WIDE]: their scores */
     Nonfinite nonfinite; /* values */
     int64_t start;
@@ -34,9 +34,9 @@ typedef struct { /* keys and values of a chunk, float32; and scratch of a tile *
 /* Divide the scratch. Return the number of floats. */
 static int64_t divide_chunk(Chunk *x, const Call *call, float *scratch) {
     const int64_t n = call->chunk;
-    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_row, &x->v_row, (float **)&x->nonfinite.keys};
+    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_rows, &x->v_rows, (float **)&x->nonfinite.keys};
     int64_t sizes[] = {n * padded(call->dim), n * padded(call->v_dim), n * WIDE, n * WIDE, n * WIDE,
-                       padded(call->dim), padded(call->v_dim), padded(n)};
+                       LANES * padded(call->dim), LANES * padded(call->v_dim), padded(n)};
     return divide_floats(scratch, sizeof sizes / sizeof *sizes, parts, sizes);
 }
 
@@ -59,13 +59,13 @@ static void add_nonfinite(Block block, const Chunk *chunk, Range range, int64_t 
     for (int64_t i = 0; i < chunk->nonfinite.count; i++) {
         int64_t key = chunk->nonfinite.keys[i];
         if (key < range.start || key >= range.stop) continue;
-        widen(chunk->v_row, at(&call->v, unit->batch, unit->head, key), call->v.column, call->dtype, call->v_dim);
+        widen(chunk->v_rows, at(&call->v, unit->batch, unit->head, key), call->v.column, call->dtype, call->v_dim);
         for (int64_t lane = 0; lane < width; lane += LANES) {
             vi seen = load(chunk->seen + i * WIDE + lane) != fill(-INFINITY);
             vf weight = load(chunk->s + (key - range.start) * width + lane);
             for (int64_t d = 0; d < call->v_dim; d++) {
                 float *to = block.acc + d * width + lane;
-                store(to, load(to) + keep(seen, weight * chunk->v_row[d]));
+                store(to, load(to) + keep(seen, weight * chunk->v_rows[d]));
             }
         }
     }
@@ -94,28 +94,31 @@ static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range 
 }
 
 /* Read the queries and the state of a block. */
-static void read_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *q, float *acc) {
-    const int64_t width = x->vectors * LANES;
-    memset(block.q, 0, sizeof(float) * call->dim * width);
-    memset(block.acc, 0, sizeof(float) * call->v_dim * width);
-    for (int64_t i = 0; i < width; i++) {
-        block.m[i] = -INFINITY;
-        block.l[i] = 0;
-        if (x->rows[i] < 0) continue;
-        RowState state = read_query(q, acc, call, unit, x->rows[i]);
-        block.m[i] = state.m;
-        block.l[i] = state.l;
-        for (int64_t d = 0; d < call->dim; d++) block.q[d * width + i] = q[d];
-        for (int64_t d = 0; d < call->v_dim; d++) block.acc[d * width + i] = acc[d];
+static void read_block(Block block, const Lanes *x, const Chunk *chunk, const Call *call, const Unit *unit) {
+    const int64_t width = x->vectors * LANES, dim = padded(call->dim), v_dim = padded(call->v_dim);
+    for (int64_t top = 0; top < width; top += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            float *q = chunk->q_rows + i * dim, *acc = chunk->v_rows + i * v_dim;
+            RowState state = {-INFINITY, 0};
+            if (x->rows[top + i] >= 0)
+                state = read_query(q, acc, call, unit, x->rows[top + i]);
+            else
+                memset(q, 0, sizeof(float) * call->dim), memset(acc, 0, sizeof(float) * call->v_dim);
+            block.m[top + i] = state.m;
+            block.l[top + i] = state.l;
+        }
+        rows_to_lanes(block.q + top, width, chunk->q_rows, dim, call->dim);
+        rows_to_lanes(block.acc + top, width, chunk->v_rows, v_dim, call->v_dim);
     }
 }
 
-static void write_block(Block block, const Lanes *x, const Call *call, const Unit *unit, float *acc) {
-    const int64_t width = x->vectors * LANES;
-    for (int64_t i = 0; i < width; i++) {
-        if (x->rows[i] < 0) continue;
-        for (int64_t d = 0; d < call->v_dim; d++) acc[d] = block.acc[d * width + i];
-        write_row(acc, (RowState){block.m[i], block.l[i]}, call, unit, x->rows[i]);
+static void write_block(Block block, const Lanes *x, const Chunk *chunk, const Call *call, const Unit *unit) {
+    const int64_t width = x->vectors * LANES, v_dim = padded(call->v_dim);
+    for (int64_t top = 0; top < width; top += LANES) {
+        lanes_to_rows(chunk->v_rows, v_dim, block.acc + top, width, call->v_dim);
+        for (int i = 0; i < LANES; i++)
+            if (x->rows[top + i] >= 0)
+                write_row(chunk->v_rows + i * v_dim, (RowState){block.m[top + i], block.l[top + i]}, call, unit, x->rows[top + i]);
     }
 }
 
@@ -153,7 +156,7 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
     int64_t first = call->k_len, last = 0;
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
-        read_block(block_at(call, scratch, i), &lanes, call, unit, chunk.q_row, chunk.v_row);
+        read_block(block_at(call, scratch, i), &lanes, &chunk, call, unit);
         first = smaller(first, lanes.least_first);
         last = greater(last, lanes.most_last);
     }
@@ -161,6 +164,6 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
         attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), blocks, scratch, call, unit);
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
-        write_block(block_at(call, scratch, i), &lanes, call, unit, chunk.v_row);
+        write_block(block_at(call, scratch, i), &lanes, &chunk, call, unit);
     }
 }

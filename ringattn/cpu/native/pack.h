@@ -55,6 +55,39 @@ static void narrow(char *to, const float *from, int64_t dtype, int64_t n) {
     }
 }
 
+/* Transpose LANES rows of n floats to n rows of LANES floats. The rows are readable up to the end of a vector. */
+static void rows_to_lanes(float *to, int64_t to_row, const float *from, int64_t from_row, int64_t n) {
+    for (int64_t d = 0; d < n; d += LANES) {
+        vf x[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = load(from + i * from_row + d);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (d + i < n) store(to + (d + i) * to_row, x[i]);
+    }
+}
+
+/* The other way. The rows are writable up to the end of a vector. */
+static void lanes_to_rows(float *to, int64_t to_row, const float *from, int64_t from_row, int64_t n) {
+    for (int64_t d = 0; d < n; d += LANES) {
+        vf x[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = load(from + smaller(d + i, n - 1) * from_row);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store(to + i * to_row + d, x[i]);
+    }
+}
+
+/* Add n floats to floats that are `column` bytes apart. */
+static void add_floats(char *to, int64_t column, const float *from, int64_t n) {
+    int64_t i = 0;
+    if (column == sizeof(float))
+        for (; i + LANES <= n; i += LANES) store((float *)to + i, load((float *)to + i) + load(from + i));
+    for (; i < n; i++) *(float *)(to + i * column) += from[i];
+}
+
 /* The segment ids of the unit's keys, or NULL. */
 static const int32_t *ids_of_keys(const Call *call, const Unit *unit) {
     return call->k_ids ? call->k_ids + unit->batch * call->k_len : NULL;

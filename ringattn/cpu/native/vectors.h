@@ -40,6 +40,47 @@ INLINE vf larger(vf x, vf y) {
 #endif
 }
 
+#ifdef __clang__
+#define SHUFFLE(X, Y, ...) __builtin_shufflevector(X, Y, __VA_ARGS__)
+#else
+#define SHUFFLE(X, Y, ...) __builtin_shuffle(X, Y, (vi){__VA_ARGS__})
+#endif
+
+/* Lanes of x and y in turns, of their lower and of their upper halves. */
+INLINE vf low_in_turns(vf x, vf y) {
+#if LANES == 16
+    return SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LANES == 8
+    return SHUFFLE(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return SHUFFLE(x, y, 0, 4, 1, 5);
+#endif
+}
+INLINE vf high_in_turns(vf x, vf y) {
+#if LANES == 16
+    return SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+    return SHUFFLE(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return SHUFFLE(x, y, 2, 6, 3, 7);
+#endif
+}
+
+/* Transpose LANES vectors. Each round rotates the bits of (vector, lane) by one. */
+INLINE void transpose(vf x[LANES]) {
+#pragma GCC unroll 4
+    for (int n = LANES; n > 1; n /= 2) {
+        vf y[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = low_in_turns(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = high_in_turns(x[i], x[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+}
+
 INLINE vf from_bfloat16(const uint16_t *p) { /* the upper half of a float32 */
     vh bits;
     memcpy(&bits, p, sizeof bits);
