@@ -25,7 +25,9 @@ static Block block_at(const Call *call, float *scratch, int64_t i) {
 }
 
 typedef struct { /* keys and values of a chunk, float32; and scratch of a tile */
-    float *k, *v, *s, *mask, *q_rows, *v_rows; /* q_rows and v_rows: LANES rows */
+    const float *k;      /* the caller's or `k_copy` */
+    int64_t k_row;       /* floats from key to key */
+    float *k_copy, *v, *s, *mask, *q_rows, *v_rows; /* q_rows and v_rows: LANES rows */
     float *seen;         /* [nonfinite keys][WIDE]: their scores */
     Nonfinite nonfinite; /* values */
     int64_t start;
@@ -34,7 +36,7 @@ typedef struct { /* keys and values of a chunk, float32; and scratch of a tile *
 /* Divide the scratch. Return the number of floats. */
 static int64_t divide_chunk(Chunk *x, const Call *call, float *scratch) {
     const int64_t n = call->chunk;
-    float **parts[] = {&x->k, &x->v, &x->s, &x->mask, &x->seen, &x->q_rows, &x->v_rows, (float **)&x->nonfinite.keys};
+    float **parts[] = {&x->k_copy, &x->v, &x->s, &x->mask, &x->seen, &x->q_rows, &x->v_rows, (float **)&x->nonfinite.keys};
     int64_t sizes[] = {n * padded(call->dim), n * padded(call->v_dim), n * WIDE, n * WIDE, n * WIDE,
                        LANES * padded(call->dim), LANES * padded(call->v_dim), padded(n)};
     return divide_floats(scratch, sizeof sizes / sizeof *sizes, parts, sizes);
@@ -74,12 +76,12 @@ static void add_nonfinite(Block block, const Chunk *chunk, Range range, int64_t 
 /* Attend the rows of one block to the keys of a chunk. */
 static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range range, const Call *call, const Unit *unit) {
     const int64_t width = x->vectors * LANES, keys = range.stop - range.start;
-    const int64_t dim = padded(call->dim), v_dim = padded(call->v_dim);
-    const float *k = chunk->k + (range.start - chunk->start) * dim;
+    const int64_t v_dim = padded(call->v_dim);
+    const float *k = chunk->k + (range.start - chunk->start) * chunk->k_row;
     const float *v = chunk->v + (range.start - chunk->start) * v_dim;
     const float *mask = call->mask.data ? chunk->mask : NULL;
     if (mask && !copy_mask(chunk->mask, x, call, unit, range)) return;
-    multiply_scores(call, keys, x->vectors, (Left){k, dim, 1}, (Right){block.q, width}, (Result){chunk->s, width, NULL});
+    multiply_scores(call, keys, x->vectors, (Left){k, chunk->k_row, 1}, (Right){block.q, width}, (Result){chunk->s, width, NULL});
     cap(chunk->s, keys * width, call);
     apply_masks(chunk->s, mask, x, call, unit, range);
     keep_scores(chunk, range, width);
@@ -131,19 +133,38 @@ static Lanes block_lanes(const Call *call, const Unit *unit, int64_t top) {
     return lanes;
 }
 
-/* Attend the blocks to the keys start .. stop - 1. */
-static void attend_chunk(Chunk *chunk, int64_t stop, int64_t blocks, float *scratch, const Call *call, const Unit *unit) {
+/* Whether products read the caller's keys: float32 without padding. The keys of a product must not share few cache sets. */
+static int reads_keys(const Call *call) {
+    return call->dtype == FLOAT32 && call->k.column == sizeof(float) && call->k.row >= 0 && call->k.row <= 2048 && !call->k_ids;
+}
+
+/* Copy the keys and values start .. stop - 1. */
+static void read_chunk(Chunk *chunk, int64_t stop, const Call *call, const Unit *unit) {
+    const int64_t start = chunk->start;
+    chunk->nonfinite.count = 0;
+    widen_rows(chunk->v, padded(call->v_dim), &call->v, call, unit, start, stop, call->v_dim, &chunk->nonfinite);
+    if (reads_keys(call)) {
+        chunk->k = (const float *)at(&call->k, unit->batch, unit->head, start);
+        chunk->k_row = call->k.row / (int64_t)sizeof(float);
+        return;
+    }
+    chunk->k = chunk->k_copy;
+    chunk->k_row = padded(call->dim);
+    widen_rows(chunk->k_copy, chunk->k_row, &call->k, call, unit, start, stop, call->dim, NULL);
+}
+
+/* Attend the blocks to the keys start .. stop - 1, and fetch the chunk after them, which ends at `last` at most. */
+static void attend_chunk(Chunk *chunk, int64_t stop, int64_t last, int64_t blocks, float *scratch, const Call *call, const Unit *unit) {
+    const int64_t next = smaller(stop + call->chunk, last);
     int copied = 0;
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
         Range range = visible_range(&lanes, call, unit, chunk->start, stop);
         if (range.start >= range.stop) continue;
-        if (!copied) {
-            chunk->nonfinite.count = 0;
-            widen_rows(chunk->k, padded(call->dim), &call->k, call, unit, chunk->start, stop, call->dim, NULL);
-            widen_rows(chunk->v, padded(call->v_dim), &call->v, call, unit, chunk->start, stop, call->v_dim, &chunk->nonfinite);
-            copied = 1;
-        }
+        if (!copied) read_chunk(chunk, stop, call, unit);
+        copied = 1;
+        fetch_rows(&call->k, call, unit, stop, next, call->dim, i, blocks);
+        fetch_rows(&call->v, call, unit, stop, next, call->v_dim, i, blocks);
         attend_block(block_at(call, scratch, i), &lanes, chunk, range, call, unit);
     }
 }
@@ -161,7 +182,7 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
         last = greater(last, lanes.most_last);
     }
     for (chunk.start = first; chunk.start < last; chunk.start += call->chunk)
-        attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), blocks, scratch, call, unit);
+        attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), last, blocks, scratch, call, unit);
     for (int64_t i = 0; i < blocks; i++) {
         Lanes lanes = block_lanes(call, unit, i * WIDE);
         write_block(block_at(call, scratch, i), &lanes, &chunk, call, unit);

@@ -108,6 +108,16 @@ static int widen_whole(float *to, const char *from, int64_t column, int64_t dtyp
     return all_finite(to, (n + LANES - 1) / LANES * LANES);
 }
 
+/* Fetch part `i` of `parts` of the keys or values start .. stop - 1 into the second-level cache. */
+INLINE void fetch_rows(const Array *x, const Call *call, const Unit *unit, int64_t start, int64_t stop, int64_t n, int64_t i,
+                       int64_t parts) {
+    const int64_t count = greater(stop - start, 0);
+    for (int64_t row = start + count * i / parts; row < start + count * (i + 1) / parts; row++) {
+        const char *from = at(x, unit->batch, unit->head, row);
+        for (int64_t j = 0; j < n * item_size(call->dtype); j += 64) __builtin_prefetch(from + j, 0, 2);
+    }
+}
+
 typedef struct { /* keys with NaN or infinity among the keys of a chunk, in order */
     int32_t *keys;
     int64_t count;
