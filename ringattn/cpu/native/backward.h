@@ -15,6 +15,7 @@
 #define TILE_WIDTH (TILE_ROWS + 16)
 
 typedef struct { /* a block of WIDE rows, transposed */
+    Lanes *lanes;
     float *q, *dout, *dq, *lse, *delta;
 } GradientBlock;
 
@@ -27,12 +28,12 @@ typedef struct { /* scratch of a unit */
     Nonfinite nonfinite;     /* keys */
 } Sums;
 
-static int64_t gradient_block_floats(const Call *call) { return (2 * call->dim + call->v_dim + 2) * WIDE; }
+static int64_t gradient_block_floats(const Call *call) { return LANES_FLOATS + (2 * call->dim + call->v_dim + 2) * WIDE; }
 
 static GradientBlock gradient_block(const Call *call, const Sums *x, int64_t i) {
-    float *q = x->blocks + i * gradient_block_floats(call);
+    float *lanes = x->blocks + i * gradient_block_floats(call), *q = lanes + LANES_FLOATS;
     float *dq = q + call->dim * WIDE, *dout = dq + call->dim * WIDE, *lse = dout + call->v_dim * WIDE;
-    return (GradientBlock){q, dout, dq, lse, lse + WIDE};
+    return (GradientBlock){(Lanes *)lanes, q, dout, dq, lse, lse + WIDE};
 }
 
 /* Divide the scratch. Return the number of floats. */
@@ -53,9 +54,9 @@ static int64_t backward_scratch(const Call *call, int64_t rows) {
 }
 
 /* Read one row. Rows that see no key (lse = inf) have no gradient, whatever they hold. */
-static void read_row(GradientBlock block, const Sums *sums, const Lanes *x, const Call *call, const Gradients *given,
-                     const Unit *unit, int lane) {
-    const int64_t width = x->vectors * LANES, row = x->rows[lane];
+static void read_row(GradientBlock block, const Sums *sums, const Call *call, const Gradients *given, const Unit *unit,
+                     int lane) {
+    const int64_t row = block.lanes->rows[lane];
     const int64_t query = row_query(call, unit, row), head = row_head(call, unit, row);
     float *q = sums->q + row * padded(call->dim), *dout = sums->dout + row * padded(call->v_dim);
     const float delta = *(float *)at(&given->delta, unit->batch, head, query);
@@ -70,19 +71,25 @@ static void read_row(GradientBlock block, const Sums *sums, const Lanes *x, cons
         return;
     }
     block.delta[lane] = delta;
-    for (int64_t d = 0; d < call->dim; d++) block.q[d * width + lane] = q[d] *= (float)call->scale;
-    for (int64_t d = 0; d < call->v_dim; d++) block.dout[d * width + lane] = dout[d];
+    for (int64_t d = 0; d < call->dim; d++) q[d] *= (float)call->scale;
 }
 
 static void read_gradient_block(const Sums *sums, const Call *call, const Gradients *given, const Unit *unit, int64_t i) {
     GradientBlock block = gradient_block(call, sums, i);
-    Lanes lanes = block_lanes(call, unit, i * WIDE);
-    const int64_t dim = padded(call->dim) * WIDE, v_dim = padded(call->v_dim) * WIDE;
-    memset(block.q, 0, sizeof(float) * gradient_block_floats(call));
-    memset(sums->q + i * dim, 0, sizeof(float) * dim);
-    memset(sums->dout + i * v_dim, 0, sizeof(float) * v_dim);
-    for (int lane = 0; lane < lanes.vectors * LANES; lane++)
-        if (lanes.rows[lane] >= 0) read_row(block, sums, &lanes, call, given, unit, lane);
+    const int64_t dim = padded(call->dim), v_dim = padded(call->v_dim);
+    float *q = sums->q + i * WIDE * dim, *dout = sums->dout + i * WIDE * v_dim;
+    *block.lanes = block_lanes(call, unit, i * WIDE);
+    const int64_t width = block.lanes->vectors * LANES;
+    memset(block.dq, 0, sizeof(float) * call->dim * WIDE);
+    memset(block.lse, 0, sizeof(float) * 2 * WIDE); /* and delta */
+    memset(q, 0, sizeof(float) * WIDE * dim);
+    memset(dout, 0, sizeof(float) * WIDE * v_dim);
+    for (int lane = 0; lane < width; lane++)
+        if (block.lanes->rows[lane] >= 0) read_row(block, sums, call, given, unit, lane);
+    for (int64_t top = 0; top < width; top += LANES) {
+        rows_to_lanes(block.q + top, width, q + top * dim, dim, call->dim);
+        rows_to_lanes(block.dout + top, width, dout + top * v_dim, v_dim, call->v_dim);
+    }
 }
 
 /* Set the scores with nonfinite keys to NaN. */
@@ -128,12 +135,12 @@ static void clear_columns(const Sums *x, int64_t start, int64_t stop, int64_t co
 /* Fill a block's columns of the tile, keys `all`, and add to its dQ. `start` is the first key of the chunk. */
 static void gradient_of_block(const Sums *x, const Call *call, const Unit *unit, int64_t i, Range all, int64_t start) {
     GradientBlock block = gradient_block(call, x, i);
-    Lanes lanes = block_lanes(call, unit, i * WIDE);
-    Range range = visible_range(&lanes, call, unit, all.start, all.stop);
-    const int64_t width = lanes.vectors * LANES, column = i * WIDE % TILE_ROWS, keys = range.stop - range.start;
+    const Lanes *lanes = block.lanes;
+    Range range = visible_range(lanes, call, unit, all.start, all.stop);
+    const int64_t width = lanes->vectors * LANES, column = i * WIDE % TILE_ROWS, keys = range.stop - range.start;
     const int64_t dim = padded(call->dim), v_dim = padded(call->v_dim);
     const float *mask = call->mask.data ? x->mask : NULL;
-    if (keys <= 0 || (mask && !copy_mask(x->mask, &lanes, call, unit, range))) {
+    if (keys <= 0 || (mask && !copy_mask(x->mask, lanes, call, unit, range))) {
         clear_columns(x, all.start - start, all.stop - start, column, width);
         return;
     }
@@ -142,18 +149,18 @@ static void gradient_of_block(const Sums *x, const Call *call, const Unit *unit,
     const int64_t first = range.start - start;
     const float *k = x->k + first * dim, *v = x->v + first * v_dim;
     float *p = x->p + first * TILE_WIDTH + column, *ds = x->ds + first * TILE_WIDTH + column;
-    multiply_scores(call, keys, lanes.vectors, (Left){k, dim, 1}, (Right){block.q, width}, (Result){x->s, width, NULL});
+    multiply_scores(call, keys, lanes->vectors, (Left){k, dim, 1}, (Right){block.q, width}, (Result){x->s, width, NULL});
     mark_nonfinite(x->s, x, range, width);
     cap(x->s, keys * width, call);
     if (call->softcap != 0) cap_slope(x->slope, x->s, keys * width, (float)call->softcap);
-    apply_masks(x->s, mask, &lanes, call, unit, range);
-    multiply(keys, lanes.vectors, (Left){v, v_dim, 1}, (Right){block.dout, width}, call->v_dim, (Result){x->dp, width, NULL});
-    if (lanes.vectors == 1)
+    apply_masks(x->s, mask, lanes, call, unit, range);
+    multiply(keys, lanes->vectors, (Left){v, v_dim, 1}, (Right){block.dout, width}, call->v_dim, (Result){x->dp, width, NULL});
+    if (lanes->vectors == 1)
         weights_and_gradients(1, x, block, call->softcap != 0, keys, p, ds);
     else
         weights_and_gradients(2, x, block, call->softcap != 0, keys, p, ds);
     const vf ones[VECTORS] = {fill(1), fill(1)};
-    multiply(call->dim, lanes.vectors, (Left){k, 1, dim}, (Right){ds, TILE_WIDTH}, keys, (Result){block.dq, width, ones});
+    multiply(call->dim, lanes->vectors, (Left){k, 1, dim}, (Right){ds, TILE_WIDTH}, keys, (Result){block.dq, width, ones});
 }
 
 /* Add the product of a tile [keys][rows] and [rows][columns] to `to` [keys][columns]. */
@@ -170,8 +177,7 @@ static void gradient_of_tile(const Sums *x, const Call *call, const Unit *unit, 
     const int64_t rows = smaller((unit->stop - unit->start) * call->group - top, TILE_ROWS);
     Range all = {chunk.stop, chunk.start, 0};
     for (int64_t i = top / WIDE; i * WIDE < top + rows; i++) {
-        Lanes lanes = block_lanes(call, unit, i * WIDE);
-        Range range = visible_range(&lanes, call, unit, chunk.start, chunk.stop);
+        Range range = visible_range(gradient_block(call, x, i).lanes, call, unit, chunk.start, chunk.stop);
         if (range.start >= range.stop) continue;
         all.start = smaller(all.start, range.start);
         all.stop = greater(all.stop, range.stop);
@@ -185,19 +191,21 @@ static void gradient_of_tile(const Sums *x, const Call *call, const Unit *unit, 
 }
 
 static void add_rows(const Array *to, const float *from, int64_t width, int64_t start, int64_t stop, int64_t n) {
-    for (int64_t i = start; i < stop; i++, from += width)
-        for (int64_t d = 0; d < n; d++) *(float *)(at(to, 0, 0, i) + d * to->column) += from[d];
+    for (int64_t i = start; i < stop; i++, from += width) add_floats(at(to, 0, 0, i), to->column, from, n);
 }
 
+/* Add dQ of a block. The copy of its queries is overwritten. */
 static void add_dq(const Sums *x, const Call *call, const Gradients *given, const Unit *unit, int64_t i) {
-    Lanes lanes = block_lanes(call, unit, i * WIDE);
-    const float *dq = gradient_block(call, x, i).dq;
-    const int64_t width = lanes.vectors * LANES;
-    for (int lane = 0; lane < width; lane++) {
-        if (lanes.rows[lane] < 0) continue;
-        char *to = at(&given->dq, unit->batch, row_head(call, unit, lanes.rows[lane]), row_query(call, unit, lanes.rows[lane]));
-        for (int64_t d = 0; d < call->dim; d++)
-            *(float *)(to + d * given->dq.column) += dq[d * width + lane] * (float)call->scale;
+    GradientBlock block = gradient_block(call, x, i);
+    const int64_t width = block.lanes->vectors * LANES, dim = padded(call->dim);
+    float *rows = x->q + i * WIDE * dim;
+    for (int64_t top = 0; top < width; top += LANES) lanes_to_rows(rows + top * dim, dim, block.dq + top, width, call->dim);
+    for (int lane = 0; lane < width; lane++, rows += dim) {
+        const int64_t row = block.lanes->rows[lane];
+        if (row < 0) continue;
+        for (int64_t d = 0; d < call->dim; d++) rows[d] *= (float)call->scale;
+        add_floats(at(&given->dq, unit->batch, row_head(call, unit, row), row_query(call, unit, row)), given->dq.column, rows,
+                   call->dim);
     }
 }
 
@@ -209,10 +217,10 @@ static void backward_rows(const Call *call, const Gradients *given, const Unit *
     Sums sums;
     divide(&sums, call, rows, scratch);
     for (int64_t i = 0; i < blocks; i++) {
-        Lanes lanes = block_lanes(call, unit, i * WIDE);
+        const Lanes *lanes = gradient_block(call, &sums, i).lanes;
         read_gradient_block(&sums, call, given, unit, i);
-        first = smaller(first, lanes.least_first);
-        last = greater(last, lanes.most_last);
+        first = smaller(first, lanes->least_first);
+        last = greater(last, lanes->most_last);
     }
     for (int64_t start = first; start < last; start += call->chunk) {
         Range chunk = {start, smaller(start + call->chunk, last), 0};

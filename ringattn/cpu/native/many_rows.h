@@ -11,17 +11,20 @@
 #include "tile.h"
 
 typedef struct { /* scratch of a block of rows */
+    Lanes *lanes;
     float *q, *acc, *m, *l;
 } Block;
 
+enum { LANES_FLOATS = sizeof(Lanes) / sizeof(float) }; /* a multiple of LANES */
+
 static int64_t padded(int64_t n) { return (n + 15) / 16 * 16 + 16; } /* odd numbers of cache lines spread over the cache */
 
-static int64_t block_floats(const Call *call) { return (call->dim + call->v_dim + 2) * WIDE; }
+static int64_t block_floats(const Call *call) { return LANES_FLOATS + (call->dim + call->v_dim + 2) * WIDE; }
 
 static Block block_at(const Call *call, float *scratch, int64_t i) {
-    float *q = scratch + i * block_floats(call);
+    float *lanes = scratch + i * block_floats(call), *q = lanes + LANES_FLOATS;
     float *acc = q + call->dim * WIDE;
-    return (Block){q, acc, acc + call->v_dim * WIDE, acc + (call->v_dim + 1) * WIDE};
+    return (Block){(Lanes *)lanes, q, acc, acc + call->v_dim * WIDE, acc + (call->v_dim + 1) * WIDE};
 }
 
 typedef struct { /* keys and values of a chunk, float32; and scratch of a tile */
@@ -74,7 +77,8 @@ static void add_nonfinite(Block block, const Chunk *chunk, Range range, int64_t 
 }
 
 /* Attend the rows of one block to the keys of a chunk. */
-static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range range, const Call *call, const Unit *unit) {
+static void attend_block(Block block, const Chunk *chunk, Range range, const Call *call, const Unit *unit) {
+    const Lanes *x = block.lanes;
     const int64_t width = x->vectors * LANES, keys = range.stop - range.start;
     const int64_t v_dim = padded(call->v_dim);
     const float *k = chunk->k + (range.start - chunk->start) * chunk->k_row;
@@ -96,7 +100,8 @@ static void attend_block(Block block, const Lanes *x, const Chunk *chunk, Range 
 }
 
 /* Read the queries and the state of a block. */
-static void read_block(Block block, const Lanes *x, const Chunk *chunk, const Call *call, const Unit *unit) {
+static void read_block(Block block, const Chunk *chunk, const Call *call, const Unit *unit) {
+    const Lanes *x = block.lanes;
     const int64_t width = x->vectors * LANES, dim = padded(call->dim), v_dim = padded(call->v_dim);
     for (int64_t top = 0; top < width; top += LANES) {
         for (int i = 0; i < LANES; i++) {
@@ -114,7 +119,8 @@ static void read_block(Block block, const Lanes *x, const Chunk *chunk, const Ca
     }
 }
 
-static void write_block(Block block, const Lanes *x, const Chunk *chunk, const Call *call, const Unit *unit) {
+static void write_block(Block block, const Chunk *chunk, const Call *call, const Unit *unit) {
+    const Lanes *x = block.lanes;
     const int64_t width = x->vectors * LANES, v_dim = padded(call->v_dim);
     for (int64_t top = 0; top < width; top += LANES) {
         lanes_to_rows(chunk->v_rows, v_dim, block.acc + top, width, call->v_dim);
@@ -158,14 +164,14 @@ static void attend_chunk(Chunk *chunk, int64_t stop, int64_t last, int64_t block
     const int64_t next = smaller(stop + call->chunk, last);
     int copied = 0;
     for (int64_t i = 0; i < blocks; i++) {
-        Lanes lanes = block_lanes(call, unit, i * WIDE);
-        Range range = visible_range(&lanes, call, unit, chunk->start, stop);
+        Block block = block_at(call, scratch, i);
+        Range range = visible_range(block.lanes, call, unit, chunk->start, stop);
         if (range.start >= range.stop) continue;
         if (!copied) read_chunk(chunk, stop, call, unit);
         copied = 1;
         fetch_rows(&call->k, call, unit, stop, next, call->dim, i, blocks);
         fetch_rows(&call->v, call, unit, stop, next, call->v_dim, i, blocks);
-        attend_block(block_at(call, scratch, i), &lanes, chunk, range, call, unit);
+        attend_block(block, chunk, range, call, unit);
     }
 }
 
@@ -176,15 +182,13 @@ static void many_rows(const Call *call, const Unit *unit, float *scratch) {
     divide_chunk(&chunk, call, scratch + blocks * block_floats(call));
     int64_t first = call->k_len, last = 0;
     for (int64_t i = 0; i < blocks; i++) {
-        Lanes lanes = block_lanes(call, unit, i * WIDE);
-        read_block(block_at(call, scratch, i), &lanes, &chunk, call, unit);
-        first = smaller(first, lanes.least_first);
-        last = greater(last, lanes.most_last);
+        Block block = block_at(call, scratch, i);
+        *block.lanes = block_lanes(call, unit, i * WIDE);
+        read_block(block, &chunk, call, unit);
+        first = smaller(first, block.lanes->least_first);
+        last = greater(last, block.lanes->most_last);
     }
     for (chunk.start = first; chunk.start < last; chunk.start += call->chunk)
         attend_chunk(&chunk, smaller(chunk.start + call->chunk, last), last, blocks, scratch, call, unit);
-    for (int64_t i = 0; i < blocks; i++) {
-        Lanes lanes = block_lanes(call, unit, i * WIDE);
-        write_block(block_at(call, scratch, i), &lanes, &chunk, call, unit);
-    }
+    for (int64_t i = 0; i < blocks; i++) write_block(block_at(call, scratch, i), &chunk, call, unit);
 }

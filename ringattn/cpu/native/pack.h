@@ -84,7 +84,7 @@ static void lanes_to_rows(float *to, int64_t to_row, const float *from, int64_t 
 static void add_floats(char *to, int64_t column, const float *from, int64_t n) {
     int64_t i = 0;
     if (column == sizeof(float))
-        for (; i + LANES <= n; i += LANES) store((float *)to + i, load((float *)to + i) + load(from + i));
+        for (; i + LANES <= n; i += LANES) store((float *)(to + i * column), load((float *)(to + i * column)) + load(from + i));
     for (; i < n; i++) *(float *)(to + i * column) += from[i];
 }
 
