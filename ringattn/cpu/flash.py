@@ -19,7 +19,7 @@ from ..native import load
 from .tile_masks import WorkUnit
 from .work_units import WorkUnits, buffer
 
-KEYS = 128  # keys in a tile: the scores of a block of rows stay in the first-level cache
+KEYS = 192  # keys in a tile: the scores of a block of rows stay in the first-level cache, in whole blocks of registers
 DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2, np.dtype(bool): 3}  # bfloat16 bits
 
 

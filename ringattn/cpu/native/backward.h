@@ -11,7 +11,7 @@
 #pragma once
 #include "many_rows.h"
 
-#define TILE_ROWS 128 /* rows that one product sums over */
+#define TILE_ROWS 256 /* rows that one product sums over */
 #define TILE_WIDTH (TILE_ROWS + 16)
 
 typedef struct { /* a block of WIDE rows, transposed */

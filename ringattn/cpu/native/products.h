@@ -42,6 +42,7 @@ INLINE void multiply_block(const int rows, const int vectors, Left a, Right b, p
     const float *left[(MOST + 2) / 3], *right = b.data;
 #pragma GCC unroll 4
     for (int i = 0; i < (rows + 2) / 3; i++) left[i] = a.data + 3 * i * a.row;
+#pragma GCC unroll 4
     for (ptrdiff_t k = 0; k < n; k++, right += b.k) {
         vf y[VECTORS];
 #pragma GCC unroll 2
