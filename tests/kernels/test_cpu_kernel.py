@@ -106,6 +106,14 @@ def test_numbers_that_are_far_apart_in_memory(way):
         assert mx.allclose(a, b, atol=1e-6)
 
 
+def test_keys_that_are_read_in_place_and_keys_that_are_copied(way):
+    """The compiled kernel copies keys that are too far apart in memory. The bits are the same."""
+    q, k, v = normal(0, 1, 8, 300, 128), normal(1, 1, 400, 8, 128).swapaxes(1, 2), normal(2, 1, 8, 400, 128)
+    near = mx.array(np.ascontiguousarray(np.array(k)))
+    for a, b in zip(*(ra.attention(q, x, v, backend="host", return_lse=True) for x in (k, near))):
+        assert same_bits(a, b)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_results_are_rounded_as_by_mlx(way, dtype):
     """One key has the weight 1, so its value is the result, rounded to nearest even."""

@@ -107,10 +107,9 @@ static void read_block(Block block, const Chunk *chunk, const Call *call, const 
         for (int i = 0; i < LANES; i++) {
             float *q = chunk->q_rows + i * dim, *acc = chunk->v_rows + i * v_dim;
             RowState state = {-INFINITY, 0};
-            if (x->rows[top + i] >= 0)
-                state = read_query(q, acc, call, unit, x->rows[top + i]);
-            else
-                memset(q, 0, sizeof(float) * call->dim), memset(acc, 0, sizeof(float) * call->v_dim);
+            memset(q, 0, sizeof(float) * call->dim);
+            memset(acc, 0, sizeof(float) * call->v_dim);
+            if (x->rows[top + i] >= 0) state = read_query(q, acc, call, unit, x->rows[top + i]);
             block.m[top + i] = state.m;
             block.l[top + i] = state.l;
         }
@@ -126,7 +125,8 @@ static void write_block(Block block, const Chunk *chunk, const Call *call, const
         lanes_to_rows(chunk->v_rows, v_dim, block.acc + top, width, call->v_dim);
         for (int i = 0; i < LANES; i++)
             if (x->rows[top + i] >= 0)
-                write_row(chunk->v_rows + i * v_dim, (RowState){block.m[top + i], block.l[top + i]}, call, unit, x->rows[top + i]);
+                write_row(chunk->v_rows + i * v_dim, (RowState){block.m[top + i], block.l[top + i]}, call, unit,
+                          x->rows[top + i]);
     }
 }
 
@@ -141,10 +141,11 @@ static Lanes block_lanes(const Call *call, const Unit *unit, int64_t top) {
 
 /* Whether products read the caller's keys: float32 without padding. The keys of a product must not share few cache sets. */
 static int reads_keys(const Call *call) {
-    return call->dtype == FLOAT32 && call->k.column == sizeof(float) && call->k.row >= 0 && call->k.row <= 2048 && !call->k_ids;
+    const int near = call->k.row >= 0 && call->k.row <= 2048;
+    return call->dtype == FLOAT32 && call->k.column == sizeof(float) && near && !call->k_ids;
 }
 
-/* Copy the keys and values start .. stop - 1. */
+/* Copy the keys and values start .. stop - 1, or read the keys where they are. */
 static void read_chunk(Chunk *chunk, int64_t stop, const Call *call, const Unit *unit) {
     const int64_t start = chunk->start;
     chunk->nonfinite.count = 0;
@@ -160,7 +161,8 @@ static void read_chunk(Chunk *chunk, int64_t stop, const Call *call, const Unit 
 }
 
 /* Attend the blocks to the keys start .. stop - 1, and fetch the chunk after them, which ends at `last` at most. */
-static void attend_chunk(Chunk *chunk, int64_t stop, int64_t last, int64_t blocks, float *scratch, const Call *call, const Unit *unit) {
+static void attend_chunk(Chunk *chunk, int64_t stop, int64_t last, int64_t blocks, float *scratch, const Call *call,
+                         const Unit *unit) {
     const int64_t next = smaller(stop + call->chunk, last);
     int copied = 0;
     for (int64_t i = 0; i < blocks; i++) {
