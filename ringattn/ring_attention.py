@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
 
-from .autograd.custom_function import custom_op
+from .autograd.custom_function import custom_op, untraced
 from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
@@ -142,8 +143,14 @@ def ring_attention(
             )
         out, lse = custom_op(
             WHAT,
-            lambda *arrays: loop.forward(call.bind(arrays)),
+            lambda *arrays: loop.forward(call.bind(tuple(untraced(arrays)))),
             call.arrays,
-            gradient=lambda *arrays: backward(call.bind(arrays[:-4]), *arrays[-4:]),
+            gradient=lambda *arrays: _gradient(call, untraced(arrays)),
         )
     return (out, lse) if return_lse else out
+
+
+def _gradient(call: RingCall, arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Compute the gradient from the call's arrays, the gradients with respect to the results, and the results."""
+    *own, dout, dlse, out, lse = arrays
+    return backward(call.bind(tuple(own)), dout, dlse, out, lse)
