@@ -181,8 +181,18 @@ def round_trip(
     schedules: Sequence[Schedule],
     accumulator: Accumulator,
     compute: Callable[[int, Block], Arrays],
+    first: Arrays | None = None,
 ) -> tuple[mx.array, ...]:
-    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home."""
+    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home.
+
+    Args:
+        call: The call, whose ranks agree.
+        own: This rank's block.
+        schedules: The hops of each route.
+        accumulator: Adds results up.
+        compute: Computes on the block of a hop.
+        first: The results of the first hop, if it was computed before.
+    """
     arrivals, sends = relay(call.ring, own, schedules, call.links)
     routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
     held = Held(call)
@@ -193,7 +203,9 @@ def round_trip(
         added = None
         if hop.compute:
             call.wait(h, arrival.transfer)
-            added = accumulator.block(compute(h, rows_of(from_host(arrival.block), hop.compute)), hop.compute)
+            found = first or compute(h, rows_of(from_host(arrival.block), hop.compute))
+            first = None
+            added = accumulator.block(found, hop.compute)
         held.turn()
         held.until(() if added is None else added.arrays, arrival.release)
         following.allow_receive()
