@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..errors import RingAttentionError, TransformError
-from ..native.cuda import Driver, driver
+from ..native.cuda import driver
 from .checkpointing import record_or_replay
+from .untraced import copies_on_gpu
 
 Arrays = Sequence[mx.array]
 
@@ -75,26 +76,6 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
 
 
-def untraced(arrays: Arrays) -> Arrays:
-    """Return copies of `arrays` on an NVIDIA GPU inside a transformation, else `arrays`.
-
-    MLX evaluates what is computed from traced arrays while the caller waits, and keeps it as long as its results live.
-    From the copies MLX computes as outside: the GPU works on while Python prepares what follows.
-    """
-    gpu = driver()
-    if gpu is None or not _traced(arrays):
-        return arrays
-    return _copies_on_gpu(gpu, arrays)
-
-
-def _traced(arrays: Arrays) -> bool:
-    try:
-        mx.async_eval(*(x.reshape(-1)[:1] for x in arrays))
-    except ValueError:
-        return True
-    return False
-
-
 def evaluated_copies(arrays: Arrays) -> Arrays:
     """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
 
@@ -112,18 +93,9 @@ def evaluated_copies(arrays: Arrays) -> Arrays:
 def _copy(x: mx.array) -> mx.array:
     gpu = driver()
     if gpu is not None:
-        return _copies_on_gpu(gpu, [x])[0]
+        return copies_on_gpu(gpu, [x])[0]
     y = mx.array(view(x))
     return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
-
-
-def _copies_on_gpu(gpu: Driver, arrays: Arrays) -> list[mx.array]:
-    """Copy `arrays` without views on the host, which would move them there."""
-    copies = [mx.zeros(x.shape, x.dtype) for x in arrays]
-    pairs = [(mx.contiguous(x), y) for x, y in zip(arrays, copies) if x.size]
-    places = gpu.locate([one for pair in pairs for one in pair])[1]()
-    gpu.copy_all(places[1::2], places[::2], [x.nbytes for x, _ in pairs])
-    return copies
 
 
 _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)
