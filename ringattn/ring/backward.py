@@ -31,6 +31,7 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
         with raise_on_all_ranks(ring, GRADIENT):
             mx.eval(*call.arrays, dout, dlse)
             passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
+            ring.tracer.choose(passing.name)
             call = replace(call, links=ring.links if call.stays_on_gpu else None)
             work = passing(call, call.kernel.rows(out, lse, dout, dlse))
             # Python takes about as long to agree and to post the messages as a GPU to compute on a short block.
@@ -38,7 +39,6 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
             fields = call.fields()
         work.call = call.agreed(GRADIENT, fields)
         with ring.break_ring_on_error():
-            ring.tracer.choose(passing.name)
             sums = work.travel(first)
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
