@@ -23,6 +23,7 @@ from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
 from .sharding.forward_pass import ShardedCache, cut_at_marks, flat, step_through
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import wrapper_of
+from .sharding.output_layer import patch_output_layers
 from .sharding.partition import Cost, next_step
 from .sharding.patch_points import patch_recurrences
 from .sharding.ropes import longest_context
@@ -138,6 +139,7 @@ def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None =
     kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
     part = _divide_weights(model, ring, grid)
     patch_convolutions(model)
+    patch_output_layers(model)
     _patch_functions(model)
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
     caches = [one.make_tracing() for one in kinds]
