@@ -266,3 +266,17 @@ def test_links_from_text() -> None:
 def test_wrong_links(text: str) -> None:
     with pytest.raises(ArgumentError, match=r"^--link: [^\n]*expected[^\n]*tb5-rdma"):
         parse_link("--link", text)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_cpus_divide_a_large_output_layer(size: int) -> None:
+    free = Link("free", 1e18, 0.0)
+
+    def token(shape: ModelShape, gpu: bool) -> float:
+        found = predictions(shape, cluster(size, free), Job(8, gpu=gpu))
+        return next(one.token for one in found if one.arrangement == Arrangement(size))
+
+    saved = MODEL.head * (1 - 1 / size) / MACHINE.bandwidth
+    assert token(MODEL, True) - token(MODEL, False) == pytest.approx(saved, abs=2e-5)
+    small = replace(MODEL, head=1 << 20)
+    assert token(small, True) == token(small, False)

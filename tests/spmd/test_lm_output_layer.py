@@ -36,7 +36,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(stop - start)
         return rows(layer, start, stop)
 
-    monkeypatch.setattr(output_layer, "LEAST", 0)
+    monkeypatch.setattr(output_layer, "LEAST_HEAD", 0)
     monkeypatch.setattr(output_layer, "_rows", counted)
     return found
 
@@ -63,7 +63,7 @@ def test_logits(
     found = [model(step, cache=cache) for step in steps]
     parts = [parts_of(VOCABULARY, ring.size).local_length(ring.rank)] * 2  # of the two calls with one token
     assert computed == (parts if ring.size > 1 else [])
-    monkeypatch.setattr(output_layer, "LEAST", 1 << 40)
+    monkeypatch.setattr(output_layer, "LEAST_HEAD", 1 << 40)
     cache = make_prompt_cache(model)
     for logits, step in zip(found, steps):
         assert mx.array_equal(logits, model(step, cache=cache))
@@ -82,7 +82,7 @@ def test_generated_tokens(ring: Ring, monkeypatch: pytest.MonkeyPatch, computed:
     model = lm.shard(make("llama", False, 32), ring)
     texts = []
     for least in (0, 1 << 40):
-        monkeypatch.setattr(output_layer, "LEAST", least)
+        monkeypatch.setattr(output_layer, "LEAST_HEAD", least)
         texts.append([r.token for r in lm.stream_generate(model, words(), list(range(1, 60)), max_tokens=6)])
     assert texts[0] == texts[1]
     assert bool(computed) == (ring.size > 1)

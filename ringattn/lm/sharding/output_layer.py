@@ -19,9 +19,9 @@ from ...ring.parts import Part, gather_parts
 from ...transport.consensus import agree
 from ...transport.interface import Transport
 from .forward_pass import current
+from .partition import LEAST_HEAD
 
 WHAT = "the output layer"
-LEAST = 1 << 24  # bytes of the weights: fewer are read in the time of an exchange
 RUN = 64  # a rank's part begins at a multiple, so that products have the same bits as in the whole layer
 
 
@@ -53,7 +53,14 @@ class _Divided:
         ring = caches[0].ring if caches else None
         step = caches[0].step if caches else None
         size = sum(weight.nbytes for weight in layer.values() if isinstance(weight, mx.array))
-        if ring is None or ring.size == 1 or step is None or step.new.length > 1 or not current.is_read or size < LEAST:
+        if (
+            ring is None
+            or ring.size == 1
+            or step is None
+            or step.new.length > 1
+            or not current.is_read
+            or size < LEAST_HEAD
+        ):
             logits: mx.array = plain(layer, x)
             return logits
         if self._is_divided is None:
