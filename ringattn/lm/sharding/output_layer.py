@@ -33,7 +33,7 @@ def patch_output_layers(model: nn.Module) -> None:
         if kind is not None:
             part.__class__ = kind
         if isinstance(part, _Divided):
-            vars(part)["_is_divided"] = None  # the ring may be another one
+            part._is_divided = None  # the ring may be another one
 
 
 class _Divided:
@@ -49,18 +49,9 @@ class _Divided:
         """The logits of x ``[batch, tokens, hidden]`` by the `method` of the layer's own class."""
         layer: Any = self
         plain = getattr(type(layer).__mro__[2], method)
-        caches = current.caches
-        ring = caches[0].ring if caches else None
-        step = caches[0].step if caches else None
+        ring = _ring_of_new_token()
         size = sum(weight.nbytes for weight in layer.values() if isinstance(weight, mx.array))
-        if (
-            ring is None
-            or ring.size == 1
-            or step is None
-            or step.new.length > 1
-            or not current.is_read
-            or size < LEAST_HEAD
-        ):
+        if ring is None or size < LEAST_HEAD:
             logits: mx.array = plain(layer, x)
             return logits
         if self._is_divided is None:
@@ -98,6 +89,15 @@ class RingQuantizedEmbedding(_Divided, nn.QuantizedEmbedding):
 
 LINEAR: dict[type, type] = {nn.Linear: RingLinear, nn.QuantizedLinear: RingQuantizedLinear}
 EMBEDDINGS: dict[type, type] = {nn.Embedding: RingEmbedding, nn.QuantizedEmbedding: RingQuantizedEmbedding}
+
+
+def _ring_of_new_token() -> Transport | None:
+    """The ring of a pass of one token whose logits are read, if it has several ranks; ``None`` elsewhere."""
+    if not current.caches or not current.is_read:
+        return None
+    first = current.caches[0]
+    is_one = first.step is not None and first.step.new.length == 1
+    return first.ring if is_one and first.ring.size > 1 else None
 
 
 def _without_gpus(ring: Transport) -> bool:
