@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
 
 from .autograd.custom_function import custom_op
+from .autograd.untraced import untraced
 from .core.options import SharedOptions
 from .layout import Layout
 from .ring import loop
@@ -142,8 +144,14 @@ def ring_attention(
             )
         out, lse = custom_op(
             WHAT,
-            lambda *arrays: loop.forward(call.bind(arrays)),
+            lambda *arrays: untraced(lambda *own: loop.forward(call.bind(own)), arrays, ring.fail),
             call.arrays,
-            gradient=lambda *arrays: backward(call.bind(arrays[:-4]), *arrays[-4:]),
+            gradient=lambda *arrays: untraced(partial(_gradient, call), arrays, ring.fail),
         )
     return (out, lse) if return_lse else out
+
+
+def _gradient(call: RingCall, *arrays: mx.array) -> list[mx.array]:
+    """Compute the gradient from the call's arrays, the gradients with respect to the results, and the results."""
+    *own, dout, dlse, out, lse = arrays
+    return backward(call.bind(tuple(own)), dout, dlse, out, lse)

@@ -165,8 +165,11 @@ def _backward_hopper(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[n
     )
     if d["OF_KEYS"]:
         found = [by_product.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ buffers["dout"]]
-        return [x.reshape(batch, left, heads // left, k_len, -1).sum(2) for x in found]
-    dq = buffers["sums"] + buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
+        dk, dv = (x.reshape(batch, left, heads // left, k_len, -1).sum(2) for x in found)
+        if not d["ADDS"]:
+            return [dk, dv]
+        return [buffers["dk_before"] + buffers["numbers"][0] * dk, buffers["dv_before"] + dv]
+    dq = buffers["dq_before"] + buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
     return [dq, ds] if d["MASK"] == 2 else [dq]
 
 

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from ..core.arrays import view
 from ..errors import RingAttentionError, TransformError
-from ..native.cuda import Driver, driver
+from ..native.cuda import driver
 from .checkpointing import record_or_replay
+from .untraced import copies_on_gpu
 
 Arrays = Sequence[mx.array]
 
@@ -75,15 +76,6 @@ def start_evaluation(*arrays: mx.array) -> None:
         mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
 
 
-def may_start() -> bool:
-    """Return whether `start_evaluation` does not wait: outside a transformation."""
-    try:
-        mx.async_eval(mx.array(0) + 0)
-    except ValueError:
-        return False
-    return True
-
-
 def evaluated_copies(arrays: Arrays) -> Arrays:
     """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
 
@@ -100,19 +92,10 @@ def evaluated_copies(arrays: Arrays) -> Arrays:
 
 def _copy(x: mx.array) -> mx.array:
     gpu = driver()
-    if gpu is not None and x.size:
-        return _copy_on_gpu(gpu, x)
+    if gpu is not None:
+        return copies_on_gpu(gpu, [x])[0]
     y = mx.array(view(x))
     return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
-
-
-def _copy_on_gpu(gpu: Driver, x: mx.array) -> mx.array:
-    """Copy `x` without a view on the host, which would move it there."""
-    x = mx.contiguous(x)
-    y = mx.zeros(x.shape, x.dtype)
-    source, target = gpu.locate([x, y])[1]()
-    gpu.copy_all([target], [source], [x.nbytes])
-    return y
 
 
 _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)

@@ -77,21 +77,25 @@ def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:
     return key_tile_ranges(band, held, passing, tiling.HELD, 1, tiling.PASSING)
 
 
-def held_keys_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int) -> KernelCall:
+def held_keys_call(
+    inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int, sums: tuple[mx.array, mx.array] | None = None
+) -> KernelCall:
     """The call of `backward_hopper.cu` whose blocks hold keys.
 
-    Its outputs are float32: dk ``[B, heads, Lk, D]``, without the factor `scale`, and dv ``[B, heads, Lk, Dv]``, to be
-    added up over what each key head has of `heads`.
+    Its outputs are float32: `sums` plus dk ``[B, Hkv, Lk, D]`` and dv ``[B, Hkv, Lk, Dv]``. Without `sums` they have
+    `heads` in the place of Hkv, to be added up over what each key head has of them, and dk misses the factor `scale`.
 
     Args:
         inputs: `whole` inputs with at least one query and one key.
         rows: Their rows; dout in the dtype of q, lse and delta contiguous.
         tiling: Their tiling.
-        heads: The number of heads of q, or of k.
+        heads: The number of heads of q, or of k, which `sums` need.
+        sums: The sums of dk and dv before, contiguous.
     """
     shape = inputs.k.shape[0], heads, inputs.k.shape[2]
     dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
-    return _call(inputs, rows, tiling, heads, {}, {name: (*shape, width) for name, width in dims.items()})
+    before = {} if sums is None else dict(zip(("dk_before", "dv_before"), sums))
+    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()})
 
 
 def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array) -> KernelCall:
@@ -101,7 +105,7 @@ def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums
     ``[B, Hq, Lq, Lk]``.
     """
     outputs = {"dq": sums.shape, **mask_output(inputs)}
-    return _call(inputs, rows, tiling, inputs.rows[1], {"sums": sums}, outputs)
+    return _call(inputs, rows, tiling, inputs.rows[1], {"dq_before": sums}, outputs)
 
 
 def _call(
@@ -109,7 +113,7 @@ def _call(
     rows: Rows,
     tiling: HeldTiling,
     heads: int,
-    more: dict[str, mx.array],
+    before: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
 ) -> KernelCall:
     reach = passing_tile_ranges(inputs, tiling)
@@ -124,9 +128,9 @@ def _call(
             "reach": on_gpu(reach),
             "order": on_gpu(longest_first(reach).astype(np.int32)),
             **rule_buffers(inputs, tiles, 1, -(-inputs.rows[2] // tiles[0])),
-            **more,
+            **before,
         },
-        {"OF_KEYS": int(tiling.of_keys), "PASSING": tiling.PASSING, "STAGES": tiling.stages},
+        {"OF_KEYS": int(tiling.of_keys), "ADDS": int(bool(before)), "PASSING": tiling.PASSING, "STAGES": tiling.stages},
         outputs,
         (len(reach), heads, inputs.q.shape[0]),
     )

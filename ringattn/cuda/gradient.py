@@ -8,7 +8,6 @@ from math import prod
 import mlx.core as mx
 
 from ..core.gradients import Gradients, Rows
-from ..core.intervals import cut
 from ..kernels.gpu.self_test import UnusableError, trial_error
 from ..kernels.interface import KernelInputs
 from . import launch
@@ -69,7 +68,8 @@ def _run(kind: type[Plan], inputs: KernelInputs, rows: Rows, sums: Gradients) ->
     rows = Rows(rows.dout.astype(inputs.q.dtype), mx.contiguous(rows.lse), mx.contiguous(rows.delta))
     plan = kind.of(inputs)
     dq = []
-    for queries in cut(inputs.q_pos, plan.queries):
+    for start in range(0, inputs.rows[2], plan.queries):
+        queries = start, min(start + plan.queries, inputs.rows[2])
         part = rows_of(rows, queries)
         found = sums._replace(q=sums.q[:, :, slice(*queries)])
         for keys in plan.keys_of(inputs, queries):

@@ -66,11 +66,13 @@ class Plan(abc.ABC):
         """Add the gradients of `queries` x `keys` to `sums`, whose q has these queries alone."""
 
     def keys_of(self, inputs: KernelInputs, queries: Span) -> Iterator[Span]:
-        """Cut the keys that some of the `queries` may see, by position."""
+        """Cut the keys, if there are many, to those that some of the `queries` may see, by position."""
         lowest, highest = (np.int64(inputs.q_pos[i]) for i in (queries[0], queries[1] - 1))
-        first, last = inputs.rules.band.index_ranges(lowest, highest, inputs.k_pos)
-        for start in range(int(first), int(last), self.keys):
-            yield start, min(start + self.keys, int(last))
+        first, last = map(int, inputs.rules.band.index_ranges(lowest, highest, inputs.k_pos))
+        if first < last and len(inputs.k_pos) <= self.keys:
+            first, last = 0, len(inputs.k_pos)  # to copy the sums of a part takes longer than to skip tiles
+        for start in range(first, last, self.keys):
+            yield start, min(start + self.keys, last)
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,20 @@ class HopperPlan(Plan):
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
         part = inputs.part(slice(*queries), slice(*keys))
-        scale, columns, group = inputs.rules.scale, slice(*keys), self.heads // inputs.k.shape[1]
         q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, mx.contiguous(sums.q)))
-        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads))
-        k = _added(sums.k, dk, group, scale, columns)
-        v = _added(sums.v, dv, group, 1.0, columns)
+        k, v = self._of_keys(part, rows, sums, keys)
         mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask
         return Gradients(q, k, v, mask)
+
+    def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
+        """Add dk and dv of a call to `sums`: in the kernel, or where blocks share keys, by a second one."""
+        columns, group = slice(*keys), self.heads // part.k.shape[1]
+        if group == 1:
+            before = mx.contiguous(sums.k[:, :, columns]), mx.contiguous(sums.v[:, :, columns])
+            dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, before))
+            return _replaced(sums.k, dk, columns), _replaced(sums.v, dv, columns)
+        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads))
+        return _added(sums.k, dk, group, part.rules.scale, columns), _added(sums.v, dv, group, 1.0, columns)
 
 
 def _within_scores(inputs: KernelInputs, queries: int, keys: int, tile: int) -> tuple[int, int]:
@@ -179,7 +188,11 @@ def _collected(parts: mx.array, sums: mx.array, factor: float) -> mx.array:
 def _added(sums: mx.array, parts: mx.array, group: int, factor: float, keys: slice) -> mx.array:
     """Add `parts` ``[B, Hq, keys, D]``, summed over each group, to the rows `keys` of `sums` ``[B, Hkv, Lk, D]``."""
     batch, heads = sums.shape[:2]
-    found = _collected(parts.reshape(batch * heads, group, -1), sums[:, :, keys], factor)
+    return _replaced(sums, _collected(parts.reshape(batch * heads, group, -1), sums[:, :, keys], factor), keys)
+
+
+def _replaced(sums: mx.array, found: mx.array, keys: slice) -> mx.array:
+    """Replace the rows `keys` of `sums` by `found`."""
     if found.shape == sums.shape:
         return found
     return mx.concatenate([sums[:, :, : keys.start], found, sums[:, :, keys.stop :]], 2)

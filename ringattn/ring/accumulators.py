@@ -16,7 +16,7 @@ from ..core.arrays import view
 from ..core.intervals import Spans, indices, length, tokens_at
 from ..core.online_softmax import State, merge_states
 from ..tracing.spans import RESULTS as TAGS
-from ..transport.interface import Direction, Links, Load, Signal, Transfer, Transport
+from ..transport.interface import Direction, Links, Signal, Transfer, Transport
 from .blocks import Block, copy_tokens, evaluate
 from .device_slots import slots_for
 from .schedule import Schedule
@@ -66,9 +66,9 @@ class Accumulator:
                 x[:] = merged
         return into
 
-    def sendable(self, total: Block, spans: Spans) -> Load:
-        """Return a function that gives the tokens at `spans` of a finished `total` to a message."""
-        return total.load(spans)
+    def sendable(self, total: Block, spans: Spans) -> Block:
+        """Make a block that a message can take the tokens at `spans` of a finished `total` from."""
+        return total
 
 
 def shared_tokens(part: Spans, whole: Spans, most: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -113,10 +113,11 @@ class ResultHop:
         if self.arrival.users is not None:
             self.arrival.users.append(self.sent)
 
-    def send_total(self, accumulator: Accumulator, total: Block) -> None:
-        """Start the send of `total`."""
-        self._loads.append(accumulator.sendable(total, self.wanted))
+    def send_total(self, total: Block) -> None:
+        """Start the send of a sendable `total`, and release what arrived."""
+        self._loads.append(total.load(self.wanted))
         self._added.open()
+        self.arrival.release()
 
     def total(self, accumulator: Accumulator, added: Block | None) -> Block:
         """Sum the results that arrived and those that this rank `added`.

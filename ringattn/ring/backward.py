@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
 import mlx.core as mx
 
 from ..core.gradients import Gradients, Rows
@@ -9,9 +14,12 @@ from ..core.intervals import length
 from ..transport.consensus import raise_on_all_ranks
 from .accumulators import merge_sums
 from .blocks import Block
+from .blocks import rows as rows_of
 from .call import RingCall
 from .device_results import accumulator_for
-from .loop import WHAT, Arrays, round_trip
+from .loop import WHAT, round_trip
+
+Arrays = Sequence[mx.array]
 
 GRADIENT = f"the gradient of {WHAT}"
 
@@ -22,52 +30,107 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
     with ring.call(GRADIENT):
         with raise_on_all_ranks(ring, GRADIENT):
             mx.eval(*call.arrays, dout, dlse)
-            rows = call.kernel.rows(out, lse, dout, dlse)
+            passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
+            ring.tracer.choose(passing.name)
+            call = replace(call, links=ring.links if call.stays_on_gpu else None)
+            work = passing(call, call.kernel.rows(out, lse, dout, dlse))
+            # Python takes about as long to agree and to post the messages as a GPU to compute on a short block.
+            first = work.own_hop() if call.stays_on_gpu else None
             fields = call.fields()
-        call = call.agreed(GRADIENT, fields)
+        work.call = call.agreed(GRADIENT, fields)
         with ring.break_ring_on_error():
-            strategy = "pass_q" if call.chosen(gradient=True) == "pass_q" else "pass_kv"
-            ring.tracer.choose(strategy)
-            sums = _STRATEGIES[strategy](call, rows)
-            found = call.options.gradients(sums, rows, call.arrays[0].dtype)
+            sums = work.travel(first)
+            found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
     return found
 
 
-def _pass_q(call: RingCall, rows: Rows) -> Gradients:
-    """Send queries with their rows around the ring, and the gradients of the queries one hop behind."""
-    keys = call.keys()
-    k, v = call.gradients_of_keys(length(keys.spans))
+class Passing(abc.ABC):
+    """The work of one strategy: blocks pass around the ring, with their gradients one hop behind.
 
-    def add(h: int, block: Block) -> Arrays:
-        nonlocal k, v
-        q, *mask = call.gradients_of_queries(length(block.spans))
-        found = call.backward_block(h, block, keys, Gradients(q, k, v, *mask))
-        k, v = found.k, found.v
+    Attributes:
+        call: The call, which has its links once the ranks agree.
+        rows: The rows of this rank's queries.
+        own: The block that this rank sends.
+    """
+
+    name: ClassVar[str]
+    own: Block
+
+    def __init__(self, call: RingCall, rows: Rows):
+        self.call = call
+        self.rows = rows
+
+    @abc.abstractmethod
+    def add(self, hop: int, block: Block) -> Arrays:
+        """Compute on a block that passes: add to the sums that stay, and return those that travel."""
+
+    @abc.abstractmethod
+    def neutral(self, tokens: int) -> Arrays:
+        """Make zeros for the sums of `tokens` tokens that travel."""
+
+    @abc.abstractmethod
+    def gradients(self, travelled: Arrays) -> Gradients:
+        """Join the sums that came home and those that stayed."""
+
+    def own_hop(self) -> Arrays | None:
+        """Start to compute on the own block, which needs no other rank."""
+        spans = self.call.schedules(gradient=True)[0].hops[0].compute
+        return self.add(0, rows_of(self.own, spans)) if spans else None
+
+    def travel(self, first: Arrays | None) -> Gradients:
+        """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
+        results = accumulator_for(self.call.links)(self.neutral, merge_sums)
+        schedules = self.call.schedules(gradient=True)
+        return self.gradients(round_trip(self.call, self.own, schedules, results, self.add, first))
+
+
+class PassQ(Passing):
+    """Queries with their rows pass."""
+
+    name = "pass_q"
+
+    def __init__(self, call: RingCall, rows: Rows):
+        super().__init__(call, rows)
+        self.own = call.queries(rows)
+        self._keys = call.keys()
+        self._sums = call.gradients_of_keys(length(self._keys.spans))
+
+    def add(self, hop: int, block: Block) -> Arrays:
+        q, *mask = self.neutral(length(block.spans))
+        found = self.call.backward_block(hop, block, self._keys, Gradients(q, *self._sums, *mask))
+        self._sums = found.k, found.v
         return [x for x in (found.q, found.mask) if x is not None]
 
-    results = accumulator_for(call.links)(call.gradients_of_queries, merge_sums)
-    q, *mask = round_trip(call, call.queries(rows), call.schedules(gradient=True), results, add)
-    return Gradients(q, k, v, *mask)
+    def neutral(self, tokens: int) -> Arrays:
+        return self.call.gradients_of_queries(tokens)
+
+    def gradients(self, travelled: Arrays) -> Gradients:
+        q, *mask = travelled
+        return Gradients(q, *self._sums, *mask)
 
 
-def _pass_kv(call: RingCall, rows: Rows) -> Gradients:
-    """Send keys and values around the ring, and their gradients one hop behind."""
-    queries = call.queries(rows)
-    q, *mask = call.gradients_of_queries(length(queries.spans))
+class PassKV(Passing):
+    """Keys and values pass."""
 
-    def add(h: int, block: Block) -> Arrays:
-        nonlocal q, mask
-        found = call.backward_block(
-            h, queries, block, Gradients(q, *call.gradients_of_keys(length(block.spans)), *mask)
-        )
-        q = found.q
-        mask = [x for x in (found.mask,) if x is not None]
+    name = "pass_kv"
+
+    def __init__(self, call: RingCall, rows: Rows):
+        super().__init__(call, rows)
+        self.own = call.keys()
+        self._queries = call.queries(rows)
+        self._sums = call.gradients_of_queries(length(self._queries.spans))
+
+    def add(self, hop: int, block: Block) -> Arrays:
+        q, *mask = self._sums
+        sums = Gradients(q, *self.neutral(length(block.spans)), *mask)
+        found = self.call.backward_block(hop, self._queries, block, sums)
+        self._sums = tuple(x for x in (found.q, found.mask) if x is not None)
         return found.k, found.v
 
-    results = accumulator_for(call.links)(call.gradients_of_keys, merge_sums)
-    k, v = round_trip(call, call.keys(), call.schedules(gradient=True), results, add)
-    return Gradients(q, k, v, *mask)
+    def neutral(self, tokens: int) -> Arrays:
+        return self.call.gradients_of_keys(tokens)
 
-
-_STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q}
+    def gradients(self, travelled: Arrays) -> Gradients:
+        q, *mask = self._sums
+        return Gradients(q, *travelled, *mask)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..core.intervals import Spans, length
-from ..transport.interface import Links, Load
+from ..transport.interface import Links
 from .accumulators import Accumulator, Arrays, shared_tokens
 from .blocks import Block
 from .device_slots import packed
@@ -47,10 +47,8 @@ class DeviceAccumulator(Accumulator):
                 x[here] = new
         return self.block(arrays, whole.spans)
 
-    def sendable(self, total: Block, spans: Spans) -> Load:
-        block = packed(total, spans, self.links)
-        block.places()  # the results are there
-        return block.load(spans)
+    def sendable(self, total: Block, spans: Spans) -> Block:
+        return packed(total, spans, self.links)
 
 
 def accumulator_for(links: Links | None) -> Callable[..., Accumulator]:

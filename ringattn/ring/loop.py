@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..autograd.custom_function import may_start, start_evaluation
+from ..autograd.custom_function import start_evaluation
 from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
@@ -44,7 +45,7 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             strategy = call.chosen()
             call.ring.tracer.choose(strategy)
             # Python takes about as long to agree as a GPU to compute on a short block.
-            early = links is not None and strategy == "pass_kv" and may_start()
+            early = links is not None and strategy == "pass_kv"
             own = OwnHop.of(replace(call, links=links)) if early else None
             start_evaluation(*call.arrays)
             fields = call.fields()
@@ -109,12 +110,14 @@ def _attend(call: RingCall, arrivals: Sequence[tuple[int, Hop, Arrival]], i: int
 def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
     """Send keys and values around the ring. Carry the state of this rank's queries from hop to hop."""
     arrivals, sends, results = own or OwnHop.of(call, agreed=True)
-    releases = Releases(call)
-    releases.add(arrivals[0][2], results[1:])
+    held = Held(call)
+    held.turn()
+    held.until(results[1:], arrivals[0][2].release)
     for i, (h, _, arrival) in enumerate(arrivals[1:], 1):
         call.ring.set_progress(WHAT, h)
         results = _attend(call, arrivals, i, results)
-        releases.add(arrival, results[1:])
+        held.turn()
+        held.until(results[1:], arrival.release)
     call.wait(arrivals[-1][0] + 1, *sends)
     if not results:
         return call.finish_state(call.empty_state(call.arrays[0].shape[2]))
@@ -122,25 +125,34 @@ def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
     return out, lse
 
 
-class Releases:
-    """Release of blocks when the work on them is over. On GPUs the next work starts before that."""
+class Held:
+    """What is done when work is over: blocks are released, and sends of results start.
+
+    On the host work is over when it returns. A GPU still does it then, and what follows is prepared meanwhile: `turn`
+    is called once the next work has started.
+    """
 
     def __init__(self, call: RingCall):
         self._links = call.links
-        self._last: tuple[Arrival, Arrays] | None = None
+        self._held: list[tuple[Arrays, Callable[[], None]]] = []
 
-    def add(self, arrival: Arrival, results: Arrays) -> None:
-        """Release `arrival` once `results` are there, and on GPUs the one before it; start what can start."""
+    def until(self, results: Arrays, act: Callable[[], None]) -> None:
+        """Call `act` once `results` are there."""
+        self._held.append((results, act))
         if self._links is None:
-            arrival.release()
-            return
-        self._links.advance()
-        if self._last is not None:
-            before, done = self._last
-            mx.eval(*done)
-            before.release()
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for the work that was added, and start the transfers that can start."""
+        held, self._held = self._held, []
+        if self._links is not None:
             self._links.advance()
-        self._last = arrival, results
+        for results, act in held:
+            if self._links is not None:
+                mx.eval(*results)
+            act()
+        if self._links is not None and held:
+            self._links.advance()
 
 
 def _gather(call: RingCall) -> Partial:
@@ -169,13 +181,21 @@ def round_trip(
     schedules: Sequence[Schedule],
     accumulator: Accumulator,
     compute: Callable[[int, Block], Arrays],
+    first: Arrays | None = None,
 ) -> tuple[mx.array, ...]:
-    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home."""
+    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home.
+
+    Args:
+        call: The call, whose ranks agree.
+        own: This rank's block.
+        schedules: The hops of each route.
+        accumulator: Adds results up.
+        compute: Computes on the block of a hop.
+        first: The results of the first hop, if it was computed before.
+    """
     arrivals, sends = relay(call.ring, own, schedules, call.links)
     routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
-    releases = Releases(call)
-    if call.links is not None:
-        call.links.advance()
+    held = Held(call)
     home_part: Block | None = None
     h = 0
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
@@ -183,15 +203,19 @@ def round_trip(
         added = None
         if hop.compute:
             call.wait(h, arrival.transfer)
-            added = accumulator.block(compute(h, rows_of(from_host(arrival.block), hop.compute)), hop.compute)
-        releases.add(arrival, () if added is None else added.arrays)
+            found = first or compute(h, rows_of(from_host(arrival.block), hop.compute))
+            first = None
+            added = accumulator.block(found, hop.compute)
+        held.turn()
+        held.until(() if added is None else added.arrays, arrival.release)
         following.allow_receive()
         if h == 0:
             home_part = home_part or added
         elif hop.state:
             call.wait(h, here.arrival.transfer)
-            here.send_total(accumulator, here.total(accumulator, added))
-            here.arrival.release()
+            total = accumulator.sendable(here.total(accumulator, added), here.wanted)
+            held.until(total.arrays, partial(here.send_total, total))
+    held.turn()
     totals: list[Block] = []
     for results in routes:
         call.wait(h + 1, results[-1].arrival.transfer)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from host_network import HostNetwork, use_host_network
+from host_network import HostGpu, HostNetwork, use_host_network
 from test_gradient import check as check_gradient
 from test_ring import LAYOUTS, rows_of, run
 
+from ringattn.autograd import untraced
 from ringattn.errors import ArgumentError
 from ringattn.ring import call
 from ringattn.transport import Ring
@@ -25,6 +26,8 @@ def network(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostNetwork
     if not isinstance(ring, MpiRing) or ring.size == 1:
         pytest.skip("no other GPU")
     monkeypatch.setattr(call, "on_gpu", lambda: True)
+    gpu = HostGpu()
+    monkeypatch.setattr(untraced, "driver", lambda: gpu)
     yield use_host_network(ring)
     ring.has_gpus = False
     ring._links = None

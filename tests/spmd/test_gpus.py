@@ -1,4 +1,6 @@
-"""Tests of rings of NVIDIA GPUs: ``ringattn launch -n 4 python -m pytest tests/spmd/test_gpus.py``.
+"""Tests of rings of NVIDIA GPUs.
+
+Run ``RINGATTN_TEST_CUDA=1 ringattn launch -n 4 -- python -m pytest tests/spmd/test_gpus.py``.
 
 Where each rank has a GPU of its own, blocks travel by NCCL, else through the host.
 """

@@ -356,10 +356,17 @@
     if (mine < held_here) {
 #if RA_OF_KEYS
       const long long to = (static_cast<long long>(batch) * gridDim.y + y) * k_len + held + mine;
-      store_row<RA_D>(dk + to * RA_D, k_sums, r);
-      store_row<RA_DV>(dv + to * RA_DV, v_sums, r);
+      float *to_k = dk + to * RA_D, *to_v = dv + to * RA_DV;
+#if RA_ADDS
+      add_row<RA_D>(to_k, dk_before + to * RA_D, k_sums, r, scale);
+      add_row<RA_DV>(to_v, dv_before + to * RA_DV, v_sums, r, 1.0f);
 #else
-      add_row<RA_D>(dq + (held_place + mine) * RA_D, sums + (held_place + mine) * RA_D, k_sums, r, scale);
+      store_row<RA_D>(to_k, k_sums, r);
+      store_row<RA_DV>(to_v, v_sums, r);
+#endif
+#else
+      const long long to = (held_place + mine) * RA_D;
+      add_row<RA_D>(dq + to, dq_before + to, k_sums, r, scale);
 #endif
     }
   }

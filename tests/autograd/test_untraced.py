@@ -1,0 +1,96 @@
+"""Tests of computations that leave a transformation, on a GPU whose memory is the host's."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from host_network import HostGpu
+
+from ringattn.autograd import untraced as module
+from ringattn.autograd.custom_function import custom_op
+from ringattn.autograd.untraced import untraced
+from ringattn.errors import TransformError
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> HostGpu:
+    made = HostGpu()
+    monkeypatch.setattr(module, "driver", lambda: made)
+    return made
+
+
+def op(x: mx.array, scale: mx.array, seen: list[str]) -> mx.array:
+    """``scale * x ** 2``, by functions that MLX must evaluate without waiting."""
+
+    def outside(compute: Callable[..., Sequence[mx.array]]) -> Callable[..., Sequence[mx.array]]:
+        def run(*arrays: mx.array) -> Sequence[mx.array]:
+            found = compute(*arrays)
+            mx.async_eval(*found)  # raises for traced arrays
+            seen.append(threading.current_thread().name)
+            mx.eval(*found)
+            return found
+
+        return lambda *arrays: untraced(run, arrays, pytest.fail)
+
+    forward = outside(lambda x, scale: [scale * x * x])
+    backward = outside(lambda x, scale, dy, y: [2 * scale * x * dy, (x * x * dy).sum()])
+    return custom_op("op", forward, [x, scale], backward)[0]
+
+
+def test_gradient_reaches_what_lies_before(gpu: HostGpu) -> None:
+    """The graph before the operation stays: evaluating traced arrays elsewhere would cut it, and give zeros."""
+    x, scale, seen = mx.array(np.arange(6, dtype=np.float32)), mx.array(3.0), list[str]()
+    dx, dscale = mx.grad(lambda x, scale: op(mx.sin(x), scale, seen).sum(), argnums=(0, 1))(x, scale)
+    s, c = np.sin(np.arange(6)), np.cos(np.arange(6))
+    np.testing.assert_allclose(np.array(dx), 6 * s * c, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dscale.item(), (s * s).sum(), rtol=1e-5)
+    assert seen[0] == threading.current_thread().name and seen[1].startswith("ringattn") and len(seen) == 2
+    assert gpu.copied > 0
+
+
+def test_no_copies_outside(gpu: HostGpu) -> None:
+    seen: list[str] = []
+    assert op(mx.array([2.0]), mx.array(3.0), seen).item() == 12
+    assert gpu.copied == 0
+
+
+def test_compile_is_refused(gpu: HostGpu) -> None:
+    with pytest.raises(TransformError):
+        mx.compile(lambda x: op(x, mx.array(3.0), []))(mx.array([2.0]))
+
+
+def test_an_exception_reaches_the_caller(gpu: HostGpu) -> None:
+    def wrong(*_: mx.array) -> Sequence[mx.array]:
+        raise OverflowError("too much")
+
+    def gradient(x: mx.array) -> mx.array:
+        return custom_op("op", lambda x: [x * 2], [x], lambda *arrays: untraced(wrong, arrays, pytest.fail))[0].sum()
+
+    with pytest.raises(OverflowError, match="too much"):
+        mx.grad(gradient)(mx.array([1.0, 2.0]))
+
+
+def test_interruption_ends_the_other_thread(gpu: HostGpu) -> None:
+    """As when the ring breaks because its user presses Ctrl-C."""
+    stopped, told = threading.Event(), list[BaseException]()
+
+    def endless(*_: mx.array) -> Sequence[mx.array]:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert stopped.wait(20)
+        raise RuntimeError("ended")
+
+    def interrupt(error: BaseException) -> None:
+        told.append(error)
+        stopped.set()
+
+    def gradient(x: mx.array) -> mx.array:
+        return custom_op("op", lambda x: [x * 2], [x], lambda *arrays: untraced(endless, arrays, interrupt))[0].sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        mx.grad(gradient)(mx.array([1.0, 2.0]))
+    assert [type(error) for error in told] == [KeyboardInterrupt]
