@@ -16,7 +16,7 @@ import mlx.core as mx  # isort: skip
 from ringattn.bench.problem import AttentionShape, random_arrays
 from ringattn.bench.ranks import together
 from ringattn.bench.timing import median_interval, turns
-from ringattn.tracing.spans import NO_TRACER, Event, Recorder
+from ringattn.tracing.spans import NO_TRACER, Recorder
 from ringattn.transport.trace_file import MOST
 
 from .common import run_ranks, show, small_llama, write_result
@@ -52,7 +52,7 @@ def worker() -> None:
     with ra.init() as ring:
         calls = zip(PAIRS, (_prompt(ring), _decode(ring), _token(ring)))
         result: dict = {"calls": {name: _compare(ring, call, PAIRS[name]) for name, call in calls}}
-        for name, tracer in (("off", NO_TRACER), ("on", Recorder(deque(maxlen=MOST)))):
+        for name, tracer in (("off", NO_TRACER), ("on", Recorder(deque(maxlen=MOST), plain=True))):
             start = time.perf_counter()
             for _ in range(SPANS):
                 with tracer.span("compute", 0):
@@ -98,7 +98,7 @@ def _token(ring: ra.Ring) -> Callable[[], None]:
 
 def _compare(ring, call, pairs: int) -> tuple[float, float, float, float, int]:
     """Median seconds without a recorder, median of the ratios of pairs with its interval, and the number of spans."""
-    recorder = Recorder(events := deque[Event](maxlen=MOST))
+    recorder = Recorder(events := deque[tuple](maxlen=MOST), plain=True)
 
     def under(tracer) -> None:
         ring.tracer = tracer

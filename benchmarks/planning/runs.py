@@ -39,6 +39,8 @@ def read(model: nn.Module, ids: mx.array, step: int) -> tuple[mx.array, list]:
     """
     cache = model.make_cache()
     most = ids.shape[1] - 1
+    for one in cache:
+        one.unread = most
     for start in range(0, most, step):
         model(ids[:, start : min(start + step, most)], cache=cache)
         mx.eval([one.state for one in cache])

@@ -34,7 +34,7 @@ def host(rows: Sequence[JobRow]) -> Machine:
     own = _alone(rows)
     ends = [min(own, key=lambda row: row.prompt), max(own, key=lambda row: row.prompt)]
     measured = shape(CONFIG["num_hidden_layers"])
-    pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
+    pairs = sum(kind.count * kind.pair_flops for kind in measured.prompt_attending)
     (n, a), (m, b) = ((row.prompt, (median(row.first) - median(row.token)) / row.prompt) for row in ends)
     slope = (b - a) / (m - n)  # attention / 2
     token = median(ends[0].token)

@@ -35,9 +35,10 @@ JOB = """### A whole language model
 Two virtual hosts with a core each, float32, all with the same BLAS (that which ringattn gives MLX). "larger": random
 weights, 4 layers with the shapes of Qwen2.5-1.5B and SmolLM2's vocabulary; "smollm2": SmolLM2-135M. MLX has no fused
 attention on a CPU, as it has on a Mac, so mlx-lm's ways were also measured with ringattn's fused attention: those rows
-compare the ways to divide the work. "Pipelined prefill" is a model of exo's, written for this comparison: chunks of 512
-tokens stream through the stages. Rounds of the other ways are their defaults: 2,048 tokens in mlx-lm, and what
-`prefill_step_size` says in ringattn."""
+compare the ways to divide the work. As with MLX's own, which is lazy, it is then not computed in the last layer of a
+prompt's chunk. "Pipelined prefill" is a model of exo's, written for this comparison: chunks of 512 tokens stream
+through the stages. Rounds of the other ways are their defaults: 2,048 tokens in mlx-lm, and what `prefill_step_size`
+says in ringattn."""
 COMPUTED = """**Computed, not measured:** first token of "larger" with all 28 layers, on more hosts than this machine
 has cores. The model of `ringattn plan` computes it from the measured times of one host; links have 0.94 of their rate,
 and 0.1 ms for a small message. The model's two key/value heads allow tensor parallelism over two hosts, so more hosts

@@ -85,8 +85,10 @@ def stream_generate(
     with raise_on_all_ranks(ring, BEGIN):
         prefill_step_size = checked_prefill_step_size(prefill_step_size, options)
         _check_max_tokens(max_tokens)
-        leaves = [] if prompt_cache is None else check_caches("prompt_cache", prompt_cache, known.make_cache())
-        held = leaves[0].tokens.reshape(-1) if leaves else np.zeros(0, np.int32)
+        empty = known.make_cache()
+        cache = empty if prompt_cache is None else prompt_cache
+        leaves = check_caches("prompt_cache", cache, empty)
+        held = leaves[0].tokens.reshape(-1)
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
@@ -104,7 +106,9 @@ def stream_generate(
     shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
     step = (prefill_step_size or 0) * known.ring.size or agree_on_round(known, ring, held.size, shared_ids.size)
     for leaf in leaves:
-        leaf.expect_prompt(shared_ids.size)
+        leaf.unread = held.size + shared_ids.size - 1  # mlx-lm reads all tokens but the last one for the caches alone
+        if prompt_cache is not None:
+            leaf.expect_prompt(shared_ids.size)
     choice = Choice(ring, sampler or _likeliest, stopped, prompt_progress_callback)
     try:
         for response in mlx_lm.stream_generate(
@@ -116,7 +120,7 @@ def stream_generate(
             logits_processors=[_with_history(ring, held, one) for one in logits_processors or () if ring.rank == 0],
             prompt_progress_callback=choice.progress,
             prefill_step_size=step,
-            prompt_cache=prompt_cache,
+            prompt_cache=cache,
         ):
             if choice.ended:
                 return
@@ -126,6 +130,7 @@ def stream_generate(
     finally:
         for leaf in leaves:
             leaf.marks = ()
+            leaf.unread = 0
 
 
 def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int | None:

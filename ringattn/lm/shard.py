@@ -20,9 +20,10 @@ from . import mlx_lm_compat as compat
 from .memory import Footprint, footprint_of
 from .sharding.attention import dispatching, dispatching_core
 from .sharding.cache_kinds import Kind, cache_kinds, traced_kinds
-from .sharding.forward_pass import ShardedCache, flat, step_through, tokens_to_mark
+from .sharding.forward_pass import ShardedCache, cut_at_marks, flat, step_through
 from .sharding.history import TokenHistory
 from .sharding.layer_adapters import wrapper_of
+from .sharding.output_layer import patch_output_layers
 from .sharding.partition import Cost, next_step
 from .sharding.patch_points import patch_recurrences
 from .sharding.ropes import longest_context
@@ -64,10 +65,15 @@ class Sharded:
         sharded = [c for c in flat(cache or ()) if isinstance(c, ShardedCache)]
         if not sharded:
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
-        if 0 < (cut := tokens_to_mark(sharded)) < inputs.shape[1]:
-            for part in (slice(cut), slice(cut, None)):
-                logits = self(inputs[:, part], cache, **_part(rest, part))
-            return logits
+        *before, last = cut_at_marks(sharded, inputs.shape[1])
+        for part in before:
+            self._sharded_pass(inputs[:, part], cache, sharded, False, _part(rest, part))
+        return self._sharded_pass(inputs[:, last], cache, sharded, True, _part(rest, last))
+
+    def _sharded_pass(
+        self, inputs: mx.array, cache: Any, sharded: list[ShardedCache], is_read: bool, rest: dict[str, Any]
+    ) -> mx.array:
+        """Run the model on tokens among which no cache has a mark; `is_read`: whether the caller gets the logits."""
         # The few tokens of a layer with a window, or none of a recurrent one, say little about which rank has room.
         fullest = max((c.layout for c in sharded), key=lambda layout: layout.length)
         step = next_step(fullest, inputs.shape[1], self.weights, self.cost)
@@ -86,7 +92,8 @@ class Sharded:
             rest = _part(rest, own)
         for history in dict.fromkeys(c.history for c in sharded):
             history.write(step.new.start, tokens)
-        with self.ring.sharing(shared), step_through(sharded, step):
+        is_read = is_read and any(step.new.stop > c.unread for c in sharded)
+        with self.ring.sharing(shared), step_through(sharded, step, is_read):
             return super().__call__(inputs, cache=cache, **rest)  # type: ignore[misc]
 
     def make_cache(self) -> list[Any]:
@@ -132,6 +139,7 @@ def shard(model: nn.Module, ring: Ring | Grid, weights: Sequence[float] | None =
     kinds = list(model.kinds) if isinstance(model, Sharded) else cache_kinds(model)
     part = _divide_weights(model, ring, grid)
     patch_convolutions(model)
+    patch_output_layers(model)
     _patch_functions(model)
     kind = type(model).__mro__[2] if isinstance(model, Sharded) else type(model)
     caches = [one.make_tracing() for one in kinds]

@@ -157,7 +157,7 @@ def _on_ring(
         reading = read_on_rings(shape, rows, (cluster.link, outer), arrangement, job.context, step)
     else:
         reading = read_on_ring(shape, rows, links, job.context, step, weights, tensor, row_link)
-    token = token_on_ring(shape, rows, ring_of(rows, links), job.context, weights, tensor, row_link)
+    token = token_on_ring(shape, rows, ring_of(rows, links), job.context, weights, tensor, row_link, job.gpu)
     footprint = shape.part(tensor).footprint()
     total = sum(weights)
     needs = []

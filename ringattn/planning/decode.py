@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from ..lm.sharding.partition import LEAST_HEAD
 from .hops import Ring
 from .links import Link
 from .machines import Machine
 from .prefill import sum_seconds
 from .shape import ModelShape
+
+LOGIT = 4  # bytes
 
 
 def token_on_ring(
@@ -19,15 +23,21 @@ def token_on_ring(
     weights: Sequence[float],
     tensor: int = 1,
     row_link: Link | None = None,
+    gpu: bool = True,
 ) -> float:
     """Seconds of one new token after `tokens` of context; the arguments are those of `prefill.read_on_ring`.
 
-    Each rank reads its weights and its keys; in each attending layer all states go to all ranks of the ring.
+    Each rank reads its weights and its keys; in each attending layer all states go to all ranks of the ring. Without a
+    `gpu`, each rank reads a part of a large output layer, and its logits go to all ranks.
     """
     part = shape.part(tensor)
+    exchanges = sum(kind.count * ring.exchange(kind.query.result) for kind in part.attending)
+    if not gpu and ring.size > 1 and shape.head >= LEAST_HEAD:
+        logits = LOGIT * shape.head / shape.hidden
+        part = replace(part, head=part.head // ring.size)
+        exchanges += ring.exchange(int(logits / ring.size))
     total = sum(weights)
     slowest = max(_read(part, machine, tokens * weight / total) for machine, weight in zip(rows, weights))
-    exchanges = sum(kind.count * ring.exchange(kind.query.result) for kind in part.attending)
     sums = 2 * shape.depth * sum_seconds(row_link, tensor, shape.hidden) if tensor > 1 and row_link else 0.0
     return slowest + exchanges + sums
 

@@ -46,7 +46,7 @@ def read_on_rings(
     while done < tokens:
         new = min(step, tokens - done)
         linear = shape.prompt_linear * new / ranks / flops
-        for kind in shape.attending:
+        for kind in shape.prompt_attending:
             held = done + new
             seen = held if kind.window is None else min(held, kind.window + new / ranks)
             pairs = new / ranks * (done + new / 2 if kind.window is None else min(done + new / 2, kind.window))

@@ -149,7 +149,7 @@ def _round(
     linear = part.prompt_linear / part.depth * lengths / np.array([m.flops for m in rows])
     linear = linear + np.array([m.pack(part.read / part.depth) for m in rows])
     attended = 0
-    for kind in part.attending:
+    for kind in part.prompt_attending:
         timing, strategy, sent = _attention(kind, ring, layout, start)
         _add(found, kind.count, timing, linear + ring.exchange())
         found.sent += kind.count * sent
@@ -183,7 +183,7 @@ def _held(layout: Layout, start: int, window: int | None) -> list[Spans]:
 def _few(part: ModelShape, rows: Sequence[Machine], ring: Ring, held: int, new: int) -> float:
     """Seconds of a round with too few tokens to share: every rank computes all of them, as for new tokens."""
     slowest = min(rows, key=lambda machine: machine.flops)
-    pairs = sum(kind.count * kind.pair_flops for kind in part.attending) * new * (held / ring.size + new)
+    pairs = sum(kind.count * kind.pair_flops for kind in part.prompt_attending) * new * (held / ring.size + new)
     fixed = part.depth * ring.exchange() + slowest.pack(part.read)
     return part.prompt_linear * new / slowest.flops + pairs / slowest.attention + fixed
 
@@ -224,7 +224,7 @@ def read_through_pipeline(
         for s, machine in enumerate(stages):
             own = shares[s] * _alone(shape, machine, start, new)
             if s + 1 == len(stages):
-                own -= (shape.linear - shape.prompt_linear) * new / machine.flops
+                own -= _alone(shape, machine, start, new) - _alone(shape, machine, start, new, as_prompt=True)
             done[s] = max(done[s], arrived) + own
             if s + 1 < len(stages):
                 arrived = done[s] + links[s].latency + new * shape.hidden / links[s].bandwidth
@@ -238,12 +238,14 @@ def read_through_pipeline(
     return found
 
 
-def _alone(shape: ModelShape, machine: Machine, start: int, new: int) -> float:
-    """Seconds of all layers for a chunk on one machine."""
+def _alone(shape: ModelShape, machine: Machine, start: int, new: int, as_prompt: bool = False) -> float:
+    """Seconds of all layers for a chunk on one machine; `as_prompt`: without what a prompt does not need."""
+    linear = shape.prompt_linear if as_prompt else shape.linear
+    attending = shape.prompt_attending if as_prompt else shape.attending
     pairs = 0.0
-    for kind in shape.attending:
+    for kind in attending:
         before = start if kind.window is None else min(start, kind.window)
         own = new * (new + 1) / 2 if kind.window is None else new * min(new, kind.window) / 2
         pairs += kind.count * kind.pair_flops * (new * before + own)
-    calls = (machine.call + machine.cut * new) * sum(kind.count for kind in shape.attending)
-    return shape.linear * new / machine.flops + pairs / machine.attention + calls + machine.pack(shape.read)
+    calls = (machine.call + machine.cut * new) * sum(kind.count for kind in attending)
+    return linear * new / machine.flops + pairs / machine.attention + calls + machine.pack(shape.read)

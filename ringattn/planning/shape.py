@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..lm.memory import CacheLayer, Footprint
 from ..lm.sharding.partition import Cost
@@ -83,6 +83,14 @@ class ModelShape:
         evaluates the caches alone.
         """
         return self.linear * (self.depth - 1 + LAST) / self.depth
+
+    @property
+    def prompt_attending(self) -> tuple[Attending, ...]:
+        """The layers whose attention a prompt needs: all but the last one, which counts as one of the last kind."""
+        if self.is_attention_only or not self.attending:
+            return self.attending
+        *others, last = self.attending
+        return (*others, replace(last, count=last.count - 1))
 
     @property
     def is_attention_only(self) -> bool:

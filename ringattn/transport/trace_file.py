@@ -53,8 +53,8 @@ class TraceFile:
     def __init__(self, ring: Transport, paths: Sequence[Path]):
         self._ring = ring
         self._paths = paths
-        self._events: deque[Event] = deque(maxlen=MOST)
-        self._recorder = Recorder(self._events)
+        self._events: deque[tuple] = deque(maxlen=MOST)
+        self._recorder = Recorder(self._events, plain=True)
         self._offsets: list[list[Offset]] = []  # of all ranks: measured in the beginning and in the end
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class TraceFile:
         if tracks:
             _save(tracks, self._paths)
 
-    def _collect(self, events: list[Event], dropped: int) -> list[Track]:
+    def _collect(self, events: list[tuple], dropped: int) -> list[Track]:
         """Tracks of all ranks on rank 0; none elsewhere."""
         self._offsets.append(measure_offsets(self._ring))
         packed = zlib.compress(json.dumps([dropped, events]).encode(), 1)
@@ -87,13 +87,11 @@ class TraceFile:
         if self._ring.rank:
             return []
         found = [json.loads(zlib.decompress(bytes(reply))) for reply in replies]
-        return [
-            self._track(rank, dropped, [Event(*event) for event in events])
-            for rank, (dropped, events) in enumerate(found)
-        ]
+        return [self._track(rank, dropped, events) for rank, (dropped, events) in enumerate(found)]
 
-    def _track(self, rank: int, dropped: int, events: Sequence[Event]) -> Track:
-        """Track of a rank on the clock of rank 0."""
+    def _track(self, rank: int, dropped: int, fields: Sequence[Sequence]) -> Track:
+        """Track of a rank on the clock of rank 0, from the fields of its events."""
+        events = [Event(*one) for one in fields]
         offsets = [of_all[rank] for of_all in self._offsets]
         shifted = [
             e._replace(start=to_first_clock(e.start, offsets), stop=to_first_clock(e.stop, offsets)) for e in events

@@ -90,7 +90,7 @@ def test_job_tables() -> None:
 
 def test_computed_rows_have_the_rates_of_the_measured_host() -> None:
     measured = computed.shape(4)
-    pairs = sum(kind.count * kind.pair_flops for kind in measured.attending)
+    pairs = sum(kind.count * kind.pair_flops for kind in measured.prompt_attending)
 
     def one(prompt: int) -> JobRow:
         seconds = prompt * measured.prompt_linear / 1e11 + prompt**2 / 2 * pairs / 8e10 + 0.2

@@ -12,7 +12,7 @@ from ringattn import ArgumentError, Layout
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
-from ringattn.lm.sharding.forward_pass import step_through, tokens_to_mark
+from ringattn.lm.sharding.forward_pass import cut_at_marks, step_through
 from ringattn.lm.sharding.partition import Step
 from ringattn.lm.sharding.recurrent_cache import KEPT, LONG_TAIL, STATE, TAIL, RecurrentCache, Slot
 from ringattn.transport.solo import SoloRing
@@ -34,10 +34,8 @@ def read(cache: RecurrentCache, tokens: int) -> None:
 def turn(cache: RecurrentCache, prompt: int, answer: int) -> None:
     """Read a prompt as a model does that keeps states, and then an answer token by token."""
     cache.expect_prompt(prompt)
-    while prompt:
-        tokens = min(tokens_to_mark([cache]) or prompt, prompt)
-        read(cache, tokens)
-        prompt -= tokens
+    for part in cut_at_marks([cache], prompt):
+        read(cache, part.stop - part.start)
     for _ in range(answer):
         read(cache, 1)
 

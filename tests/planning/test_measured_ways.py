@@ -47,6 +47,6 @@ def test_the_first_token_of_each_way(prompt: int, shape: ModelShape, host: Machi
 
 
 def test_a_pipeline_is_recommended_on_a_slow_link(shape: ModelShape, host: Machine) -> None:
-    slow = Link("100 Mbit/s", 0.94e8 / 8, 1e-4)
+    slow = Link("50 Mbit/s", 0.47e8 / 8, 1e-4)
     found = predictions(shape, Cluster((host, host), slow), Job(16384, answer=1, chunk=512, gpu=False))
     assert found[0].arrangement.kind == "pipeline"

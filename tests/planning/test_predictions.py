@@ -129,10 +129,10 @@ def test_many_rounds_take_as_long_as_their_samples(tokens: int, monkeypatch: pyt
 
 
 def test_the_work_of_a_prompt() -> None:
-    """One rank computes each pair once, however many rounds there are."""
+    """One rank computes each pair once, but for the last layer's, however many rounds there are."""
     free = Link("free", 1e18, 0.0)
     n = 1 << 14
-    pairs = n * (n + 1) / 2 * 32 * 4.0 * 32 * 128
+    pairs = n * (n + 1) / 2 * 31 * 4.0 * 32 * 128
     expected = MODEL.linear * (31 + LAST) / 32 * n / MACHINE.flops + pairs / MACHINE.attention
     for chunk in (512, 3000, n):
         assert read_on_ring(MODEL, [MACHINE], [free], n, chunk, [1.0]).seconds == pytest.approx(expected, rel=1e-6)
@@ -157,7 +157,7 @@ def test_layers_with_a_window_cost_what_it_reaches() -> None:
     n = 1 << 14
     pairs = sum(min(i + 1, 1024) for i in range(n))
     found = read_on_ring(windowed, [MACHINE], [free], n, 4096, [1.0]).seconds
-    assert found == pytest.approx(pairs * 32 * kind.pair_flops / MACHINE.attention, rel=1e-6)
+    assert found == pytest.approx(pairs * 31 * kind.pair_flops / MACHINE.attention, rel=1e-6)
 
 
 def test_a_hop_hides_from_the_break_even_on() -> None:
@@ -266,3 +266,17 @@ def test_links_from_text() -> None:
 def test_wrong_links(text: str) -> None:
     with pytest.raises(ArgumentError, match=r"^--link: [^\n]*expected[^\n]*tb5-rdma"):
         parse_link("--link", text)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_cpus_divide_a_large_output_layer(size: int) -> None:
+    free = Link("free", 1e18, 0.0)
+
+    def token(shape: ModelShape, gpu: bool) -> float:
+        found = predictions(shape, cluster(size, free), Job(8, gpu=gpu))
+        return next(one.token for one in found if one.arrangement == Arrangement(size))
+
+    saved = MODEL.head * (1 - 1 / size) / MACHINE.bandwidth
+    assert token(MODEL, True) - token(MODEL, False) == pytest.approx(saved, abs=2e-5)
+    small = replace(MODEL, head=1 << 20)
+    assert token(small, True) == token(small, False)

@@ -16,7 +16,10 @@ RECURRENT = "test_lm_recurrent"  # every family on two ranks, and on more some t
 ALL = (path.stem for path in (ROOT / "tests/spmd").glob("test_*.py"))
 REST = sorted(name for name in ALL if name not in (*EVERY_SIZE, RECURRENT))
 # What two ranks over MPI show as well as more ranks, or as another transport.
-TWO_RANKS = ("test_lm_chat", "test_lm_history", "test_lm_latent", "test_lm_one_rank", "test_lm_sparse", "test_server")
+TWO_RANKS = (
+    *("test_lm_chat", "test_lm_history", "test_lm_latent", "test_lm_one_rank", "test_lm_sparse", "test_lm_unread"),
+    "test_server",
+)
 # Language models that differ in kind, in the place of every family.
 KINDS = "not (test_logits or test_greedy_tokens) or llama or gemma3 or gpt_oss or deepseek_v3"
 RECURRENT_KINDS = "qwen3_5 or kimi_linear or falcon_h1 or lfm2 or rwkv7 or jamba"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 
@@ -81,3 +82,20 @@ def test_no_tracer_records_nothing() -> None:
         pass
     NO_TRACER.end()
     assert NO_TRACER.events is None
+
+
+def test_plain_tuples_have_the_fields_of_events() -> None:
+    """A collection of garbage visits a tuple of plain values once, and an event again and again."""
+    events: deque[tuple] = deque()
+    tracer = Recorder(events, plain=True)
+    tracer.begin("ring_attention")
+    tracer.choose("pass_kv")
+    with tracer.span("exchange", 3, [memoryview(b"abc")]):
+        pass
+    tracer.end()
+    gc.collect()
+    assert [type(one) for one in events] == [tuple, tuple] and not any(map(gc.is_tracked, events))
+    span, call = (Event(*one) for one in events)
+    assert span[:2] == ("exchange", 3) and span[4:] == (3, "ring_attention", "pass_kv")
+    assert call[:2] == ("call", 0) and call[4:] == (0, "ring_attention", "pass_kv")
+    assert call.start <= span.start <= span.stop <= call.stop

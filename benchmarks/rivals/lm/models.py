@@ -49,12 +49,33 @@ def load(name: str) -> tuple[nn.Module, Any, mx.array]:
 
 
 def use_fused_attention(model: nn.Module) -> None:
-    """Let the model's class call ringattn's fused attention: MLX has none on a CPU, and has one on a Mac."""
+    """Let the model's class call ringattn's fused attention: MLX has none on a CPU, and has one on a Mac.
+
+    Of a prompt's chunk only the caches are read. MLX's attention, which is lazy, is then not computed in the last
+    layer. ringattn's is computed at once, so that layer gets zeros, which nothing reads. The last token of a prompt is
+    read alone.
+    """
     import sys
 
     module = sys.modules[type(model).__module__]
+    last = model.layers[-1]
+    kind = type(last)
+    running = False
+
+    class Last(kind):
+        def __call__(self, *args, **options):
+            nonlocal running
+            running = True
+            try:
+                return super().__call__(*args, **options)
+            finally:
+                running = False
+
+    last.__class__ = Last
 
     def attend(queries, keys, values, cache, scale, mask, sinks=None):
+        if running and queries.shape[2] > 1:
+            return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
         return ra.attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     module.scaled_dot_product_attention = attend

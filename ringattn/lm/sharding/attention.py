@@ -12,6 +12,7 @@ from ...core.device import uses_gpu
 from ...decode_attention import decode_attention
 from ...errors import UnsupportedModelError
 from ...ring_attention import ring_attention
+from .forward_pass import current
 from .sharded_cache import CausalMask, ShardedKVCache, cache_of_keys
 
 
@@ -33,6 +34,9 @@ def sharded_attention(
         cache: The layer's cache.
         scale, sinks, softcap: As in `ringattn.attention`.
         mask: The mask that the cache's `make_mask` returned, or ``None``.
+
+    Returns:
+        ``[batch, heads, tokens computed here, value head_dim]``; zeros where nothing reads it.
     """
     if k.shape[2] != cache.held:
         raise UnsupportedModelError(f"attention to {k.shape[2]} keys, expected the {cache.held} that its cache gave it")
@@ -41,7 +45,7 @@ def sharded_attention(
     if not q.dtype == k.dtype == v.dtype:  # as in mlx-lm: some layers have wider queries than keys
         dtype = mx.result_type(q, k, v)
         q, k, v = (x.astype(dtype) for x in (q, k, v))
-    if cache.in_trial():
+    if cache.in_trial() or not current.needs_output():
         return mx.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     if softcap is None and _mlx_does_it(cache, constraints):
         causal = "causal" if q.shape[2] > 1 else None

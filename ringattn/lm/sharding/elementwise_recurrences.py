@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ...core.affine import AffineMap
 from .. import mlx_lm_compat as compat
+from .forward_pass import current
 from .recurrent_cache import RecurrentCache
 from .running_layer import Result, Run
 
@@ -63,14 +64,20 @@ def selective_scan(
     blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK)]
     first = cache.is_first
     after = before if first else mx.zeros_like(before)
+    is_read = current.needs_output(own=1)  # the state
     outs = []
     for at in blocks:
         states = _scan(mx.exp(dt[:, at, :, None] * A), (dt * wide)[:, at, :, None] * B[:, at, None], after)
-        outs.append(_read(states, C[:, at]))
         after = states[:, -1]
+        if is_read:
+            outs.append(_read(states, C[:, at]))
+        else:
+            mx.eval(after)
     time = mx.cumsum(dt, axis=1)[..., None]  # from the first token to each one
     own = AffineMap(None if first else mx.exp(time[:, -1] * A), after)
     found = cache.chain(before, own, before.shape, False)
+    if not is_read:
+        return mx.zeros_like(wide), found.after
     if not first:
         reads = [_read(mx.exp(time[:, at] * A) * found.before[0][:, None], C[:, at]) for at in blocks]
         outs = [out + more for out, more in zip(outs, reads)]

@@ -23,10 +23,23 @@ class ForwardPass(threading.local):
         caches: The caches of the layers.
         reading: The cache that a layer has read last. A recurrent layer reads its state before it computes anything
             from it, so this is the cache of the layer that runs.
+        is_read: Whether the output of the pass is read. Otherwise only what the caches keep counts.
     """
 
     caches: Sequence[ShardedCache] = ()
     reading: ShardedCache | None = None
+    is_read: bool = True
+
+    def needs_output(self, own: int = 0) -> bool:
+        """Whether anything reads the output of the layer that runs; the same on every rank.
+
+        MLX computes what is read, and nothing else. A collective call computes at once, so its caller asks. A cache
+        that a pass never writes makes every output count.
+
+        Args:
+            own: Arrays of its cache that the layer has yet to write, and that do not depend on its output.
+        """
+        return self.is_read or sum(cache.unwritten for cache in self.caches) > own
 
 
 current = ForwardPass()
@@ -46,10 +59,12 @@ class ShardedCache:
         offset: The position of the next token that this rank computes (mlx-lm's rope asks for it).
         step: The tokens of the forward pass; ``None`` before the first one.
         marks: Numbers of tokens after which a forward pass is cut in two, since the state there is kept.
+        unread: Number of first tokens of the context whose logits nobody reads.
         loss: Why the cache may have lost what is needed to go back to fewer tokens.
     """
 
     marks: tuple[int, ...] = ()
+    unread = 0
     loss = ""
 
     def __init__(self, ring: Ring, history: TokenHistory | None = None):
@@ -83,6 +98,11 @@ class ShardedCache:
         return self.layout.stop
 
     @property
+    def unwritten(self) -> int:
+        """The number of arrays that this forward pass has yet to write."""
+        raise NotImplementedError
+
+    @property
     def tokens(self) -> np.ndarray:
         """The ids of the context's tokens, also of those that a window has dropped: ``[batch, tokens]``, int32."""
         return self.history.read(self.size())
@@ -110,15 +130,15 @@ class ShardedCache:
 
 
 @contextmanager
-def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
+def step_through(caches: Sequence[ShardedCache], step: Step, is_read: bool = True) -> Iterator[None]:
     """Run a forward pass: the tokens of `step` through the layers of `caches`. If it fails, they hold what they held.
 
-    Layers with a window may have dropped tokens that no later token needs.
+    Layers with a window may have dropped tokens that no later token needs. `is_read` is that of `ForwardPass`.
     """
     for cache in caches:
         cache.begin(step)
-    before = current.caches, current.reading
-    current.caches, current.reading = caches, None
+    before = current.caches, current.reading, current.is_read
+    current.caches, current.reading, current.is_read = caches, None, is_read
     try:
         yield
     except BaseException:
@@ -129,7 +149,7 @@ def step_through(caches: Sequence[ShardedCache], step: Step) -> Iterator[None]:
         for cache in caches:
             cache.end()
     finally:
-        current.caches, current.reading = before
+        current.caches, current.reading, current.is_read = before
 
 
 def flat(caches: Iterable[Any]) -> list[Any]:
@@ -154,10 +174,11 @@ def trim_to(caches: Iterable[Any], size: int) -> None:
         cache.trim(cache.size() - size)
 
 
-def tokens_to_mark(caches: Iterable[ShardedCache]) -> int:
-    """The number of new tokens after which the next mark comes; 0: none comes."""
-    left = (mark - cache.size() for cache in caches for mark in cache.marks)
-    return min((tokens for tokens in left if tokens > 0), default=0)
+def cut_at_marks(caches: Iterable[ShardedCache], tokens: int) -> list[slice]:
+    """The parts of so many new tokens that end at marks, in order; the last one ends with the tokens."""
+    marks = {mark - cache.size() for cache in caches for mark in cache.marks}
+    ends = [*sorted(mark for mark in marks if 0 < mark < tokens), tokens]
+    return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
 
 
 def restorable(caches: Iterable[ShardedCache], size: int) -> int:

@@ -11,6 +11,7 @@ from ...core.intervals import intersection
 from ...layout import Layout
 
 LEAST = 16  # tokens a rank: sharing the work of fewer takes longer than doing all of it on every rank
+LEAST_HEAD = 1 << 24  # bytes of an output layer that ranks divide: fewer are read in the time of an exchange
 RUN = 256  # tokens in a row that one rank keeps during decoding, so that layouts stay short
 
 

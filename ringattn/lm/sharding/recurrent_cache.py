@@ -66,6 +66,7 @@ class RecurrentCache(ShardedCache):
         self.convolutions = 0  # that have run in this forward pass
         self._kept: dict[int, Arrays] = {}  # around the last prompts, by the number of tokens before them
         self._last: dict[int, Arrays] = {}  # before the last forward pass
+        self._written: set[int] = set()  # slots, in this forward pass
 
     def expect_prompt(self, tokens: int) -> None:
         """Keep the state before a prompt of so many tokens, and in it those before its last tokens."""
@@ -76,6 +77,7 @@ class RecurrentCache(ShardedCache):
         """Set the positions for a forward pass of the tokens of `step`."""
         self._last = {self.size(): list(self.arrays)}
         self.convolutions = 0
+        self._written = set()
         super().begin(step)
 
     def end(self) -> None:
@@ -123,14 +125,19 @@ class RecurrentCache(ShardedCache):
     def __setitem__(self, i: int, value: mx.array | None) -> None:
         if self.shared and self.slots[i].kind == INPUTS:
             return  # a layer knows only its own tokens' inputs: `store_inputs` has those of the last ones
-        self.arrays[i] = value
+        self._write(i, value)
 
     def __iter__(self) -> Iterator[mx.array | None]:
         return (self[i] for i in range(len(self.arrays)))
 
     def store_inputs(self, order: int, value: mx.array) -> None:
         """Keep the last inputs of all ranks' tokens for the layer's convolution `order`."""
-        self.arrays[next(i for i, s in enumerate(self.slots) if (s.kind, s.order) == (INPUTS, order))] = value
+        self._write(next(i for i, s in enumerate(self.slots) if (s.kind, s.order) == (INPUTS, order)), value)
+
+    @property
+    def unwritten(self) -> int:
+        """The number of slots that the layer has yet to fill."""
+        return len(self.slots) - len(self._written)
 
     def advance(self, n: int) -> None:
         """Do nothing; mlx-lm's cache counts padding here."""
@@ -195,6 +202,10 @@ class RecurrentCache(ShardedCache):
         """Hold the last one of `states`, and keep the others; see `RecurrentCache.states`."""
         self._hold(states, max(states))
         self.history = history
+
+    def _write(self, slot: int, value: mx.array | None) -> None:
+        self.arrays[slot] = value
+        self._written.add(slot)
 
     def _keep(self) -> None:
         """Keep the state, and drop the oldest one that is too many."""

@@ -85,6 +85,11 @@ class ShardedKVCache(ShardedCache):
         self.fetched_keys, values = self._all_held()
         return self.fetched_keys, values
 
+    @property
+    def unwritten(self) -> int:
+        """1 until the layer has put its keys and values into the cache."""
+        return int(self.fetched_keys is None)
+
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values that this rank holds.
 

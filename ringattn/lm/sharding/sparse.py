@@ -25,6 +25,7 @@ from ...decode_attention import decode_attention
 from ...layout import Layout
 from ...ring_attention import ring_attention
 from .attention import split_heads
+from .forward_pass import current
 from .latent import LatentView
 from .sharded_cache import CausalMask
 
@@ -56,7 +57,7 @@ class SparseView(LatentView):
         k = indexer.rope(indexer.k_norm(indexer.wk(x))[:, None], offset=self.offset)
         weights = indexer.weights_proj(x) * (indexer.n_heads**-0.5 * indexer.softmax_scale)
         held, _ = self.index_cache.update_and_fetch(k, mx.zeros((*k.shape[:-1], 0), k.dtype))
-        if self.index_cache.in_trial() or self.index_cache.size() <= indexer.index_topk:
+        if self.index_cache.in_trial() or self.index_cache.size() <= indexer.index_topk or not current.needs_output():
             return
         score = Scores(q, weights.swapaxes(-1, -2)[..., None])
         step = self.cache.step
