@@ -104,7 +104,7 @@ def _job(found: dict[str, Any]) -> list[str]:
     parts = [
         JOB,
         about(found),
-        f"Samples of each time, of which the median is shown: {' to '.join(map(str, samples))}.",
+        f"Samples of each time, of which the median is shown: {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}.",
     ]
     for model in dict.fromkeys(row.model for row in rows):
         parts += [f"**{model}**", job_table(rows, model), job_leads(rows, model)]
