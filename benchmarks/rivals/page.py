@@ -100,11 +100,12 @@ def _operator(found: dict[str, Any]) -> list[str]:
 
 def _job(found: dict[str, Any]) -> list[str]:
     rows = found["rows"]
-    samples = sorted({len(row.first) for row in rows if row.first})
+    samples = [len(row.first) for row in rows if row.first]
+    ends = map(str, sorted({min(samples), max(samples)}))
     parts = [
         JOB,
         about(found),
-        f"Samples of each time, of which the median is shown: {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}.",
+        f"Samples of each time, of which the median is shown: {' to '.join(ends)}.",
     ]
     for model in dict.fromkeys(row.model for row in rows):
         parts += [f"**{model}**", job_table(rows, model), job_leads(rows, model)]
