@@ -86,14 +86,16 @@ def evaluated_copies(arrays: Arrays) -> Arrays:
         mx.async_eval(*arrays)
     except ValueError:
         mx.eval(*arrays)
-        return [_copy(x) for x in arrays]
+        return _copies(arrays)
     return arrays
 
 
-def _copy(x: mx.array) -> mx.array:
+def _copies(arrays: Arrays) -> Arrays:
     gpu = driver()
-    if gpu is not None:
-        return copies_on_gpu(gpu, [x])[0]
+    return [_copy(x) for x in arrays] if gpu is None else copies_on_gpu(gpu, arrays)
+
+
+def _copy(x: mx.array) -> mx.array:
     y = mx.array(view(x))
     return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
 

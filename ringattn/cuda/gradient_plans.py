@@ -107,8 +107,7 @@ class FusedPlan(Plan):
         q = launch.run(collect_queries_call(dq, mx.contiguous(sums.q), scale, self.tiling))[0]
         k = _added(sums.k, dk, inputs.group, scale, columns)
         v = _added(sums.v, dv, inputs.group, 1.0, columns)
-        mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask
-        return Gradients(q, k, v, mask)
+        return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ class HopperPlan(Plan):
         part = inputs.part(slice(*queries), slice(*keys))
         q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, mx.contiguous(sums.q)))
         k, v = self._of_keys(part, rows, sums, keys)
-        mask = add_to_mask(sums.mask, dmask[0], part, queries, keys) if dmask and sums.mask is not None else sums.mask
-        return Gradients(q, k, v, mask)
+        return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))
 
     def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
         """Add dk and dv of a call to `sums`: in the kernel, or where blocks share keys, by a second one."""
@@ -181,14 +179,11 @@ def _splits(heads: int, key_tiles: int, slots: int) -> int:
     return next(n for n in candidates if used(n) >= ENOUGH * best)
 
 
-def _collected(parts: mx.array, sums: mx.array, factor: float) -> mx.array:
-    return launch.run(collect_call(parts, mx.contiguous(sums), factor))[0]
-
-
 def _added(sums: mx.array, parts: mx.array, group: int, factor: float, keys: slice) -> mx.array:
     """Add `parts` ``[B, Hq, keys, D]``, summed over each group, to the rows `keys` of `sums` ``[B, Hkv, Lk, D]``."""
     batch, heads = sums.shape[:2]
-    return _replaced(sums, _collected(parts.reshape(batch * heads, group, -1), sums[:, :, keys], factor), keys)
+    parts = parts.reshape(batch * heads, group, -1)
+    return _replaced(sums, launch.run(collect_call(parts, mx.contiguous(sums[:, :, keys]), factor))[0], keys)
 
 
 def _replaced(sums: mx.array, found: mx.array, keys: slice) -> mx.array:
@@ -198,12 +193,19 @@ def _replaced(sums: mx.array, found: mx.array, keys: slice) -> mx.array:
     return mx.concatenate([sums[:, :, : keys.start], found, sums[:, :, keys.stop :]], 2)
 
 
-def add_to_mask(sums: mx.array, found: mx.array, part: KernelInputs, queries: Span, keys: Span) -> mx.array:
-    """Add the gradient of each score ``[B, Hq, queries, keys]`` to that of the mask, summed where it was broadcast."""
-    found = found.sum(axis=[i for i in range(4) if sums.shape[i] == 1], keepdims=True)
+def add_to_mask(
+    sums: mx.array | None, found: list[mx.array], part: KernelInputs, queries: Span, keys: Span
+) -> mx.array | None:
+    """Add the gradient of each score ``[B, Hq, queries, keys]`` to that of the mask, summed where it was broadcast.
+
+    `found` is empty where no mask has a gradient.
+    """
+    if sums is None or not found:
+        return sums
+    added = found[0].sum(axis=[i for i in range(4) if sums.shape[i] == 1], keepdims=True)
     rows = slice(None) if sums.shape[2] == 1 else slice(*queries)
     if sums.shape[3] == 1:
         columns: slice | mx.array = slice(None)
     else:
         columns = slice(*keys) if part.rules.columns is None else mx.array(part.rules.columns)
-    return sums.at[:, :, rows, columns].add(found)
+    return sums.at[:, :, rows, columns].add(added)

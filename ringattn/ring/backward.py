@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -17,9 +16,7 @@ from .blocks import Block
 from .blocks import rows as rows_of
 from .call import RingCall
 from .device_results import accumulator_for
-from .loop import WHAT, round_trip
-
-Arrays = Sequence[mx.array]
+from .loop import WHAT, Arrays, round_trip
 
 GRADIENT = f"the gradient of {WHAT}"
 
@@ -32,10 +29,11 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
             mx.eval(*call.arrays, dout, dlse)
             passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
             ring.tracer.choose(passing.name)
-            call = replace(call, links=ring.links if call.stays_on_gpu else None)
+            early = call.stays_on_gpu
+            call = replace(call, links=ring.links if early else None)
             work = passing(call, call.kernel.rows(out, lse, dout, dlse))
             # Python takes about as long to agree and to post the messages as a GPU to compute on a short block.
-            first = work.own_hop() if call.stays_on_gpu else None
+            first = work.own_hop() if early else None
             fields = call.fields()
         work.call = call.agreed(GRADIENT, fields)
         with ring.break_ring_on_error():
@@ -51,6 +49,7 @@ class Passing(abc.ABC):
     Attributes:
         call: The call, which has its links once the ranks agree.
         rows: The rows of this rank's queries.
+        schedules: The hops of each route.
         own: The block that this rank sends.
     """
 
@@ -60,6 +59,7 @@ class Passing(abc.ABC):
     def __init__(self, call: RingCall, rows: Rows):
         self.call = call
         self.rows = rows
+        self.schedules = call.schedules(gradient=True)
 
     @abc.abstractmethod
     def add(self, hop: int, block: Block) -> Arrays:
@@ -75,14 +75,13 @@ class Passing(abc.ABC):
 
     def own_hop(self) -> Arrays | None:
         """Start to compute on the own block, which needs no other rank."""
-        spans = self.call.schedules(gradient=True)[0].hops[0].compute
+        spans = self.schedules[0].hops[0].compute
         return self.add(0, rows_of(self.own, spans)) if spans else None
 
     def travel(self, first: Arrays | None) -> Gradients:
         """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
         results = accumulator_for(self.call.links)(self.neutral, merge_sums)
-        schedules = self.call.schedules(gradient=True)
-        return self.gradients(round_trip(self.call, self.own, schedules, results, self.add, first))
+        return self.gradients(round_trip(self.call, self.own, self.schedules, results, self.add, first))
 
 
 class PassQ(Passing):

@@ -126,7 +126,7 @@ def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
 
 
 class Held:
-    """What is done when work is over: blocks are released, and sends of results start.
+    """Actions that wait for the end of work: the release of blocks, and the start of sends of results.
 
     On the host work is over when it returns. A GPU still does it then, and what follows is prepared meanwhile: `turn`
     is called once the next work has started.
