@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Rows
-from ..kernels.gpu.buffers import rule_buffers
+from ..kernels.gpu.buffers import rule_arrays, rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
-from .calls import kernel_call, on_gpu
-from .gradient_call import gradient_call, longest_first, mask_output
+from .calls import kernel_call, on_gpu, prepared
+from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .gradient_tiling import GradientTiling
 from .launch import KernelCall
 
@@ -42,40 +42,41 @@ def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, spli
     additive mask its gradient ``[B, Hq, Lq, Lk]``.
 
     Args:
-        inputs: `whole` inputs with at least one query and one key, at most `QUERY_TILES` tiles of queries.
-        rows: Their rows; dout in the dtype of q, lse and delta contiguous.
+        inputs: `whole` inputs with at least one query and one key, at most `QUERY_TILES` tiles of queries; q, k and v
+            contiguous.
+        rows: Their rows; dout in the dtype of q, all contiguous.
         tiling: Their tiling.
         splits: The number of thread blocks for each head.
     """
-    q = inputs.q
     batch, heads, q_len = inputs.rows
-    reach = query_tile_ranges(inputs, tiling)
-    defines = {
-        "QUERIES": tiling.QUERIES,
-        "HALVES": tiling.halves,
-        "FRAGMENTS": tiling.fragments,
-        "STAGES": tiling.stages,
-    }
-    outputs: dict[str, tuple[int, ...]] = {
-        "dq": (splits, batch * heads * tiling.dq_numbers(q_len)),
-        "dk": (batch, heads, inputs.k.shape[2], q.shape[3]),
-        "dv": (batch, heads, inputs.k.shape[2], inputs.v.shape[3]),
-    }
-    return gradient_call(
-        "backward",
-        ("matrix" if q.dtype.size == 2 else "scalar",),
-        inputs,
-        rows,
-        tiling,
-        {
-            "reach": on_gpu(reach),
-            "blocks": on_gpu(deal(reach, splits)),
-            **rule_buffers(inputs, (tiling.QUERIES, tiling.KEYS), 1, -(-q_len // tiling.QUERIES)),
-        },
-        defines,
-        outputs | mask_output(inputs),
-        (splits, heads, batch),
-    )
+    where = (tiling.QUERIES, tiling.KEYS), 1, -(-q_len // tiling.QUERIES)
+
+    def make() -> KernelCall:
+        reach = query_tile_ranges(inputs, tiling)
+        outputs: dict[str, tuple[int, ...]] = {
+            "dq": (splits, batch * heads * tiling.dq_numbers(q_len)),
+            "dk": (batch, heads, inputs.k.shape[2], inputs.q.shape[3]),
+            "dv": (batch, heads, inputs.k.shape[2], inputs.v.shape[3]),
+        }
+        return gradient_call(
+            "backward",
+            ("matrix" if inputs.q.dtype.size == 2 else "scalar",),
+            inputs,
+            rows,
+            tiling,
+            {"reach": on_gpu(reach), "blocks": on_gpu(deal(reach, splits)), **rule_buffers(inputs, *where)},
+            {
+                "QUERIES": tiling.QUERIES,
+                "HALVES": tiling.halves,
+                "FRAGMENTS": tiling.fragments,
+                "STAGES": tiling.stages,
+            },
+            outputs | mask_output(inputs),
+            (splits, heads, batch),
+        )
+
+    call = prepared((tiling, splits), inputs, make)
+    return call.with_inputs({**arrays_of(inputs, rows), **rule_arrays(inputs.rules, *where)})
 
 
 def collect_call(parts: mx.array, sums: mx.array, factor: float) -> KernelCall:

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Rows
-from ..kernels.gpu.buffers import rule_buffers
+from ..kernels.gpu.buffers import rule_arrays, rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
-from .calls import on_gpu
-from .gradient_call import gradient_call, longest_first, mask_output
+from .calls import on_gpu, prepared
+from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .launch import KernelCall
 from .tiling import FRAGMENT, WARP
 
@@ -86,8 +86,8 @@ def held_keys_call(
     `heads` in the place of Hkv, to be added up over what each key head has of them, and dk misses the factor `scale`.
 
     Args:
-        inputs: `whole` inputs with at least one query and one key.
-        rows: Their rows; dout in the dtype of q, lse and delta contiguous.
+        inputs: `whole` inputs with at least one query and one key; q, k and v contiguous.
+        rows: Their rows; dout in the dtype of q, all contiguous.
         tiling: Their tiling.
         heads: The number of heads of q, or of k, which `sums` need.
         sums: The sums of dk and dv before, contiguous.
@@ -116,21 +116,32 @@ def _call(
     before: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
 ) -> KernelCall:
-    reach = passing_tile_ranges(inputs, tiling)
     tiles = tiling.tile(False), tiling.tile(True)
-    return gradient_call(
-        "backward_hopper",
-        ("matrix", "hopper", "held"),
-        inputs,
-        rows,
-        tiling,
-        {
-            "reach": on_gpu(reach),
-            "order": on_gpu(longest_first(reach).astype(np.int32)),
-            **rule_buffers(inputs, tiles, 1, -(-inputs.rows[2] // tiles[0])),
-            **before,
-        },
-        {"OF_KEYS": int(tiling.of_keys), "ADDS": int(bool(before)), "PASSING": tiling.PASSING, "STAGES": tiling.stages},
-        outputs,
-        (len(reach), heads, inputs.q.shape[0]),
-    )
+    where = tiles, 1, -(-inputs.rows[2] // tiles[0])
+
+    def make() -> KernelCall:
+        reach = passing_tile_ranges(inputs, tiling)
+        return gradient_call(
+            "backward_hopper",
+            ("matrix", "hopper", "held"),
+            inputs,
+            rows,
+            tiling,
+            {
+                "reach": on_gpu(reach),
+                "order": on_gpu(longest_first(reach).astype(np.int32)),
+                **rule_buffers(inputs, *where),
+                **before,
+            },
+            {
+                "OF_KEYS": int(tiling.of_keys),
+                "ADDS": int(bool(before)),
+                "PASSING": tiling.PASSING,
+                "STAGES": tiling.stages,
+            },
+            outputs,
+            (len(reach), heads, inputs.q.shape[0]),
+        )
+
+    call = prepared((tiling, bool(before), tuple(outputs.items())), inputs, make)
+    return call.with_inputs({**arrays_of(inputs, rows), **rule_arrays(inputs.rules, *where), **before})

@@ -1,18 +1,30 @@
-"""Parts of every call: the text, the macros in front of it, and small arrays."""
+"""Parts of every call: the text, the macros in front of it, small arrays, and what is kept for equal calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.kept import Kept
+from ..kernels.interface import KernelInputs
 from . import source
 from .launch import KernelCall
 
 KEPT = 256  # small arrays, the layers of a model share theirs,
 LARGEST_KEPT = 1 << 14  # bytes of one
-SHARED = {"numbers", "reach", "limits", "query_at", "key_at", "mask_columns"}  # inputs of `without_arrays`
+SHARED = {
+    "numbers",
+    "reach",
+    "order",
+    "blocks",
+    "limits",
+    "query_at",
+    "key_at",
+    "mask_columns",
+}  # inputs of `without_arrays`
 
 
 def kernel_call(
@@ -44,6 +56,28 @@ def kernel_call(
 def without_arrays(call: KernelCall) -> KernelCall:
     """Return `call` without its inputs, but those that follow from shapes, rules and positions."""
     return call.with_inputs({name: None for name in call.input_names if name not in SHARED})
+
+
+_prepared: Kept[KernelCall] = Kept(KEPT)
+
+
+def prepared(kind: Hashable, inputs: KernelInputs, make: Callable[[], KernelCall]) -> KernelCall:
+    """Return the call that `make` builds for `inputs`, or one for the same shapes, rules and positions, without arrays.
+
+    `kind` is all else that the call depends on.
+    """
+    positions = inputs.q_pos, inputs.k_pos, inputs.rules.columns
+    return _prepared.get((kind, problem(inputs)), positions, lambda: without_arrays(make()))
+
+
+def problem(inputs: KernelInputs) -> Hashable:
+    """All that the kernels for `inputs` depend on, but for positions."""
+    rules, mask = inputs.rules, inputs.rules.mask
+    return (
+        (inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype),
+        (rules.scale, rules.band, rules.softcap, rules.segments is None),
+        None if mask is None else (mask.shape, mask.dtype),
+    )
 
 
 def on_gpu(x: np.ndarray) -> mx.array:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..core.kept import Kept
 from ..core.online_softmax import State
 from ..kernels.gpu.buffers import rule_arrays, state_buffers
-from ..kernels.gpu.kept import Kept
 from ..kernels.gpu.self_test import MOST_KEYS, UnusableError, variant
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import launch
-from .calls import without_arrays
+from .calls import problem, without_arrays
 from .device import HOPPER, capability, shared_bytes
 from .forward import combine_call, forward_call
 from .hopper_tiling import HopperTiling
@@ -153,11 +153,5 @@ _kept: Kept[list[Launches]] = Kept(64)
 
 def _key(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Hashable:
     """All that the kernels of a call depend on, but for positions."""
-    q, rules, mask = inputs.q, inputs.rules, inputs.rules.mask
-    return (
-        (q.shape, inputs.k.shape, inputs.v.shape, q.dtype),
-        (rules.scale, rules.band, rules.softcap, rules.segments is None),
-        None if mask is None else (mask.shape, mask.dtype),
-        state is None,
-        None if output is None else (output.dtype, output.lse, output.sinks is None),
-    )
+    ends = None if output is None else (output.dtype, output.lse, output.sinks is None)
+    return problem(inputs), state is None, ends

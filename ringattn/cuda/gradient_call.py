@@ -45,6 +45,11 @@ def mask_output(inputs: KernelInputs) -> dict[str, tuple[int, ...]]:
     return {} if mask is None or mask.dtype == mx.bool_ else {"dmask": (*inputs.rows, inputs.k.shape[2])}
 
 
+def arrays_of(inputs: KernelInputs, rows: Rows) -> dict[str, mx.array]:
+    """The inputs of these kernels that are arrays of the problem."""
+    return {"queries": inputs.q, "keys": inputs.k, "values": inputs.v, **rows._asdict()}
+
+
 def gradient_call(
     kernel: str,
     parts: tuple[str, ...],
@@ -61,20 +66,17 @@ def gradient_call(
     Args:
         kernel: Its name.
         parts: Headers that not all of these kernels have.
-        inputs: `whole` inputs with at least one query and one key.
-        rows: Their rows; dout in the dtype of q, lse and delta contiguous.
+        inputs: `whole` inputs with at least one query and one key; q, k and v contiguous.
+        rows: Their rows; dout in the dtype of q, all contiguous.
         tiling: Their tiling.
         buffers: Inputs of this kernel, with those of the rules.
         defines: Macros of this kernel.
         outputs: Shapes of the outputs, which are float32.
         blocks: The number of thread blocks in x, y and z.
     """
-    q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
-    arrays = {"queries": q, "keys": k, "values": v, "dout": rows.dout}
+    q, v, rules = inputs.q, inputs.v, inputs.rules
     every = {
-        **{name: mx.contiguous(x) for name, x in arrays.items()},
-        "lse": rows.lse,
-        "delta": rows.delta,
+        **arrays_of(inputs, rows),
         "numbers": on_gpu(np.array([rules.scale, rules.softcap or 0.0], np.float32)),
         **buffers,
     }

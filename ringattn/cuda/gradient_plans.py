@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import mlx.core as mx
@@ -29,9 +29,14 @@ Span = tuple[int, int]
 
 
 def rows_of(rows: Rows, queries: Span) -> Rows:
-    """The part of `rows` for some queries; lse and delta contiguous."""
-    dout, lse, delta = (x[:, :, slice(*queries)] for x in rows)
-    return Rows(dout, mx.contiguous(lse), mx.contiguous(delta))
+    """The part of `rows` for some queries, contiguous."""
+    return Rows(*(mx.contiguous(x[:, :, slice(*queries)]) for x in rows))
+
+
+def part_of(inputs: KernelInputs, queries: Span, keys: Span) -> KernelInputs:
+    """The part of `inputs` for some queries and keys; q, k and v contiguous."""
+    part = inputs.part(slice(*queries), slice(*keys))
+    return replace(part, q=mx.contiguous(part.q), k=mx.contiguous(part.k), v=mx.contiguous(part.v))
 
 
 def plans(inputs: KernelInputs) -> tuple[type[Plan], ...]:
@@ -101,7 +106,7 @@ class FusedPlan(Plan):
         return cls(_most(q.shape[2], queries, tiling.QUERIES), keys, tiling, splits)
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
-        part = inputs.part(slice(*queries), slice(*keys))
+        part = part_of(inputs, queries, keys)
         dq, dk, dv, *dmask = launch.run(backward_call(part, rows, self.tiling, self.splits))
         scale, columns = inputs.rules.scale, slice(*keys)
         q = launch.run(collect_queries_call(dq, mx.contiguous(sums.q), scale, self.tiling))[0]
@@ -137,7 +142,7 @@ class HopperPlan(Plan):
         return cls(_most(q_len, queries, of_queries.HELD), keys, of_keys, of_queries, heads)
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
-        part = inputs.part(slice(*queries), slice(*keys))
+        part = part_of(inputs, queries, keys)
         q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, mx.contiguous(sums.q)))
         k, v = self._of_keys(part, rows, sums, keys)
         return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))

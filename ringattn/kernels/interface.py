@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Gradients, Rows
+from ..core.kept import kept
 from ..core.online_softmax import State, finish
 from ..core.rules import ScoreRules
 
@@ -78,11 +79,18 @@ class KernelInputs:
         rules = replace(
             self.rules,
             mask=mask,
-            columns=None if columns is None else columns[keys],
+            columns=None if columns is None else _cut(columns, keys.start, keys.stop),
             segments=None if segments is None else (segments[0][:, queries], segments[1][:, keys]),
         )
         k, v = self.k[:, :, keys], self.v[:, :, keys]
-        return KernelInputs(self.q[:, :, queries], k, v, self.q_pos[queries], self.k_pos[keys], rules)
+        q_pos, k_pos = _cut(self.q_pos, queries.start, queries.stop), _cut(self.k_pos, keys.start, keys.stop)
+        return KernelInputs(self.q[:, :, queries], k, v, q_pos, k_pos, rules)
+
+
+@kept(most=256)
+def _cut(positions: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Cut a part out of positions: the same array each time, so that what follows from it is kept, too."""
+    return positions if (start, stop) == (0, len(positions)) else positions[start:stop]
 
 
 class Kernel(abc.ABC):

@@ -11,11 +11,11 @@ import pytest
 
 import ringattn as ra
 from ringattn.core.intervals import kept_positions
+from ringattn.core.kept import Kept
 from ringattn.core.masks import Band
 from ringattn.core.online_softmax import State
 from ringattn.core.rules import ScoreRules
 from ringattn.cuda import calls, dispatch, launch
-from ringattn.kernels.gpu.kept import Kept
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 
 TOKENS = 70

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import ringattn as ra
+from ringattn.core.kept import Kept
 from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor
 from ringattn.cuda.device import HOPPER
-from ringattn.kernels.gpu.kept import Kept
 from ringattn.verify.features import FEATURES, in_dtype
 from ringattn.verify.oracle import Case, GradientCase, random_case, ratios
 from ringattn.verify.variants import attention_gradients

@@ -12,6 +12,7 @@ import pytest
 
 import ringattn as ra
 from ringattn import backends
+from ringattn.core.kept import Kept
 from ringattn.core.masks import Band
 from ringattn.core.rules import ScoreRules
 from ringattn.cuda import dispatch, gradient, gradient_plans, launch, set_executor
@@ -22,7 +23,6 @@ from ringattn.cuda.gradient_tiling import GradientTiling
 from ringattn.cuda.hopper_tiling import REGISTERS, HopperTiling
 from ringattn.cuda.tiling import Tiling
 from ringattn.errors import ArgumentError, ArgumentTypeError, KernelWarning
-from ringattn.kernels.gpu.kept import Kept
 from ringattn.kernels.interface import KernelInputs
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import FLOATS, Case, GradientCase, check, random_case

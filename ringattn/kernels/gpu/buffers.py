@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.intervals import ends
+from ...core.kept import kept
 from ...core.masks import Band, Tile
 from ...core.online_softmax import State
 from ...core.rules import ScoreRules
 from ..interface import KernelInputs, OutputSpec
-from .kept import kept
 
 MIN_ELEMENTS = 8  # of an array that a kernel reads through a device pointer
 

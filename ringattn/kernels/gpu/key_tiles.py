@@ -6,8 +6,8 @@ import numpy as np
 
 from ...core.arrays import read_only
 from ...core.intervals import ends
+from ...core.kept import kept
 from ...core.masks import Band, Tile
-from .kept import kept
 
 
 @kept(most=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringattn.kernels.gpu.kept import kept
+from ringattn.core.kept import kept
 
 
 def read_only(*numbers: int) -> np.ndarray:
