@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -41,6 +42,8 @@ class KernelInputs:
         q_pos: Ascending int32 positions ``[Lq]``.
         k_pos: Ascending int32 positions ``[Lk]``.
         rules: Which keys a query sees, and how scores are computed.
+        arrive: Waits for the numbers in the arrays, which may still be under way. A kernel calls it before it evaluates
+            anything.
     """
 
     q: mx.array
@@ -49,6 +52,7 @@ class KernelInputs:
     q_pos: np.ndarray
     k_pos: np.ndarray
     rules: ScoreRules
+    arrive: Callable[[], None] = lambda: None
 
     @property
     def group(self) -> int:
@@ -84,7 +88,7 @@ class KernelInputs:
         )
         k, v = self.k[:, :, keys], self.v[:, :, keys]
         q_pos, k_pos = _cut(self.q_pos, queries.start, queries.stop), _cut(self.k_pos, keys.start, keys.stop)
-        return KernelInputs(self.q[:, :, queries], k, v, q_pos, k_pos, rules)
+        return KernelInputs(self.q[:, :, queries], k, v, q_pos, k_pos, rules, self.arrive)
 
 
 @kept(most=256)

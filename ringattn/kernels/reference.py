@@ -29,6 +29,7 @@ class ReferenceKernel(Kernel):
     differentiable = True
 
     def forward(self, inputs: KernelInputs, state: State | None = None) -> State:
+        inputs.arrive()
         batch, heads, q_len = inputs.rows
         if state is None:
             state = State.empty(batch, heads, q_len, inputs.v.shape[-1])
@@ -36,6 +37,7 @@ class ReferenceKernel(Kernel):
         return State(*(mx.concatenate(list(x), 2) for x in zip(*parts))) if len(parts) > 1 else (parts or [state])[0]
 
     def backward(self, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+        inputs.arrive()
         return blockwise_backward.gradient(inputs, rows, sums, elementwise)
 
 

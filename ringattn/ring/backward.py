@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import mlx.core as mx
@@ -14,9 +15,8 @@ from ..transport.consensus import raise_on_all_ranks
 from .accumulators import merge_sums
 from .blocks import Block
 from .blocks import rows as rows_of
-from .call import RingCall
-from .device_results import accumulator_for
-from .loop import WHAT, Arrays, round_trip
+from .call import Arrays, Arrive, RingCall
+from .loop import WHAT, RoundTrip, forgetting
 
 GRADIENT = f"the gradient of {WHAT}"
 
@@ -24,20 +24,20 @@ GRADIENT = f"the gradient of {WHAT}"
 def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.array) -> list[mx.array]:
     """Compute the gradients with respect to `call.arrays`. Collective."""
     ring = call.ring
+    links = ring.links if call.stays_on_gpu else None
     with ring.call(GRADIENT):
-        with raise_on_all_ranks(ring, GRADIENT):
-            mx.eval(*call.arrays, dout, dlse)
-            passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
-            ring.tracer.choose(passing.name)
-            early = call.stays_on_gpu
-            call = replace(call, links=ring.links if early else None)
-            work = passing(call, call.kernel.rows(out, lse, dout, dlse))
-            # Python takes about as long to agree and to post the messages as a GPU to compute on a short block.
-            first = work.own_hop() if early else None
-            fields = call.fields()
-        work.call = call.agreed(GRADIENT, fields)
+        with forgetting(links):
+            with raise_on_all_ranks(ring, GRADIENT):
+                mx.eval(*call.arrays, dout, dlse)
+                passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
+                ring.tracer.choose(passing.name)
+                work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
+                if call.stays_on_gpu:
+                    work.begin()
+                fields = call.fields()
+            work.agreed(call.agreed(GRADIENT, fields))
         with ring.break_ring_on_error():
-            sums = work.travel(first)
+            sums = work.travel()
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
     return found
@@ -49,7 +49,6 @@ class Passing(abc.ABC):
     Attributes:
         call: The call, which has its links once the ranks agree.
         rows: The rows of this rank's queries.
-        schedules: The hops of each route.
         own: The block that this rank sends.
     """
 
@@ -59,11 +58,20 @@ class Passing(abc.ABC):
     def __init__(self, call: RingCall, rows: Rows):
         self.call = call
         self.rows = rows
-        self.schedules = call.schedules(gradient=True)
+        self._schedules = call.schedules(gradient=True)
+        self._trip: RoundTrip | None = None
+        self._first: Arrays | None = None
 
     @abc.abstractmethod
-    def add(self, hop: int, block: Block) -> Arrays:
-        """Compute on a block that passes: add to the sums that stay, and return those that travel."""
+    def build(self, block: Block, arrive: Arrive) -> Arrays:
+        """Build the sums with the gradients of a block that passes: q, k, v, and the mask if it has a gradient.
+
+        See `RingCall.run` for `arrive`.
+        """
+
+    @abc.abstractmethod
+    def keep(self, sums: Arrays) -> Arrays:
+        """Keep the `sums` that stay, once they are computed, and return those that travel."""
 
     @abc.abstractmethod
     def neutral(self, tokens: int) -> Arrays:
@@ -73,15 +81,31 @@ class Passing(abc.ABC):
     def gradients(self, travelled: Arrays) -> Gradients:
         """Join the sums that came home and those that stayed."""
 
-    def own_hop(self) -> Arrays | None:
-        """Start to compute on the own block, which needs no other rank."""
-        spans = self.schedules[0].hops[0].compute
-        return self.add(0, rows_of(self.own, spans)) if spans else None
+    def begin(self) -> None:
+        """Do what needs no other rank: post the messages, and start to compute on the own block.
 
-    def travel(self, first: Arrays | None) -> Gradients:
-        """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
-        results = accumulator_for(self.call.links)(self.neutral, merge_sums)
-        return self.gradients(round_trip(self.call, self.own, self.schedules, results, self.add, first))
+        Python takes about as long to agree as a GPU to compute on a short block.
+        """
+        if self.call.links is not None:
+            self._trip = self._post()
+        spans = self._schedules[0].hops[0].compute
+        if spans:
+            self._first = self.keep(self.call.run(0, None, partial(self.build, rows_of(self.own, spans))))
+
+    def agreed(self, call: RingCall) -> None:
+        """Take the call that the ranks agreed on. Messages over links that another rank lacks are dropped."""
+        if self.call.links is not None and call.links is None:
+            self.call.links.forget()
+            self._trip = None
+        self.call = call
+
+    def travel(self) -> Gradients:
+        """Send the own block around the ring, and add up."""
+        trip = self._trip or self._post()
+        return self.gradients(trip.run(self.call, self.build, self.keep, self._first))
+
+    def _post(self) -> RoundTrip:
+        return RoundTrip.of(self.call, self.own, self._schedules, self.neutral, merge_sums)
 
 
 class PassQ(Passing):
@@ -95,11 +119,14 @@ class PassQ(Passing):
         self._keys = call.keys()
         self._sums = call.gradients_of_keys(length(self._keys.spans))
 
-    def add(self, hop: int, block: Block) -> Arrays:
+    def build(self, block: Block, arrive: Arrive) -> Arrays:
         q, *mask = self.neutral(length(block.spans))
-        found = self.call.backward_block(hop, block, self._keys, Gradients(q, *self._sums, *mask))
-        self._sums = found.k, found.v
-        return [x for x in (found.q, found.mask) if x is not None]
+        return self.call.backward_block(block, self._keys, Gradients(q, *self._sums, *mask), arrive)
+
+    def keep(self, sums: Arrays) -> Arrays:
+        q, k, v, *mask = sums
+        self._sums = k, v
+        return [q, *mask]
 
     def neutral(self, tokens: int) -> Arrays:
         return self.call.gradients_of_queries(tokens)
@@ -120,12 +147,15 @@ class PassKV(Passing):
         self._queries = call.queries(rows)
         self._sums = call.gradients_of_queries(length(self._queries.spans))
 
-    def add(self, hop: int, block: Block) -> Arrays:
+    def build(self, block: Block, arrive: Arrive) -> Arrays:
         q, *mask = self._sums
         sums = Gradients(q, *self.neutral(length(block.spans)), *mask)
-        found = self.call.backward_block(hop, self._queries, block, sums)
-        self._sums = tuple(x for x in (found.q, found.mask) if x is not None)
-        return found.k, found.v
+        return self.call.backward_block(self._queries, block, sums, arrive)
+
+    def keep(self, sums: Arrays) -> Arrays:
+        q, k, v, *mask = sums
+        self._sums = q, *mask
+        return k, v
 
     def neutral(self, tokens: int) -> Arrays:
         return self.call.gradients_of_keys(tokens)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +28,9 @@ from ..transport.consensus import Fields, agree
 from ..transport.interface import Links, Transfer, Transport
 from .blocks import Block
 from .schedule import BOTH_WAYS, STRATEGIES, TO_THE_RIGHT, Route, Schedule, Sizes, choose, choose_routes, plan
+
+Arrays = Sequence[mx.array]
+Arrive = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -154,41 +157,45 @@ class RingCall:
             axes.append(1)
         return Block(tuple(arrays), tuple(axes), self.layout.spans[self.ring.rank])
 
-    def attend(self, hop: int, queries: Block, keys: Block, state: State | None) -> State:
-        """Run the kernel on a block of queries and a block of keys, from `state`."""
-        with self.ring.tracer.span("compute", hop):
-            state = State(*evaluated_copies(self.kernel.forward(self._inputs(queries, keys, 1), state)))
-            self._finish(state)
-        return state
+    def attend(self, queries: Block, keys: Block, state: State | None, arrive: Arrive) -> State:
+        """Build the state of a block of queries over a block of keys, from `state`. See `run` for `arrive`."""
+        return self.kernel.forward(self._inputs(queries, keys, 1, arrive), state)
 
-    def finish(self, hop: int, queries: Block, keys: Block, state: State | None) -> Partial:
-        """Run the kernel of the last hop, which returns ``(out, lse)``."""
+    def finish(self, queries: Block, keys: Block, state: State | None, arrive: Arrive) -> Partial:
+        """Build the results ``(out, lse)`` of the last block of keys."""
         output = OutputSpec(self.options.out_dtype, True, self.options.sinks)
-        with self.ring.tracer.span("compute", hop):
-            found = self.kernel.finish(self._inputs(queries, keys, 1), output, state)
-            out, lse = evaluated_copies([x for x in found if x is not None])
-            self._finish((out, lse))
+        out, lse = self.kernel.finish(self._inputs(queries, keys, 1, arrive), output, state)
+        assert lse is not None
         return out, lse
 
     def finish_state(self, state: State) -> Partial:
         """Compute ``(out, lse)`` of a state over all keys."""
         return finish(state, self.options.sinks, self.options.out_dtype)
 
-    def backward_block(self, hop: int, queries: Block, keys: Block, sums: Gradients) -> Gradients:
-        """Run the backward kernel on a block of queries with its rows and a block of keys. Add to `sums`."""
+    def backward_block(self, queries: Block, keys: Block, sums: Gradients, arrive: Arrive) -> list[mx.array]:
+        """Build `sums`, but for those that are ``None``, plus the gradients of a block of queries and one of keys.
+
+        The queries come with their rows.
+        """
         rows = Rows(*queries.arrays[1:4])
+        return [x for x in self.kernel.backward(self._inputs(queries, keys, 4, arrive), rows, sums) if x is not None]
+
+    def run(self, hop: int, after: Transfer | None, build: Callable[[Arrive], Arrays]) -> Arrays:
+        """Compute the arrays that `build` makes of a block, once the transfer `after` has brought it.
+
+        A GPU's work is prepared before the block is there, and may go on when this returns. `build` gets a function
+        that waits for the block, to be called before anything is evaluated.
+        """
+        arrive = partial(self.wait, hop, after)
+        prepared = None if self.links is None else build(arrive)
+        arrive()
         with self.ring.tracer.span("compute", hop):
-            sums = self.kernel.backward(self._inputs(queries, keys, 4), rows, sums)
-            sums = Gradients(*evaluated_copies([x for x in sums if x is not None]))
-            self._finish(sums[:3])
-        return sums
+            found = evaluated_copies(build(arrive) if prepared is None else prepared)
+            if self.links is None or self.ring.tracer.events is not None:
+                mx.eval(*found)
+        return found
 
-    def _finish(self, arrays: Sequence[mx.array]) -> None:
-        """Wait for a hop's results, unless this rank's GPU can go on with the next hop's."""
-        if self.links is None or self.ring.tracer.events is not None:
-            mx.eval(*arrays)
-
-    def _inputs(self, queries: Block, keys: Block, before_mask: int) -> KernelInputs:
+    def _inputs(self, queries: Block, keys: Block, before_mask: int, arrive: Arrive) -> KernelInputs:
         """Make a kernel's inputs from two blocks."""
         options = self.options
         k_pos = kept_positions(keys.spans)
@@ -198,7 +205,7 @@ class RingCall:
         columns = None if mask is None else _columns(keys.spans, self.kv_layout.start)
         rules = ScoreRules(options.scale, options.band, options.softcap, mask, columns, segments)
         k, v = keys.arrays[:2]
-        return KernelInputs(queries.arrays[0], k, v, kept_positions(queries.spans), k_pos, rules)
+        return KernelInputs(queries.arrays[0], k, v, kept_positions(queries.spans), k_pos, rules, arrive)
 
     def empty_state(self, tokens: int) -> State:
         """Make the state of `tokens` queries over no keys."""

@@ -20,10 +20,10 @@ from ..autograd.custom_function import start_evaluation
 from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
-from .accumulators import Accumulator, merge_state_arrays, post_results
+from .accumulators import Accumulator, ResultHop, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
-from .call import RingCall
+from .call import Arrays, Arrive, RingCall
 from .device_results import accumulator_for
 from .relay import collect, interleave_hops, relay
 from .schedule import Hop, Schedule
@@ -31,8 +31,6 @@ from .slots import Arrival
 from .staging import from_host
 
 WHAT = "ring_attention"
-
-Arrays = Sequence[mx.array]
 
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
@@ -101,10 +99,10 @@ def _attend(call: RingCall, arrivals: Sequence[tuple[int, Hop, Arrival]], i: int
     h, hop, arrival = arrivals[i]
     if not hop.compute:
         return before
-    call.wait(h, arrival.transfer)
     last = not any(later.compute for _, later, _ in arrivals[i + 1 :])
     state = State(*before) if before else None
-    return (call.finish if last else call.attend)(h, call.queries(), from_host(arrival.block), state)
+    build = call.finish if last else call.attend
+    return call.run(h, arrival.transfer, lambda arrive: build(call.queries(), from_host(arrival.block), state, arrive))
 
 
 def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
@@ -138,6 +136,8 @@ class Held:
 
     def until(self, results: Arrays, act: Callable[[], None]) -> None:
         """Call `act` once `results` are there."""
+        if self._links is not None:
+            start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
         self._held.append((results, act))
         if self._links is None:
             self.turn()
@@ -161,69 +161,96 @@ def _gather(call: RingCall) -> Partial:
     whole = collect(call.ring, call.keys(), schedules)
     hops = max(len(schedule.hops) for schedule in schedules)
     call.ring.set_progress(WHAT, hops)
-    return call.finish(hops, call.queries(), whole, None)
+    out, lse = call.run(hops, None, partial(call.finish, call.queries(), whole, None))
+    return out, lse
 
 
 def _pass_q(call: RingCall) -> Partial:
     """Send queries around the ring, and their states one hop behind. Each rank merges the state over its own keys."""
     keys = call.keys()
-
-    def add(h: int, block: Block) -> State:
-        return call.attend(h, block, keys, None)
-
-    results = accumulator_for(call.links)(call.empty_state, merge_state_arrays)
-    return call.finish_state(State(*round_trip(call, call.queries(), call.schedules(), results, add)))
+    trip = RoundTrip.of(call, call.queries(), call.schedules(), call.empty_state, merge_state_arrays)
+    return call.finish_state(State(*trip.run(call, lambda block, arrive: call.attend(block, keys, None, arrive))))
 
 
-def round_trip(
-    call: RingCall,
-    own: Block,
-    schedules: Sequence[Schedule],
-    accumulator: Accumulator,
-    compute: Callable[[int, Block], Arrays],
-    first: Arrays | None = None,
-) -> tuple[mx.array, ...]:
-    """Send `own` around the ring, and its results one hop behind. Each rank adds to them; they return home.
+class RoundTrip(NamedTuple):
+    """A block that goes around the ring, with its results one hop behind: all messages are posted.
 
-    Args:
-        call: The call, whose ranks agree.
-        own: This rank's block.
-        schedules: The hops of each route.
+    Attributes:
+        arrivals: The hops, with their blocks.
+        sends: The messages that pass blocks on.
+        routes: The results of each hop, for each way around.
         accumulator: Adds results up.
-        compute: Computes on the block of a hop.
-        first: The results of the first hop, if it was computed before.
     """
-    arrivals, sends = relay(call.ring, own, schedules, call.links)
-    routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
-    held = Held(call)
-    home_part: Block | None = None
-    h = 0
-    for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
-        call.ring.set_progress(WHAT, h)
-        added = None
-        if hop.compute:
-            call.wait(h, arrival.transfer)
-            found = first or compute(h, rows_of(from_host(arrival.block), hop.compute))
-            first = None
-            added = accumulator.block(found, hop.compute)
+
+    arrivals: list[tuple[int, Hop, Arrival]]
+    sends: list[Transfer]
+    routes: list[list[ResultHop]]
+    accumulator: Accumulator
+
+    @classmethod
+    def of(
+        cls,
+        call: RingCall,
+        own: Block,
+        schedules: Sequence[Schedule],
+        zeros: Callable[[int], Arrays],
+        merge: Callable[[Arrays, Arrays], Arrays],
+    ) -> RoundTrip:
+        """Post the messages for this rank's block `own`. See `Accumulator` for `zeros` and `merge`."""
+        arrivals, sends = relay(call.ring, own, schedules, call.links)
+        accumulator = accumulator_for(call.links)(zeros, merge)
+        routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
+        return cls(arrivals, sends, routes, accumulator)
+
+    def run(
+        self,
+        call: RingCall,
+        build: Callable[[Block, Arrive], Arrays],
+        keep: Callable[[Arrays], Arrays] = lambda found: found,
+        first: Arrays | None = None,
+    ) -> tuple[mx.array, ...]:
+        """Compute on each block that passes, and return the results of the own block that come home.
+
+        Args:
+            call: The call, whose ranks agree.
+            build: Builds the results of a block; see `RingCall.run`.
+            keep: Takes results that were computed, keeps what stays on this rank, and returns what travels.
+            first: What travels of the first hop, if it was computed before.
+        """
+        held = Held(call)
+        accumulator = self.accumulator
+        home_part: Block | None = None
+        h = 0
+        for (h, hop, arrival), (here, following) in zip(self.arrivals, interleave_hops(map(pairwise, self.routes))):
+            call.ring.set_progress(WHAT, h)
+            added = None
+            if hop.compute:
+                found = first or keep(call.run(h, arrival.transfer, partial(_build_on, build, hop, arrival)))
+                first = None
+                added = accumulator.block(found, hop.compute)
+            held.turn()
+            held.until(() if added is None else added.arrays, arrival.release)
+            following.allow_receive()
+            if h == 0:
+                home_part = home_part or added
+            elif hop.state:
+                call.wait(h, here.arrival.transfer)
+                total = accumulator.sendable(here.total(accumulator, added), here.wanted)
+                held.until(total.arrays, partial(here.send_total, total))
         held.turn()
-        held.until(() if added is None else added.arrays, arrival.release)
-        following.allow_receive()
-        if h == 0:
-            home_part = home_part or added
-        elif hop.state:
-            call.wait(h, here.arrival.transfer)
-            total = accumulator.sendable(here.total(accumulator, added), here.wanted)
-            held.until(total.arrays, partial(here.send_total, total))
-    held.turn()
-    totals: list[Block] = []
-    for results in routes:
-        call.wait(h + 1, results[-1].arrival.transfer)
-        totals.append(results[-1].total(accumulator, None if totals else home_part))
-    for part in totals[1:]:
-        totals[0] = accumulator.add(totals[0], part)
-    call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
-    return from_host(totals[0]).arrays
+        totals: list[Block] = []
+        for results in self.routes:
+            call.wait(h + 1, results[-1].arrival.transfer)
+            totals.append(results[-1].total(accumulator, None if totals else home_part))
+        for part in totals[1:]:
+            totals[0] = accumulator.add(totals[0], part)
+        call.wait(h + 1, *self.sends, *(result.sent for results in self.routes for result in results))
+        return from_host(totals[0]).arrays
+
+
+def _build_on(build: Callable[[Block, Arrive], Arrays], hop: Hop, arrival: Arrival, arrive: Arrive) -> Arrays:
+    """Build on the tokens of a block that a hop computes on."""
+    return build(rows_of(from_host(arrival.block), hop.compute), arrive)
 
 
 _STRATEGIES = {"pass_kv": _pass_kv, "pass_q": _pass_q, "gather": _gather}
