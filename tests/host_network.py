@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from ringattn.native.cuda import Kind
 from ringattn.transport.gpu.links import DeviceLinks
 from ringattn.transport.gpu.nccl import Piece
 from ringattn.transport.mpi.progress import Message
@@ -20,10 +21,12 @@ class HostNetwork:
     """Groups of messages as NCCL does them: without tags, one group after the other.
 
     Attributes:
+        gpu: The GPU of this rank.
         groups: The number of groups that have started.
     """
 
     def __init__(self, ring: MpiRing):
+        self.gpu = HostGpu()
         self._ring = ring
         self._count: Counter[tuple[str, int]] = Counter()
         self._last: list[Message] = []
@@ -53,9 +56,6 @@ class HostNetwork:
     def abort(self) -> None:
         self.aborted = True
 
-    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        return [], lambda: [_address(x) for x in arrays]
-
 
 class HostGpu:
     """A GPU's driver for arrays of the host.
@@ -69,6 +69,11 @@ class HostGpu:
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         return [], lambda: [_address(x) for x in arrays]
+
+    def allocate(self, kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Arrays of ones, so that what reads them too early is seen."""
+        arrays = [mx.ones(tuple(shape), dtype) for shape, dtype in kinds]
+        return arrays, lambda: [_address(x) for x in arrays]
 
     def pinned(self, count: int) -> memoryview:
         return memoryview(bytearray(b"\xff" * (count + 64)))

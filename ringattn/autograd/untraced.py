@@ -50,11 +50,11 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
 
 def copies_on_gpu(gpu: Driver, arrays: Arrays) -> list[mx.array]:
     """Copy `arrays` without views on the host, which would move them there."""
-    copies = [mx.zeros(x.shape, x.dtype) for x in arrays]
-    mx.eval(*copies)  # those without an element, too: another thread cannot
-    pairs = [(mx.contiguous(x), y) for x, y in zip(arrays, copies) if x.size]
-    places = gpu.locate([one for pair in pairs for one in pair])[1]()
-    gpu.copy_all(places[1::2], places[::2], [x.nbytes for x, _ in pairs])
+    sources = [mx.contiguous(x) for x in arrays]
+    copies, targets = gpu.allocate([(x.shape, x.dtype) for x in arrays])
+    located, places = gpu.locate(sources)
+    mx.eval(*copies, *located)  # here, because another thread cannot
+    gpu.copy_all(targets(), places(), [x.nbytes for x in arrays])
     return copies
 
 

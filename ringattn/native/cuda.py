@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -21,6 +21,8 @@ _NOT_READY = 600
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
 
 Pointer = ctypes.c_void_p
+Kind = tuple[Sequence[int], Any]  # the shape and the MLX dtype of an array
+T = TypeVar("T")
 
 
 class CudaError(RuntimeError):
@@ -125,28 +127,59 @@ class Driver:
             Lazy arrays, and a function that evaluates them and returns the addresses, which hold as long as the arrays
             live and nobody views them on the host.
         """
-        parts = [self._locate(arrays[i : i + BOX]) for i in range(0, len(arrays), BOX)]
-        return [done for done, _ in parts], lambda: [address for _, read in parts for address in read()]
+        import mlx.core as mx
 
-    def _locate(self, arrays: Sequence[mx.array]) -> tuple[mx.array, Callable[[], list[int]]]:
+        found = [self._run(part, [((1,), mx.uint32)]) for part in _boxes(arrays)]
+        return [done for (done,), _ in found], _joined(found)
+
+    def allocate(self, kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Make contiguous arrays of these shapes and dtypes, whose numbers are arbitrary, and find their addresses.
+
+        Returns:
+            The arrays, which are lazy, and a function that evaluates them and returns the addresses; see `locate`.
+        """
+        import mlx.core as mx
+
+        found = [self._run([], part) for part in _boxes([kind for kind in kinds if 0 not in kind[0]])]
+        made = iter([x for arrays, _ in found for x in arrays])
+        arrays = [mx.zeros(tuple(shape), dtype) if 0 in shape else next(made) for shape, dtype in kinds]
+        read = _joined(found)
+
+        def places() -> list[int]:
+            addresses = iter(read())
+            return [next(addresses) if x.size else 0 for x in arrays]
+
+        return arrays, places
+
+    def _run(self, arrays: Sequence[mx.array], kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Run a kernel that reads `arrays`, makes arrays of these `kinds`, and notes the addresses of either."""
         import mlx.core as mx
 
         at = self._next
         self._next = (at + 1) % BOXES
         box = self._boxes[8 * BOX * at : 8 * BOX * (at + 1)].cast("Q")
-        done = _addresses_kernel(tuple(x.dtype for x in arrays))(
+        made = _addresses_kernel(tuple(x.dtype for x in arrays), tuple(dtype for _, dtype in kinds))(
             inputs=[_constant(address_of(box)), *arrays],
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),
-            output_shapes=[(1,)],
-            output_dtypes=[mx.uint32],
-        )[0]
+            output_shapes=[shape for shape, _ in kinds],
+            output_dtypes=[dtype for _, dtype in kinds],
+        )
 
         def read() -> list[int]:
-            mx.eval(done)
-            return box[: len(arrays)].tolist()
+            mx.eval(*made)
+            return box[: len(arrays or kinds)].tolist()
 
-        return done, read
+        return made, read
+
+
+def _boxes(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Divide `items` into parts whose addresses fit into a box."""
+    return (items[i : i + BOX] for i in range(0, len(items), BOX))
+
+
+def _joined(parts: Sequence[tuple[Any, Callable[[], list[int]]]]) -> Callable[[], list[int]]:
+    return lambda: [address for _, read in parts for address in read()]
 
 
 def address_of(buffer: Any) -> int:
@@ -164,17 +197,20 @@ def _constant(value: int) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def _addresses_kernel(dtypes: tuple[mx.Dtype, ...]) -> Any:
+def _addresses_kernel(inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype, ...]) -> Any:
+    """A kernel that writes the addresses of its inputs, or where it has none, of its outputs."""
     import mlx.core as mx
 
-    names = [f"x{i}" for i in range(len(dtypes))]
-    writes = "".join(f"  to[{i}] = reinterpret_cast<unsigned long long>({name});\n" for i, name in enumerate(names))
-    kinds = "_".join(str(dtype).rpartition(".")[2] for dtype in dtypes)
+    read = [f"x{i}" for i in range(len(inputs))]
+    made = [f"y{i}" for i in range(len(outputs))]
+    located = enumerate(read or made)
+    writes = "".join(f"  to[{i}] = reinterpret_cast<unsigned long long>({name});\n" for i, name in located)
+    kinds = "_".join(str(dtype).rpartition(".")[2] for dtype in inputs or outputs)
     return mx.fast.cuda_kernel(
-        name=f"ringattn_addresses_{kinds}",
-        input_names=["box", *names],
-        output_names=["done"],
-        source=f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}  done[0] = 1;\n",
+        name=f"ringattn_{'addresses' if inputs else 'buffers'}_{kinds}",
+        input_names=["box", *read],
+        output_names=made,
+        source=f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}",
         ensure_row_contiguous=False,
     )
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
 from ..core.intervals import Spans, length, locate, tokens_at
+from ..native.cuda import Kind
 from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer
 from .blocks import Block, rows
 from .slots import Arrival, Slots
@@ -78,24 +79,31 @@ class Memory:
         return DeviceBlock(arrays, self.axes, spans, self.links, self.places)
 
 
-def placed(groups: Sequence[Sequence[mx.array]], axes: tuple[int, ...], links: Links) -> list[Memory]:
-    """Start to evaluate groups of buffers, and to find their addresses."""
-    every = [x for group in groups for x in group]
-    lazy, read = links.locate(every)
-    start_evaluation(*every, *lazy)
+def placed(buffers: Sequence[mx.array], axes: tuple[int, ...], links: Links) -> Memory:
+    """Start to evaluate the buffers of a block, and to find their addresses."""
+    lazy, read = links.gpu.locate(buffers)
+    start_evaluation(*buffers, *lazy)
+    return Memory(tuple(buffers), axes, links, cache(read))
+
+
+def allocated(kinds: Sequence[Kind], count: int, axes: tuple[int, ...], links: Links) -> list[Memory]:
+    """Allocate the buffers of `count` blocks."""
+    buffers, read = links.gpu.allocate([*kinds] * count)
+    start_evaluation(*buffers)
     places = cache(read)
 
-    def part(at: int) -> Callable[[], Sequence[int]]:
-        return lambda: places()[at : at + len(axes)]
+    def memory(at: int) -> Memory:
+        part = slice(at, at + len(axes))
+        return Memory(tuple(buffers[part]), axes, links, lambda: places()[part])
 
-    return [Memory(tuple(group), axes, links, part(i * len(axes))) for i, group in enumerate(groups)]
+    return [memory(i * len(axes)) for i in range(count)]
 
 
 def packed(block: Block, spans: Spans, links: Links) -> DeviceBlock:
     """Pack the tokens at `spans` of `block` into buffers, to send them."""
     cut = rows(block, spans)
     buffers = [mx.contiguous(mx.moveaxis(x, axis, 0)) for x, axis in zip(cut.arrays, cut.axes)]
-    return placed([buffers], cut.axes, links)[0].block(spans)
+    return placed(buffers, cut.axes, links).block(spans)
 
 
 def _copied(block: Block, spans: Spans, room: int) -> list[mx.array]:
@@ -117,13 +125,10 @@ class DeviceSlots(Slots):
         """Allocate the buffers. See `Slots`."""
         most = max(map(length, [*spans, keep]), default=0)
         count = min(2, sum(1 for held in [*spans, keep] if held))
-        shapes = [_token_first(x.shape, axis, most) for x, axis in zip(like.arrays, like.axes)]
-        groups = [
-            [mx.zeros(shape, x.dtype) for shape, x in zip(shapes, like.arrays)] for _ in range(count - bool(keep))
-        ]
+        kinds = [(_token_first(x.shape, axis, most), x.dtype) for x, axis in zip(like.arrays, like.axes)]
+        self._on_gpu = allocated(kinds, count - bool(keep), like.axes, links) if count > bool(keep) else []
         if keep:
-            groups.append(_copied(like, keep, most))
-        self._on_gpu = placed(groups, like.axes, links) if groups else []
+            self._on_gpu.append(placed(_copied(like, keep, most), like.axes, links))
         self._users: list[list[Transfer | Signal]] = [[] for _ in self._on_gpu]
         self._next = 0
 

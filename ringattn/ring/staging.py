@@ -55,10 +55,10 @@ def from_host(block: Block) -> Block:
     """Copy a block in pinned memory to its GPU; return other blocks as they are."""
     if not isinstance(block, HostBlock):
         return block
-    arrays = tuple(mx.zeros(x.shape, dtype) for x, dtype in zip(block.arrays, block.dtypes))
+    arrays, places = block.gpu.allocate([(x.shape, dtype) for x, dtype in zip(block.arrays, block.dtypes)])
     sources = [np.ascontiguousarray(x) for x in block.arrays]
-    block.gpu.copy_all(_located(block.gpu, arrays), _addresses(sources), [x.nbytes for x in sources])
-    return Block(arrays, block.axes, block.spans)
+    block.gpu.copy_all(places(), _addresses(sources), [x.nbytes for x in sources])
+    return Block(tuple(arrays), block.axes, block.spans)
 
 
 def _located(gpu: Driver, arrays: Sequence[mx.array]) -> list[int]:

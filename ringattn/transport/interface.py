@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from ..errors import RingError
+from ..native.cuda import Kind
 from ..tracing.spans import Tracer
 from .base import Ring
 from .shared_input import SharedInput
@@ -67,8 +68,22 @@ class Transfer(abc.ABC):
         """Whether the whole message has left (send) or arrived (recv)."""
 
 
+class Gpu(Protocol):
+    """What links need of a rank's GPU; `native.cuda.Driver` is one."""
+
+    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
+
+    def allocate(self, kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
+        """Make arrays of arbitrary numbers, and find their addresses; see `native.cuda.Driver.allocate`."""
+
+
 class Links(Protocol):
     """Links between the GPUs of a ring's ranks, beside its transport."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """This rank's GPU."""
 
     def send(
         self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1, late: bool = False
@@ -86,9 +101,6 @@ class Links(Protocol):
 
     def forget(self) -> None:
         """Drop the messages that have not started."""
-
-    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
 
 
 class Transport(Ring):

@@ -19,7 +19,7 @@ network = use_host_network(ring)
 def gpu_hops(count, at):
     links = ring.connect_gpus()
     memory = mx.zeros(100)
-    place = links.locate([memory])[1]()[0]
+    place = links.gpu.locate([memory])[1]()[0]
     with ring.call("ring_attention"), ring.break_ring_on_error():
         for hop in range(count):
             ring.set_progress("ring_attention", hop)

@@ -20,6 +20,8 @@ from ringattn.transport.interface import DeviceBuffer, Signal
 class Recorder:
     """A network that records its groups; the test says which of them are over."""
 
+    gpu = None
+
     def __init__(self) -> None:
         self.groups: list[tuple[list[Piece], list[Piece]]] = []
         self.finished = 0

@@ -14,17 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import mlx.core as mx
-
 from ...tracing.spans import RESULTS
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
-from ..interface import DeviceBuffer, Links, Load, Signal, Transfer
+from ..interface import DeviceBuffer, Gpu, Links, Load, Signal, Transfer
 from .nccl import Piece
 
 
 class Network(Protocol):
     """Groups of messages between GPUs. `nccl.Communicator` is one."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """This rank's GPU."""
 
     def start(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Any:
         """Start a group of messages, after all earlier groups. Return a token for `over`."""
@@ -37,9 +39,6 @@ class Network(Protocol):
 
     def abort(self) -> None:
         """End all messages that are under way."""
-
-    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
 
 
 class DeviceMessage(Transfer):
@@ -124,9 +123,9 @@ class DeviceLinks(Links):
         self._waiting.append(message)
         return message
 
-    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """See `Links.locate`."""
-        return self._network.locate(arrays)
+    @property
+    def gpu(self) -> Gpu:
+        return self._network.gpu
 
     def advance(self) -> None:
         """Finish and start rounds. Post a call's first messages of all ranks' rounds before the first call of this."""

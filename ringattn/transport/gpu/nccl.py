@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import mlx.core as mx
 
 from ...native.cuda import CudaError, Driver, Pointer
 
@@ -66,11 +64,15 @@ class Nccl:
 
 
 class Communicator:
-    """A communicator of all ranks of a ring. The constructor waits for all of them and is not interruptible."""
+    """A communicator of all ranks of a ring. The constructor waits for all of them and is not interruptible.
+
+    Attributes:
+        gpu: This rank's GPU.
+    """
 
     def __init__(self, nccl: Nccl, driver: Driver, unique: bytes, rank: int, size: int):
         self._nccl = nccl
-        self._driver = driver
+        self.gpu = driver
         self._handle = Pointer()
         self._aborted = False
         driver.use()
@@ -78,24 +80,20 @@ class Communicator:
         identity = _UniqueId.from_buffer_copy(unique)
         nccl.call("ncclCommInitRank", ctypes.byref(self._handle), size, identity, rank)
 
-    def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """Find the addresses of contiguous arrays."""
-        return self._driver.locate(arrays)
-
     def start(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Any:
         """Start a group of messages, after all earlier groups. Return a token for `over`."""
-        self._driver.use()
+        self.gpu.use()
         self._nccl.call("ncclGroupStart")
         for name, pieces in (("ncclSend", sends), ("ncclRecv", receives)):
             for piece in pieces:
                 where = Pointer(piece.address), ctypes.c_size_t(piece.nbytes), _UINT8, piece.peer
                 self._nccl.call(name, *where, self._handle, self._stream)
         self._nccl.call("ncclGroupEnd")
-        return self._driver.record(self._stream)
+        return self.gpu.record(self._stream)
 
     def over(self, token: Any) -> bool:
         """Return whether the messages of a group have left and arrived. Ask no more afterwards."""
-        return self._driver.over(token)
+        return self.gpu.over(token)
 
     def check(self) -> None:
         """Raise `NcclError` if a message failed."""
@@ -115,5 +113,5 @@ class Communicator:
         thread.join(_ABORT_WAIT)
 
     def _abort(self) -> None:
-        self._driver.use()
+        self.gpu.use()
         self._nccl.call("ncclCommAbort", self._handle)
