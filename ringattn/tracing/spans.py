@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, MutableSequence
+from contextlib import AbstractContextManager
+from functools import partial
 from time import time
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -34,11 +35,14 @@ class Event(NamedTuple):
     strategy: str = ""
 
 
-_NO_SPAN = nullcontext()
+# As `Event._make`, without its Python frame.
+_to_event: Callable[[tuple], Event] = partial(tuple.__new__, Event)
 
 
 class Tracer:
     """Tracer that records nothing. `Recorder` records.
+
+    It is the context manager of its spans, so that a span makes no object and has the same Python frames with both.
 
     Attributes:
         events: Recorded events; ``None`` where nothing is recorded.
@@ -58,19 +62,28 @@ class Tracer:
     def add(self, kind: str, hop: int, start: float, stop: float, count: int = 0) -> None:
         """Record a span of `count` bytes. Any thread may call this."""
 
-    def span(self, kind: str, hop: int, buffers: Sequence[memoryview] = ()) -> AbstractContextManager[None]:
-        """Record the duration of the body of a ``with`` statement, and the bytes of `buffers`."""
-        return _NO_SPAN
+    def span(self, kind: str, hop: int, count: int = 0) -> AbstractContextManager[None]:
+        """Record the duration of the body of a ``with`` statement, which moves `count` bytes."""
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
 
 
 NO_TRACER = Tracer()
 
 
-class Recorder(Tracer, AbstractContextManager[None]):
+class Recorder(Tracer):
     """Tracer that appends to `events`.
 
-    A new token has a few spans in each layer, so a span must cost little: the recorder itself is the context manager of
-    the span that `span` has opened last, and has as many Python frames for it as a tracer that records nothing.
+    A new token has a few spans in each layer. Between two of them the attention replaces the contents of the caches, so
+    that a span costs several times what a loop over spans shows, in proportion to the code and the objects that it
+    touches. So it does little: it reads the clock twice, makes two tuples and appends one of them.
 
     Args:
         events: Sequence for the events.
@@ -84,50 +97,43 @@ class Recorder(Tracer, AbstractContextManager[None]):
     def __init__(self, events: MutableSequence[Any], plain: bool = False):
         self.events: MutableSequence[Any] = events
         self.added = 0
-        self._append = events.append if plain else lambda fields: events.append(Event(*fields))
-        self._call = ""  # the present call
-        self._strategy = ""
-        self._calls: list[tuple[str, str, int, float]] = []  # the call around and its strategy, bytes before, start
-        self._spans: list[tuple[str, int, int, float]] = []  # kind, hop, bytes, start
-        self._push = self._spans.append
-        self._pop = self._spans.pop
+        self._append = events.append if plain else lambda fields: events.append(_to_event(fields))
+        # Both begin with the call or the span around: the last one is the innermost.
+        self._call: tuple[Any, str, str, int, float] = (None, "", "", 0, 0.0)  # name, strategy, bytes before, start
+        self._span: Any = None  # kind, hop, bytes, start
         self._sent = 0
 
     def begin(self, call: str) -> None:
-        self._calls.append((self._call, self._strategy, self._sent, time()))
-        self._call = call
-        self._strategy = ""
+        self._call = (self._call, call, "", self._sent, time())
 
     def choose(self, strategy: str) -> None:
-        if self._calls:
-            self._strategy = strategy
+        around, call, _, sent, start = self._call
+        if around is not None:
+            self._call = (around, call, strategy, sent, start)
 
     def end(self) -> None:
-        if self._calls:  # empty if the trace began within the call
-            stop = time()
-            call, strategy, sent, start = self._calls.pop()
+        around, call, strategy, sent, start = self._call
+        if around is not None:  # None if the trace began within the call
+            self._call = around
             self.added += 1
-            self._append(("call", 0, start, stop, self._sent - sent, self._call, self._strategy))
-            self._call = call
-            self._strategy = strategy
+            self._append(("call", 0, start, time(), self._sent - sent, call, strategy))
 
     def add(self, kind: str, hop: int, start: float, stop: float, count: int = 0) -> None:
         if kind == "send":
             self._sent += count
+        call = self._call
         self.added += 1
-        self._append((kind, hop, start, stop, count, self._call, self._strategy))
+        self._append((kind, hop, start, stop, count, call[1], call[2]))
 
-    def span(self, kind: str, hop: int, buffers: Sequence[memoryview] = ()) -> AbstractContextManager[None]:
-        self._push((kind, hop, sum(map(len, buffers)) if buffers else 0, time()))
+    def span(self, kind: str, hop: int, count: int = 0) -> AbstractContextManager[None]:
+        self._span = (self._span, kind, hop, count, time())
         return self
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         stop = time()
-        kind, hop, count, start = self._pop()
+        self._span, kind, hop, count, start = self._span
+        call = self._call
         self.added += 1
-        self._append((kind, hop, start, stop, count, self._call, self._strategy))
+        self._append((kind, hop, start, stop, count, call[1], call[2]))

@@ -65,10 +65,11 @@ def agree(
         ring.check_pending()
     except ArgumentError as late:
         error = error or late
-    own = [memoryview(_head(ring, what, fields, error))]
-    sent = own if apart or error is not None else [*own, *payload]
-    with ring.tracer.span("exchange", 0, sent):
-        heads = ring.exchange(sent)
+    sent = _head(ring, what, fields, error)
+    if not apart and error is None:
+        sent = b"".join((sent, *payload))
+    with ring.tracer.span("exchange", 0, len(sent)):
+        heads = ring.exchange([memoryview(sent)])
     replies = _check(ring, what, fields, error, heads, ring.shared_input)
     return ring.exchange(payload) if apart else replies
 

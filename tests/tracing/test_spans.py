@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
+from typing import Any
 
 import pytest
 
-from ringattn.tracing.spans import NO_TRACER, Event, Recorder
+from ringattn.tracing.spans import NO_TRACER, Event, Recorder, Tracer
 
 
 def test_spans_carry_the_call_and_its_strategy() -> None:
@@ -21,7 +23,7 @@ def test_spans_carry_the_call_and_its_strategy() -> None:
         pass
     tracer.add("send", 2, begin, begin + 1, 512)
     tracer.end()
-    with tracer.span("exchange", 0, [memoryview(b"abc"), memoryview(b"de")]):
+    with tracer.span("exchange", 0, 5):
         pass
     assert [(e.kind, e.hop, e.bytes, e.call, e.strategy) for e in events] == [
         ("compute", 1, 0, "ring_attention", "pass_q"),
@@ -51,6 +53,16 @@ def test_spans_may_be_nested() -> None:
         pass
     assert [(e.kind, e.hop) for e in events] == [("wait", 2), ("compute", 1)]
     assert events[1].start <= events[0].start <= events[0].stop <= events[1].stop
+
+
+def test_a_span_around_another_goes_on_after_it() -> None:
+    events: list[Event] = []
+    tracer = Recorder(events)
+    with tracer.span("compute", 1, 7):
+        for hop in (2, 3):
+            with tracer.span("wait", hop):
+                pass
+    assert [(e.kind, e.hop, e.bytes) for e in events] == [("wait", 2, 0), ("wait", 3, 0), ("compute", 1, 7)]
 
 
 def test_events_that_a_deque_dropped_are_counted() -> None:
@@ -84,13 +96,43 @@ def test_no_tracer_records_nothing() -> None:
     assert NO_TRACER.events is None
 
 
+def profile(tracer: Tracer) -> tuple[int, Counter[str]]:
+    """Python frames and calls of C functions of a call with one span and one message."""
+    frames = 0
+    functions: Counter[str] = Counter()
+
+    def note(_: Any, what: str, function: Any) -> None:
+        nonlocal frames
+        frames += what == "call"
+        if what == "c_call":
+            functions[function.__name__] += 1
+
+    sys.setprofile(note)
+    tracer.begin("decode_attention")
+    with tracer.span("compute", 0, 8):
+        pass
+    tracer.add("send", 0, 1.0, 2.0, 8)
+    tracer.end()
+    sys.setprofile(None)
+    del functions["setprofile"]
+    return frames, functions
+
+
+def test_a_span_calls_only_the_clock_and_one_append() -> None:
+    """Code that runs once per layer is not in the caches: a call costs there about ten times what it does in a loop."""
+    frames, functions = profile(NO_TRACER)
+    assert (frames, functions) == (6, {})
+    # The clock at both ends of the call and of the span; three events.
+    assert profile(Recorder(deque(), plain=True)) == (frames, {"time": 4, "append": 3})
+
+
 def test_plain_tuples_have_the_fields_of_events() -> None:
     """A collection of garbage visits a tuple of plain values once, and an event again and again."""
     events: deque[tuple] = deque()
     tracer = Recorder(events, plain=True)
     tracer.begin("ring_attention")
     tracer.choose("pass_kv")
-    with tracer.span("exchange", 3, [memoryview(b"abc")]):
+    with tracer.span("exchange", 3, 3):
         pass
     tracer.end()
     gc.collect()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
+import mlx.core as mx
 import pytest
 from spawn import Result, spawn, spawn_mlx
 
+import ringattn as ra
+from ringattn.tracing import spans as spans_module
 from ringattn.tracing.files import VARIABLE
+from ringattn.tracing.spans import NO_TRACER, Recorder
 from ringattn.transport import init
 
 PROGRAM = """
@@ -127,3 +136,36 @@ def test_the_latest_events_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ring.barrier()
     assert len(spans(tmp_path / "trace.json")) == 4
     assert json.loads((tmp_path / "trace.json").read_text())["otherData"]["dropped_events"] == {"0": 16}
+
+
+def path_of(call: Callable[[], object]) -> list[CodeType]:
+    """Python functions that `call` runs, in order, without those of tracers."""
+    path: list[CodeType] = []
+    sys.setprofile(lambda frame, what, _: path.append(frame.f_code) if what == "call" else None)
+    call()
+    sys.setprofile(None)
+    return [code for code in path if code.co_filename != spans_module.__file__]
+
+
+@pytest.mark.parametrize("what", ["barrier", "all_reduce", "decode_attention", "ring_attention", "gradient"])
+def test_a_traced_call_takes_the_same_path(what: str) -> None:
+    with ra.init("solo") as ring:
+        layout = ra.Layout.contiguous(8, 1)
+        x = mx.ones((1, 1, 8, 8))
+
+        def attend(q: mx.array) -> mx.array:
+            return ra.ring_attention(q, x, x, ring=ring, layout=layout).sum()
+
+        calls: dict[str, Callable[[], Any]] = {
+            "barrier": ring.barrier,
+            "all_reduce": lambda: ring.all_reduce(x),
+            "decode_attention": lambda: ra.decode_attention(x[:, :, :1], x, x, ring=ring, kv_layout=layout),
+            "ring_attention": lambda: attend(x),
+            "gradient": lambda: mx.eval(mx.grad(attend)(x)),
+        }
+        recorder = Recorder(events := deque[tuple](), plain=True)
+        paths = []
+        for tracer in (NO_TRACER, recorder, NO_TRACER, recorder):  # the first two fill caches
+            ring.tracer = tracer
+            paths.append(path_of(calls[what]))
+    assert events and paths[2] and paths[2] == paths[3]
