@@ -12,7 +12,7 @@ from ..kernels.gpu.self_test import UnusableError, trial_error
 from ..kernels.interface import KernelInputs
 from . import launch
 from .backward import rows_call
-from .gradient_plans import Plan, plans, rows_of
+from .gradient_plans import Plan, cut, planned, plans, rows_of
 
 TRIAL = 40  # rows of a self-test
 
@@ -66,16 +66,13 @@ def _usable(inputs: KernelInputs) -> type[Plan]:
 def _run(kind: type[Plan], inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
     inputs = inputs.whole()
     rows = Rows(rows.dout.astype(inputs.q.dtype), mx.contiguous(rows.lse), mx.contiguous(rows.delta))
-    plan = kind.of(inputs)
-    dq = []
-    for start in range(0, inputs.rows[2], plan.queries):
-        queries = start, min(start + plan.queries, inputs.rows[2])
-        part = rows_of(rows, queries)
-        found = sums._replace(q=sums.q[:, :, slice(*queries)])
-        for keys in plan.keys_of(inputs, queries):
-            found = plan.call(inputs, part, found, queries, keys)
-            rows = Rows(*mx.depends(list(rows), [found.q, found.k, found.v]))  # calls wait for each other: memory
-            part = rows_of(rows, queries)
-        dq.append(found.q)
+    plan, steps = planned(kind, inputs)
+    dq = {queries: cut(sums.q, queries) for queries in plan.queries_of(inputs)}
+    for step in steps:
+        queries, keys = step
+        found = plan.call(inputs, rows_of(rows, queries), sums._replace(q=dq[queries]), queries, keys)
+        dq[queries] = found.q
         sums = found._replace(q=sums.q)
-    return sums._replace(q=mx.concatenate(dq, 2) if len(dq) > 1 else dq[0])
+        if step != steps[-1]:
+            rows = Rows(*mx.depends(list(rows), [found.q, found.k, found.v]))  # calls wait for each other: memory
+    return sums._replace(q=mx.concatenate(list(dq.values()), 2) if len(dq) > 1 else dq[0, inputs.rows[2]])

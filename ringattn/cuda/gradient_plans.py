@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,10 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.gradients import Gradients, Rows
+from ..core.kept import Kept
 from ..kernels.interface import KernelInputs
 from . import launch
 from .backward import backward_call, collect_call, collect_queries_call
 from .backward_hopper import MOST_HOPPER_DIMS, HeldTiling, held_keys_call, held_queries_call
+from .calls import problem
 from .device import HOPPER, capability, shared_bytes
 from .gradient_tiling import QUERY_TILES, GradientTiling
 from .tiling import MULTIPROCESSORS
@@ -28,9 +29,14 @@ WAVES = 3  # blocks for each multiprocessor, from which on they need not be more
 Span = tuple[int, int]
 
 
+def cut(x: mx.array, tokens: Span) -> mx.array:
+    """The part of ``x[:, :, tokens]``, or `x` if that is all."""
+    return x if tokens == (0, x.shape[2]) else x[:, :, slice(*tokens)]
+
+
 def rows_of(rows: Rows, queries: Span) -> Rows:
     """The part of `rows` for some queries, contiguous."""
-    return Rows(*(mx.contiguous(x[:, :, slice(*queries)]) for x in rows))
+    return Rows(*(mx.contiguous(cut(x, queries)) for x in rows))
 
 
 def part_of(inputs: KernelInputs, queries: Span, keys: Span) -> KernelInputs:
@@ -70,14 +76,17 @@ class Plan(abc.ABC):
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
         """Add the gradients of `queries` x `keys` to `sums`, whose q has these queries alone."""
 
-    def keys_of(self, inputs: KernelInputs, queries: Span) -> Iterator[Span]:
+    def queries_of(self, inputs: KernelInputs) -> list[Span]:
+        """Cut the queries."""
+        return _spans(0, inputs.rows[2], self.queries)
+
+    def keys_of(self, inputs: KernelInputs, queries: Span) -> list[Span]:
         """Cut the keys, if there are many, to those that some of the `queries` may see, by position."""
         lowest, highest = (np.int64(inputs.q_pos[i]) for i in (queries[0], queries[1] - 1))
         first, last = map(int, inputs.rules.band.index_ranges(lowest, highest, inputs.k_pos))
         if first < last and len(inputs.k_pos) <= self.keys:
             first, last = 0, len(inputs.k_pos)  # to copy the sums of a part takes longer than to skip tiles
-        for start in range(first, last, self.keys):
-            yield start, min(start + self.keys, last)
+        return _spans(first, last, self.keys)
 
 
 @dataclass(frozen=True)
@@ -151,11 +160,29 @@ class HopperPlan(Plan):
         """Add dk and dv of a call to `sums`: in the kernel, or where blocks share keys, by a second one."""
         columns, group = slice(*keys), self.heads // part.k.shape[1]
         if group == 1:
-            before = mx.contiguous(sums.k[:, :, columns]), mx.contiguous(sums.v[:, :, columns])
+            before = mx.contiguous(cut(sums.k, keys)), mx.contiguous(cut(sums.v, keys))
             dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, before))
             return _replaced(sums.k, dk, columns), _replaced(sums.v, dv, columns)
         dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads))
         return _added(sums.k, dk, group, part.rules.scale, columns), _added(sums.v, dv, group, 1.0, columns)
+
+
+def planned(kind: type[Plan], inputs: KernelInputs) -> tuple[Plan, list[tuple[Span, Span]]]:
+    """The plan for some inputs, and the queries and keys of each call; kept for equal shapes, rules and positions."""
+
+    def make() -> tuple[Plan, list[tuple[Span, Span]]]:
+        plan = kind.of(inputs)
+        return plan, [(queries, keys) for queries in plan.queries_of(inputs) for keys in plan.keys_of(inputs, queries)]
+
+    return _planned.get((kind, problem(inputs)), (inputs.q_pos, inputs.k_pos), make)
+
+
+_planned: Kept[tuple[Plan, list[tuple[Span, Span]]]] = Kept(64)
+
+
+def _spans(start: int, stop: int, most: int) -> list[Span]:
+    """Cut a range of tokens into spans of at most `most`."""
+    return [(at, min(at + most, stop)) for at in range(start, stop, most)]
 
 
 def _within_scores(inputs: KernelInputs, queries: int, keys: int, tile: int) -> tuple[int, int]:

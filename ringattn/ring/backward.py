@@ -32,12 +32,16 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
                 passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
                 ring.tracer.choose(passing.name)
                 work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
-                if call.stays_on_gpu:
-                    work.begin()
+                trip = work.post() if links is not None else None
+                # Python takes about as long to agree as a GPU to compute on a short block.
+                first = work.own_hop() if call.stays_on_gpu else None
                 fields = call.fields()
-            work.agreed(call.agreed(GRADIENT, fields))
+            work.call = call.agreed(GRADIENT, fields)
+            if work.call.links is None and links is not None:
+                links.forget()
+                trip = None
         with ring.break_ring_on_error():
-            sums = work.travel()
+            sums = work.travel(trip or work.post(), first)
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
     return found
@@ -47,7 +51,7 @@ class Passing(abc.ABC):
     """The work of one strategy: blocks pass around the ring, with their gradients one hop behind.
 
     Attributes:
-        call: The call, which has its links once the ranks agree.
+        call: The call.
         rows: The rows of this rank's queries.
         own: The block that this rank sends.
     """
@@ -59,8 +63,6 @@ class Passing(abc.ABC):
         self.call = call
         self.rows = rows
         self._schedules = call.schedules(gradient=True)
-        self._trip: RoundTrip | None = None
-        self._first: Arrays | None = None
 
     @abc.abstractmethod
     def build(self, block: Block, arrive: Arrive) -> Arrays:
@@ -81,31 +83,18 @@ class Passing(abc.ABC):
     def gradients(self, travelled: Arrays) -> Gradients:
         """Join the sums that came home and those that stayed."""
 
-    def begin(self) -> None:
-        """Do what needs no other rank: post the messages, and start to compute on the own block.
-
-        Python takes about as long to agree as a GPU to compute on a short block.
-        """
-        if self.call.links is not None:
-            self._trip = self._post()
-        spans = self._schedules[0].hops[0].compute
-        if spans:
-            self._first = self.keep(self.call.run(0, None, partial(self.build, rows_of(self.own, spans))))
-
-    def agreed(self, call: RingCall) -> None:
-        """Take the call that the ranks agreed on. Messages over links that another rank lacks are dropped."""
-        if self.call.links is not None and call.links is None:
-            self.call.links.forget()
-            self._trip = None
-        self.call = call
-
-    def travel(self) -> Gradients:
-        """Send the own block around the ring, and add up."""
-        trip = self._trip or self._post()
-        return self.gradients(trip.run(self.call, self.build, self.keep, self._first))
-
-    def _post(self) -> RoundTrip:
+    def post(self) -> RoundTrip:
+        """Post all messages."""
         return RoundTrip.of(self.call, self.own, self._schedules, self.neutral, merge_sums)
+
+    def own_hop(self) -> Arrays | None:
+        """Start to compute on the own block, which needs no other rank. Return what travels of its sums."""
+        spans = self._schedules[0].hops[0].compute
+        return self.keep(self.call.run(0, None, partial(self.build, rows_of(self.own, spans)))) if spans else None
+
+    def travel(self, trip: RoundTrip, first: Arrays | None) -> Gradients:
+        """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
+        return self.gradients(trip.run(self.call, self.build, self.keep, first))
 
 
 class PassQ(Passing):

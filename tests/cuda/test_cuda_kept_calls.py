@@ -11,11 +11,11 @@ import pytest
 
 import ringattn as ra
 from ringattn.core.intervals import kept_positions
-from ringattn.core.kept import Kept
 from ringattn.core.masks import Band
 from ringattn.core.online_softmax import State
 from ringattn.core.rules import ScoreRules
-from ringattn.cuda import calls, dispatch, launch
+from ringattn.cuda import backward, backward_hopper, calls, dispatch, gradient_call, gradient_plans, launch
+from ringattn.cuda.device import HOPPER
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 
 TOKENS = 70
@@ -32,7 +32,6 @@ def prepared(monkeypatch) -> Iterator[list]:
 
     original = dispatch.forward_call
     monkeypatch.setattr(dispatch, "forward_call", forward_call)
-    monkeypatch.setattr(dispatch, "_kept", Kept(64))
     monkeypatch.setattr(launch.launcher, "executor", cuda_model.run)
     yield made
 
@@ -87,7 +86,7 @@ OTHERS = {
 }
 
 
-def test_other_calls_are_not_answered_by_a_kept_one(monkeypatch) -> None:
+def test_other_calls_are_not_answered_by_a_kept_one(monkeypatch, forget) -> None:
     """The same kernels and bits as without kept calls, for calls that differ in one thing from an earlier one."""
     names = []
     monkeypatch.setattr(launch.launcher, "executor", lambda call: names.append(call.name) or cuda_model.run(call))
@@ -95,11 +94,53 @@ def test_other_calls_are_not_answered_by_a_kept_one(monkeypatch) -> None:
     results = [ra.attention(*x, **options, return_lse=True, backend="cuda") for x, options in calls_in_order]
     kept_names, names[:] = list(names), []
     for (arrays, options), found in zip(calls_in_order, results):
-        monkeypatch.setattr(dispatch, "_kept", Kept(64))
+        forget()
         expected = ra.attention(*arrays, **options, return_lse=True, backend="cuda")
         assert all(map(mx.array_equal, found, expected)), options
         assert found[0].dtype == expected[0].dtype
     assert names == kept_names
+
+
+def gradients(x: tuple[mx.array, ...], options: dict) -> list[mx.array]:
+    """The results of `attention` and its gradients."""
+
+    def loss(*arrays: mx.array) -> mx.array:
+        out, lse = ra.attention(*arrays, **options, return_lse=True, backend="cuda")
+        return (out * mx.cos(mx.arange(out.size)).reshape(out.shape)).sum() + mx.where(mx.isinf(lse), 0, lse).sum()
+
+    return list(mx.grad(loss, argnums=[0, 1, 2])(*x))
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_other_gradients_are_not_answered_by_a_kept_one(monkeypatch, forget, hopper: bool) -> None:
+    """The same kernels and bits as without kept calls, for gradients of calls that differ from an earlier one."""
+    names = []
+    monkeypatch.setattr(launch.launcher, "executor", lambda call: names.append(call.name) or cuda_model.run(call))
+    monkeypatch.setattr(gradient_plans, "capability", lambda: HOPPER if hopper else (8, 0))
+    cases = [problem(**{"dtype": mx.bfloat16, **OTHERS[name]}) for name in OTHERS if "few queries" not in name]
+    calls_in_order = [case for case in (*cases, *reversed(cases)) for _ in range(2)]
+    results = [gradients(x, options) for x, options in calls_in_order]
+    kept_names, names[:] = list(names), []
+    for (arrays, options), found in zip(calls_in_order, results):
+        forget()
+        assert all(map(mx.array_equal, found, gradients(arrays, options))), options
+    assert names == kept_names
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_equal_gradient_is_prepared_once(monkeypatch, name: str, hopper: bool) -> None:
+    made = []
+    original = gradient_call.gradient_call
+    for module in (backward, backward_hopper):
+        monkeypatch.setattr(module, "gradient_call", lambda *x, **more: made.append(x[0]) or original(*x, **more))
+    monkeypatch.setattr(gradient_plans, "capability", lambda: HOPPER if hopper else (8, 0))
+    counts = []
+    for seed in range(3):
+        gradients(*problem(**{"dtype": mx.bfloat16, **OTHERS[name], "seed": seed}))
+        counts.append(len(made))
+    times = 3 if "positions" in name else 1  # positions that users can write to are not kept
+    assert counts[0] > 0 and counts[-1] == times * counts[0]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.core.kept import Kept
 from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor
 from ringattn.cuda.device import HOPPER
 from ringattn.verify.features import FEATURES, in_dtype
@@ -40,7 +39,6 @@ REST = dict(rest(range(6)))
 
 @pytest.fixture(autouse=True)
 def executor(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_kept", Kept(64))  # tests change what kernels depend on
     set_executor(Runtime())
     yield
     set_executor(None)

@@ -12,7 +12,6 @@ import pytest
 
 import ringattn as ra
 from ringattn import backends
-from ringattn.core.kept import Kept
 from ringattn.core.masks import Band
 from ringattn.core.rules import ScoreRules
 from ringattn.cuda import dispatch, gradient, gradient_plans, launch, set_executor
@@ -39,7 +38,6 @@ def model(monkeypatch):
 
     monkeypatch.setattr(launch.launcher, "executor", run)
     monkeypatch.setattr(launch.self_test, "verdicts", {})
-    monkeypatch.setattr(dispatch, "_kept", Kept(64))  # a test may change what plans depend on
     return calls
 
 

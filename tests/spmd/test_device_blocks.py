@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from test_ring import LAYOUTS, rows_of, run
 from ringattn.autograd import untraced
 from ringattn.errors import ArgumentError
 from ringattn.ring import call
+from ringattn.ring.blocks import NOTHING, Block
 from ringattn.transport import Ring
 from ringattn.transport.mpi.ring import MpiRing
 from ringattn.verify.features import FEATURES
@@ -98,3 +100,18 @@ def test_wrong_input_leaves_no_message(ring: Ring, network: HostNetwork) -> None
     assert network.groups == groups and ring.links is not None and not ring.links.peers
     again = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
     assert mx.array_equal(good, again)
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_memory_is_free_when_a_call_ends(ring: Ring, network: HostNetwork, strategy: str) -> None:
+    """No block lives on until Python's garbage collection, which may come much later."""
+    case = GradientCase.random(random_case(5, q_len=64, k_len=64))
+    check_gradient(case, ring, "zigzag", strategy=strategy, backend="reference")
+    gc.collect()
+    gc.disable()
+    try:
+        check_gradient(case, ring, "zigzag", strategy=strategy, backend="reference")
+        alive = [x for x in gc.get_objects() if isinstance(x, Block) and x is not NOTHING]
+    finally:
+        gc.enable()
+    assert not alive
