@@ -75,6 +75,14 @@ class HostGpu:
         arrays = [mx.ones(tuple(shape), dtype) for shape, dtype in kinds]
         return arrays, lambda: [_address(x) for x in arrays]
 
+    def pack(self, arrays: Sequence[mx.array], axes: Sequence[int], room: int) -> list[mx.array]:
+        packed = []
+        for x, axis in zip(arrays, axes):
+            first = mx.moveaxis(x, axis, 0)
+            more = room + 1 - len(first)  # at least 1: without padding, MLX might return the memory of `x`
+            packed.append(mx.concatenate([first, mx.ones((more, *first.shape[1:]), x.dtype)])[:room])
+        return packed
+
     def pinned(self, count: int) -> memoryview:
         return memoryview(bytearray(b"\xff" * (count + 64)))
 

@@ -21,11 +21,15 @@ def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     """Compute the rows for `gradient`, with plain operations where the kernel does not work. See `Kernel.rows`."""
     arrays = [mx.contiguous(x) for x in (out, lse, dout, dlse)]
     if launch.default():
-        few = [_few(x) for x in arrays]
         name = f"rows of the gradient, {out.dtype} and {dout.dtype}, head_dim {out.shape[3]}"
-        if not launch.self_test.works(name, lambda: trial_error(lambda: _rows(*few), Rows.of(*few))):
+        if not launch.self_test.works(name, lambda: _rows_error(*map(_few, arrays))):
             return Rows.of(*arrays)
     return _rows(*arrays)
+
+
+def _rows_error(*arrays: mx.array) -> str:
+    """The error of the kernel for rows on some arrays, or an empty string."""
+    return trial_error(lambda: _rows(*arrays), Rows.of(*arrays))
 
 
 def _few(x: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ BOXES, BOX = 64, 16  # places for addresses that may be under way at a time, and
 _SMALLEST = 1 << 16  # bytes of pinned memory
 _NOT_READY = 600
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
+
+_THREADS, _MOST_BLOCKS = 256, 1 << 20  # of the kernel that packs
+PACK = Path(__file__).with_name("pack.cu")
 
 Pointer = ctypes.c_void_p
 Kind = tuple[Sequence[int], Any]  # the shape and the MLX dtype of an array
@@ -151,6 +155,27 @@ class Driver:
 
         return arrays, places
 
+    def pack(self, arrays: Sequence[mx.array], axes: Sequence[int], room: int) -> list[mx.array]:
+        """Copy `arrays` to new ones, whose first axis is the tokens, with place for `room` tokens.
+
+        Args:
+            arrays: Arrays of any strides: ``[B, H, L, D]``, ``[B, H, L]`` or ``[B, L]``.
+            axes: The token axis of each.
+            room: At least the number of tokens; what is in further places is arbitrary.
+
+        Returns:
+            Lazy, contiguous arrays, such as ``[room, B, H, D]``.
+        """
+        whole = [_with_four_axes(x, axis) for x, axis in zip(arrays, axes)]
+        blocks = max(1, min(_MOST_BLOCKS, arrays[0].shape[axes[0]]))
+        return _pack_kernel(len(arrays))(
+            inputs=whole,
+            grid=(blocks * _THREADS, 1, 1),
+            threadgroup=(_THREADS, 1, 1),
+            output_shapes=[(room, *x.shape[:axis], *x.shape[axis + 1 :]) for x, axis in zip(arrays, axes)],
+            output_dtypes=[x.dtype for x in arrays],
+        )
+
     def _run(self, arrays: Sequence[mx.array], kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         """Run a kernel that reads `arrays`, makes arrays of these `kinds`, and notes the addresses of either."""
         import mlx.core as mx
@@ -213,6 +238,34 @@ def _addresses_kernel(inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype, ...
         source=f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}",
         ensure_row_contiguous=False,
     )
+
+
+def _with_four_axes(x: mx.array, axis: int) -> mx.array:
+    """View ``[B, H, L]`` or ``[B, L]`` as ``[B, H, L, D]``, with the tokens on `axis`."""
+    import mlx.core as mx
+
+    missing = [*range(1, 3 - axis), *range(x.ndim + 2 - axis, 4)]
+    return mx.expand_dims(x, missing) if missing else x
+
+
+@cache
+def _pack_kernel(count: int) -> Any:
+    """A kernel that packs a number of arrays; see `Driver.pack`."""
+    import mlx.core as mx
+
+    return mx.fast.cuda_kernel(
+        name=f"ringattn_pack_{count}",
+        input_names=[f"x{i}" for i in range(count)],
+        output_names=[f"y{i}" for i in range(count)],
+        source=pack_source(count),
+        header=PACK.read_text(),
+        ensure_row_contiguous=False,
+    )
+
+
+def pack_source(count: int) -> str:
+    """The body of the kernel that packs a number of arrays."""
+    return "".join(f"  ringattn_pack(x{i}, x{i}_shape, x{i}_strides, y{i});\n" for i in range(count))
 
 
 @cache

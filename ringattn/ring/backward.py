@@ -16,7 +16,9 @@ from .accumulators import merge_sums
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import Arrays, Arrive, RingCall
-from .loop import WHAT, RoundTrip, forgetting
+from .device_results import accumulator_for
+from .loop import WHAT, forgetting, round_trip
+from .relay import Posted, relay
 
 GRADIENT = f"the gradient of {WHAT}"
 
@@ -32,16 +34,16 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
                 passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
                 ring.tracer.choose(passing.name)
                 work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
-                trip = work.post() if links is not None else None
+                posted = work.post() if links is not None else None
                 # Python takes about as long to agree as a GPU to compute on a short block.
                 first = work.own_hop() if call.stays_on_gpu else None
                 fields = call.fields()
             work.call = call.agreed(GRADIENT, fields)
             if work.call.links is None and links is not None:
                 links.forget()
-                trip = None
+                posted = None
         with ring.break_ring_on_error():
-            sums = work.travel(trip or work.post(), first)
+            sums = work.travel(posted or work.post(), first)
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
     return found
@@ -83,18 +85,19 @@ class Passing(abc.ABC):
     def gradients(self, travelled: Arrays) -> Gradients:
         """Join the sums that came home and those that stayed."""
 
-    def post(self) -> RoundTrip:
-        """Post all messages."""
-        return RoundTrip.of(self.call, self.own, self._schedules, self.neutral, merge_sums)
+    def post(self) -> Posted:
+        """Post the transfers of blocks."""
+        return relay(self.call.ring, self.own, self._schedules, self.call.links)
 
     def own_hop(self) -> Arrays | None:
         """Start to compute on the own block, which needs no other rank. Return what travels of its sums."""
         spans = self._schedules[0].hops[0].compute
         return self.keep(self.call.run(0, None, partial(self.build, rows_of(self.own, spans)))) if spans else None
 
-    def travel(self, trip: RoundTrip, first: Arrays | None) -> Gradients:
+    def travel(self, posted: Posted, first: Arrays | None) -> Gradients:
         """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
-        return self.gradients(trip.run(self.call, self.build, self.keep, first))
+        accumulator = accumulator_for(self.call.links)(self.neutral, merge_sums)
+        return self.gradients(round_trip(self.call, posted, self._schedules, accumulator, self.build, self.keep, first))
 
 
 class PassQ(Passing):

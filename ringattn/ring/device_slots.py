@@ -14,7 +14,7 @@ from math import prod
 import mlx.core as mx
 
 from ..autograd.custom_function import start_evaluation
-from ..core.intervals import Spans, length, locate, tokens_at
+from ..core.intervals import Spans, length, locate
 from ..native.cuda import Kind
 from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer
 from .blocks import Block, rows
@@ -79,43 +79,37 @@ class Memory:
         return DeviceBlock(arrays, self.axes, spans, self.links, self.places)
 
 
-def placed(buffers: Sequence[mx.array], axes: tuple[int, ...], links: Links) -> Memory:
-    """Start to evaluate the buffers of a block, and to find their addresses."""
+def packed(block: Block, spans: Spans, links: Links) -> DeviceBlock:
+    """Pack the tokens at `spans` of `block` into buffers, to send them."""
+    memory, lazy = _filled(block, spans, length(spans), links)
+    start_evaluation(*lazy)
+    return memory.block(spans)
+
+
+def _filled(block: Block, spans: Spans, room: int, links: Links) -> tuple[Memory, list[mx.array]]:
+    """Make buffers with place for `room` tokens that begin with the tokens at `spans` of `block`.
+
+    Returns:
+        The buffers, and the arrays to evaluate before they are used.
+    """
+    cut = rows(block, spans)
+    buffers = links.gpu.pack(cut.arrays, cut.axes, room)
     lazy, read = links.gpu.locate(buffers)
-    start_evaluation(*buffers, *lazy)
-    return Memory(tuple(buffers), axes, links, cache(read))
+    return Memory(tuple(buffers), cut.axes, links, cache(read)), [*buffers, *lazy]
 
 
-def allocated(kinds: Sequence[Kind], count: int, axes: tuple[int, ...], links: Links) -> list[Memory]:
-    """Allocate the buffers of `count` blocks."""
+def _empty(
+    kinds: Sequence[Kind], count: int, axes: tuple[int, ...], links: Links
+) -> tuple[list[Memory], list[mx.array]]:
+    """Make the buffers of `count` blocks. Returns as `_filled` does."""
     buffers, read = links.gpu.allocate([*kinds] * count)
-    start_evaluation(*buffers)
     places = cache(read)
 
     def memory(at: int) -> Memory:
         part = slice(at, at + len(axes))
         return Memory(tuple(buffers[part]), axes, links, lambda: places()[part])
 
-    return [memory(i * len(axes)) for i in range(count)]
-
-
-def packed(block: Block, spans: Spans, links: Links) -> DeviceBlock:
-    """Pack the tokens at `spans` of `block` into buffers, to send them."""
-    cut = rows(block, spans)
-    buffers = [mx.contiguous(mx.moveaxis(x, axis, 0)) for x, axis in zip(cut.arrays, cut.axes)]
-    return placed(buffers, cut.axes, links).block(spans)
-
-
-def _copied(block: Block, spans: Spans, room: int) -> list[mx.array]:
-    """Copy the tokens at `spans` of `block` to new buffers with place for `room` tokens."""
-    at = locate(spans, block.spans)
-    more = room + 1 - length(spans)  # at least 1: without padding, MLX might return the memory of `block`
-    buffers = []
-    for x, axis in zip(block.arrays, block.axes):
-        padding = mx.zeros(_token_first(x.shape, axis, more), x.dtype)
-        pieces = [mx.moveaxis(x[tokens_at(axis, *span)], axis, 0) for span in at]
-        buffers.append(mx.concatenate([*pieces, padding]))
-    return buffers
+    return [memory(i * len(axes)) for i in range(count)], buffers
 
 
 class DeviceSlots(Slots):
@@ -126,9 +120,12 @@ class DeviceSlots(Slots):
         most = max(map(length, [*spans, keep]), default=0)
         count = min(2, sum(1 for held in [*spans, keep] if held))
         kinds = [(_token_first(x.shape, axis, most), x.dtype) for x, axis in zip(like.arrays, like.axes)]
-        self._on_gpu = allocated(kinds, count - bool(keep), like.axes, links) if count > bool(keep) else []
+        self._on_gpu, lazy = _empty(kinds, count - bool(keep), like.axes, links)
         if keep:
-            self._on_gpu.append(placed(_copied(like, keep, most), like.axes, links))
+            kept, more = _filled(like, keep, most, links)
+            self._on_gpu.append(kept)
+            lazy += more
+        start_evaluation(*lazy)
         self._users: list[list[Transfer | Signal]] = [[] for _ in self._on_gpu]
         self._next = 0
 

@@ -20,12 +20,12 @@ from ..autograd.custom_function import start_evaluation
 from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
-from .accumulators import Accumulator, ResultHop, merge_state_arrays, post_results
+from .accumulators import Accumulator, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import Arrays, Arrive, RingCall
 from .device_results import accumulator_for
-from .relay import collect, interleave_hops, relay
+from .relay import Posted, collect, interleave_hops, relay
 from .schedule import Hop, Schedule
 from .slots import Arrival
 from .staging import from_host
@@ -168,84 +168,66 @@ def _gather(call: RingCall) -> Partial:
 def _pass_q(call: RingCall) -> Partial:
     """Send queries around the ring, and their states one hop behind. Each rank merges the state over its own keys."""
     keys = call.keys()
-    trip = RoundTrip.of(call, call.queries(), call.schedules(), call.empty_state, merge_state_arrays)
-    return call.finish_state(State(*trip.run(call, lambda block, arrive: call.attend(block, keys, None, arrive))))
+    schedules = call.schedules()
+    posted = relay(call.ring, call.queries(), schedules, call.links)
+    accumulator = accumulator_for(call.links)(call.empty_state, merge_state_arrays)
+
+    def build(block: Block, arrive: Arrive) -> State:
+        return call.attend(block, keys, None, arrive)
+
+    return call.finish_state(State(*round_trip(call, posted, schedules, accumulator, build)))
 
 
-class RoundTrip(NamedTuple):
-    """A block that goes around the ring, with its results one hop behind: all messages are posted.
+def round_trip(
+    call: RingCall,
+    posted: Posted,
+    schedules: Sequence[Schedule],
+    accumulator: Accumulator,
+    build: Callable[[Block, Arrive], Arrays],
+    keep: Callable[[Arrays], Arrays] = lambda found: found,
+    first: Arrays | None = None,
+) -> tuple[mx.array, ...]:
+    """Compute on the blocks that pass. Their results travel one hop behind; those of the own block come home.
 
-    Attributes:
-        arrivals: The hops, with their blocks.
-        sends: The messages that pass blocks on.
-        routes: The results of each hop, for each way around.
+    Args:
+        call: The call, whose ranks agree.
+        posted: What `relay` returned for the own block.
+        schedules: The hops of each route.
         accumulator: Adds results up.
+        build: Builds the results of a block; see `RingCall.run`.
+        keep: Takes results that were computed, keeps what stays on this rank, and returns what travels.
+        first: What travels of the first hop, if it was computed before.
     """
-
-    arrivals: list[tuple[int, Hop, Arrival]]
-    sends: list[Transfer]
-    routes: list[list[ResultHop]]
-    accumulator: Accumulator
-
-    @classmethod
-    def of(
-        cls,
-        call: RingCall,
-        own: Block,
-        schedules: Sequence[Schedule],
-        zeros: Callable[[int], Arrays],
-        merge: Callable[[Arrays, Arrays], Arrays],
-    ) -> RoundTrip:
-        """Post the messages for this rank's block `own`. See `Accumulator` for `zeros` and `merge`."""
-        arrivals, sends = relay(call.ring, own, schedules, call.links)
-        accumulator = accumulator_for(call.links)(zeros, merge)
-        routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
-        return cls(arrivals, sends, routes, accumulator)
-
-    def run(
-        self,
-        call: RingCall,
-        build: Callable[[Block, Arrive], Arrays],
-        keep: Callable[[Arrays], Arrays] = lambda found: found,
-        first: Arrays | None = None,
-    ) -> tuple[mx.array, ...]:
-        """Compute on each block that passes, and return the results of the own block that come home.
-
-        Args:
-            call: The call, whose ranks agree.
-            build: Builds the results of a block; see `RingCall.run`.
-            keep: Takes results that were computed, keeps what stays on this rank, and returns what travels.
-            first: What travels of the first hop, if it was computed before.
-        """
-        held = Held(call)
-        accumulator = self.accumulator
-        home_part: Block | None = None
-        h = 0
-        for (h, hop, arrival), (here, following) in zip(self.arrivals, interleave_hops(map(pairwise, self.routes))):
-            call.ring.set_progress(WHAT, h)
-            added = None
-            if hop.compute:
-                found = first or keep(call.run(h, arrival.transfer, partial(_build_on, build, hop, arrival)))
-                first = None
-                added = accumulator.block(found, hop.compute)
-            held.turn()
-            held.until(() if added is None else added.arrays, arrival.release)
-            following.allow_receive()
-            if h == 0:
-                home_part = home_part or added
-            elif hop.state:
-                call.wait(h, here.arrival.transfer)
-                total = accumulator.sendable(here.total(accumulator, added), here.wanted)
-                held.until(total.arrays, partial(here.send_total, total))
+    arrivals, sends = posted
+    routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
+    held = Held(call)
+    home_part: Block | None = None
+    h = 0
+    for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
+        call.ring.set_progress(WHAT, h)
+        added = None
+        if hop.compute:
+            found = first or keep(call.run(h, arrival.transfer, partial(_build_on, build, hop, arrival)))
+            first = None
+            added = accumulator.block(found, hop.compute)
         held.turn()
-        totals: list[Block] = []
-        for results in self.routes:
-            call.wait(h + 1, results[-1].arrival.transfer)
-            totals.append(results[-1].total(accumulator, None if totals else home_part))
-        for part in totals[1:]:
-            totals[0] = accumulator.add(totals[0], part)
-        call.wait(h + 1, *self.sends, *(result.sent for results in self.routes for result in results))
-        return from_host(totals[0]).arrays
+        held.until(() if added is None else added.arrays, arrival.release)
+        following.allow_receive()
+        if h == 0:
+            home_part = home_part or added
+        elif hop.state:
+            call.wait(h, here.arrival.transfer)
+            total = accumulator.sendable(here.total(accumulator, added), here.wanted)
+            held.until(total.arrays, partial(here.send_total, total))
+    held.turn()
+    totals: list[Block] = []
+    for results in routes:
+        call.wait(h + 1, results[-1].arrival.transfer)
+        totals.append(results[-1].total(accumulator, None if totals else home_part))
+    for part in totals[1:]:
+        totals[0] = accumulator.add(totals[0], part)
+    call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
+    return from_host(totals[0]).arrays
 
 
 def _build_on(build: Callable[[Block, Arrive], Arrays], hop: Hop, arrival: Arrival, arrive: Arrive) -> Arrays:

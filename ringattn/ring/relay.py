@@ -16,11 +16,10 @@ from .slots import Arrival, with_tokens
 from .staging import from_host, to_host
 
 T = TypeVar("T")
+Posted = tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]  # what `relay` returns
 
 
-def relay(
-    ring: Transport, own: Block, schedules: Sequence[Schedule], links: Links | None = None
-) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+def relay(ring: Transport, own: Block, schedules: Sequence[Schedule], links: Links | None = None) -> Posted:
     """Post all transfers of blocks. Each block is forwarded on arrival, even while this rank computes.
 
     With `links`, blocks travel from GPU to GPU. Transfers start once the caller calls `links.advance`.
@@ -33,9 +32,7 @@ def relay(
     return interleave_hops([arrivals for arrivals, _ in posted]), [sent for _, sends in posted for sent in sends]
 
 
-def _post_route(
-    direction: Direction, own: Block, hops: Sequence[Hop]
-) -> tuple[list[tuple[int, Hop, Arrival]], list[Transfer]]:
+def _post_route(direction: Direction, own: Block, hops: Sequence[Hop]) -> Posted:
     first = hops[0].send
     sent = to_host(own) if direction.links is None else own
     as_it_is = direction.links is None and first == sent.spans and sent.packed

@@ -77,6 +77,9 @@ class Gpu(Protocol):
     def allocate(self, kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         """Make arrays of arbitrary numbers, and find their addresses; see `native.cuda.Driver.allocate`."""
 
+    def pack(self, arrays: Sequence[mx.array], axes: Sequence[int], room: int) -> list[mx.array]:
+        """Copy arrays to new ones, whose first axis is the tokens; see `native.cuda.Driver.pack`."""
+
 
 class Links(Protocol):
     """Links between the GPUs of a ring's ranks, beside its transport."""
