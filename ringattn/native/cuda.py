@@ -144,16 +144,16 @@ class Driver:
         """
         import mlx.core as mx
 
-        found = [self._run([], part) for part in _boxes([kind for kind in kinds if 0 not in kind[0]])]
+        sized = [0 not in shape for shape, _ in kinds]
+        found = [self._run([], part) for part in _boxes([kind for kind, there in zip(kinds, sized) if there])]
         made = iter([x for arrays, _ in found for x in arrays])
-        arrays = [mx.zeros(tuple(shape), dtype) if 0 in shape else next(made) for shape, dtype in kinds]
         read = _joined(found)
 
         def places() -> list[int]:
             addresses = iter(read())
-            return [next(addresses) if x.size else 0 for x in arrays]
+            return [next(addresses) if there else 0 for there in sized]
 
-        return arrays, places
+        return [next(made) if there else mx.zeros(*kind) for kind, there in zip(kinds, sized)], places
 
     def pack(self, arrays: Sequence[mx.array], axes: Sequence[int], room: int) -> list[mx.array]:
         """Copy `arrays` to new ones, whose first axis is the tokens, with place for `room` tokens.

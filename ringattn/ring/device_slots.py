@@ -124,7 +124,7 @@ class DeviceSlots(Slots):
         if keep:
             kept, more = _filled(like, keep, most, links)
             self._on_gpu.append(kept)
-            lazy += more
+            lazy = [*lazy, *more]
         start_evaluation(*lazy)
         self._users: list[list[Transfer | Signal]] = [[] for _ in self._on_gpu]
         self._next = 0

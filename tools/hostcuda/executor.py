@@ -27,6 +27,8 @@ TYPES = {
     mx.bfloat16: ("__nv_bfloat16", np.uint16),
     mx.int32: ("int32_t", np.int32),
     mx.bool_: ("bool", np.bool_),
+    mx.uint32: ("uint32_t", np.uint32),
+    mx.uint64: ("uint64_t", np.uint64),
 }
 HALVES = (mx.float16, mx.bfloat16)
 AXES = 8  # of MLX's shapes and strides

@@ -1,4 +1,4 @@
-"""The kernel that packs blocks for transfers between GPUs, executed on the CPU by `tools.hostcuda`."""
+"""The kernels that find, make and fill memory on the GPU, executed on the CPU by `tools.hostcuda`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def host(monkeypatch) -> Iterator[None]:
         assert not ensure_row_contiguous
 
         def run(**more) -> list[mx.array]:
-            call = KernelCall(**{**built, **more, "template": []}, shared_memory=0)
+            more["output_shapes"] = [tuple(shape) for shape in more["output_shapes"]]
+            call = KernelCall(**{"header": "", **built, **more, "template": []}, shared_memory=0)
             return Runtime()(call)
 
         return run
@@ -32,6 +33,16 @@ def host(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel, raising=False)
     yield
     cuda._pack_kernel.cache_clear()
+    cuda._addresses_kernel.cache_clear()
+
+
+@pytest.fixture
+def gpu() -> Driver:
+    """The driver of a GPU whose memory is the host's."""
+    made = Driver.__new__(Driver)
+    made._boxes = memoryview(bytearray(8 * cuda.BOXES * cuda.BOX))
+    made._next = 0
+    return made
 
 
 def numbers(*shape: int, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
@@ -56,16 +67,35 @@ ARRAYS = {
 
 @pytest.mark.parametrize("more", [0, 5])
 @pytest.mark.parametrize("name", ARRAYS)
-def test_packs(name: str, more: int) -> None:
+def test_packs(gpu: Driver, name: str, more: int) -> None:
     x, axis = ARRAYS[name]
     tokens = x.shape[axis]
-    (packed,) = Driver.pack(None, [x], [axis], tokens + more)
+    (packed,) = gpu.pack([x], [axis], tokens + more)
     expected = mx.moveaxis(x, axis, 0)
     assert packed.shape == (tokens + more, *expected.shape[1:]) and packed.dtype == x.dtype
     assert mx.array_equal(packed[:tokens], expected)
 
 
-def test_several_arrays_at_once() -> None:
+def test_several_arrays_at_once(gpu: Driver) -> None:
     x, y = numbers(1, 2, 30, 16), numbers(1, 30, dtype=mx.float32)
-    first, second = Driver.pack(None, [x, y], [2, 1], 30)
+    first, second = gpu.pack([x, y], [2, 1], 30)
     assert mx.array_equal(first, mx.moveaxis(x, 2, 0)) and np.array_equal(second, mx.moveaxis(y, 1, 0))
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_addresses(gpu: Driver, count: int) -> None:
+    """More arrays than one kernel has places for, and more calls than there are boxes. (The runtime copies inputs.)"""
+    for _ in range(cuda.BOXES // 2):
+        arrays = [numbers(8 + i, 4, dtype=(mx.float32, mx.bfloat16)[i % 2]) for i in range(count)]
+        lazy, places = gpu.locate(arrays)
+        assert len(places()) == count and all(places()) and len(lazy) == -(-count // cuda.BOX)
+
+
+def test_new_arrays(gpu: Driver) -> None:
+    """Also some without an element."""
+    kinds = [((3, 0) if i in (0, 5, 39) else (i, 2), (mx.float32, mx.int32)[i % 2]) for i in range(40)]
+    arrays, places = gpu.allocate(kinds)
+    arrays.append(mx.zeros(3))  # the list is the caller's own
+    assert [(x.shape, x.dtype) for x in arrays[:-1]] == kinds
+    assert len(places()) == 40 and places()[5] == places()[39] == 0
+    assert all(places()[i] for i in range(40) if i not in (0, 5, 39))
