@@ -24,9 +24,9 @@ DIVIDE = "The weights leave no room: divide them among ranks (--tensor)"
 
 def vocabulary(model: nn.Module) -> int:
     """The number of token ids that the model knows."""
-    sizes = [config["vocab_size"] for config in _configurations(model) if isinstance(config.get("vocab_size"), int)]
-    if sizes:
-        return sizes[0]
+    for config in _configurations(model):
+        if isinstance(size := config.get("vocab_size"), int):
+            return size
     tables = [part.weight for part in model.modules() if isinstance(part, nn.Embedding | nn.QuantizedEmbedding)]
     return max(int(table.shape[0]) for table in tables)
 

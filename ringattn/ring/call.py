@@ -72,12 +72,17 @@ class RingCall:
         return replace(self, options=self.options.bind(arrays[3:]), arrays=arrays)
 
     def agreed(self, what: str, fields: Fields) -> RingCall:
-        """Agree with the other ranks on this call. Blocks stay on the GPUs if every rank computes on its GPU."""
+        """Agree with the other ranks on this call. Blocks stay on the GPUs if every rank computes on its GPU.
+
+        Messages that were posted for GPUs are dropped if they do not.
+        """
         if not self.ring.has_gpus:
             agree(self.ring, what, fields)
             return self
         replies = agree(self.ring, what, fields, payload=[memoryview(bytes([self.stays_on_gpu]))])
         if not all(reply[0] for reply in replies):
+            if self.ring.links is not None:
+                self.ring.links.forget()
             return replace(self, links=None)
         with self.ring.break_ring_on_error():
             return replace(self, links=self.ring.connect_gpus())
