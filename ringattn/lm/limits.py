@@ -142,10 +142,16 @@ def _longest(footprint: Footprint, available: int, share: float, chunk: int) -> 
 
 def _configurations(model: nn.Module) -> Iterator[Mapping[str, Any]]:
     """The configurations of the model and its parts, the outermost first."""
-    for part in (model, *model.modules()):
+    for part in _parts(model):
         args = model_args(part)
         if hasattr(args, "__dict__"):
             yield vars(args)
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and its parts. These are listed only if the model is not enough: that takes milliseconds."""
+    yield model
+    yield from model.modules()
 
 
 def _stretched(config: Mapping[str, Any]) -> int:
