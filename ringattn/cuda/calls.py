@@ -15,16 +15,8 @@ from .launch import KernelCall
 
 KEPT = 256  # small arrays, the layers of a model share theirs,
 LARGEST_KEPT = 1 << 14  # bytes of one
-SHARED = {
-    "numbers",
-    "reach",
-    "order",
-    "blocks",
-    "limits",
-    "query_at",
-    "key_at",
-    "mask_columns",
-}  # inputs of `without_arrays`
+# Inputs of `without_arrays`.
+SHARED = {"numbers", "reach", "order", "blocks", "limits", "query_at", "key_at", "mask_columns"}
 
 
 def kernel_call(
