@@ -54,7 +54,7 @@ def copies_on_gpu(gpu: Driver, arrays: Arrays) -> list[mx.array]:
     copies, targets = gpu.allocate([(x.shape, x.dtype) for x in arrays])
     located, places = gpu.locate(sources)
     mx.eval(*copies, *located)  # here, because another thread cannot
-    gpu.copy_all(targets(), places(), [x.nbytes for x in arrays])
+    gpu.copy_all(targets(), places(), [x.nbytes for x in sources])
     return copies
 
 

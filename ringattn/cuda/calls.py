@@ -50,7 +50,7 @@ def without_arrays(call: KernelCall) -> KernelCall:
     return call.with_inputs({name: None for name in call.input_names if name not in SHARED})
 
 
-_prepared: Kept[KernelCall] = Kept(KEPT)
+_prepared: Kept[KernelCall] = Kept(64)
 
 
 def prepared(kind: Hashable, inputs: KernelInputs, make: Callable[[], KernelCall]) -> KernelCall:
@@ -63,7 +63,7 @@ def prepared(kind: Hashable, inputs: KernelInputs, make: Callable[[], KernelCall
 
 
 def problem(inputs: KernelInputs) -> Hashable:
-    """All that the kernels for `inputs` depend on, but for positions."""
+    """Name all that the kernels for `inputs` depend on, but for positions."""
     rules, mask = inputs.rules, inputs.rules.mask
     return (
         (inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype),

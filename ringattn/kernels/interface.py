@@ -93,7 +93,7 @@ class KernelInputs:
         return KernelInputs(self.q[:, :, queries], k, v, q_pos, k_pos, rules, self.arrive)
 
 
-@kept(most=256)
+@kept(most=64)
 def _cut(positions: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Cut a part out of positions: the same array each time, so that what follows from it is kept, too."""
     return positions if (start, stop) == (0, len(positions)) else positions[start:stop]

@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -125,7 +126,7 @@ class Driver:
         self._call("cuStreamSynchronize", self.copies)
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
-        """Find the addresses of contiguous `arrays`.
+        """Find the addresses of contiguous `arrays`; 0 for those without an element.
 
         Returns:
             Lazy arrays, and a function that evaluates them and returns the addresses, which hold as long as the arrays
@@ -133,8 +134,8 @@ class Driver:
         """
         import mlx.core as mx
 
-        found = [self._run(part, [((1,), mx.uint32)]) for part in _boxes(arrays)]
-        return [done for (done,), _ in found], _joined(found)
+        found = [self._run(part, [((1,), mx.uint32)]) for part in _boxes([x for x in arrays if x.size])]
+        return [done for (done,), _ in found], _joined(found, [x.size > 0 for x in arrays])
 
     def allocate(self, kinds: Sequence[Kind]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         """Make contiguous arrays of these shapes and dtypes, whose numbers are arbitrary, and find their addresses.
@@ -147,13 +148,7 @@ class Driver:
         sized = [0 not in shape for shape, _ in kinds]
         found = [self._run([], part) for part in _boxes([kind for kind, there in zip(kinds, sized) if there])]
         made = iter([x for arrays, _ in found for x in arrays])
-        read = _joined(found)
-
-        def places() -> list[int]:
-            addresses = iter(read())
-            return [next(addresses) if there else 0 for there in sized]
-
-        return [next(made) if there else mx.zeros(*kind) for kind, there in zip(kinds, sized)], places
+        return [next(made) if there else mx.zeros(*kind) for kind, there in zip(kinds, sized)], _joined(found, sized)
 
     def pack(self, arrays: Sequence[mx.array], axes: Sequence[int], room: int) -> list[mx.array]:
         """Copy `arrays` to new ones, whose first axis is the tokens, with place for `room` tokens.
@@ -168,7 +163,7 @@ class Driver:
         """
         whole = [_with_four_axes(x, axis) for x, axis in zip(arrays, axes)]
         blocks = max(1, min(_MOST_BLOCKS, arrays[0].shape[axes[0]]))
-        return _pack_kernel(len(arrays))(
+        return _pack_kernel(tuple(x.dtype for x in arrays))(
             inputs=whole,
             grid=(blocks * _THREADS, 1, 1),
             threadgroup=(_THREADS, 1, 1),
@@ -203,8 +198,14 @@ def _boxes(items: Sequence[T]) -> Iterator[Sequence[T]]:
     return (items[i : i + BOX] for i in range(0, len(items), BOX))
 
 
-def _joined(parts: Sequence[tuple[Any, Callable[[], list[int]]]]) -> Callable[[], list[int]]:
-    return lambda: [address for _, read in parts for address in read()]
+def _joined(parts: Sequence[tuple[Any, Callable[[], list[int]]]], sized: Sequence[bool]) -> Callable[[], list[int]]:
+    """Return a function that reads the addresses of all `parts`, with 0 in the places that are not `sized`."""
+
+    def places() -> list[int]:
+        addresses = iter([address for _, read in parts for address in read()])
+        return [next(addresses) if there else 0 for there in sized]
+
+    return places
 
 
 def address_of(buffer: Any) -> int:
@@ -224,20 +225,12 @@ def _constant(value: int) -> mx.array:
 @lru_cache(maxsize=64)
 def _addresses_kernel(inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype, ...]) -> Any:
     """A kernel that writes the addresses of its inputs, or where it has none, of its outputs."""
-    import mlx.core as mx
-
     read = [f"x{i}" for i in range(len(inputs))]
     made = [f"y{i}" for i in range(len(outputs))]
     located = enumerate(read or made)
     writes = "".join(f"  to[{i}] = reinterpret_cast<unsigned long long>({name});\n" for i, name in located)
-    kinds = "_".join(str(dtype).rpartition(".")[2] for dtype in inputs or outputs)
-    return mx.fast.cuda_kernel(
-        name=f"ringattn_{'addresses' if inputs else 'buffers'}_{kinds}",
-        input_names=["box", *read],
-        output_names=made,
-        source=f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}",
-        ensure_row_contiguous=False,
-    )
+    source = f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}"
+    return _kernel("addresses" if inputs else "buffers", inputs or outputs, ["box", *read], made, source)
 
 
 def _with_four_axes(x: mx.array, axis: int) -> mx.array:
@@ -249,23 +242,30 @@ def _with_four_axes(x: mx.array, axis: int) -> mx.array:
 
 
 @cache
-def _pack_kernel(count: int) -> Any:
-    """A kernel that packs a number of arrays; see `Driver.pack`."""
+def _pack_kernel(dtypes: tuple[mx.Dtype, ...]) -> Any:
+    """A kernel that packs arrays of these dtypes; see `Driver.pack`."""
+    names = [f"x{i}" for i in range(len(dtypes))]
+    source = "".join(f"  ringattn_pack({x}, {x}_shape, {x}_strides, y{i});\n" for i, x in enumerate(names))
+    made = [f"y{i}" for i in range(len(dtypes))]
+    return _kernel("pack", dtypes, names, made, source, PACK.read_text())
+
+
+def _kernel(
+    name: str, dtypes: Sequence[mx.Dtype], inputs: list[str], outputs: list[str], source: str, header: str = ""
+) -> Any:
+    """Build a kernel. MLX keeps compiled ones by name, also on disk, so the name has the dtypes and a digest."""
     import mlx.core as mx
 
+    kinds = "_".join(str(dtype).rpartition(".")[2] for dtype in dtypes)
+    digest = blake2b((header + source).encode(), digest_size=4).hexdigest()
     return mx.fast.cuda_kernel(
-        name=f"ringattn_pack_{count}",
-        input_names=[f"x{i}" for i in range(count)],
-        output_names=[f"y{i}" for i in range(count)],
-        source=pack_source(count),
-        header=PACK.read_text(),
+        name=f"ringattn_{name}_{kinds}_{digest}",
+        input_names=inputs,
+        output_names=outputs,
+        source=source,
+        header=header,
         ensure_row_contiguous=False,
     )
-
-
-def pack_source(count: int) -> str:
-    """The body of the kernel that packs a number of arrays."""
-    return "".join(f"  ringattn_pack(x{i}, x{i}_shape, x{i}_strides, y{i});\n" for i in range(count))
 
 
 @cache

@@ -39,8 +39,11 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
                 first = work.own_hop() if call.stays_on_gpu else None
                 fields = call.fields()
             work.call = call.agreed(GRADIENT, fields)
+            if work.call.links is None:
+                posted = None
         with ring.break_ring_on_error():
-            sums = work.travel(posted if posted and work.call.links else work.post(), first)
+            sums = work.travel(posted or work.post(), first)
+            del posted, first  # their memory
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
             mx.eval(found)
     return found

@@ -188,15 +188,17 @@ class RingCall:
     def run(self, hop: int, after: Transfer | None, build: Callable[[Arrive], Arrays]) -> Arrays:
         """Compute the arrays that `build` makes of a block, once the transfer `after` has brought it.
 
-        A GPU's work is prepared before the block is there, and may go on when this returns. `build` gets a function
-        that waits for the block, to be called before anything is evaluated.
+        A GPU's work is prepared before the block is there, and may go on when this returns. Where there is a trace, it
+        is not, so that its spans show what the GPU does. `build` gets a function that waits for the block, to be called
+        before anything is evaluated.
         """
         arrive = partial(self.wait, hop, after)
-        prepared = None if self.links is None else build(arrive)
+        ahead = self.links is not None and self.ring.tracer.events is None
+        prepared = build(arrive) if ahead else None
         arrive()
         with self.ring.tracer.span("compute", hop):
             found = evaluated_copies(build(arrive) if prepared is None else prepared)
-            if self.links is None or self.ring.tracer.events is not None:
+            if not ahead:
                 mx.eval(*found)
         return found
 

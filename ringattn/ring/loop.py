@@ -48,8 +48,10 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             start_evaluation(*call.arrays)
             fields = call.fields()
         call = call.agreed(WHAT, fields)
+        if call.links is None:
+            own = None
     with call.ring.break_ring_on_error():
-        out, lse = _pass_kv(call, own) if own is not None and call.links is not None else _STRATEGIES[strategy](call)
+        out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
         mx.eval(out, lse)
     return out, lse
 

@@ -47,7 +47,7 @@ def to_host(block: Block) -> Block:
         return block
     arrays = [mx.contiguous(x) for x in block.arrays]
     copies = tuple(_pinned(gpu, x.shape, x.dtype) for x in arrays)
-    gpu.copy_all(_addresses(copies), _located(gpu, arrays), [x.nbytes for x in arrays])
+    gpu.copy_all(_addresses(copies), gpu.locate(arrays)[1](), [x.nbytes for x in arrays])
     return HostBlock(copies, block.axes, block.spans, tuple(x.dtype for x in arrays), gpu)
 
 
@@ -59,11 +59,6 @@ def from_host(block: Block) -> Block:
     sources = [np.ascontiguousarray(x) for x in block.arrays]
     block.gpu.copy_all(places(), _addresses(sources), [x.nbytes for x in sources])
     return Block(tuple(arrays), block.axes, block.spans)
-
-
-def _located(gpu: Driver, arrays: Sequence[mx.array]) -> list[int]:
-    mx.eval(arrays)
-    return gpu.locate(arrays)[1]()
 
 
 def _addresses(arrays: Sequence[np.ndarray]) -> list[int]:

@@ -66,7 +66,7 @@ def agree(
     except ArgumentError as late:
         error = error or late
     sent = _head(ring, what, fields, error)
-    if not apart and error is None:
+    if not apart and error is None:  # small: states of new tokens, halos, numbers
         sent = b"".join((sent, *payload))
     with ring.tracer.span("exchange", 0, len(sent)):
         heads = ring.exchange([memoryview(sent)])

@@ -68,7 +68,7 @@ class Transfer(abc.ABC):
         """Whether the whole message has left (send) or arrived (recv)."""
 
 
-class Gpu(Protocol):
+class GpuMemory(Protocol):
     """What links need of a rank's GPU; `native.cuda.Driver` is one."""
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
@@ -85,7 +85,7 @@ class Links(Protocol):
     """Links between the GPUs of a ring's ranks, beside its transport."""
 
     @property
-    def gpu(self) -> Gpu:
+    def gpu(self) -> GpuMemory:
         """This rank's GPU."""
 
     def send(

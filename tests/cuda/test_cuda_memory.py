@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -76,6 +78,22 @@ def test_packs(gpu: Driver, name: str, more: int) -> None:
     assert mx.array_equal(packed[:tokens], expected)
 
 
+def test_names_have_the_dtypes_and_the_text(gpu: Driver, monkeypatch) -> None:
+    """MLX keeps compiled kernels by their names alone, in the process and on disk."""
+    names = []
+    original = mx.fast.cuda_kernel
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **built: names.append(built["name"]) or original(**built))
+    for dtype in (mx.float32, mx.bfloat16):
+        gpu.pack([numbers(1, 2, 8, 8, dtype=dtype)] * 2, [2, 2], 8)
+        gpu.locate([numbers(1, 2, 8, 8, dtype=dtype)])
+    assert len(names) == len(set(names)) == 4
+    cuda._pack_kernel.cache_clear()
+    changed = Path(cuda.PACK).read_text() + "// changed"
+    monkeypatch.setattr(cuda, "PACK", SimpleNamespace(read_text=lambda: changed))
+    gpu.pack([numbers(1, 2, 8, 8, dtype=mx.float32)] * 2, [2, 2], 8)
+    assert len(set(names)) == 5
+
+
 def test_several_arrays_at_once(gpu: Driver) -> None:
     x, y = numbers(1, 2, 30, 16), numbers(1, 30, dtype=mx.float32)
     first, second = gpu.pack([x, y], [2, 1], 30)
@@ -87,8 +105,9 @@ def test_addresses(gpu: Driver, count: int) -> None:
     """More arrays than one kernel has places for, and more calls than there are boxes. (The runtime copies inputs.)"""
     for _ in range(cuda.BOXES // 2):
         arrays = [numbers(8 + i, 4, dtype=(mx.float32, mx.bfloat16)[i % 2]) for i in range(count)]
-        lazy, places = gpu.locate(arrays)
-        assert len(places()) == count and all(places()) and len(lazy) == -(-count // cuda.BOX)
+        lazy, places = gpu.locate([mx.zeros((0, 4)), *arrays])
+        assert len(places()) == count + 1 and places()[0] == 0 and all(places()[1:])
+        assert len(lazy) == -(-count // cuda.BOX)
 
 
 def test_new_arrays(gpu: Driver) -> None:

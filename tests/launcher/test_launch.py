@@ -134,8 +134,10 @@ def test_lines_with_their_rank(script):
         seen += os.read(process.stdout.fileno(), 100).decode()
     out, err = process.communicate("Ada\n", timeout=30)
     lines = [f"[{rank}] {i} xxxxx" for rank in (0, 1) for i in range(3)]
-    found = sorted((seen + out).replace("\n[0] name? hello Ada", "").splitlines())
+    question, answer = "[0] name? ", "hello Ada"  # lines of the other rank may come between
+    found = sorted(filter(None, (seen + out).replace(question, "\n").replace(answer, "\n").splitlines()))
     assert found == lines and sorted(err.splitlines()) == ["[0] err", "[1] err"], seen + out
+    assert (seen + out).index(question) < (seen + out).index(answer)
 
 
 @pytest.mark.ranks

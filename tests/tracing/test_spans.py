@@ -119,7 +119,7 @@ def profile(tracer: Tracer) -> tuple[int, Counter[str]]:
 
 
 def test_a_span_calls_only_the_clock_and_one_append() -> None:
-    """Code that runs once per layer is not in the caches: a call costs there about ten times what it does in a loop."""
+    """Code that runs once per layer is not in the caches: a call costs there several times what it does in a loop."""
     frames, functions = profile(NO_TRACER)
     assert (frames, functions) == (6, {})
     # The clock at both ends of the call and of the span; three events.

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ...tracing.spans import RESULTS
 from ..failures.bandwidth import LinkRate
 from ..failures.stall_timer import Moving
-from ..interface import DeviceBuffer, Gpu, Links, Load, Signal, Transfer
+from ..interface import DeviceBuffer, GpuMemory, Links, Load, Signal, Transfer
 from .nccl import Piece
 
 
@@ -25,7 +25,7 @@ class Network(Protocol):
     """Groups of messages between GPUs. `nccl.Communicator` is one."""
 
     @property
-    def gpu(self) -> Gpu:
+    def gpu(self) -> GpuMemory:
         """This rank's GPU."""
 
     def start(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Any:
@@ -124,7 +124,8 @@ class DeviceLinks(Links):
         return message
 
     @property
-    def gpu(self) -> Gpu:
+    def gpu(self) -> GpuMemory:
+        """See `Links.gpu`."""
         return self._network.gpu
 
     def advance(self) -> None:
