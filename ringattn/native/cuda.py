@@ -10,9 +10,9 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from .memory_kernels import addresses_kernel, pack_kernel, with_four_axes
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -23,7 +23,6 @@ _NOT_READY = 600
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
 
 _THREADS, _MOST_BLOCKS = 256, 1 << 20  # of the kernel that packs
-PACK = Path(__file__).with_name("pack.cu")
 
 Pointer = ctypes.c_void_p
 Kind = tuple[Sequence[int], Any]  # the shape and the MLX dtype of an array
@@ -161,9 +160,9 @@ class Driver:
         Returns:
             Lazy, contiguous arrays, such as ``[room, B, H, D]``.
         """
-        whole = [_with_four_axes(x, axis) for x, axis in zip(arrays, axes)]
+        whole = [with_four_axes(x, axis) for x, axis in zip(arrays, axes)]
         blocks = max(1, min(_MOST_BLOCKS, arrays[0].shape[axes[0]]))
-        return _pack_kernel(tuple(x.dtype for x in arrays))(
+        return pack_kernel(tuple(x.dtype for x in arrays))(
             inputs=whole,
             grid=(blocks * _THREADS, 1, 1),
             threadgroup=(_THREADS, 1, 1),
@@ -178,7 +177,7 @@ class Driver:
         at = self._next
         self._next = (at + 1) % BOXES
         box = self._boxes[8 * BOX * at : 8 * BOX * (at + 1)].cast("Q")
-        made = _addresses_kernel(tuple(x.dtype for x in arrays), tuple(dtype for _, dtype in kinds))(
+        made = addresses_kernel(tuple(x.dtype for x in arrays), tuple(dtype for _, dtype in kinds))(
             inputs=[_constant(address_of(box)), *arrays],
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),
@@ -220,52 +219,6 @@ def _constant(value: int) -> mx.array:
     x = mx.array([value], mx.uint64)
     mx.eval(x)
     return x
-
-
-@lru_cache(maxsize=64)
-def _addresses_kernel(inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype, ...]) -> Any:
-    """A kernel that writes the addresses of its inputs, or where it has none, of its outputs."""
-    read = [f"x{i}" for i in range(len(inputs))]
-    made = [f"y{i}" for i in range(len(outputs))]
-    located = enumerate(read or made)
-    writes = "".join(f"  to[{i}] = reinterpret_cast<unsigned long long>({name});\n" for i, name in located)
-    source = f"  auto* to = reinterpret_cast<volatile unsigned long long*>(box[0]);\n{writes}"
-    return _kernel("addresses" if inputs else "buffers", inputs or outputs, ["box", *read], made, source)
-
-
-def _with_four_axes(x: mx.array, axis: int) -> mx.array:
-    """View ``[B, H, L]`` or ``[B, L]`` as ``[B, H, L, D]``, with the tokens on `axis`."""
-    import mlx.core as mx
-
-    missing = [*range(1, 3 - axis), *range(x.ndim + 2 - axis, 4)]
-    return mx.expand_dims(x, missing) if missing else x
-
-
-@cache
-def _pack_kernel(dtypes: tuple[mx.Dtype, ...]) -> Any:
-    """A kernel that packs arrays of these dtypes; see `Driver.pack`."""
-    names = [f"x{i}" for i in range(len(dtypes))]
-    source = "".join(f"  ringattn_pack({x}, {x}_shape, {x}_strides, y{i});\n" for i, x in enumerate(names))
-    made = [f"y{i}" for i in range(len(dtypes))]
-    return _kernel("pack", dtypes, names, made, source, PACK.read_text())
-
-
-def _kernel(
-    name: str, dtypes: Sequence[mx.Dtype], inputs: list[str], outputs: list[str], source: str, header: str = ""
-) -> Any:
-    """Build a kernel. MLX keeps compiled ones by name, also on disk, so the name has the dtypes and a digest."""
-    import mlx.core as mx
-
-    kinds = "_".join(str(dtype).rpartition(".")[2] for dtype in dtypes)
-    digest = blake2b((header + source).encode(), digest_size=4).hexdigest()
-    return mx.fast.cuda_kernel(
-        name=f"ringattn_{name}_{kinds}_{digest}",
-        input_names=inputs,
-        output_names=outputs,
-        source=source,
-        header=header,
-        ensure_row_contiguous=False,
-    )
 
 
 @cache

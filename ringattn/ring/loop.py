@@ -135,11 +135,11 @@ class Held:
 
     def until(self, results: Arrays, act: Callable[[], None]) -> None:
         """Call `act` once `results` are there."""
-        if self._links is not None:
-            start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
         self._held.append((results, act))
         if self._links is None:
             self.turn()
+        else:
+            start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
 
     def turn(self) -> None:
         """Wait for the work that was added, and start the transfers that can start."""

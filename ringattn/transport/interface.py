@@ -69,7 +69,7 @@ class Transfer(abc.ABC):
 
 
 class GpuMemory(Protocol):
-    """What links need of a rank's GPU; `native.cuda.Driver` is one."""
+    """Memory of a rank's GPU, as links need it; `native.cuda.Driver` is one."""
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
         """Find the addresses of contiguous arrays; see `native.cuda.Driver.locate`."""
@@ -86,7 +86,7 @@ class Links(Protocol):
 
     @property
     def gpu(self) -> GpuMemory:
-        """This rank's GPU."""
+        """The GPU of this rank."""
 
     def send(
         self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), step: int = 1, late: bool = False

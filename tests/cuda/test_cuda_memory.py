@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ringattn.cuda import KernelCall
-from ringattn.native import cuda
+from ringattn.native import cuda, memory_kernels
 from ringattn.native.cuda import Driver
 from tools.hostcuda import Runtime, lacking
 
@@ -34,8 +34,8 @@ def host(monkeypatch) -> Iterator[None]:
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel, raising=False)
     yield
-    cuda._pack_kernel.cache_clear()
-    cuda._addresses_kernel.cache_clear()
+    memory_kernels.pack_kernel.cache_clear()
+    memory_kernels.addresses_kernel.cache_clear()
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_names_have_the_dtypes_and_the_text(gpu: Driver, monkeypatch) -> None:
         gpu.pack([numbers(1, 2, 8, 8, dtype=dtype)] * 2, [2, 2], 8)
         gpu.locate([numbers(1, 2, 8, 8, dtype=dtype)])
     assert len(names) == len(set(names)) == 4
-    cuda._pack_kernel.cache_clear()
-    changed = Path(cuda.PACK).read_text() + "// changed"
-    monkeypatch.setattr(cuda, "PACK", SimpleNamespace(read_text=lambda: changed))
+    memory_kernels.pack_kernel.cache_clear()
+    changed = Path(memory_kernels.PACK).read_text() + "// changed"
+    monkeypatch.setattr(memory_kernels, "PACK", SimpleNamespace(read_text=lambda: changed))
     gpu.pack([numbers(1, 2, 8, 8, dtype=mx.float32)] * 2, [2, 2], 8)
     assert len(set(names)) == 5
 

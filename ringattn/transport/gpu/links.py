@@ -26,7 +26,7 @@ class Network(Protocol):
 
     @property
     def gpu(self) -> GpuMemory:
-        """This rank's GPU."""
+        """The GPU of this rank."""
 
     def start(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Any:
         """Start a group of messages, after all earlier groups. Return a token for `over`."""
