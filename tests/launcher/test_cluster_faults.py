@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault(cluster: Cluster, fault: str) -> None:
     outcome = inflict(cluster, fault)
-    assert replace(outcome, seconds=outcome.seconds / under_load(1)).good, outcome
+    assert replace(outcome, seconds=outcome.seconds / under_load(1)).good, f"{outcome}\n{outcome.output}"
 
 
 def test_the_page_lists_them_all() -> None:

@@ -32,8 +32,8 @@ class Wire:
     def take(self):
         return self.coming.popleft() if self.coming else None
 
-    def beat(self, sender: int, *said: object) -> None:
-        self.coming.append((sender, BEAT, json.dumps([*said]).encode()))
+    def beat(self, sender: int, call: str, hop: int, moving: list, agreed: int = 0) -> None:
+        self.coming.append((sender, BEAT, json.dumps([call, hop, agreed, moving]).encode()))
 
 
 def make(wire: Wire, rank: int, told: list, members: list[Member] = ALONE) -> Liveness:
@@ -79,6 +79,21 @@ def test_a_silent_rank_is_named_with_the_last_place_it_was_seen_at(
     assert [str(error) for error in told] == [text] and told[0].rank == 1
     notes = [(peer, Cause(**note)) for peer, kind, note in wire.sent if kind == FAIL]
     assert [(peer, cause.kind, str(cause)) for peer, cause in notes] == [(1, "silent", text), (2, "silent", text)]
+
+
+@pytest.mark.parametrize(
+    ("agreed", "where"), [(0, "in ring_attention, hop 0"), (1, "after barrier"), (2, "after barrier")]
+)
+def test_a_heartbeat_from_before_an_agreement_says_nothing_new(clock: Clock, agreed: int, where: str) -> None:
+    """It may be read late: where waits are short, nobody reads messages for half a second."""
+    wire, told = Wire(), []
+    life = make(wire, 0, told)
+    life.set_all_places(("ring_attention", 0))
+    wire.beat(1, "after barrier", 0, [], agreed)
+    wait(clock, life, 2 * TIMEOUT, but=(0, 1), wire=wire)
+    assert [str(error).split("last heard of ")[1] for error in told] == [where + UNWATCHED]
+    life.beat()
+    assert {note[2] for _, kind, note in wire.sent if kind == BEAT} == {1}
 
 
 def test_a_rank_that_the_launcher_sees_compute_is_alive_until_it_does_not(
@@ -137,4 +152,4 @@ def test_what_is_under_way_is_told_and_kept() -> None:
     wire.beat(1, "ring_attention", 2, [["recv", 5]])
     life.beat()
     assert life.moving[1] == [["recv", 5]]
-    assert [note for peer, kind, note in wire.sent if (peer, kind) == (2, BEAT)] == [["barrier", 0, [["send", 2]]]]
+    assert [note for peer, kind, note in wire.sent if (peer, kind) == (2, BEAT)] == [["barrier", 0, 0, [["send", 2]]]]

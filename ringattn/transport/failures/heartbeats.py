@@ -79,6 +79,7 @@ class Liveness:
         self._computing = ComputingRanks({peer: members[peer].job_rank for peer in self._peers})
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
+        self._agreed = 0  # calls of `set_all_places`, the same number on all ranks at the same place
         self.moving: dict[int, list[list]] = {}  # each rank's latest report on its messages to and from this one
         self._sending: dict[int, Sent] = {}
         self._outbox: list[Sent] = []  # goodbyes and failures still leaving
@@ -98,7 +99,8 @@ class Liveness:
             for peer in [] if self._said_bye else self._peers:
                 # A rank that does not receive its heartbeats gets no more of them.
                 if peer not in self._sending or self._sending[peer]():
-                    note = [*self._place(), self._moving(peer)]
+                    agreed = self._agreed  # read before the place, which is never older
+                    note = [*self._place(), agreed, self._moving(peer)]
                     self._sending[peer] = self._channel.send(peer, BEAT, json.dumps(note).encode())
             self._check_silence()
 
@@ -139,8 +141,10 @@ class Liveness:
             return
         self._silent[sender] = 0.0
         if kind == BEAT:
-            what, hop, self.moving[sender] = json.loads(note)
-            self._places[sender] = (what, hop)
+            places = self._places  # read before the number: a newer one is not overwritten
+            what, hop, agreed, self.moving[sender] = json.loads(note)
+            if agreed >= self._agreed:
+                places[sender] = (what, hop)
         elif kind == BYE:
             self.left.add(sender)
         elif self.error is None:
@@ -170,7 +174,8 @@ class Liveness:
                 self._send_all(cause.encode(), FAIL)
 
     def set_all_places(self, place: Place) -> None:
-        """Record that all ranks are at `place`; this is newer than the last heartbeats."""
+        """Record that all ranks are at `place`. Heartbeats sent before that may be read later; their places are old."""
+        self._agreed += 1
         self._places = dict.fromkeys(self._peers, place)
 
     def seen(self, peer: int) -> None:
