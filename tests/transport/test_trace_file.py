@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import deque
@@ -141,9 +142,12 @@ def test_the_latest_events_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def path_of(call: Callable[[], object]) -> list[CodeType]:
     """Python functions that `call` runs, in order, without those of tracers."""
     path: list[CodeType] = []
+    gc.collect()
+    gc.disable()  # destructors of what earlier tests left behind are not part of the path
     sys.setprofile(lambda frame, what, _: path.append(frame.f_code) if what == "call" else None)
     call()
     sys.setprofile(None)
+    gc.enable()
     return [code for code in path if code.co_filename != spans_module.__file__]
 
 
