@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from . import backends
 from .autograd.custom_function import custom_op
-from .core.gradients import Gradients
 from .core.options import Options, SharedOptions
 from .core.validation import Positions, check_flag, check_positions, check_qkv
 from .kernels.interface import KernelInputs, OutputSpec
@@ -134,8 +133,7 @@ def attention(
         bound = options.bind(given)
         rows = kernel.rows(out, lse, dout, dlse)
         inputs = KernelInputs(q, k, v, q_pos, k_pos, bound.rules())
-        sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
-        return bound.gradients(sums, rows, q.dtype)
+        return bound.gradients(kernel.gradients(inputs, rows), rows, q.dtype)
 
     arrays = (q, k, v, *options.arrays)
     if kernel.differentiable:

@@ -166,10 +166,10 @@ def _backward_hopper(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[n
     if d["OF_KEYS"]:
         found = [by_product.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ buffers["dout"]]
         dk, dv = (x.reshape(batch, left, heads // left, k_len, -1).sum(2) for x in found)
-        if not d["ADDS"]:
-            return [dk, dv]
-        return [buffers["dk_before"] + buffers["numbers"][0] * dk, buffers["dv_before"] + dv]
-    dq = buffers["dq_before"] + buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
+        dk *= buffers["numbers"][0] if d["SCALES"] else 1
+        return [dk + buffers["dk_before"], dv + buffers["dv_before"]] if d["ADDS"] else [dk, dv]
+    dq = buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
+    dq += buffers["dq_before"] if d["ADDS"] else 0
     return [dq, ds] if d["MASK"] == 2 else [dq]
 
 
@@ -219,20 +219,19 @@ def _by_lanes(d: dict[str, int], dq: np.ndarray) -> np.ndarray:
 
 
 def _collect_queries(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
-    d, sums, parts = defines(call), buffers["sums"], buffers["parts"]
+    d, parts, (*heads, q_len, dim) = defines(call), buffers["parts"], call.output_shapes[0]
     rows, dims, width = _places(d)
-    assert 4 * call.grid[0] >= parts.shape[1]
-    tiles = -(-sums.shape[2] // d["QUERIES"])
-    wide = np.zeros((*sums.shape[:2], tiles, d["QUERIES"], width))
+    assert 4 * call.grid[0] >= parts.shape[1] and buffers["length"] == [q_len]
+    wide = np.zeros((*heads, -(-q_len // d["QUERIES"]), d["QUERIES"], width))
     wide[..., rows, dims] = parts.sum(0).reshape(*wide.shape[:3], *rows.shape)
-    found = wide.reshape(*sums.shape[:2], -1, width)[:, :, : sums.shape[2], : sums.shape[3]]
-    return [sums + buffers["factor"][0] * found]
+    found = wide.reshape(*heads, -1, width)[:, :, :q_len, :dim]
+    return [buffers["factor"][0] * found + (buffers["sums"] if d["ADDS"] else 0)]
 
 
 def _collect(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:
-    parts, sums = buffers["parts"], buffers["sums"]
-    assert call.grid[0] * defines(call)["WIDTH"] >= sums.size and parts.shape[2] % defines(call)["WIDTH"] == 0
-    return [sums + buffers["factor"][0] * parts.sum(1).reshape(sums.shape)]
+    d, parts, shape = defines(call), buffers["parts"], call.output_shapes[0]
+    assert call.grid[0] * d["WIDTH"] >= np.prod(shape) and parts.shape[2] % d["WIDTH"] == 0
+    return [buffers["factor"][0] * parts.sum(1).reshape(shape) + (buffers["sums"] if d["ADDS"] else 0)]
 
 
 def _rows(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[np.ndarray]:

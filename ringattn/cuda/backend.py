@@ -48,6 +48,12 @@ class CudaKernel(Kernel):
                 return gradient(inputs, rows, sums)
         return _reference.backward(inputs, rows, sums)
 
+    def gradients(self, inputs: KernelInputs, rows: Rows) -> Gradients:
+        if _fused(inputs):
+            with suppress(UnusableError):
+                return gradient(inputs, rows)
+        return _reference.gradients(inputs, rows)
+
 
 _reference = ReferenceKernel()
 

@@ -9,6 +9,7 @@ from ..core.gradients import Rows
 from ..kernels.gpu.buffers import rule_arrays, rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
+from . import source
 from .calls import kernel_call, on_gpu, prepared
 from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .gradient_tiling import GradientTiling
@@ -79,42 +80,62 @@ def backward_call(inputs: KernelInputs, rows: Rows, tiling: GradientTiling, spli
     return call.with_inputs({**arrays_of(inputs, rows), **rule_arrays(inputs.rules, *where)})
 
 
-def collect_call(parts: mx.array, sums: mx.array, factor: float) -> KernelCall:
-    """The call of `collect.cu`: ``sums + factor * parts.sum(axis=1)`` for parts ``[outer, count, inner]``, float32."""
+def collect_call(parts: mx.array, sums: mx.array | None, like: mx.array, factor: float) -> KernelCall:
+    """The call of `collect.cu`: ``sums + factor * parts.sum(axis=1)`` for parts ``[outer, count, inner]``, float32.
+
+    The output has the shape of `like`, and without `sums` its dtype.
+    """
     width = WIDTH if parts.shape[2] % WIDTH == 0 else 1
-    return kernel_call(
-        "collect",
-        (),
-        {"WIDTH": width},
-        {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
-        blocks=(-(-sums.size // (THREADS * width)), 1, 1),
-        threads=THREADS,
-        output_names=["out"],
-        output_shapes=[sums.shape],
-        output_dtypes=[mx.float32],
-    )
+    blocks = -(-like.size // (THREADS * width))
+    return _collect("collect", {"WIDTH": width}, blocks, {"parts": parts}, sums, like, factor)
 
 
-def collect_queries_call(parts: mx.array, sums: mx.array, factor: float, tiling: GradientTiling) -> KernelCall:
-    """The call of `collect_queries.cu`: `sums` ``[B, Hq, Lq, D]`` and, times `factor`, the dq of `backward_call`."""
+def collect_queries_call(
+    parts: mx.array, sums: mx.array | None, like: mx.array, factor: float, tiling: GradientTiling
+) -> KernelCall:
+    """The call of `collect_queries.cu`: `sums` ``[B, Hq, Lq, D]`` and, times `factor`, the dq of `backward_call`.
+
+    The output has the shape of the queries `like`, and without `sums` their dtype.
+    """
+    defines = {
+        "D": like.shape[3],
+        "QUERIES": tiling.QUERIES,
+        "WARPS": tiling.warps,
+        "FRAGMENTS": tiling.fragments,
+        "CHUNKS": tiling.chunks,
+        "Q_WARPS": tiling.q_warps,
+        "D_WARPS": tiling.d_warps,
+    }
+    buffers = {"parts": parts, "length": on_gpu(np.array([like.shape[2]], np.int32))}
+    blocks = -(-parts.shape[1] // (4 * THREADS))
+    return _collect("collect_queries", defines, blocks, buffers, sums, like, factor)
+
+
+def _collect(
+    kernel: str,
+    defines: dict[str, int],
+    blocks: int,
+    buffers: dict[str, mx.array],
+    sums: mx.array | None,
+    like: mx.array,
+    factor: float,
+) -> KernelCall:
+    """The call of a kernel that adds up parts."""
+    dtype = like.dtype if sums is None else mx.float32
     return kernel_call(
-        "collect_queries",
+        kernel,
         (),
+        {**defines, "ADDS": int(sums is not None), "OUT": source.TYPES[dtype]},
         {
-            "D": sums.shape[3],
-            "QUERIES": tiling.QUERIES,
-            "WARPS": tiling.warps,
-            "FRAGMENTS": tiling.fragments,
-            "CHUNKS": tiling.chunks,
-            "Q_WARPS": tiling.q_warps,
-            "D_WARPS": tiling.d_warps,
+            **buffers,
+            **({} if sums is None else {"sums": mx.contiguous(sums)}),
+            "factor": on_gpu(np.array([factor], np.float32)),
         },
-        {"parts": parts, "sums": sums, "factor": on_gpu(np.array([factor], np.float32))},
-        blocks=(-(-parts.shape[1] // (4 * THREADS)), 1, 1),
+        blocks=(blocks, 1, 1),
         threads=THREADS,
         output_names=["out"],
-        output_shapes=[sums.shape],
-        output_dtypes=[mx.float32],
+        output_shapes=[like.shape],
+        output_dtypes=[dtype],
     )
 
 

@@ -78,34 +78,35 @@ def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:
 
 
 def held_keys_call(
-    inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int, sums: tuple[mx.array, mx.array] | None = None
+    inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int, sums: tuple[mx.array, mx.array] | None
 ) -> KernelCall:
     """The call of `backward_hopper.cu` whose blocks hold keys.
 
-    Its outputs are float32: `sums` plus dk ``[B, Hkv, Lk, D]`` and dv ``[B, Hkv, Lk, Dv]``. Without `sums` they have
-    `heads` in the place of Hkv, to be added up over what each key head has of them, and dk misses the factor `scale`.
+    Its outputs are dk ``[B, Hkv, Lk, D]`` and dv ``[B, Hkv, Lk, Dv]`` plus `sums`, float32; in the dtype of q without
+    `sums`. With more heads than Hkv they have these in its place, float32, to be added up over what each key head has
+    of them; then dk misses the factor `scale`.
 
     Args:
         inputs: `whole` inputs with at least one query and one key; q, k and v contiguous.
         rows: Their rows; dout in the dtype of q, all contiguous.
         tiling: Their tiling.
-        heads: The number of heads of q, or of k, which `sums` need.
-        sums: The sums of dk and dv before, contiguous.
+        heads: The number of heads of q, or of k.
+        sums: The sums of dk and dv before, contiguous, for as many heads as k has.
     """
-    shape = inputs.k.shape[0], heads, inputs.k.shape[2]
+    shape, parts = (inputs.k.shape[0], heads, inputs.k.shape[2]), heads > inputs.k.shape[1]
     dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
     before = {} if sums is None else dict(zip(("dk_before", "dv_before"), sums))
-    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()})
+    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()}, parts)
 
 
-def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array) -> KernelCall:
+def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array | None) -> KernelCall:
     """The call of `backward_hopper.cu` whose blocks hold queries; arguments as above.
 
-    Its outputs are float32: `sums` ``[B, Hq, Lq, D]`` plus dq, and with an additive mask its gradient
-    ``[B, Hq, Lq, Lk]``.
+    Its outputs are dq ``[B, Hq, Lq, D]`` plus `sums`, float32; in the dtype of q without `sums`. With an additive mask
+    also its gradient ``[B, Hq, Lq, Lk]``, float32.
     """
-    outputs = {"dq": sums.shape, **mask_output(inputs)}
-    return _call(inputs, rows, tiling, inputs.rows[1], {"dq_before": sums}, outputs)
+    outputs = {"dq": inputs.q.shape, **mask_output(inputs)}
+    return _call(inputs, rows, tiling, inputs.rows[1], {} if sums is None else {"dq_before": sums}, outputs)
 
 
 def _call(
@@ -115,6 +116,7 @@ def _call(
     heads: int,
     before: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
+    parts: bool = False,
 ) -> KernelCall:
     tiles = tiling.tile(False), tiling.tile(True)
     where = tiles, 1, -(-inputs.rows[2] // tiles[0])
@@ -136,11 +138,13 @@ def _call(
             {
                 "OF_KEYS": int(tiling.of_keys),
                 "ADDS": int(bool(before)),
+                "SCALES": int(not parts),
                 "PASSING": tiling.PASSING,
                 "STAGES": tiling.stages,
             },
             outputs,
             (len(reach), heads, inputs.q.shape[0]),
+            mx.float32 if before or parts else inputs.q.dtype,
         )
 
     call = prepared((tiling, bool(before), tuple(outputs.items())), inputs, make)

@@ -12,7 +12,7 @@ from ..kernels.gpu.self_test import UnusableError, trial_error
 from ..kernels.interface import KernelInputs
 from . import launch
 from .backward import rows_call
-from .gradient_plans import Plan, cut, planned, plans, rows_of
+from .gradient_plans import Plan, Span, cut, planned, plans, rows_of
 
 TRIAL = 40  # rows of a self-test
 
@@ -42,35 +42,50 @@ def _rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     return Rows(dout, *launch.run(rows_call(out, lse, dout, dlse)))
 
 
-def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
-    """Add the gradients to `sums`. Results stay lazy. See `Kernel.backward`.
+def gradient(inputs: KernelInputs, rows: Rows, sums: Gradients | None = None) -> Gradients:
+    """Add the gradients to `sums`, or compute them alone. Results stay lazy. See `Kernel.backward`.
 
     Raises:
         UnusableError: If the kernels do not work here.
     """
+    alone = sums is None
+    sums = sums or Gradients.zeros(inputs.q, inputs.k, inputs.v, inputs.rules)
     inputs = inputs.whole()
-    return _run(_usable(inputs), inputs, rows, sums)
+    return _run(_usable(inputs, alone), inputs, rows, sums, alone)
 
 
-def _usable(inputs: KernelInputs) -> type[Plan]:
-    """The first kind of plan that works here."""
+def _usable(inputs: KernelInputs, alone: bool) -> type[Plan]:
+    """The first kind of plan that works here, for gradients `alone` or with sums."""
     *better, last = plans(inputs)
     if not launch.default():
         return (*better, last)[0]
     for kind in better:
         try:
-            launch.self_test.ensure_gradient(partial(_run, kind), inputs, kind.name)
+            _ensure(kind, inputs, alone)
             return kind
         except UnusableError:
             continue
-    launch.self_test.ensure_gradient(partial(_run, last), inputs, last.name)
+    _ensure(last, inputs, alone)
     return last
 
 
-def _run(kind: type[Plan], inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+def _ensure(kind: type[Plan], inputs: KernelInputs, alone: bool) -> None:
+    """Test the kernels that a kind of plan needs."""
+    alone = alone and _at_once(inputs, planned(kind, inputs)[1])
+    launch.self_test.ensure_gradient(partial(_run, kind, alone=alone), inputs, kind.name, *["alone"] * alone)
+
+
+def _at_once(inputs: KernelInputs, steps: list[tuple[Span, Span]]) -> bool:
+    """Whether one call computes all gradients."""
+    return steps == [((0, inputs.rows[2]), (0, inputs.k.shape[2]))]
+
+
+def _run(kind: type[Plan], inputs: KernelInputs, rows: Rows, sums: Gradients, alone: bool) -> Gradients:
     inputs = inputs.whole()
     rows = Rows(rows.dout.astype(inputs.q.dtype), mx.contiguous(rows.lse), mx.contiguous(rows.delta))
     plan, steps = planned(kind, inputs)
+    if alone and _at_once(inputs, steps):
+        return plan.call(inputs, rows, Gradients(None, None, None, sums.mask), *steps[0])
     dq = {queries: cut(sums.q, queries) for queries in plan.queries_of(inputs)}
     for step in steps:
         queries, keys = step

@@ -60,6 +60,7 @@ def gradient_call(
     defines: dict[str, int],
     outputs: dict[str, tuple[int, ...]],
     blocks: tuple[int, int, int],
+    dtype: mx.Dtype = mx.float32,
 ) -> KernelCall:
     """The call of a kernel of the gradient.
 
@@ -71,8 +72,9 @@ def gradient_call(
         tiling: Their tiling.
         buffers: Inputs of this kernel, with those of the rules.
         defines: Macros of this kernel.
-        outputs: Shapes of the outputs, which are float32.
+        outputs: Shapes of the outputs.
         blocks: The number of thread blocks in x, y and z.
+        dtype: Of the outputs; the gradient of a mask is float32.
     """
     q, v, rules = inputs.q, inputs.v, inputs.rules
     every = {
@@ -82,6 +84,7 @@ def gradient_call(
     }
     macros: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
+        "OUT": source.TYPES[dtype],
         "MATRIX": int(q.dtype.size == 2),
         "BFLOAT": int(q.dtype == mx.bfloat16),
         "D": q.shape[3],
@@ -103,6 +106,6 @@ def gradient_call(
         shared_memory=tiling.shared_memory,
         output_names=list(outputs),
         output_shapes=list(outputs.values()),
-        output_dtypes=[mx.float32] * len(outputs),
+        output_dtypes=[mx.float32 if name == "dmask" else dtype for name in outputs],
         init_value=0.0 if "dmask" in outputs else None,  # tiles that nobody sees are not written
     )

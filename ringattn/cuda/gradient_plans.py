@@ -74,7 +74,10 @@ class Plan(abc.ABC):
 
     @abc.abstractmethod
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
-        """Add the gradients of `queries` x `keys` to `sums`, whose q has these queries alone."""
+        """Add the gradients of `queries` x `keys` to `sums`, whose q has these queries alone.
+
+        Where q, k and v of `sums` are ``None``, these are all queries and keys, and results are in the dtype of q.
+        """
 
     def queries_of(self, inputs: KernelInputs) -> list[Span]:
         """Cut the queries."""
@@ -118,9 +121,9 @@ class FusedPlan(Plan):
         part = part_of(inputs, queries, keys)
         dq, dk, dv, *dmask = launch.run(backward_call(part, rows, self.tiling, self.splits))
         scale, columns = inputs.rules.scale, slice(*keys)
-        q = launch.run(collect_queries_call(dq, mx.contiguous(sums.q), scale, self.tiling))[0]
-        k = _added(sums.k, dk, inputs.group, scale, columns)
-        v = _added(sums.v, dv, inputs.group, 1.0, columns)
+        q = launch.run(collect_queries_call(dq, sums.q, part.q, scale, self.tiling))[0]
+        k = _added(sums.k, dk, part.k, scale, columns)
+        v = _added(sums.v, dv, part.v, 1.0, columns)
         return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))
 
 
@@ -152,19 +155,20 @@ class HopperPlan(Plan):
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
         part = part_of(inputs, queries, keys)
-        q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, mx.contiguous(sums.q)))
+        before = None if sums.q is None else mx.contiguous(sums.q)
+        q, *dmask = launch.run(held_queries_call(part, rows, self.of_queries, before))
         k, v = self._of_keys(part, rows, sums, keys)
         return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))
 
     def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
         """Add dk and dv of a call to `sums`: in the kernel, or where blocks share keys, by a second one."""
-        columns, group = slice(*keys), self.heads // part.k.shape[1]
-        if group == 1:
-            before = mx.contiguous(cut(sums.k, keys)), mx.contiguous(cut(sums.v, keys))
-            dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, before))
-            return _replaced(sums.k, dk, columns), _replaced(sums.v, dv, columns)
-        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads))
-        return _added(sums.k, dk, group, part.rules.scale, columns), _added(sums.v, dv, group, 1.0, columns)
+        columns = slice(*keys)
+        if self.heads > part.k.shape[1]:
+            dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, None))
+            return _added(sums.k, dk, part.k, part.rules.scale, columns), _added(sums.v, dv, part.v, 1.0, columns)
+        before = None if sums.k is None else (mx.contiguous(cut(sums.k, keys)), mx.contiguous(cut(sums.v, keys)))
+        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, before))
+        return _replaced(sums.k, dk, columns), _replaced(sums.v, dv, columns)
 
 
 def planned(kind: type[Plan], inputs: KernelInputs) -> tuple[Plan, list[tuple[Span, Span]]]:
@@ -211,16 +215,19 @@ def _splits(heads: int, key_tiles: int, slots: int) -> int:
     return next(n for n in candidates if used(n) >= ENOUGH * best)
 
 
-def _added(sums: mx.array, parts: mx.array, group: int, factor: float, keys: slice) -> mx.array:
-    """Add `parts` ``[B, Hq, keys, D]``, summed over each group, to the rows `keys` of `sums` ``[B, Hkv, Lk, D]``."""
-    batch, heads = sums.shape[:2]
-    parts = parts.reshape(batch * heads, group, -1)
-    return _replaced(sums, launch.run(collect_call(parts, mx.contiguous(sums[:, :, keys]), factor))[0], keys)
+def _added(sums: mx.array | None, parts: mx.array, like: mx.array, factor: float, keys: slice) -> mx.array:
+    """Add `parts` ``[B, Hq, keys, D]``, summed over each group, to the rows `keys` of `sums` ``[B, Hkv, Lk, D]``.
+
+    `like` are these keys or their values.
+    """
+    parts = parts.reshape(like.shape[0] * like.shape[1], -1, like.shape[2] * like.shape[3])
+    before = None if sums is None else sums[:, :, keys]
+    return _replaced(sums, launch.run(collect_call(parts, before, like, factor))[0], keys)
 
 
-def _replaced(sums: mx.array, found: mx.array, keys: slice) -> mx.array:
+def _replaced(sums: mx.array | None, found: mx.array, keys: slice) -> mx.array:
     """Replace the rows `keys` of `sums` by `found`."""
-    if found.shape == sums.shape:
+    if sums is None or found.shape == sums.shape:
         return found
     return mx.concatenate([sums[:, :, : keys.start], found, sums[:, :, keys.stop :]], 2)
 

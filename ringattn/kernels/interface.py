@@ -138,3 +138,10 @@ class Kernel(abc.ABC):
 
         The formulas are in `ringattn.core.gradients`.
         """
+
+    def gradients(self, inputs: KernelInputs, rows: Rows) -> Gradients:
+        """Compute the gradients of a problem that is not a part of a larger one.
+
+        Those with respect to q, k and v are float32, or already rounded to the dtype of q.
+        """
+        return self.backward(inputs, rows, Gradients.zeros(inputs.q, inputs.k, inputs.v, inputs.rules))

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 
 import ringattn as ra
+from ringattn import backends
+from ringattn.core.gradients import Gradients
+from ringattn.core.masks import Band
+from ringattn.core.rules import ScoreRules
 from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor
 from ringattn.cuda.device import HOPPER
+from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.verify.features import FEATURES, in_dtype
 from ringattn.verify.oracle import Case, GradientCase, random_case, ratios
 from ringattn.verify.variants import attention_gradients
@@ -92,6 +97,33 @@ def test_results_and_gradients_of_each_feature_by_wgmma(name: str) -> None:
 @pytest.mark.parametrize("name", REST)
 def test_results_and_gradients_of_each_feature(name: str) -> None:
     assert error(REST[name]()) <= 1
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
+@pytest.mark.parametrize("capability", [(8, 0), HOPPER])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_gradients_alone_are_those_with_sums_rounded(
+    monkeypatch, heads: tuple[int, int], capability: tuple[int, int], dtype: mx.Dtype
+) -> None:
+    monkeypatch.setattr(gradient_plans, "capability", lambda: capability)
+    monkeypatch.setattr(gradient_plans, "WAVES", 0 if heads == (2, 2) else 3)
+    r = np.random.default_rng(0)
+    kernel, at = backends.select("cuda"), np.arange(150, dtype=np.int32)
+
+    def normal(count: int, dim: int, dtype: mx.Dtype) -> mx.array:
+        return mx.array(r.standard_normal((1, count, 150, dim)), mx.float32).astype(dtype)
+
+    q, k, v = (normal(count, dim, dtype) for count, dim in ((heads[0], 40), (heads[1], 40), (heads[1], 24)))
+    inputs = KernelInputs(q, k, v, at, at, ScoreRules(0.3, Band(None, 0)))
+    out, lse = kernel.finish(inputs, OutputSpec(dtype, True))
+    rows = kernel.rows(out, lse, normal(heads[0], 24, dtype), mx.zeros_like(lse))
+    before = Gradients(*(normal(x.shape[1], x.shape[3], mx.float32) for x in (q, k, v)))
+    alone = kernel.gradients(inputs, rows)
+    sums = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, inputs.rules))
+    more = kernel.backward(inputs, rows, before)
+    for one, zero, other, start in zip(alone[:3], sums, more, before):
+        assert one.dtype == dtype and mx.array_equal(one, zero.astype(dtype))
+        assert mx.allclose(other, start + zero, rtol=0, atol=1e-6 * mx.abs(start).max().item())
 
 
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER])

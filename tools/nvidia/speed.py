@@ -20,7 +20,6 @@ import ringattn as ra
 from ringattn import backends
 from ringattn.bench.problem import AttentionShape, random_arrays, sampled_error
 from ringattn.bench.timing import medians
-from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
 from ringattn.core.rules import ScoreRules
 from ringattn.kernels.interface import KernelInputs
@@ -192,7 +191,7 @@ def _gradient(shape: AttentionShape) -> Callable[..., list[mx.array]]:
     def run(q, k, v, out, lse, dout):
         rows = kernel.rows(out, lse, dout, mx.zeros_like(lse))
         inputs = KernelInputs(q, k, v, q_pos, k_pos, rules)
-        found = kernel.backward(inputs, rows, Gradients.zeros(q, k, v, rules))
+        found = kernel.gradients(inputs, rows)
         return [x.astype(q.dtype) for x in found[:3]]
 
     return mx.compile(run)

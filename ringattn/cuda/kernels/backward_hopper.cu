@@ -356,17 +356,21 @@
     if (mine < held_here) {
 #if RA_OF_KEYS
       const long long to = (static_cast<long long>(batch) * gridDim.y + y) * k_len + held + mine;
-      float *to_k = dk + to * RA_D, *to_v = dv + to * RA_DV;
 #if RA_ADDS
-      add_row<RA_D>(to_k, dk_before + to * RA_D, k_sums, r, scale);
-      add_row<RA_DV>(to_v, dv_before + to * RA_DV, v_sums, r, 1.0f);
+      const float *k_before = dk_before + to * RA_D, *v_before = dv_before + to * RA_DV;
 #else
-      store_row<RA_D>(to_k, k_sums, r);
-      store_row<RA_DV>(to_v, v_sums, r);
+      const float *k_before = nullptr, *v_before = nullptr;
 #endif
+      store_row<RA_D, RA_ADDS>(dk + to * RA_D, k_before, k_sums, r, RA_SCALES ? scale : 1.0f);
+      store_row<RA_DV, RA_ADDS>(dv + to * RA_DV, v_before, v_sums, r, 1.0f);
 #else
       const long long to = (held_place + mine) * RA_D;
-      add_row<RA_D>(dq + to, dq_before + to, k_sums, r, scale);
+#if RA_ADDS
+      const float* before = dq_before + to;
+#else
+      const float* before = nullptr;
+#endif
+      store_row<RA_D, RA_ADDS>(dq + to, before, k_sums, r, scale);
 #endif
     }
   }

@@ -1,5 +1,5 @@
-// out = sums + factor * (the sum of `parts` over its second axis): parts [outer, count, inner], sums [outer, inner]. A
-// thread has RA_WIDTH neighbours.
+// out = factor * (the sum of `parts` over its second axis), plus sums (RA_ADDS): parts [outer, count, inner], sums
+// [outer, inner]. A thread has RA_WIDTH neighbours.
 
   const long long inner = parts_shape[2], place = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * RA_WIDTH;
   const long long outer = place / inner, column = place % inner;
@@ -20,7 +20,15 @@
     total[0] += from[i * inner];
 #endif
   }
+  struct alignas(RA_WIDTH * sizeof(RA_OUT)) Neighbours {
+    RA_OUT x[RA_WIDTH];
+  } result;
 #pragma unroll
   for (int i = 0; i < RA_WIDTH; i++) {
-    out[place + i] = fmaf(factor[0], total[i], sums[place + i]);
+#if RA_ADDS
+    result.x[i] = RA_OUT(fmaf(factor[0], total[i], sums[place + i]));
+#else
+    result.x[i] = RA_OUT(factor[0] * total[i]);
+#endif
   }
+  *reinterpret_cast<Neighbours*>(out + place) = result;

@@ -1,5 +1,5 @@
-// out = sums + factor * (the sum of `parts` over its first axis), for parts as `backward.cu` leaves dq: four numbers of a
-// lane follow each other, then its 32 lanes, the 8 columns and the fragments of a warp, warps, tiles, and heads.
+// out = factor * (the sum of `parts` over its first axis), plus sums (RA_ADDS), for parts as `backward.cu` leaves dq: four
+// numbers of a lane follow each other, then its 32 lanes, the 8 columns and the fragments of a warp, warps, tiles, and heads.
 
   constexpr int SLOTS = RA_WARPS * RA_FRAGMENTS * 2 * RA_CHUNKS * 32; // of four numbers, in a tile
   const long long slots = parts_shape[1] / 4, slot = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -17,7 +17,7 @@
     total[3] += x.w;
   }
 
-  const int q_len = sums_shape[2], tiles = (q_len + RA_QUERIES - 1) / RA_QUERIES;
+  const int q_len = length[0], tiles = (q_len + RA_QUERIES - 1) / RA_QUERIES;
   const int at = slot % SLOTS, lane = at % 32, column = at / 32 % (2 * RA_CHUNKS);
   const int fragment = at / (64 * RA_CHUNKS) % RA_FRAGMENTS, warp = at / (64 * RA_CHUNKS * RA_FRAGMENTS);
   const long long tile = slot / SLOTS, head = tile / tiles;
@@ -27,6 +27,10 @@
   for (int i = 0; i < 4; i++) {
     if (row + i / 2 * 8 < q_len && d + i % 2 < RA_D) {
       const long long place = (head * q_len + row + i / 2 * 8) * RA_D + d + i % 2;
-      out[place] = fmaf(factor[0], total[i], sums[place]);
+#if RA_ADDS
+      out[place] = RA_OUT(fmaf(factor[0], total[i], sums[place]));
+#else
+      out[place] = RA_OUT(factor[0] * total[i]);
+#endif
     }
   }

@@ -15,25 +15,17 @@ RA_FUNC int2 queries_seeing(long long at, const int* limits) {
                    limits[0] == LEAST_INT ? MOST_INT : as_position(at - limits[0]));
 }
 
-// Row `r` of this lane, of DIMS numbers: stored, or added to another row after multiplication by `factor`
-template <int DIMS, int N>
-RA_FUNC void store_row(float* to, const float (&sums)[N][4], int r) {
-  RA_UNROLL
-  for (int i = 0; i < N; i++) {
-    const int d = 8 * i + threadIdx.x % 4 * 2;
-    store_two<DIMS>(to + d, &sums[i][2 * r], DIMS - d);
-  }
-}
-
-template <int DIMS, int N>
-RA_FUNC void add_row(float* to, const float* before, const float (&sums)[N][4], int r, float factor) {
+// Store row `r` of this lane, of DIMS numbers, times `factor`, and with ADDS plus the row `before`.
+template <int DIMS, bool ADDS, typename T, int N>
+RA_FUNC void store_row(T* to, const float* before, const float (&sums)[N][4], int r, float factor) {
   RA_UNROLL
   for (int i = 0; i < N; i++) {
     const int d = 8 * i + threadIdx.x % 4 * 2;
     float two[2];
     RA_UNROLL
     for (int c = 0; c < 2; c++) {
-      two[c] = d + c < DIMS ? fmaf(factor, sums[i][2 * r + c], before[d + c]) : 0.0f;
+      const float x = sums[i][2 * r + c];
+      two[c] = d + c >= DIMS ? 0.0f : ADDS ? fmaf(factor, x, before[d + c]) : factor * x;
     }
     store_two<DIMS>(to + d, two, DIMS - d);
   }
