@@ -18,7 +18,7 @@ from .choice import BEGIN, NEXT, Choice, Sampler, StoppedError
 from .limits import check_memory, room_of
 from .prompt import Prompt, prompt_ids, warn_of_length
 from .rounds import SHORTEST, agree_on_round
-from .shard import everyone_of, sharded
+from .shard import Sharded, everyone_of, sharded
 from .sharding.cache_kinds import check_caches
 from .sharding.forward_pass import ShardedCache
 
@@ -92,19 +92,8 @@ def stream_generate(
         if ring.rank == 0:
             ids = prompt_ids(tokenizer, prompt, model)
             warn_of_length(model, held.size, ids.size)
-        shortest = prefill_step_size or SHORTEST
-        longest = room_of(known, ring, shortest).longest
-    cached = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
-    fields = {"max_tokens": max_tokens, "prefill_step_size": prefill_step_size, "prompt_cache": cached}
-    numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
-    described = tuple((name, str(value)) for name, value in fields.items())
-    with ring.call(BEGIN):
-        replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
-    table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
-    context = held.size + int(table[0, 1])
-    check_memory(known, ring, context, int(table[:, 0].min()), shortest, answer=max(0, max_tokens))
-    shared_ids = ring.broadcast(None if ids is None else mx.array(ids))
-    step = (prefill_step_size or 0) * known.ring.size or agree_on_round(known, ring, held.size, shared_ids.size)
+        longest = room_of(known, ring, prefill_step_size or SHORTEST).longest
+    shared_ids, step = _agree(known, held, ids, longest, max_tokens, prefill_step_size)
     for leaf in leaves:
         leaf.unread = held.size + shared_ids.size - 1  # mlx-lm reads all tokens but the last one for the caches alone
         if prompt_cache is not None:
@@ -131,6 +120,36 @@ def stream_generate(
         for leaf in leaves:
             leaf.marks = ()
             leaf.unread = 0
+
+
+def _agree(
+    model: Sharded, held: np.ndarray, ids: np.ndarray | None, longest: int, max_tokens: int, step: int | None
+) -> tuple[mx.array, int]:
+    """Agree on a text, and check that all ranks have the memory for it. Collective.
+
+    Args:
+        model: The sharded model.
+        held: The ids of the tokens in its cache.
+        ids: The prompt, on rank 0.
+        longest: The longest context for which this rank has memory.
+        max_tokens: The tokens to generate.
+        step: The tokens of a rank in one round of prefill, if they are given.
+
+    Returns:
+        The prompt, and the tokens of all ranks in one round.
+    """
+    ring = everyone_of(model)
+    cached = f"{held.size} tokens, digest {blake2b(held.tobytes(), digest_size=4).hexdigest()}"
+    fields = {"max_tokens": max_tokens, "prefill_step_size": step, "prompt_cache": cached}
+    numbers = np.array([longest, 0 if ids is None else ids.size], np.int64)
+    described = tuple((name, str(value)) for name, value in fields.items())
+    with ring.call(BEGIN):
+        replies = agree(ring, BEGIN, described, payload=[memoryview(numbers.tobytes())])
+    table = np.array([np.frombuffer(reply, np.int64) for reply in replies])
+    context = held.size + int(table[0, 1])
+    check_memory(model, ring, context, int(table[:, 0].min()), step or SHORTEST, answer=max(0, max_tokens))
+    shared = ring.broadcast(None if ids is None else mx.array(ids))
+    return shared, (step or 0) * model.ring.size or agree_on_round(model, ring, held.size, shared.size)
 
 
 def checked_prefill_step_size(size: int | None, options: dict[str, Any] | None = None) -> int | None:
