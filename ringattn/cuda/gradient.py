@@ -72,7 +72,8 @@ def _usable(inputs: KernelInputs, alone: bool) -> type[Plan]:
 def _ensure(kind: type[Plan], inputs: KernelInputs, alone: bool) -> None:
     """Test the kernels that a kind of plan needs."""
     alone = alone and _at_once(inputs, planned(kind, inputs)[1])
-    launch.self_test.ensure_gradient(partial(_run, kind, alone=alone), inputs, kind.name, *["alone"] * alone)
+    details = (kind.name, "alone") if alone else (kind.name,)
+    launch.self_test.ensure_gradient(partial(_run, kind, alone=alone), inputs, *details)
 
 
 def _at_once(inputs: KernelInputs, steps: list[tuple[Span, Span]]) -> bool:
