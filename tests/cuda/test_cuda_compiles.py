@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
 from ringattn.cuda import KernelCall
 from ringattn.cuda.source import INCLUDE, KERNELS
-from tools.nvidia.compiler import CompileError, Resources, kernel_of, resources
+from tools.nvidia.compiler import CompileError, Resources, kernel_of, main, resources
 from tools.nvidia.kernels import ARCHITECTURES, VARIANTS, calls_of
 
 # Variants whose tiles are larger on a GPU that has the shared memory of Hopper and no wgmma; it compiles these alone
@@ -125,3 +126,10 @@ def test_an_instruction_that_a_gpu_lacks_is_refused() -> None:
     call = next(call for call in calls_of("bfloat16, 64", "sm_90a") if "hopper" in call.name)
     with pytest.raises(CompileError, match="(?s)for sm_80:.*wgmma"):
         resources(call, "sm_80")
+
+
+@pytest.mark.cuda
+def test_the_table_has_a_line_for_each_kernel() -> None:
+    done = CliRunner().invoke(main, ["-a", "sm_80", "-k", "keys split"])
+    assert done.exit_code == 0, done.output
+    assert re.findall(r"^(\w+)  +\S.*?  +\d+  +0  +\d+  ", done.output, re.MULTILINE) == ["forward", "combine"] * 3
