@@ -15,10 +15,10 @@ demo: $(VENV)/demo
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: $(VENV)/test
-	$(TESTS) -m "not slow and not emulator and not cuda"
+	$(TESTS) -m "not slow and not emulator"
 
 test-fast: $(VENV)/test # what needs this process alone
-	$(TESTS) -m "not slow and not emulator and not cuda and not ranks and not hosts and not model"
+	$(TESTS) -m "not slow and not emulator and not ranks and not hosts and not model"
 
 test-all: $(VENV)/test
 	$(TESTS)

