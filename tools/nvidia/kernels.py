@@ -41,13 +41,14 @@ RESULTS: dict[str, Problem] = {
 GRADIENTS: dict[str, Problem] = {
     "gradient, bfloat16, 128, causal": Problem(high=0, gradient=True),
     "gradient, bfloat16, 64": Problem(dims=(64, 64), heads=(2, 2), gradient=True),
+    "gradient, bfloat16, 128, sums": Problem(heads=(2, 2), gradient=True, sums=True),
     "gradient, float16, 80 and 33, everything": Problem(
         mx.float16, (80, 33), 199, 199, mask=mx.bool_, gradient=True, **EVERYTHING
     ),
     "gradient, bfloat16, 64, columns": Problem(dims=(64, 64), mask=mx.float32, columns=True, gradient=True),
     "gradient, bfloat16, 256, additive mask": Problem(dims=(256, 256), mask=mx.bfloat16, gradient=True),
     "gradient, float32, 64, everything": Problem(mx.float32, (64, 64), mask=mx.float32, gradient=True, **EVERYTHING),
-    "gradient, float32, 256": Problem(mx.float32, (256, 256), gradient=True),
+    "gradient, float32, 256, sums": Problem(mx.float32, (256, 256), gradient=True, sums=True),
 }
 MEMORY: dict[str, Callable[[], Any]] = {
     "pack": lambda: memory_kernels.pack_kernel.__wrapped__(tuple(ARRAYS)),

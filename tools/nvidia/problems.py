@@ -37,6 +37,7 @@ class Problem:
         lse: Whether the log-sum-exp is an output.
         sinks: Whether there are sinks.
         gradient: Whether to compute the gradient, and not the results.
+        sums: Whether to add the gradient to sums.
     """
 
     dtype: mx.Dtype = mx.bfloat16
@@ -54,6 +55,7 @@ class Problem:
     lse: bool = False
     sinks: bool = False
     gradient: bool = False
+    sums: bool = False
 
     def run(self) -> None:
         """Run the kernels."""
@@ -62,8 +64,9 @@ class Problem:
         state = State(mx.zeros((*rows, self.dims[1])), mx.zeros(rows), mx.zeros(rows)) if self.state else None
         if self.gradient:
             dout, numbers = mx.zeros((*rows, self.dims[1]), self.dtype), mx.zeros(rows)
+            found = kernel.rows(dout, numbers, dout, numbers)
             sums = Gradients.zeros(inputs.q, inputs.k, inputs.v, inputs.rules)
-            kernel.backward(inputs, kernel.rows(dout, numbers, dout, numbers), sums)
+            kernel.backward(inputs, found, sums) if self.sums else kernel.gradients(inputs, found)
         elif self.out is None:
             kernel.forward(inputs, state)
         else:
