@@ -22,6 +22,7 @@ if "CI" not in os.environ:
 import mlx_lm
 from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from plain_lm import ULPS, greedy, logits
 
 from ringattn import lm
 from ringattn.lm.prompt_cache import atomic_files, manifest
@@ -33,7 +34,6 @@ from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
-ULPS = 32  # of the largest logit, float32
 SAVED = ["llama", "gemma3", "longcat_flash", "qwen3_5", "falcon_h1"]  # keys, windows, two caches a layer, states, both
 
 
@@ -42,20 +42,24 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     monkeypatch.setattr(caches, "SLACK", 8)
     monkeypatch.setattr(partition, "RUN", 2)
     model = build(name)
-    plain = make_prompt_cache(model)
+    lengths = STEPS if name != "plamo3" else (100, 1, 1, 90)  # mlx-lm's cache may drop one of several
+    ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(lengths))))
+    whole = logits(model, ids, lengths)
     lm.shard(model, ring)
     sharded = make_prompt_cache(model)
     steps = flat(sharded)
     assert all(isinstance(c, lm.ShardedKVCache) for c in steps)
-    for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # mlx-lm's cache may drop one of several
-        ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
-        expected, found = model(ids, cache=plain), model(ids, cache=sharded)
+    start = 0
+    for tokens in lengths:
+        expected = whole[:, start : start + tokens]
+        found = model(ids[:, start : start + tokens], cache=sharded)
         assert steps[0].step is not None
         if steps[0].step.shared:
             expected = steps[0].step.new.shard(expected, ring.rank, axis=1)
         assert found.shape == expected.shape
         error = float(mx.abs(found - expected).max() / mx.abs(expected).max())
         assert error < ULPS * 2**-23, (tokens, error * 2**23)
+        start += tokens
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3", "deepseek_v3"])
@@ -138,15 +142,13 @@ def test_trim(ring: Ring, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "afm7", "iquestloopcoder", "longcat_flash", "deepseek_v32"])
 def test_greedy_tokens(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """mlx-lm's own loop over the ring gives the tokens of one process for prompts of any length."""
-    from mlx_lm.generate import generate_step
-
     model = build(name, seed=1)
-    prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 403)]
-    expected = [[token for token, _ in generate_step(mx.array(p), model, max_tokens=9)] for p in prompts]
+    prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 303)]
+    expected = [greedy(model, prompt, 6) for prompt in prompts]
     lm.shard(model, ring)
     for prompt, tokens in zip(prompts, expected):
         theirs = prompt if ring.rank == 0 else []
-        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, prefill_step_size=50)]
+        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=6, prefill_step_size=50)]
         assert found == tokens
 
 

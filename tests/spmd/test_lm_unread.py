@@ -23,7 +23,7 @@ from ringattn.lm.sharding import attention, elementwise_recurrences, sparse
 from ringattn.lm.sharding.forward_pass import flat
 
 CHUNK = 24  # tokens of a rank in a round
-NEW = 4
+NEW = 2
 # Layers of a model that attend, and those of them that do so after the last cache is written.
 ATTENDING = {
     "llama": (4, 1),
