@@ -62,6 +62,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
         start += tokens
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_logits_in_16_bits(ring: Ring, rng: np.random.Generator, name: str, dtype: mx.Dtype) -> None:
@@ -209,6 +210,7 @@ SMALL = {  # the defaults of this family are those of the whole model
 }
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -222,6 +224,7 @@ def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, 
         lm.shard(build_other(name, changes), ring)
 
 
+@pytest.mark.two_ranks
 def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
     model = build_other("llama", {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
     lm.shard(model, ring)
@@ -231,6 +234,7 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
         model(mx.zeros((1, 1), mx.int32), cache=cache)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -249,6 +253,7 @@ def test_options_that_mean_nothing_here(ring: Ring, options: dict, message: str)
         list(lm.stream_generate(model, words(), [5], max_tokens=4, **options))
 
 
+@pytest.mark.two_ranks
 def test_what_cannot_be_sharded(ring: Ring) -> None:
     model = build("llama")
     for cache, name in ((RotatingKVCache(8, keep=4), "RotatingKVCache"), (Other(), "Other")):
@@ -371,6 +376,7 @@ def _in_float16(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_factory, name: str) -> None:
     """Such a cache would give wrong numbers, or an error inside the next call."""
@@ -380,6 +386,7 @@ def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_f
         lm.load_cache(path, lm.shard(build("llama"), ring))
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -404,6 +411,7 @@ def test_a_cache_with_other_states_is_one_line(ring: Ring, tmp_path_factory, mon
     mx.eval(model(mx.zeros((1, 100), mx.int32), cache=model.make_cache()))  # the ring still works
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "falcon_h1"])
 def test_layers_of_other_tokens_are_one_line(ring: Ring, tmp_path_factory, name: str) -> None:
     """A user may have trimmed a part of the caches."""
@@ -417,6 +425,7 @@ def test_layers_of_other_tokens_are_one_line(ring: Ring, tmp_path_factory, name:
         list(lm.stream_generate(model, words(), [5], prompt_cache=cache))
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
 def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory, name: str) -> None:
     model = lm.shard(build(name), ring)
@@ -437,6 +446,7 @@ def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory, name: str) -
 TORN = "not the manifest of a prompt cache, or torn"
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -498,6 +508,7 @@ def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypa
     assert len(list(path.parent.iterdir())) == ring.size + 1
 
 
+@pytest.mark.two_ranks
 def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> None:
     """The error is an OSError, though MLX raises another type."""
     model = lm.shard(build("llama"), ring)

@@ -23,6 +23,8 @@ from ringattn.cli.session import Session
 from ringattn.lm.sharding.forward_pass import flat, size_of, tokens_of
 from ringattn.lm.sharding.recurrent_cache import TAIL
 
+pytestmark = pytest.mark.two_ranks
+
 ROLES = "{% set roles = {'system': 'w52', 'user': 'w53', 'assistant': 'w54'} %}"
 NEXT = "{% if add_generation_prompt %}w51 w54 {% endif %}"
 TEMPLATES = {

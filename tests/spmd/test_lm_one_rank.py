@@ -23,6 +23,8 @@ from mlx_lm.sample_utils import make_sampler
 
 from ringattn import lm
 
+pytestmark = pytest.mark.two_ranks
+
 LONG = list(range(1, 61)) * 4
 
 

@@ -58,6 +58,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
         start += tokens
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "kimi_linear", "kimi_k3"])
 def test_error_against_float64(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """Chunks of tokens are at most twice as far from float64 as mlx-lm, which takes one token after the other."""
@@ -102,6 +103,7 @@ def test_work_and_bytes(ring: Ring, monkeypatch: pytest.MonkeyPatch, name: str) 
     assert 0 < sent[0] == sent[1] <= 3 * sum(c.held_bytes for c in cache if isinstance(c, RecurrentCache))
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", RECURRENT)
 def test_greedy_tokens(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """mlx-lm's own loop over the ring gives the tokens of one process for prompts of any length."""
@@ -158,6 +160,7 @@ def test_rounds_of_few_tokens(
         start += tokens
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", RECURRENT)
 def test_bfloat16(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """Results have mlx-lm's dtype. The error against float32 is at most twice that of mlx-lm, plus a few ulps."""

@@ -44,6 +44,7 @@ def test_states_that_differ_between_ranks(ring: Ring, name: str) -> None:
     assert len(list(lm.stream_generate(model, words(), prompt, max_tokens=3))) == 3
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1"])
 def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Before the last prompt, some tokens before its end, and before the last token: each gives the right tokens."""
@@ -72,6 +73,7 @@ def test_states_to_go_back_to(ring: Ring, rng: np.random.Generator, monkeypatch:
         assert len(list(answer)) == 1
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1"])
 def test_bytes_are_those_of_all_states_that_are_kept(ring: Ring, name: str) -> None:
     model = lm.shard(build(name), ring)

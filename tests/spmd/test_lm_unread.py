@@ -22,6 +22,8 @@ from ringattn import lm
 from ringattn.lm.sharding import attention, elementwise_recurrences, sparse
 from ringattn.lm.sharding.forward_pass import flat
 
+pytestmark = pytest.mark.two_ranks
+
 CHUNK = 24  # tokens of a rank in a round
 NEW = 2
 # Layers of a model that attend, and those of them that do so after the last cache is written.
