@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.model
 def test_ask_and_ask_again(tmp_path):
-    """Two ranks answer as one does and save their cache, and one continues it, with a model whose answers make sense."""
+    """Two ranks answer as one does, and one continues their saved cache. The answers make sense."""
     text = tmp_path / "text.txt"
     text.write_text("The lighthouse keeper's name was Amparo Quiroga. She kept bees. " * 2)
     cache = str(tmp_path / "cache.json")
@@ -79,7 +79,7 @@ def test_ask_and_ask_again(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
 def test_a_hybrid(tmp_path, family):
-    """Two ranks answer as one does, save their cache, and one or three continue it; a chat goes on as one rank's does."""
+    """Two ranks answer as one, and one or three continue their saved cache; a chat goes on as one rank's does."""
     model = ["--model", str(families.save(tmp_path, family)), "-m", "8"]
     cache = tmp_path / "cache.json"
     prompt = ["-p", "w1 w2 w3 " * 40]

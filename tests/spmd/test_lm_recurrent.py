@@ -21,7 +21,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
-from plain_lm import greedy, logits, tolerance
+from plain_lm import Tolerance, greedy, logits
 
 from ringattn import lm
 from ringattn.lm import mlx_lm_compat as compat
@@ -43,7 +43,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     model = build(name)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(STEPS))))
     expected = logits(model, ids, STEPS)
-    allowed = tolerance(model, ids, expected, *OTHERS)
+    allowed = Tolerance(lambda: build(name), ids, expected, *OTHERS)
     lm.shard(model, ring)
     cache = make_prompt_cache(model)
     start = 0
@@ -52,9 +52,7 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
         right = expected[:, start : start + tokens]
         step = next(iter(flat(cache))).step
         right = step.new.shard(right, ring.rank, axis=1) if step.shared else right
-        assert found.shape == right.shape
-        error = mx.abs(found - right).max().item()
-        assert error < allowed, (tokens, error, allowed)
+        allowed.check(found, right, tokens)
         start += tokens
 
 
@@ -123,14 +121,13 @@ def test_one_token_of_many(ring: Ring, rng: np.random.Generator, monkeypatch, na
     model = build(name).eval()
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, 80)))
     expected = logits(model, ids, (80,))
-    allowed = tolerance(model, ids, expected, (20,) * 4, (1,) * 80)
+    allowed = Tolerance(lambda: build(name).eval(), ids, expected, (20,) * 4, (1,) * 80)
     lm.shard(model, ring, weights=[1e-3] * (ring.size - 1) + [1])
     cache = make_prompt_cache(model)
     found = model(ids, cache=cache)
     layout = next(iter(flat(cache))).step.new
     assert layout.local_length(0) == (80 if ring.size == 1 else 1)
-    error = mx.abs(found - layout.shard(expected, ring.rank, axis=1)).max().item()
-    assert error < allowed
+    allowed.check(found, layout.shard(expected, ring.rank, axis=1))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "lfm2", "bailing_moe_linear"])
@@ -145,7 +142,7 @@ def test_rounds_of_few_tokens(
     model = build(name)
     ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(steps))))
     expected = logits(model, ids, steps)
-    allowed = tolerance(model, ids, expected, (sum(steps),))
+    allowed = Tolerance(lambda: build(name), ids, expected, (sum(steps),))
     lm.shard(model, ring, None if weights == "equal" else [1e3] + [1.0] * (size - 1))
     cache = make_prompt_cache(model)
     start = 0
@@ -155,8 +152,7 @@ def test_rounds_of_few_tokens(
         step = flat(cache)[0].step
         assert step.shared == (tokens >= size)
         right = step.new.shard(right, ring.rank, axis=1) if step.shared else right
-        error = mx.abs(found - right).max().item()
-        assert error < allowed, (tokens, error, allowed)
+        allowed.check(found, right, tokens)
         start += tokens
 
 
