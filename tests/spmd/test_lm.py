@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -35,6 +36,12 @@ from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
 SAVED = ["llama", "gemma3", "longcat_flash", "qwen3_5", "falcon_h1"]  # keys, windows, two caches a layer, states, both
+
+
+@functools.cache
+def llama(ring: Ring) -> nn.Module:
+    """A model over the ring. Tests share it: they change caches, not models."""
+    return lm.shard(build("llama"), ring)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -155,7 +162,7 @@ def test_greedy_tokens(ring: Ring, rng: np.random.Generator, name: str) -> None:
 
 def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
     """Ranks with different samplers continue with the same token."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     sampler = lambda logprobs: mx.array([ring.rank + 3])  # noqa: E731
     found = [r.token for r in lm.stream_generate(model, words(), [5], max_tokens=4, sampler=sampler)]
     assert found == [3, 3, 3, 3]
@@ -166,7 +173,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
     """A text ends between rounds of prefill or between tokens. Its cache holds the tokens read and can be continued."""
     if 100 % ring.size:
         pytest.skip("the rounds are of 100 tokens")
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     cache, asked = make_prompt_cache(model), iter(range(100))
     options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
     prompt = [i % 60 for i in range(301)]
@@ -178,7 +185,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
 
 
 def test_a_processor_that_fails_is_an_error_on_all_ranks(ring: Ring) -> None:
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
 
     def fails(tokens: mx.array, logits: mx.array) -> mx.array:
         raise ArgumentError("no such token")
@@ -248,7 +255,7 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
     ],
 )
 def test_options_that_mean_nothing_here(ring: Ring, options: dict, message: str) -> None:
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     with pytest.raises(ArgumentError, match=f"^{message}"):
         list(lm.stream_generate(model, words(), [5], max_tokens=4, **options))
 
@@ -383,7 +390,7 @@ def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_f
     make, message = OTHERS[name]
     path, _ = _saved(ring, tmp_path_factory, lm.shard(make(), ring))
     with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {message}$"):
-        lm.load_cache(path, lm.shard(build("llama"), ring))
+        lm.load_cache(path, llama(ring))
 
 
 @pytest.mark.two_ranks
@@ -465,7 +472,7 @@ TORN = "not the manifest of a prompt cache, or torn"
 )
 def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, message: str) -> None:
     """Files in another order count too: their keys would be used for other tokens."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, _ = _saved(ring, tmp_path_factory, model)
     text = change(path.read_text())
     if text == path.read_text():
@@ -483,7 +490,7 @@ def _changed(text: str, name: str, change: Callable[[Any], Any]) -> str:
 @pytest.mark.parametrize("fails", ["write", "write_manifest", "publish"])
 def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypatch, fails: str) -> None:
     """The save fails on the last rank. All ranks raise, the cache saved before stays, and the next save works."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     before = {file.name for file in path.parent.iterdir()}
     plain = getattr(atomic_files.Part, fails)
@@ -511,7 +518,7 @@ def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypa
 @pytest.mark.two_ranks
 def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> None:
     """The error is an OSError, though MLX raises another type."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     with pytest.raises(OSError, match="No such file or directory"):
         lm.save_cache(path.parent / "none" / "cache.json", cache, model=model)
@@ -519,7 +526,7 @@ def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> N
 
 def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
     """Files of killed processes are removed. Files that another process is writing, and other names, stay."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     dead = "0123456789ab-1of2"
     alive = "ba9876543210-1of2"
@@ -540,7 +547,7 @@ def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
 
 def test_what_a_round_sends_stops_growing(ring: Ring) -> None:
     """With a long cache the queries are sent, so a prompt's traffic is linear although every round sees all tokens."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     cache, sent = make_prompt_cache(model), []
     for _ in range(16):
         before = ring.bytes_sent

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.two_ranks
 LONG = list(range(1, 61)) * 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(ring: Ring) -> nn.Module:
     return lm.shard(build("llama"), ring)
 
