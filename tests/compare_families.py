@@ -44,7 +44,7 @@ def compared(name: str, ring: Ring) -> tuple[str, str]:
         worst = max(worst, float(mx.abs(ours - mine[:, own]).max() / mx.abs(mine).max()))
     worst = max(_of_all_ranks(worst, ring))
     if worst > limit:  # the loops of recurrent layers are the same in all chunks but those of one token
-        limit = max(limit, 2 * _own_difference(model, ids, expected, 1))
+        limit = max(limit, 2 * _own_difference(build(name), ids, expected, 1))
     return (WORKS, "") if worst <= limit else (WRONG, f"the logits differ by {worst / limit:.1f} times the limit")
 
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _BESIDE_PYTHON = Path(sys.executable).with_name("mpiexec")
 MPIEXEC = str(_BESIDE_PYTHON) if _BESIDE_PYTHON.exists() else shutil.which("mpiexec")
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+_OF_A_RANK = {
+    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # pytest imports all of hypothesis otherwise, 0.8 s of each rank
+}
 
 
 class Result(NamedTuple):
@@ -50,7 +53,7 @@ def spawn(
         process = subprocess.Popen(
             [MPIEXEC, *_apart(folder), "-n", str(size), sys.executable, *arguments],
             cwd=ROOT,
-            env={**inherited, **_ONE_THREAD, **(env or {})},
+            env={**inherited, **_OF_A_RANK, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -96,7 +99,7 @@ def spawn_mlx(
         logs = [Path(folder) / f"rank {rank}" for rank in range(size)]
         processes = []
         for rank, log in enumerate(logs):
-            own = {**_ONE_THREAD, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            own = {**_OF_A_RANK, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             output = stack.enter_context(log.open("wb"))
             processes.append(
                 subprocess.Popen(

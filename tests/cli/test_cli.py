@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -20,11 +21,25 @@ from ringattn.errors import RingAttentionError
 
 START_RANKS = ("chat", "demo", "doctor", "generate", "launch", "plan", "serve", "verify")
 WITH_A_MODEL = ("chat", "generate", "serve")
-MODEL = ["--model", "smollm2", "--dtype", "float32"]
+MODEL = ["--model", "TINY", "--dtype", "float32"]  # "TINY" stands for the folder of a tiny model
 PATIENCE = 120.0  # s for a command to begin its work on a busy machine
 
 RANKS = pytest.mark.ranks
 LM = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny random model."""
+    families = importlib.import_module("families")  # which needs mlx-lm
+    return str(families.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def line(arguments: list[str], request: pytest.FixtureRequest) -> list[str]:
+    """A command line of `arguments`."""
+    given = [request.getfixturevalue("tiny") if one == "TINY" else one for one in arguments]
+    return [sys.executable, "-m", "ringattn", *given]
 
 
 def environment() -> dict[str, str]:
@@ -168,16 +183,15 @@ SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sle
         ["verify", "-n", "0"],
         ["bench", "kernel", "--tokens", "4096"],
         pytest.param(["demo", "-n", "2", "--picture", ""], marks=[RANKS, LM]),
-        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=LM),
-        pytest.param(["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "2000"], marks=[RANKS, LM]),
+        pytest.param(["generate", *MODEL, "-p", "w1", "-m", "100000"], marks=LM),
+        pytest.param(["generate", "-n", "2", *MODEL, "-p", "w1", "-m", "100000"], marks=[RANKS, LM]),
         pytest.param(["serve", "--port", "0", *MODEL], marks=LM),
         pytest.param(["serve", "-n", "2", "--port", "0", *MODEL], marks=[RANKS, LM]),
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
-def test_ctrl_c_is_one_line_and_130(arguments: list[str]) -> None:
+def test_ctrl_c_is_one_line_and_130(arguments: list[str], line: list[str]) -> None:
     """All processes in the foreground get the signal, as from a terminal."""
-    line = [sys.executable, "-m", "ringattn", *arguments]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         line, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True, bufsize=0
@@ -197,18 +211,18 @@ def test_ctrl_c_is_one_line_and_130(arguments: list[str]) -> None:
     "arguments",
     [
         pytest.param(["launch", "-n", "2", sys.executable, "-c", "while True: print('x' * 100)"], marks=RANKS),
-        pytest.param(["generate", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=LM),
-        pytest.param(["generate", "-n", "2", *MODEL, "-p", "Tell a story.", "-m", "40"], marks=[RANKS, LM]),
+        pytest.param(["generate", *MODEL, "-p", "w1", "-m", "400"], marks=LM),
+        pytest.param(["generate", "-n", "2", *MODEL, "-p", "w1", "-m", "400"], marks=[RANKS, LM]),
         ["bench", "kernel", "--tokens", "64,65,66,67", "--head-dim", "64"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
-def test_a_closed_pipe_is_silence(arguments: list[str], tmp_path: Path) -> None:
+def test_a_closed_pipe_is_silence(arguments: list[str], line: list[str], tmp_path: Path) -> None:
     """Close the pipe after one byte, as ``| head -c 1`` does."""
     errors = tmp_path / "errors"
     with errors.open("w") as into:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ringattn", *arguments],
+            line,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=into,

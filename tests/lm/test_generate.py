@@ -45,9 +45,9 @@ def run(*arguments: str, command: str = "generate", stdin: str | bytes = "") -> 
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def run_here(*arguments: str, stdin: bytes = b"") -> Done:
-    """Run ``ringattn generate`` on one rank in this process."""
-    done = CliRunner().invoke(main, ["generate", *arguments], input=stdin)
+def run_here(*arguments: str, command: str = "generate", stdin: str | bytes = b"") -> Done:
+    """Run a command on one rank in this process."""
+    done = CliRunner().invoke(main, [command, *arguments], input=stdin)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception  # a user would see its traceback
     return Done(done.exit_code, done.stdout, done.stderr)
@@ -61,9 +61,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.model
 def test_ask_and_ask_again(tmp_path):
-    """Two ranks answer and save their cache, and three continue it."""
+    """Two ranks answer as one does, and one continues their saved cache. The answers make sense."""
     text = tmp_path / "text.txt"
-    text.write_text("The lighthouse keeper's name was Amparo Quiroga. She kept bees. " * 8)
+    text.write_text("The lighthouse keeper's name was Amparo Quiroga. She kept bees. " * 2)
     cache = str(tmp_path / "cache.json")
     question = "What was the lighthouse keeper's name? Answer with the name only."
     one = run_here(*SMOLLM2, "--prompt-file", str(text), "-p", question, "-m", "20")
@@ -72,14 +72,14 @@ def test_ask_and_ask_again(tmp_path):
     assert "Amparo Quiroga" in one.stdout and two.stdout == one.stdout
     assert "Ranks: 2, keys and values on this one" in two.stderr
     again = ["-p", "Say the lighthouse keeper's name again.", "-m", "20", "--prompt-cache-file", cache]
-    three = run("--ranks=3", *SMOLLM2, *again)
+    three = run_here(*SMOLLM2, *again)
     assert three.returncode == 0 and "Amparo" in three.stdout, three.stdout + three.stderr
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
 def test_a_hybrid(tmp_path, family):
-    """Two ranks answer as one does, save their cache, and one rank continues it; a chat goes on as one rank's does."""
+    """Two ranks answer as one, and one or three continue their saved cache; a chat goes on as one rank's does."""
     model = ["--model", str(families.save(tmp_path, family)), "-m", "8"]
     cache = tmp_path / "cache.json"
     prompt = ["-p", "w1 w2 w3 " * 40]
@@ -88,25 +88,29 @@ def test_a_hybrid(tmp_path, family):
     assert two.returncode == 0 and two.stdout == one.stdout != "", one.stderr + two.stderr
     assert re.search(r"Ranks: 2, keys, values and states on this one: \d+\.\d MB\.$", two.stderr), two.stderr
     again = ["-p", "w4 w5", "--prompt-cache-file", str(cache)]
-    three, four = run_here(*model, *again), run("-n", "2", *model, *again)
+    three, four = run_here(*model, *again), run("--ranks=3", *model, *again)
     assert three.returncode == 0 and three.stdout == four.stdout != "", three.stderr + four.stderr
     assert re.search(r"Prompt: \d\d? tokens", four.stderr), four.stderr  # only what is new
     lines = "w1 w2\nw3 w4\nr\nw3 w4\nq\n"
-    chats = [run("-n", n, *model, command="chat", stdin=lines) for n in ("1", "2")]
+    chats = [
+        run_here(*model, command="chat", stdin=lines),
+        run("-n", "2", *model, command="chat", stdin=lines),
+    ]
     assert chats[0].returncode == 0 and chats[0].stdout == chats[1].stdout, chats
     assert chats[1].stdout.splitlines()[-1] != chats[1].stdout.splitlines()[1], chats[1]
 
 
-@pytest.mark.model
-def test_chat():
-    """The second turn knows the first; after 'r' it does not."""
-    lines = (
-        "My dog is called Pinto. Say hello to him.\nWhat is my dog called?\nr\nWhat is my dog called?\nq\nnot read\n"
+@pytest.mark.ranks
+def test_chat(tiny):
+    """The second turn knows the first; after 'r' it does not. What follows 'q' is not read."""
+    model = ["--model", tiny, "-m", "8"]
+    found = run("-n", "2", *model, command="chat", stdin="w1 w2\nw3 w4\nr\nw3 w4\nq\nnot read\n")
+    known, forgotten = (
+        run_here(*model, command="chat", stdin=lines).stdout.splitlines()
+        for lines in ("w1 w2\nw3 w4\nq\n", "w3 w4\nq\n")
     )
-    found = run("-n", "2", *SMOLLM2, "-m", "16", command="chat", stdin=lines)
-    assert found.returncode == 0, found.stderr
-    answers = found.stdout.splitlines()
-    assert "Pinto" in answers[1] and "Pinto" not in answers[-1], answers
+    assert found.returncode == 0 and known[-1] != forgotten[-1], found
+    assert found.stdout.splitlines() == [*known, *forgotten], found
 
 
 @pytest.mark.ranks

@@ -15,24 +15,25 @@ EVERY_SIZE = ("test_both_ways", "test_comm", "test_gradient", "test_in_graph", "
 RECURRENT = "test_lm_recurrent"  # every family on two ranks, and on more some that differ in kind
 ALL = (path.stem for path in (ROOT / "tests/spmd").glob("test_*.py"))
 REST = sorted(name for name in ALL if name not in (*EVERY_SIZE, RECURRENT))
-# What two ranks over MPI show as well as more ranks, or as another transport.
-TWO_RANKS = (
-    *("test_lm_chat", "test_lm_history", "test_lm_latent", "test_lm_one_rank", "test_lm_sparse", "test_lm_unread"),
-    "test_server",
-)
 # Language models that differ in kind, in the place of every family.
 KINDS = "not (test_logits or test_greedy_tokens) or llama or gemma3 or gpt_oss or deepseek_v3"
 RECURRENT_KINDS = "qwen3_5 or kimi_linear or falcon_h1 or lfm2 or rwkv7 or jamba"
-FEWER = [name for name in REST if name not in TWO_RANKS]
+# More ranks and another transport do not repeat the tests with the marker `two_ranks`.
+FEWER = "not two_ranks"
 
 
 def nightly(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def run_everywhere(size: int, names: Sequence[str], only: str = "") -> None:
+def arguments(names: Sequence[str], only: str = "", marks: str = "") -> list[str]:
+    """What runs the tests of some files under pytest."""
     files = map("tests/spmd/{}.py".format, names)
-    result = spawn(size, ["-m", "pytest", *files, "-k", only, "-x", "-p", "no:cacheprovider"], timeout=600)
+    return ["-m", "pytest", *files, "-k", only, "-m", marks, "-x", "-p", "no:cacheprovider"]
+
+
+def run_everywhere(size: int, names: Sequence[str], only: str = "", marks: str = "") -> None:
+    result = spawn(size, arguments(names, only, marks), timeout=600)
     assert result.code == 0, str(result)
 
 
@@ -45,34 +46,33 @@ def test_spmd(size: int, names: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "names", "only"), [(2, REST, ""), (3, FEWER, KINDS), *(nightly(size, REST, "") for size in (1, 3, 4, 5))]
+    ("size", "only", "marks"), [(2, "", ""), (3, KINDS, FEWER), *(nightly(size, "", "") for size in (1, 3, 4, 5))]
 )
-def test_spmd_the_rest(size: int, names: Sequence[str], only: str) -> None:
-    run_everywhere(size, names, only)
+def test_spmd_the_rest(size: int, only: str, marks: str) -> None:
+    run_everywhere(size, REST, only, marks)
 
 
 @pytest.mark.parametrize(
-    ("size", "families"), [(2, ""), (3, RECURRENT_KINDS), *(nightly(size, "") for size in (1, 3, 4, 5))]
+    ("size", "families", "marks"),
+    [(2, "", ""), (3, RECURRENT_KINDS, FEWER), *(nightly(size, "", "") for size in (1, 3, 4, 5))],
 )
-def test_spmd_recurrent_families(size: int, families: str) -> None:
-    run_everywhere(size, [RECURRENT], families)
+def test_spmd_recurrent_families(size: int, families: str, marks: str) -> None:
+    run_everywhere(size, [RECURRENT], families, marks)
 
 
 @pytest.mark.parametrize(
-    ("size", "names", "only", "one_way"),
+    ("size", "names", "only", "marks", "one_way"),
     [
-        (2, [*EVERY_SIZE, *FEWER], KINDS, ""),
-        nightly(2, [*EVERY_SIZE, *REST], "", ""),
-        (3, ["test_comm", "test_in_graph", "test_both_ways"], "", ""),
-        (2, ["test_comm"], "", "1"),
-        (3, ["test_comm"], "test_blocks_forwarded_round_the_ring", "1"),
+        (2, [*EVERY_SIZE, *REST], KINDS, FEWER, ""),
+        nightly(2, [*EVERY_SIZE, *REST], "", "", ""),
+        (3, ["test_comm", "test_in_graph", "test_both_ways"], "", "", ""),
+        (2, ["test_comm"], "", "", "1"),
+        (3, ["test_comm"], "test_blocks_forwarded_round_the_ring", "", "1"),
     ],
 )
-def test_spmd_over_mlx(size: int, names: Sequence[str], only: str, one_way: str) -> None:
+def test_spmd_over_mlx(size: int, names: Sequence[str], only: str, marks: str, one_way: str) -> None:
     """Tests pass over mx.distributed. `one_way` simulates links on which a rank must not send and receive at once."""
-    files = map("tests/spmd/{}.py".format, names)
-    arguments = ["-m", "pytest", *files, "-k", only, "-x", "-p", "no:cacheprovider"]
-    results = spawn_mlx(size, arguments, timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
+    results = spawn_mlx(size, arguments(names, only, marks), timeout=600, env={"RINGATTN_MLX_ONE_WAY": one_way})
     assert all(result.code == 0 for result in results), "\n".join(map(str, results))
 
 
@@ -80,7 +80,9 @@ def test_failing_rank_ends_all(tmp_path) -> None:
     """If one rank fails a test while the others wait for it, all end and print the cause."""
     test = "def test_it(ring):\n    assert ring.rank != 1, 'only here'\n    ring.barrier()\n"
     (tmp_path / "test_one.py").write_text(test)
-    arguments = ["-m", "pytest", str(tmp_path), "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    result = spawn(3, [*arguments, "-p", "tests.spmd.conftest"], timeout=60)
+    where = [str(tmp_path), "--rootdir", str(tmp_path)]
+    result = spawn(
+        3, ["-m", "pytest", *where, "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.spmd.conftest"], timeout=60
+    )
     assert result.code not in (0, None), str(result)
     assert "only here" in result.output and "RingError: rank 1 (" in result.output, str(result)

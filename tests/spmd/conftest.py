@@ -20,6 +20,7 @@ import pytest
 from ringattn.transport import Ring, init
 from ringattn.transport.consensus import agree
 from ringattn.transport.environment import launched_by
+from ringattn.transport.mpi import polling
 
 # Without a launcher there is no ring to test: an ordinary run of the suite skips these tests.
 collect_ignore_glob = ["test_*.py"] if launched_by() == "solo" else []
@@ -30,9 +31,19 @@ _rings: list[Ring] = []
 def pytest_configure() -> None:
     """Lower the priority of this process: tests that run beside it measure times."""
     if launched_by() != "solo":
+        _wait_asleep()
         os.nice(5)
         with suppress(OSError):  # Linux gives each session a share of its own, whatever the priorities of its processes
             Path("/proc/self/autogroup").write_text("5")
+
+
+def _wait_asleep() -> None:
+    """Wait for other ranks without the core: there are more ranks than cores, and other tests run beside them.
+
+    The ranks of other tests poll as users' ranks do.
+    """
+    polling.YIELD_FOR = 0.0
+    polling.SHORTEST_SLEEP = 2e-4
 
 
 @pytest.fixture(scope="session")

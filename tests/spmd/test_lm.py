@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ if "CI" not in os.environ:
 import mlx_lm
 from families import BASE, FAMILIES, build, build_other, words
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from plain_lm import ULPS, greedy, logits
 
 from ringattn import lm
 from ringattn.lm.prompt_cache import atomic_files, manifest
@@ -33,8 +35,13 @@ from ringattn.lm.sharding.sharded_cache import held_bytes
 from ringattn.transport.environment import launched_by
 
 STEPS = (100, 1, 1, 3, 90, 5, 1, 1)  # tokens of each call: chunks for all ranks, and few tokens on every rank
-ULPS = 32  # of the largest logit, float32
 SAVED = ["llama", "gemma3", "longcat_flash", "qwen3_5", "falcon_h1"]  # keys, windows, two caches a layer, states, both
+
+
+@functools.cache
+def llama(ring: Ring) -> nn.Module:
+    """A model over the ring. Tests share it: they change caches, not models."""
+    return lm.shard(build("llama"), ring)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -42,22 +49,27 @@ def test_logits(ring: Ring, rng: np.random.Generator, monkeypatch: pytest.Monkey
     monkeypatch.setattr(caches, "SLACK", 8)
     monkeypatch.setattr(partition, "RUN", 2)
     model = build(name)
-    plain = make_prompt_cache(model)
+    lengths = STEPS if name != "plamo3" else (100, 1, 1, 90)  # mlx-lm's cache may drop one of several
+    ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, sum(lengths))))
+    whole = logits(model, ids, lengths)
     lm.shard(model, ring)
     sharded = make_prompt_cache(model)
     steps = flat(sharded)
     assert all(isinstance(c, lm.ShardedKVCache) for c in steps)
-    for tokens in STEPS if name != "plamo3" else (100, 1, 1, 90):  # mlx-lm's cache may drop one of several
-        ids = mx.array(rng.integers(0, BASE["vocab_size"], (1, tokens)))
-        expected, found = model(ids, cache=plain), model(ids, cache=sharded)
+    start = 0
+    for tokens in lengths:
+        expected = whole[:, start : start + tokens]
+        found = model(ids[:, start : start + tokens], cache=sharded)
         assert steps[0].step is not None
         if steps[0].step.shared:
             expected = steps[0].step.new.shard(expected, ring.rank, axis=1)
         assert found.shape == expected.shape
         error = float(mx.abs(found - expected).max() / mx.abs(expected).max())
         assert error < ULPS * 2**-23, (tokens, error * 2**23)
+        start += tokens
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "phi", "stablelm", "gemma3", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_logits_in_16_bits(ring: Ring, rng: np.random.Generator, name: str, dtype: mx.Dtype) -> None:
@@ -138,21 +150,19 @@ def test_trim(ring: Ring, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "afm7", "iquestloopcoder", "longcat_flash", "deepseek_v32"])
 def test_greedy_tokens(ring: Ring, rng: np.random.Generator, name: str) -> None:
     """mlx-lm's own loop over the ring gives the tokens of one process for prompts of any length."""
-    from mlx_lm.generate import generate_step
-
     model = build(name, seed=1)
-    prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 403)]
-    expected = [[token for token, _ in generate_step(mx.array(p), model, max_tokens=9)] for p in prompts]
+    prompts = [rng.integers(0, BASE["vocab_size"], n).tolist() for n in (1, 2, 37, 131, 303)]
+    expected = [greedy(model, prompt, 6) for prompt in prompts]
     lm.shard(model, ring)
     for prompt, tokens in zip(prompts, expected):
         theirs = prompt if ring.rank == 0 else []
-        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=9, prefill_step_size=50)]
+        found = [r.token for r in lm.stream_generate(model, words(), theirs, max_tokens=6, prefill_step_size=50)]
         assert found == tokens
 
 
 def test_a_token_is_decided_by_rank_0(ring: Ring) -> None:
     """Ranks with different samplers continue with the same token."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     sampler = lambda logprobs: mx.array([ring.rank + 3])  # noqa: E731
     found = [r.token for r in lm.stream_generate(model, words(), [5], max_tokens=4, sampler=sampler)]
     assert found == [3, 3, 3, 3]
@@ -163,7 +173,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
     """A text ends between rounds of prefill or between tokens. Its cache holds the tokens read and can be continued."""
     if 100 % ring.size:
         pytest.skip("the rounds are of 100 tokens")
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     cache, asked = make_prompt_cache(model), iter(range(100))
     options = {"stopped": lambda: next(asked) >= after} if ring.rank == 0 else {}
     prompt = [i % 60 for i in range(301)]
@@ -175,7 +185,7 @@ def test_rank_0_ends_a_text(ring: Ring, after: int, tokens: int, read: int) -> N
 
 
 def test_a_processor_that_fails_is_an_error_on_all_ranks(ring: Ring) -> None:
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
 
     def fails(tokens: mx.array, logits: mx.array) -> mx.array:
         raise ArgumentError("no such token")
@@ -207,6 +217,7 @@ SMALL = {  # the defaults of this family are those of the whole model
 }
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -220,6 +231,7 @@ def test_a_layer_of_another_kind_is_named(ring: Ring, name: str, changes: dict, 
         lm.shard(build_other(name, changes), ring)
 
 
+@pytest.mark.two_ranks
 def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
     model = build_other("llama", {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
     lm.shard(model, ring)
@@ -229,6 +241,7 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
         model(mx.zeros((1, 1), mx.int32), cache=cache)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -242,11 +255,12 @@ def test_a_rope_that_follows_the_tokens_of_a_call(ring: Ring) -> None:
     ],
 )
 def test_options_that_mean_nothing_here(ring: Ring, options: dict, message: str) -> None:
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     with pytest.raises(ArgumentError, match=f"^{message}"):
         list(lm.stream_generate(model, words(), [5], max_tokens=4, **options))
 
 
+@pytest.mark.two_ranks
 def test_what_cannot_be_sharded(ring: Ring) -> None:
     model = build("llama")
     for cache, name in ((RotatingKVCache(8, keep=4), "RotatingKVCache"), (Other(), "Other")):
@@ -369,15 +383,17 @@ def _in_float16(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_cache_of_another_model_is_refused_on_all_ranks(ring: Ring, tmp_path_factory, name: str) -> None:
     """Such a cache would give wrong numbers, or an error inside the next call."""
     make, message = OTHERS[name]
     path, _ = _saved(ring, tmp_path_factory, lm.shard(make(), ring))
     with pytest.raises(lm.CacheFileError, match=rf"^[^\n]*cache.json: another model's: {message}$"):
-        lm.load_cache(path, lm.shard(build("llama"), ring))
+        lm.load_cache(path, llama(ring))
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -402,6 +418,7 @@ def test_a_cache_with_other_states_is_one_line(ring: Ring, tmp_path_factory, mon
     mx.eval(model(mx.zeros((1, 100), mx.int32), cache=model.make_cache()))  # the ring still works
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "falcon_h1"])
 def test_layers_of_other_tokens_are_one_line(ring: Ring, tmp_path_factory, name: str) -> None:
     """A user may have trimmed a part of the caches."""
@@ -415,6 +432,7 @@ def test_layers_of_other_tokens_are_one_line(ring: Ring, tmp_path_factory, name:
         list(lm.stream_generate(model, words(), [5], prompt_cache=cache))
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
 def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory, name: str) -> None:
     model = lm.shard(build(name), ring)
@@ -435,6 +453,7 @@ def test_a_file_that_is_torn_is_named(ring: Ring, tmp_path_factory, name: str) -
 TORN = "not the manifest of a prompt cache, or torn"
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -453,7 +472,7 @@ TORN = "not the manifest of a prompt cache, or torn"
 )
 def test_a_manifest_that_is_wrong_is_one_line(ring: Ring, tmp_path_factory, change, message: str) -> None:
     """Files in another order count too: their keys would be used for other tokens."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, _ = _saved(ring, tmp_path_factory, model)
     text = change(path.read_text())
     if text == path.read_text():
@@ -471,7 +490,7 @@ def _changed(text: str, name: str, change: Callable[[Any], Any]) -> str:
 @pytest.mark.parametrize("fails", ["write", "write_manifest", "publish"])
 def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypatch, fails: str) -> None:
     """The save fails on the last rank. All ranks raise, the cache saved before stays, and the next save works."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     before = {file.name for file in path.parent.iterdir()}
     plain = getattr(atomic_files.Part, fails)
@@ -496,9 +515,10 @@ def test_a_save_that_fails_leaves_nothing(ring: Ring, tmp_path_factory, monkeypa
     assert len(list(path.parent.iterdir())) == ring.size + 1
 
 
+@pytest.mark.two_ranks
 def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> None:
     """The error is an OSError, though MLX raises another type."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     with pytest.raises(OSError, match="No such file or directory"):
         lm.save_cache(path.parent / "none" / "cache.json", cache, model=model)
@@ -506,7 +526,7 @@ def test_a_save_in_a_folder_that_is_not_there(ring: Ring, tmp_path_factory) -> N
 
 def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
     """Files of killed processes are removed. Files that another process is writing, and other names, stay."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     path, cache = _saved(ring, tmp_path_factory, model)
     dead = "0123456789ab-1of2"
     alive = "ba9876543210-1of2"
@@ -527,7 +547,7 @@ def test_a_save_sweeps_what_others_left(ring: Ring, tmp_path_factory) -> None:
 
 def test_what_a_round_sends_stops_growing(ring: Ring) -> None:
     """With a long cache the queries are sent, so a prompt's traffic is linear although every round sees all tokens."""
-    model = lm.shard(build("llama"), ring)
+    model = llama(ring)
     cache, sent = make_prompt_cache(model), []
     for _ in range(16):
         before = ring.bytes_sent

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from ringattn import Ring, grid
@@ -14,12 +16,14 @@ from ringattn import Ring, grid
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
-import mlx_lm
 from families import build, words
+from plain_lm import greedy
 
 from ringattn.cli.session import Session
 from ringattn.lm.sharding.forward_pass import flat, size_of, tokens_of
 from ringattn.lm.sharding.recurrent_cache import TAIL
+
+pytestmark = pytest.mark.two_ranks
 
 ROLES = "{% set roles = {'system': 'w52', 'user': 'w53', 'assistant': 'w54'} %}"
 NEXT = "{% if add_generation_prompt %}w51 w54 {% endif %}"
@@ -44,7 +48,7 @@ def session(ring: Ring, template: str, family: str, **options: Any) -> Session:
         **dict.fromkeys(("weights", "prompt_cache_file", "seed", "system_prompt", "chat_template_config")),
         "save_prompt_cache": None,
         "prefill_step_size": 40,
-        "max_tokens": 6,
+        "max_tokens": 4,
         "model": "x",
         **{"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
     }
@@ -55,7 +59,13 @@ def expected(chat: Session, messages: list[dict[str, str]], family: str) -> tupl
     """The ids of the template of the messages, and what plain mlx-lm answers to them."""
     text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = chat.tokenizer.encode(text, add_special_tokens=False)
-    return ids, [r.token for r in mlx_lm.stream_generate(build(family), chat.tokenizer, ids, max_tokens=6)]
+    return ids, greedy(plain(family), ids, chat.options["max_tokens"])
+
+
+@cache
+def plain(family: str) -> nn.Module:
+    """A model of the family for mlx-lm alone."""
+    return build(family)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", *HYBRIDS])
@@ -130,7 +140,7 @@ def test_an_answer_that_is_interrupted(ring: Ring, family: str) -> None:
     """Only the token that was not printed is dropped from the cache."""
     chat = session(ring, "chatml", family)
     calls = iter(range(100))  # two rounds of the prompt, then one for each token
-    assert chat.answer(chat.tokens(TURNS[0]), stopped=lambda: next(calls) >= 6) is not None
+    assert chat.answer(chat.tokens(TURNS[0]), stopped=lambda: next(calls) >= 4) is not None
     held = size_of(chat.cache)
     chat.tokens(TURNS[1])
     assert size_of(chat.cache) == held - 1

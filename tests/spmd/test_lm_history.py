@@ -21,6 +21,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from ringattn import lm
 from ringattn.lm.sharding import history
 
+pytestmark = pytest.mark.two_ranks
+
 PENALTIES = {
     "repetition": {"repetition_penalty": 1.7, "repetition_context_size": 60},
     "presence": {"presence_penalty": 3.0, "presence_context_size": 60},

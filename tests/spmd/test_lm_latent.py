@@ -27,6 +27,8 @@ from ringattn.lm.sharding.latent import ATTRIBUTES
 from ringattn.lm.sharding.layer_adapters import wrapper_of
 from ringattn.lm.sharding.partition import Cost, next_step
 
+pytestmark = pytest.mark.two_ranks
+
 FAMILIES = ("bailing_hybrid", "bailing_moe_v3", "kimi_k3", "kimi_linear")  # without a rope, with gates, other names
 
 

@@ -23,10 +23,12 @@ from mlx_lm.sample_utils import make_sampler
 
 from ringattn import lm
 
+pytestmark = pytest.mark.two_ranks
+
 LONG = list(range(1, 61)) * 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(ring: Ring) -> nn.Module:
     return lm.shard(build("llama"), ring)
 

@@ -23,6 +23,8 @@ from ringattn.lm.sharding import sparse
 from ringattn.lm.sharding.forward_pass import flat
 from ringattn.lm.sharding.sparse import Candidates, choose
 
+pytestmark = pytest.mark.two_ranks
+
 
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("values", [1, 2, 40], ids="values={}".format)

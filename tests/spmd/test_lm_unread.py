@@ -22,8 +22,10 @@ from ringattn import lm
 from ringattn.lm.sharding import attention, elementwise_recurrences, sparse
 from ringattn.lm.sharding.forward_pass import flat
 
+pytestmark = pytest.mark.two_ranks
+
 CHUNK = 24  # tokens of a rank in a round
-NEW = 4
+NEW = 2
 # Layers of a model that attend, and those of them that do so after the last cache is written.
 ATTENDING = {
     "llama": (4, 1),

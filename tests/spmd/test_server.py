@@ -26,6 +26,8 @@ from ringattn.lm.server import Engine, engine
 from ringattn.lm.server.api.requests import Request, Served, read_request
 from ringattn.lm.sharding.recurrent_cache import TAIL
 
+pytestmark = pytest.mark.two_ranks
+
 PLAIN = {"prompt": "Once upon a time", "max_tokens": 9}
 
 

@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import pytest
 
 import ringattn as ra
-from tests.spmd.conftest import collect_ignore_glob, pytest_runtest_makereport, ring, rng, same_test  # noqa: F401
+from tests.spmd.conftest import (  # noqa: F401
+    collect_ignore_glob,
+    pytest_configure,
+    pytest_runtest_makereport,
+    ring,
+    rng,
+    same_test,
+)
 
 TENSOR = "RINGATTN_TEST_TENSOR"  # environment variable: the ranks in a row
 
