@@ -18,7 +18,7 @@ from ..transport.environment import launched_by
 from ..transport.grid import Grid
 from . import leave
 from .progress_bar import is_visible
-from .session import Session
+from .session import Session, names_of_options
 from .starting import Placement, check_placement, start_again
 
 SessionWork = Callable[[Session], int | None]
@@ -66,10 +66,11 @@ def _join_ring(
             with raise_on_all_ranks(ring, call):
                 check_placement(placement, ring)
                 _check_save(options.get("save_prompt_cache"))
+                _check_cache(options.get("prompt_cache_file") if ring.rank == 0 else None)
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, call, tuple((name, str(value)) for name, value in options.items()))
 
-            with _names_of_options():
+            with names_of_options():
                 arranged = stack.enter_context(grid(ring, options["tensor"]))
             if ring.rank == 0 and is_visible():
                 click.echo(f"Loading {options['model']} ...", err=True)
@@ -90,6 +91,18 @@ def _check_save(path: Path | None) -> None:
         raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
 
 
+def _check_cache(path: Path | None) -> None:
+    """Fail before the model is loaded if there is no cache to continue from."""
+    from ..lm.prompt_cache.manifest import Manifest
+
+    if path is None:
+        return
+    try:
+        Manifest.read(path)
+    except ArgumentError as error:
+        raise ArgumentError(f"--prompt-cache-file: {error}") from None
+
+
 @contextmanager
 def warnings_in_one_line(is_first: bool) -> Iterator[None]:
     """Print each warning without the line of its source, and kernel warnings on the first rank only."""
@@ -101,15 +114,6 @@ def warnings_in_one_line(is_first: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _names_of_options() -> Iterator[None]:
-    """Replace the names of arguments at the beginning of an error by those of the options."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor):", r"\1--\2:", str(error))) from None
-
-
 def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer, with errors that name the options."""
     import mlx.core as mx
@@ -117,7 +121,7 @@ def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[
     from .. import lm
 
     try:
-        with _names_of_options():
+        with names_of_options():
             return lm.load(path, getattr(mx, dtype) if dtype else None, grid=grid)
     except MissingExtraError:
         raise
