@@ -208,6 +208,12 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     assert _text({"prompt_file": file, "prompt": "Why?"}) == "A text\n\nWhy?"
 
 
+def test_a_configuration_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    found = run_here("--model", str(tmp_path), "-p", "x")
+    check_one_line(found, f"Error: --model: {tmp_path}: config.json is not JSON (Expecting property name enclosed")
+
+
 def check_one_line(found: Done, message: str) -> None:
     assert found.returncode in (1, 2) and message in found.stderr and "Traceback" not in found.stderr, found.stderr
     lines = [line for line in found.stderr.splitlines() if not line.startswith("Warning: ")]
