@@ -248,7 +248,24 @@ def open_server(engine: Engine, settings: Settings, host: str, port: int) -> Ser
     Raises:
         OSError: The address cannot be used.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, address = _resolve(host, port)
     kind = type("Server", (Server,), {"address_family": family})
     server: Server = kind(address, partial(Handler, Service(engine, settings)))
     return server
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that a server could listen on `host` and `port` now, before a model is loaded for it.
+
+    Raises:
+        OSError: The address cannot be used.
+    """
+    family, address = _resolve(host, port)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server
+        probe.bind(address)
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, address
