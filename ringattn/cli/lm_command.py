@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from ..extras import require
 from ..transport.environment import launched_by
 from ..transport.grid import Grid
 from . import leave
+from .output_files import problem_with_folder
 from .progress_bar import is_visible
 from .session import Session, names_of_options
 from .starting import Placement, check_placement, start_again
@@ -88,8 +88,8 @@ def _join_ring(
 
 def _check_save(path: Path | None) -> None:
     """Fail before generating if the cache cannot be saved."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
+    if path is not None and (problem := problem_with_folder(path)):
+        raise ArgumentError(f"--save-prompt-cache: {path}: {problem}")
 
 
 def _check_cache(path: Path | None) -> None:

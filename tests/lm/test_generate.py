@@ -169,7 +169,7 @@ WRONG: list[tuple[list[str], str]] = [  # "TINY" stands for the folder of the ti
         "--system-prompt: given with --prompt-cache-file",
     ),
     # These are checked before the model is loaded.
-    ([*NO_MODEL, "-p", "x", *SAVE], "--save-prompt-cache: none/x.json, expected"),
+    ([*NO_MODEL, "-p", "x", *SAVE], "--save-prompt-cache: none/x.json: there is no folder none"),
     ([*NO_MODEL, "-p", "x", "--prompt-cache-file", "none.json"], "--prompt-cache-file: none.json: No such file"),
     ([*NO_MODEL, "-p", "x", "--save-prompt-cache", "/"], "'--save-prompt-cache': File '/' is a directory"),
     ([*NO_MODEL, "--prompt-file", sys.executable], ", expected UTF-8"),
@@ -187,7 +187,7 @@ WRONG_ON_TWO_RANKS: list[tuple[list[str], str]] = [
     (["--model", "/no/such/dir", "-p", "x"], "Error: --model: /no/such/dir: no such folder\n"),
     ([*NO_MODEL, "-p", "x", "--prompt-cache-file", "none.json"], "--prompt-cache-file: none.json: No such file"),
     (["--model", "TINY", "-p", "x", "--weights", "1"], "Error: --weights: (1.0,), expected 2 finite numbers"),
-    ([*NO_MODEL, "-p", "x", *SAVE], "none/x.json, expected a file in a"),
+    ([*NO_MODEL, "-p", "x", *SAVE], "none/x.json: there is no folder none"),
     ([*NO_MODEL, "-p", "-"], "--prompt: standard input: invalid start byte at byte 1, expected UTF-8"),
 ]
 
