@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ import click
 
 from ..errors import RingAttentionError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no fault of the program
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of SIGINT
 
 # Lines of `ringattn --help`, here so that the list of commands imports none of them.
@@ -48,12 +50,26 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        _open_standard_streams()
         with _in_one_line():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _in_one_line():
             return super().invoke(ctx)
+
+
+def _open_standard_streams() -> None:
+    """Open those that were closed before the start on the null device.
+
+    Otherwise the next file would get the number of one: MLX takes a file with number 0 for closed, and what libraries
+    print would be written into another file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            file = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(file, True)  # for mpiexec
+            setattr(sys, name, os.fdopen(file, mode))
 
 
 @contextmanager
@@ -66,6 +82,10 @@ def _in_one_line() -> Iterator[None]:
         raise _brief(error.format_message(), error.exit_code) from None
     except RingAttentionError as error:
         raise _brief(str(error), getattr(error, "exit_code", 1)) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise _brief(f"{error.filename or 'output'}: {error.strerror}", 1) from None
     except KeyboardInterrupt:
         if os.environ.get("RINGATTN_LAUNCH") != "1":  # else the launcher prints it, once for all ranks
             click.echo("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", err=True)  # after a terminal's ^C

@@ -13,6 +13,7 @@ import click
 from ..errors import ArgumentError
 from ..transport.environment import launched_by
 from . import leave
+from .output_files import problem_with
 from .starting import Placement, check_placement, start_again
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class Output:
         """Fail before the run if a file cannot be read or written.
 
         Raises:
-            ArgumentError: A folder does not exist, or the old file is no benchmark's.
+            ArgumentError: A file cannot be written, or the old file is no benchmark's.
         """
         self._old()
         for name, path in (("--json", self.json_file), ("--plot", self.plot)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ArgumentError(f"{name}: {path}: there is no folder {path.parent}")
+            if path is not None and (problem := problem_with(path)):
+                raise ArgumentError(f"{name}: {path}: {problem}")
 
     def _old(self) -> list[Record]:
         from ..bench.records import load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,8 +17,9 @@ from ..extras import require
 from ..transport.environment import launched_by
 from ..transport.grid import Grid
 from . import leave
+from .output_files import problem_with_folder
 from .progress_bar import is_visible
-from .session import Session
+from .session import Session, names_of_options
 from .starting import Placement, check_placement, start_again
 
 SessionWork = Callable[[Session], int | None]
@@ -66,10 +67,11 @@ def _join_ring(
             with raise_on_all_ranks(ring, call):
                 check_placement(placement, ring)
                 _check_save(options.get("save_prompt_cache"))
+                _check_cache(options.get("prompt_cache_file") if ring.rank == 0 else None)
                 text = read(options) if read and ring.rank == 0 else None
             agree(ring, call, tuple((name, str(value)) for name, value in options.items()))
 
-            with _names_of_options():
+            with names_of_options():
                 arranged = stack.enter_context(grid(ring, options["tensor"]))
             if ring.rank == 0 and is_visible():
                 click.echo(f"Loading {options['model']} ...", err=True)
@@ -86,8 +88,20 @@ def _join_ring(
 
 def _check_save(path: Path | None) -> None:
     """Fail before generating if the cache cannot be saved."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise ArgumentError(f"--save-prompt-cache: {path}, expected a file in a folder that can be written to")
+    if path is not None and (problem := problem_with_folder(path)):
+        raise ArgumentError(f"--save-prompt-cache: {path}: {problem}")
+
+
+def _check_cache(path: Path | None) -> None:
+    """Fail before the model is loaded if there is no cache to continue from."""
+    from ..lm.prompt_cache.manifest import Manifest
+
+    if path is None:
+        return
+    try:
+        Manifest.read(path)
+    except ArgumentError as error:
+        raise ArgumentError(f"--prompt-cache-file: {error}") from None
 
 
 @contextmanager
@@ -101,15 +115,6 @@ def warnings_in_one_line(is_first: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _names_of_options() -> Iterator[None]:
-    """Replace the names of arguments at the beginning of an error by those of the options."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor):", r"\1--\2:", str(error))) from None
-
-
 def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer, with errors that name the options."""
     import mlx.core as mx
@@ -117,12 +122,14 @@ def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[
     from .. import lm
 
     try:
-        with _names_of_options():
+        with names_of_options():
             return lm.load(path, getattr(mx, dtype) if dtype else None, grid=grid)
     except MissingExtraError:
         raise
     except ArgumentError as error:
         raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"--model: {path}: config.json is not JSON ({error})") from None
     except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
         source = "" if Path(path).exists() else "no such folder, and Hugging Face: "
         raise ArgumentError(f"--model: {path}: {source}{_whole_in_one_line(error)}") from None

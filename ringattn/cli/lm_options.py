@@ -38,6 +38,18 @@ class JsonObject(click.ParamType):
         return parsed
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them, converted to a list."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return [float(number) for number in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}, expected numbers with commas between them.", param, ctx)
+
+
 OPTIONS = (
     ranks_option(
         "Ranks (processes) to spread it over; not under ringattn launch or mpiexec.  "
@@ -80,6 +92,7 @@ OPTIONS = (
     ),
     click.option(
         "--weights",
+        type=Numbers(),
         metavar="W,W,...",
         help="Speeds of the ranks, or of the groups of --tensor ranks: their shares of prefill and cache.",
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,9 +40,9 @@ class Session:
         self.tokenizer = tokenizer
         self.options = options
         self.text = text
-        weights = options["weights"]
         file = options.get("prompt_cache_file")
-        lm.shard(model, grid, weights=None if weights is None else _numbers(weights))
+        with names_of_options():
+            lm.shard(model, grid, weights=options["weights"])
         if options["seed"] is not None:
             mx.random.seed(options["seed"])
         if file is None:
@@ -161,8 +163,10 @@ class Session:
             raise ArgumentError(f"--save-prompt-cache: {error}") from None
 
 
-def _numbers(text: str) -> list[float]:
+@contextmanager
+def names_of_options() -> Iterator[None]:
+    """Replace the names of arguments at the beginning of an error by those of the options."""
     try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise ArgumentError(f"--weights: {text!r}, expected numbers with commas between them") from None
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(re.sub("^(rank [0-9]+: )?(tensor|weights):", r"\1--\2:", str(error))) from None

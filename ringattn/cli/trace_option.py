@@ -11,6 +11,7 @@ import click
 from ..extras import require
 from ..tracing.files import PICTURES, SUFFIXES, VARIABLE, join_names
 from ..transport.environment import launched_by
+from .output_files import problem_with
 
 
 def _checked(context: click.Context, option: click.Parameter, given: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -21,8 +22,8 @@ def _checked(context: click.Context, option: click.Parameter, given: tuple[Path,
     for path in given if launched_by() == "solo" else ():
         if path.suffix.lower() not in SUFFIXES:
             raise click.BadParameter(f"{str(path)!r}, expected a name that ends in {', '.join(SUFFIXES)}")
-        if not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{str(path)!r}: there is no folder {path.parent}")
+        if problem := problem_with(path):
+            raise click.BadParameter(f"{str(path)!r}: {problem}")
         if path.suffix.lower() in PICTURES:
             require("matplotlib", "ringattn[plot]")
     if given:

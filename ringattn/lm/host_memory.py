@@ -47,12 +47,14 @@ def parse_bytes(name: str, text: str) -> int:
     """Bytes of a text such as ``96G``, ``512M`` or ``1.5G``, with units of 1,024.
 
     Raises:
-        ArgumentError: `text`, the value of `name`, is not a size above 0.
+        ArgumentError: `text`, the value of `name`, is not a size of at least 1M. A smaller one has lost its unit.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
-    if size <= 0:
+    if not found:
         raise ArgumentError(f"{name}: {text!r}, expected bytes, or a number with K, M or G, such as 96G")
+    if size < UNITS["M"]:
+        raise ArgumentError(f"{name}: {text!r}, expected at least 1M, such as 96G")
     return size
 
 

@@ -154,6 +154,8 @@ def _config(path: str) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
+        if not file.is_file():
+            raise ArgumentError("expected a folder with a model's config.json")
     if not file.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise ArgumentError("no such file or folder")

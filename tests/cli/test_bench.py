@@ -158,3 +158,9 @@ def test_calls_take_turns():
 def test_work_is_counted_of_visible_pairs():
     shape = AttentionShape(mx.float16, 64, (2, 1), 3, 10, True)
     assert shape.flops == 4 * 2 * 64 * (8 + 9 + 10)
+
+
+def test_the_list_of_benchmarks_has_whole_sentences() -> None:
+    shown = CliRunner().invoke(main, ["bench", "--help"]).output
+    commands = shown.partition("Commands:")[2]
+    assert "..." not in commands and "against a cache that is spread over the ranks" in " ".join(commands.split())

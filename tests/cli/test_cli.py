@@ -172,6 +172,14 @@ def test_an_error_is_one_line_with_its_exit_code(monkeypatch: pytest.MonkeyPatch
     assert (done.exit_code, done.stderr) == (1, "examining 1 rank ...\nError: what: 1, expected 2\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    line = [sys.executable, "-m", "ringattn", "samples"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (1, "Error: output: No space left on device\n")
+
+
 SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(100)"]
 
 

@@ -155,6 +155,7 @@ def test_the_help_lists_all_chips_and_links() -> None:
         (("--heads", "32/5", *CLUSTER), "'32/5', expected query heads / key-value heads"),
         (ATTENTION, "--machine is missing"),
         ((*ATTENTION, "--machine", "m9"), "--machine: 'm9', expected"),
+        ((*ATTENTION, "--machine", "m4:64"), "--machine m4:64: '64', expected at least 1M, such as 96G"),
         ((*ATTENTION, *CLUSTER, "--measure"), "--machine: given with --measure"),
         ((*ATTENTION, "--machine", "m4", "--link", "rope"), "--link: 'rope', expected"),
         ((*ATTENTION, *CLUSTER, "--island", "2"), "--island, --outer-link: expected both or neither"),
@@ -172,6 +173,7 @@ def test_the_help_lists_all_chips_and_links() -> None:
         ((*ATTENTION, "--measure", "--link", "10gbe"), "--link: not with --measure"),
         (("--model", "x", *CLUSTER, "--layers", "2"), "--layers: only with --heads"),
         (("--model", "/no/such/folder", *CLUSTER), "--model: /no/such/folder: no such file or folder"),
+        (("--model", "/tmp", *CLUSTER), "--model: /tmp: expected a folder with a model's config.json"),
     ],
 )
 def test_errors_in_one_line(line: tuple[str, ...], message: str) -> None:

@@ -14,6 +14,7 @@ from ringattn.cli import COMMANDS, main
 from ringattn.tracing.files import SUFFIXES, VARIABLE
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+READ_IN_A_CHECKOUT = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "launch/README.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:sudo )?ringattn (\S+)(.*)$", re.MULTILINE)
 RUN_AS_THEY_STAND = ("library.md",)
@@ -38,6 +39,18 @@ def test_examples_run(name: str) -> None:
 def test_examples_are_python(page: Path) -> None:
     for example in PYTHON.findall(page.read_text()):
         compile(example, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", READ_IN_A_CHECKOUT, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_leads_to_no_page_that_only_the_site_fills() -> None:
+    """Such a page includes another file, and in a checkout it is the name of that file alone."""
+    links = re.findall(r"\]\((docs/[^)#]+\.md)", (ROOT / "README.md").read_text())
+    assert links and not any("--8<--" in (ROOT / link).read_text() for link in links)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

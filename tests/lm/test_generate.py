@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from ringattn.cli import main
+from ringattn.cli.commands.generate import _text
 from ringattn.cli.progress_bar import line
 
 if "CI" not in os.environ:
@@ -158,7 +160,7 @@ WRONG: list[tuple[list[str], str]] = [  # "TINY" stands for the folder of the ti
     (["--model", __file__, "-p", "x"], f"Error: --model: {__file__}, expected a model's folder or a file that"),
     (["--model", os.path.dirname(__file__), "-p", "x"], ", expected a folder with a model's config.json"),
     (["--model", "smollm2"], "Error: --prompt or --prompt-file is missing"),
-    (["--model", "TINY", "-p", "x", "--weights", "a,b"], "--weights: 'a,b', expected numbers with commas"),
+    ([*NO_MODEL, "-p", "x", "--weights", "a,b"], "'--weights': 'a,b', expected numbers with commas"),
     ([*NO_MODEL, "-p", "x", "--seed", "-1"], "'--seed': -1 is not in the range"),
     ([*NO_MODEL, "-p", "x", "--seed", "9" * 30], "is not in the range 0<=x<=18446744073709551615"),
     ([*NO_MODEL, "-p", "x", "--temp", "nan"], "'--temp': nan, expected a finite number"),
@@ -171,10 +173,12 @@ WRONG: list[tuple[list[str], str]] = [  # "TINY" stands for the folder of the ti
         "--system-prompt: given with --prompt-cache-file",
     ),
     # These are checked before the model is loaded.
-    ([*NO_MODEL, "-p", "x", *SAVE], "--save-prompt-cache: none/x.json, expected"),
+    ([*NO_MODEL, "-p", "x", *SAVE], "--save-prompt-cache: none/x.json: there is no folder none"),
+    ([*NO_MODEL, "-p", "x", "--prompt-cache-file", "none.json"], "--prompt-cache-file: none.json: No such file"),
     ([*NO_MODEL, "-p", "x", "--save-prompt-cache", "/"], "'--save-prompt-cache': File '/' is a directory"),
     ([*NO_MODEL, "--prompt-file", sys.executable], ", expected UTF-8"),
     ([*NO_MODEL, "--prompt-file", "none.txt"], "--prompt-file: none.txt: No such file or directory"),
+    ([*NO_MODEL, "--prompt-file", os.devnull, "-p", "x"], f"--prompt-file: {os.devnull}: empty, expected a text"),
     ([*NO_MODEL, "-p", "a\udcff"], "--prompt: invalid start byte at byte 1, expected UTF-8"),
     (["--model", "TINY", "-p", "x", "--top-k", "61"], "--top-k: 61, expected less than 61"),
     (["--model", "TINY", "-p", "x", "--extra-eos-token", "xyzzzy"], "--extra-eos-token: 'xyzzzy', expected a"),
@@ -185,11 +189,33 @@ WRONG: list[tuple[list[str], str]] = [  # "TINY" stands for the folder of the ti
 ]
 WRONG_ON_TWO_RANKS: list[tuple[list[str], str]] = [
     (["--model", "/no/such/dir", "-p", "x"], "Error: --model: /no/such/dir: no such folder\n"),
-    (["--model", "TINY", "-p", "x", "--prompt-cache-file", "none.json"], "none.json: No such file"),
-    (["--model", "TINY", "-p", "x", "--weights", "1"], "weights: (1.0,), expected 2 finite numbers"),
-    ([*NO_MODEL, "-p", "x", *SAVE], "none/x.json, expected a file in a"),
+    ([*NO_MODEL, "-p", "x", "--prompt-cache-file", "none.json"], "--prompt-cache-file: none.json: No such file"),
+    (["--model", "TINY", "-p", "x", "--weights", "1"], "Error: --weights: (1.0,), expected 2 finite numbers"),
+    ([*NO_MODEL, "-p", "x", *SAVE], "none/x.json: there is no folder none"),
     ([*NO_MODEL, "-p", "-"], "--prompt: standard input: invalid start byte at byte 1, expected UTF-8"),
 ]
+
+
+@pytest.mark.parametrize("command, options", [("generate", ["-p", "-"]), ("chat", [])])
+def test_standard_input_that_was_closed(tiny, command, options):
+    """For chat this is the end of the conversation."""
+    line = [sys.executable, "-m", "ringattn.cli", command, "--model", tiny, *options]
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *line], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    expected = (0, ">> ") if command == "chat" else (1, "Error: --prompt: standard input: empty, expected a text\n")
+    assert (done.returncode, done.stderr.splitlines(keepends=True)[-1]) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    file = tmp_path / "notepad.txt"
+    file.write_bytes(codecs.BOM_UTF8 + b"A text")
+    assert _text({"prompt_file": file, "prompt": "Why?"}) == "A text\n\nWhy?"
+
+
+def test_a_configuration_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    found = run_here("--model", str(tmp_path), "-p", "x")
+    check_one_line(found, f"Error: --model: {tmp_path}: config.json is not JSON (Expecting property name enclosed")
 
 
 def check_one_line(found: Done, message: str) -> None:

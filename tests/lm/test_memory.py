@@ -72,14 +72,22 @@ def test_the_cache_needs_no_more_than_promised(family: str) -> None:
         assert one.cache(701, 1.0, 64) < 1.5 * allocated
 
 
-@pytest.mark.parametrize("text, size", [("5", 5), ("2K", 2048), ("1.5G", 3 << 29), ("512M", 1 << 29)])
+@pytest.mark.parametrize(
+    "text, size", [("1048577", (1 << 20) + 1), ("2048K", 2 << 20), ("1.5G", 3 << 29), ("512M", 1 << 29)]
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes("x", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1G", "1T", "many", "1 G"])
+@pytest.mark.parametrize("text", ["", "-1G", "1T", "many", "1 G"])
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(ArgumentError, match="^x: .*expected bytes, or a number with K, M or G, such as 96G$"):
+        parse_bytes("x", text)
+
+
+@pytest.mark.parametrize("text", ["0", "64", "1023K"])
+def test_a_size_that_has_lost_its_unit(text: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^x: '{text}', expected at least 1M, such as 96G$"):
         parse_bytes("x", text)
 
 

@@ -16,7 +16,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import families
@@ -321,11 +320,10 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_port_in_use_is_one_line(tmp_path: Path, own_signals: None) -> None:
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(own_signals: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        model = ["--model", str(families.save(tmp_path)), "--dtype", "float32"]
-        found = CliRunner().invoke(main, ["serve", *model, "--port", str(port)])
+        found = CliRunner().invoke(main, ["serve", "--model", "none.gguf", "--port", str(port)])
     assert found.exit_code == 1 and found.stderr.count("\n") == 1, found.stderr
     assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
 

@@ -147,6 +147,21 @@ def test_a_wrong_address_or_method_is_an_error_in_json(
     assert answer["error"]["type"] == ("server_error" if status > 500 else "invalid_request_error")
 
 
+def test_head_is_get_without_the_body(client: Client) -> None:
+    """Balancers of load ask for the health of a server by HEAD."""
+    with closing(client.open()) as one:
+        one.sendall(b"HEAD /health HTTP/1.1\r\n\r\n")
+        answer = one.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.0 200 ") and b"\r\nContent-Length: 16\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_a_wrong_method_is_told_the_right_ones(client: Client) -> None:
+    with closing(client.open()) as one:
+        one.sendall(b"PUT /health HTTP/1.1\r\n\r\n")
+        assert b"\r\nAllow: GET, HEAD, OPTIONS\r\n" in one.makefile("rb").read()
+
+
 def test_an_error_in_the_form_of_openai(client: Client) -> None:
     status, found = client.ask(CHAT, {**ASK, "n": 2})
     message = "n: 2, expected 1: a request has one answer"
@@ -156,6 +171,12 @@ def test_an_error_in_the_form_of_openai(client: Client) -> None:
     assert (
         status == 404 and found["error"]["code"] == "model_not_found" and "'folder/tiny'" in found["error"]["message"]
     )
+
+
+def test_half_of_a_surrogate_pair(client: Client) -> None:
+    status, found = client.ask(TEXT, {"prompt": "w1 \ud83d"})
+    message = "the prompt has \\ud83d, half of a surrogate pair, expected Unicode text"
+    assert (status, found["error"]["message"]) == (400, message)
 
 
 def test_models_health_and_origins(client: Client) -> None:

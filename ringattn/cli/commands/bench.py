@@ -48,7 +48,16 @@ ROUTES = (
 )
 
 
-@click.group()
+class WholeSentences(click.Group):
+    """Group whose help has the first sentence of each command, which click would cut to one line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, one.get_short_help_str(limit=1000)) for name, one in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=WholeSentences)
 def bench() -> None:
     """Time parts of ringattn. Every answer is checked first."""
 

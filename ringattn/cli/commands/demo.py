@@ -16,6 +16,7 @@ from ...demo.task import MODEL, ReadingTask
 from ...extras import require
 from ...tracing.files import VARIABLE, split_names
 from ..host_options import ranks_option, tensor_option
+from ..output_files import problem_with
 from ..trace_option import trace_option
 
 BAR_STEPS = 1000
@@ -24,8 +25,8 @@ MINUTES = "This takes about 1 minute on 4 cores and 2 on 2."
 
 def _checked_picture(context: click.Context, option: click.Parameter, path: Path) -> Path:
     """Fail before the run if the picture cannot be saved."""
-    if path.name and not path.parent.is_dir():
-        raise click.BadParameter(f"{path}: there is no folder {path.parent}")
+    if path.name and (problem := problem_with(path)):
+        raise click.BadParameter(f"{path}: {problem}")
     if path.name and path.suffix.lower() != ".png":
         raise click.BadParameter(f"{path}: expected a name that ends in .png")
     return path

@@ -60,9 +60,9 @@ def _text(options: dict[str, Any]) -> str:
     """Prompt from the file and the command line."""
     file = options["prompt_file"]
     prompt = options["prompt"]
-    parts = [] if file is None else [_decoded(f"--prompt-file: {file}", _bytes(file))]
+    parts = [] if file is None else [_not_empty(f"--prompt-file: {file}", _bytes(file))]
     if prompt == "-":
-        parts.append(_decoded("--prompt: standard input", sys.stdin.buffer.read()))
+        parts.append(_not_empty("--prompt: standard input", sys.stdin.buffer.read()))
     elif prompt is not None:
         parts.append(_decoded("--prompt", os.fsencode(prompt)).replace("\\n", "\n").replace("\\t", "\t"))
     return "\n\n".join(parts)
@@ -73,6 +73,14 @@ def _bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ArgumentError(f"--prompt-file: {file}: {error.strerror}") from None
+
+
+def _not_empty(what: str, text: bytes) -> str:
+    """Text of a file or of standard input, without a byte order mark. To an empty one a model would answer anything."""
+    decoded = _decoded(what, text).removeprefix("\ufeff")
+    if not decoded:
+        raise ArgumentError(f"{what}: empty, expected a text")
+    return decoded
 
 
 def _decoded(what: str, text: bytes) -> str:

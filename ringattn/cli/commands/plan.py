@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from ...errors import ArgumentError
 from ..bench_options import parse_heads
 from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
+from ..output_files import problem_with
 
 if TYPE_CHECKING:
     from ...planning import Cluster, Job, ModelShape, Prediction
@@ -94,8 +95,8 @@ def plan(json_file: Path | None, growth: bool, answer: int, context: int, chunk:
     from ...planning.report import as_json, as_text
 
     _refuse_ignored()
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ArgumentError(f"--json: {json_file}: there is no folder {json_file.parent}")
+    if json_file is not None and (problem := problem_with(json_file)):
+        raise ArgumentError(f"--json: {json_file}: {problem}")
     shape = _shape(options)
     cluster, with_gpu = _cluster(options, shape)
     job = Job(context, answer, chunk, gpu=with_gpu)

@@ -65,7 +65,13 @@ def serve(**options: Any) -> None:
 
         ringattn serve -n 2 --model smollm2 --dtype float32
     """
-    run(_serve, "serve", options)
+    run(_serve, "serve", options, _check_address)
+
+
+def _check_address(options: dict[str, Any]) -> None:
+    from ...lm.server import check_address
+
+    _listen(check_address, options["host"], options["port"])
 
 
 def _serve(session: Session) -> int:
@@ -109,6 +115,7 @@ def _serve(session: Session) -> int:
 
 
 def _listen(open_at: Callable[[str, int], Any], host: str, port: int) -> Any:
+    """Call `open_at` with an address. Raise ArgumentError if nothing can listen there."""
     try:
         return open_at(host, port)
     except OSError as error:

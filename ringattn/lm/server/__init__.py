@@ -7,7 +7,7 @@ it OpenAI's form. `stop_words` and `cache_pool` run on every rank. All connectio
 """
 
 from .engine import Engine
-from .http import open_server
+from .http import check_address, open_server
 from .service import Settings
 
-__all__ = ["Engine", "Settings", "open_server"]
+__all__ = ["Engine", "Settings", "check_address", "open_server"]

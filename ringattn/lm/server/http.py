@@ -21,6 +21,7 @@ from .engine import Answer, AnswerPiece, Engine
 from .listener import DeadlineReader, Server
 from .service import Service, Settings
 
+READING = ("GET", "HEAD")  # HEAD is GET without a body (RFC 9110, 9.3.2)
 CLIENT_TIMEOUT = 60.0  # s for a client to send its request, and to take each part of its answer
 
 
@@ -32,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, service: Service, *args: Any):
         self._service = service
         self._begun = False  # whether the answer has begun
+        self._allowed: tuple[str, ...] = ()  # methods of the address, where the request has another
         super().__init__(*args)
 
     def setup(self) -> None:
@@ -75,13 +77,14 @@ class Handler(BaseHTTPRequestHandler):
             "/v1/chat/completions": {"POST": partial(self._complete, "chat")},
             "/chat/completions": {"POST": partial(self._complete, "chat")},
             "/v1/completions": {"POST": partial(self._complete, "text")},
-            "/health": {"GET": self._health},
+            "/health": dict.fromkeys(READING, self._health),
         }
         if path == "/v1/models" or path.startswith("/v1/models/"):
-            routes[path] = {"GET": self._models}
+            routes[path] = dict.fromkeys(READING, self._models)
         if path not in routes:
             raise RequestError(404, f"{path[:200]}: no such address here", code="not_found")
         if method not in routes[path]:
+            self._allowed = (*routes[path], "OPTIONS")
             expected = " or ".join(routes[path])
             raise RequestError(405, f"{path}: {method}, expected {expected}", code="method_not_allowed")
         return routes[path][method]
@@ -220,6 +223,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
+        if self._allowed:
+            self.send_header("Allow", ", ".join(self._allowed))
         self._allow_origin()
         self._begun = True
         self.end_headers()
@@ -243,7 +248,24 @@ def open_server(engine: Engine, settings: Settings, host: str, port: int) -> Ser
     Raises:
         OSError: The address cannot be used.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, address = _resolve(host, port)
     kind = type("Server", (Server,), {"address_family": family})
     server: Server = kind(address, partial(Handler, Service(engine, settings)))
     return server
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that a server could listen on `host` and `port` now, before a model is loaded for it.
+
+    Raises:
+        OSError: The address cannot be used.
+    """
+    family, address = _resolve(host, port)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server
+        probe.bind(address)
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, address

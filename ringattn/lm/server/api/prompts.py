@@ -47,6 +47,7 @@ class PromptBuilder:
             if len(text) > self._longest:
                 message = f"the prompt has {len(text)} characters, expected at most {self._longest}"
                 raise RequestError(413, message, None, "context_length_exceeded")
+            _check_unicode(text)
             with self._tokenizing:
                 ids = self._tokenizer.encode(text, **({"add_special_tokens": False} if templated else {}))
         except RequestError:
@@ -76,3 +77,12 @@ class PromptBuilder:
         if tokenizer.has_thinking and tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids):
             return "reasoning"
         return "normal"
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RequestError(400, f"the prompt has {half}, half of a surrogate pair, expected Unicode text") from None
