@@ -102,7 +102,10 @@ class Output:
         from ..bench import comparison
 
         if self.compare is not None:
-            click.echo(f"\n{comparison.format_changes(comparison.compare(self.records, self._old()))}")
+            changes = comparison.compare(self.records, self._old())
+            known = any(change.old for change in changes)
+            none = f"--compare: {self.compare} has none of these cases, expected a file of the same command and options"
+            click.echo(f"\n{comparison.format_changes(changes) if known else none}")
         self._save(about)
         if self.plot is not None:
             from ..bench.plot import draw

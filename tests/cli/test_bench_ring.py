@@ -57,6 +57,9 @@ def test_one_rank_and_a_comparison(tmp_path: Path) -> None:
     save(file, [Record(old.bench, old.case, [1000.0, 1000.0])], {})
     done = run(*line, "--compare", str(file))
     assert done.returncode == 0 and done.stdout.rstrip().splitlines()[-1].endswith("faster"), done.stdout + done.stderr
+    save(file, [Record("links", old.case, [1.0])], {})
+    done = run(*line, "--compare", str(file))
+    assert f"--compare: {file} has none of these cases" in done.stdout and "nan" not in done.stdout, done.stdout
 
 
 @pytest.mark.ranks
@@ -122,6 +125,7 @@ def test_growth(tmp_path: Path) -> None:
         (("ring", "--json", "/no/such/folder/x.json"), "--json: /no/such/folder/x.json: there is no folder"),
         (("ring", "--interface", "en0"), "without hosts"),
         (("links", "--bytes", "0"), "'0', expected numbers of at least 1"),
+        (("links", "-n", "1"), "-n: 1, expected at least 2 ranks"),
         (("growth", "-n", "0"), "-n"),
         (("growth", "--continue"), "--continue: only with --json"),
     ],

@@ -65,6 +65,14 @@ def test_launch_gives_it_to_any_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
+def test_a_program_without_a_ring_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    done = invoke("launch", "-n", "2", "--trace", str(path), "--", sys.executable, "-c", "")
+    assert done.exit_code == 0 and not path.exists()
+    assert f"ringattn: trace: {path} was not written, since no rank opened a ring" in done.output
+
+
+@pytest.mark.ranks
 @pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="not installed: mlx_lm")
 def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...errors import KernelWarning
+from ...errors import ArgumentError, KernelWarning
 from ..bench_growth import growth
 from ..bench_options import (
     DTYPES,
@@ -183,9 +183,10 @@ def links(repeats: int, **options: Any) -> None:
     sizes = options.pop("bytes")
 
     def all_cases(ring: Transport) -> Iterator[Record]:
+        if ring.size == 1:
+            raise ArgumentError("-n: 1, expected at least 2 ranks, between which there are links")
         yield measure_exchange(ring, 64, repeats)
-        if ring.size > 1:
-            yield from (measure_hop(ring, size, repeats) for size in sizes)
+        yield from (measure_hop(ring, size, repeats) for size in sizes)
 
     run_on_ring(all_cases, options, KEYS, FIGURES)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ...tracing.files import VARIABLE
+from ...tracing.files import VARIABLE, split_names
 from .. import leave
 from ..host_options import HOSTS, PROCESSES, ranks_option, with_options
 from ..starting import Placement, prepare
@@ -35,11 +36,26 @@ def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **optio
 
     ssh must reach the hosts without a password. They need Python, ringattn and MPI at the same paths as this machine.
     """
-    ranks = prepare(Placement.pop_from(options), command, prefix=prefix, dry_run=dry_run)
+    placement = Placement.pop_from(options)
+    trace = split_names(os.environ.get(VARIABLE, ""))
+    ranks = prepare(placement, command, prefix=prefix, dry_run=dry_run)
     if dry_run:
         click.echo(shlex.join([*_changed(ranks.environment), *ranks.line]))
         return
-    leave(ranks.run())
+    before = [_written(path) for path in trace]
+    code = ranks.run()
+    for path, time in zip(trace, before):
+        if not placement.hosts and not placement.hostfile and _written(path) == time:
+            click.echo(f"ringattn: trace: {path} was not written, since no rank opened a ring", err=True)
+    leave(code)
+
+
+def _written(path: Path) -> int:
+    """When a file was written; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _changed(environment: Mapping[str, str]) -> list[str]:
