@@ -99,11 +99,17 @@ def test_results_and_gradients_of_each_feature(name: str) -> None:
     assert error(REST[name]()) <= 1
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
-@pytest.mark.parametrize("capability", [(8, 0), HOPPER])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "heads"),
+    [
+        ((8, 0), mx.float32, (4, 2)),
+        ((8, 0), mx.bfloat16, (2, 2)),
+        (HOPPER, mx.bfloat16, (4, 2)),  # dk and dv are added up by another kernel
+        (HOPPER, mx.bfloat16, (2, 2)),
+    ],
+)
 def test_gradients_alone_are_those_with_sums_rounded(
-    monkeypatch, heads: tuple[int, int], capability: tuple[int, int], dtype: mx.Dtype
+    monkeypatch, capability: tuple[int, int], dtype: mx.Dtype, heads: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(gradient_plans, "capability", lambda: capability)
     monkeypatch.setattr(gradient_plans, "WAVES", 0 if heads == (2, 2) else 3)
