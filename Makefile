@@ -72,6 +72,7 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/demo
+	@echo "Installing what the tests need: about 160 MB from PyPI."
 	$(BIN)/python -m pip install --quiet -e '.[cpu,mpi,test]'
 	touch $@
 

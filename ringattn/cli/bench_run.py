@@ -103,9 +103,10 @@ class Output:
 
         if self.compare is not None:
             changes = comparison.compare(self.records, self._old())
-            known = any(change.old for change in changes)
-            none = f"--compare: {self.compare} has none of these cases, expected a file of the same command and options"
-            click.echo(f"\n{comparison.format_changes(changes) if known else none}")
+            if any(change.old for change in changes):
+                click.echo(f"\n{comparison.format_changes(changes)}")
+            else:
+                click.echo(f"\n--compare: {self.compare} has none of these cases, expected those of the same options")
         self._save(about)
         if self.plot is not None:
             from ..bench.plot import draw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -128,8 +127,6 @@ def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[
         raise
     except ArgumentError as error:
         raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"--model: {path}: config.json is not JSON ({error})") from None
     except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
         source = "" if Path(path).exists() else "no such folder, and Hugging Face: "
         raise ArgumentError(f"--model: {path}: {source}{_whole_in_one_line(error)}") from None

@@ -11,6 +11,7 @@ from ..core.gradients import Rows
 from ..kernels.gpu.buffers import rule_arrays, rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
+from . import source
 from .calls import on_gpu, prepared
 from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .launch import KernelCall
@@ -118,6 +119,7 @@ def _call(
     outputs: dict[str, tuple[int, ...]],
     parts: bool = False,
 ) -> KernelCall:
+    dtype = mx.float32 if before or parts else inputs.q.dtype
     tiles = tiling.tile(False), tiling.tile(True)
     where = tiles, 1, -(-inputs.rows[2] // tiles[0])
 
@@ -139,12 +141,13 @@ def _call(
                 "OF_KEYS": int(tiling.of_keys),
                 "ADDS": int(bool(before)),
                 "SCALES": int(not parts),
+                "OUT": source.TYPES[dtype],
                 "PASSING": tiling.PASSING,
                 "STAGES": tiling.stages,
             },
             outputs,
             (len(reach), heads, inputs.q.shape[0]),
-            mx.float32 if before or parts else inputs.q.dtype,
+            dtype,
         )
 
     call = prepared((tiling, bool(before), tuple(outputs.items())), inputs, make)

@@ -57,7 +57,7 @@ def gradient_call(
     rows: Rows,
     tiling: Tiles,
     buffers: dict[str, mx.array],
-    defines: dict[str, int],
+    defines: dict[str, int | str],
     outputs: dict[str, tuple[int, ...]],
     blocks: tuple[int, int, int],
     dtype: mx.Dtype = mx.float32,
@@ -84,7 +84,6 @@ def gradient_call(
     }
     macros: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
-        "OUT": source.TYPES[dtype],
         "MATRIX": int(q.dtype.size == 2),
         "BFLOAT": int(q.dtype == mx.bfloat16),
         "D": q.shape[3],

@@ -49,7 +49,9 @@ def plans(inputs: KernelInputs) -> tuple[type[Plan], ...]:
     """The kinds of plan for some inputs, the fastest first."""
     dims = max(inputs.q.shape[3], inputs.v.shape[3])
     if capability() == HOPPER and inputs.q.dtype.size == 2 and dims <= MOST_HOPPER_DIMS:
-        return HopperPlan, FusedPlan
+        blocks = inputs.k.shape[0] * inputs.k.shape[1] * (inputs.k.shape[2] // HeldTiling.of(inputs, True).HELD)
+        alone = inputs.group == 1 or blocks >= WAVES * MULTIPROCESSORS
+        return HopperPlan if alone else SplitHopperPlan, FusedPlan
     return (FusedPlan,)
 
 
@@ -129,29 +131,27 @@ class FusedPlan(Plan):
 
 @dataclass(frozen=True)
 class HopperPlan(Plan):
-    """Plan of `backward_hopper.cu`.
+    """Plan of `backward_hopper.cu` in which a block that holds keys takes all query heads that see them.
 
     Attributes:
         of_keys: The tiles of the call that holds keys.
         of_queries: The tiles of the call that holds queries.
-        heads: How many sums of dk and dv a call leaves in each batch: one for each query head, or for each of k.
     """
 
     of_keys: HeldTiling
     of_queries: HeldTiling
-    heads: int
     name: ClassVar[str] = "wgmma"
+    split: ClassVar[bool] = False
 
     @classmethod
     def of(cls, inputs: KernelInputs) -> HopperPlan:
+        """Make the plan for some inputs."""
         k, v = inputs.k, inputs.v
-        (batch, heads, q_len), kv_heads = inputs.rows, k.shape[1]
+        batch, heads, q_len = inputs.rows if cls.split else (*k.shape[:2], inputs.rows[2])
         of_keys, of_queries = (HeldTiling.of(inputs, held) for held in (True, False))
-        enough = batch * kv_heads * (k.shape[2] // of_keys.HELD) >= WAVES * MULTIPROCESSORS
-        heads = kv_heads if enough else heads
         keys = _most(k.shape[2], WORKSPACE // (4 * batch * heads * (k.shape[3] + v.shape[3])), of_keys.HELD)
         queries, keys = _within_scores(inputs, q_len, keys, of_keys.HELD)
-        return cls(_most(q_len, queries, of_queries.HELD), keys, of_keys, of_queries, heads)
+        return cls(_most(q_len, queries, of_queries.HELD), keys, of_keys, of_queries)
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
         part = part_of(inputs, queries, keys)
@@ -161,14 +161,22 @@ class HopperPlan(Plan):
         return Gradients(q, k, v, add_to_mask(sums.mask, dmask, part, queries, keys))
 
     def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
-        """Add dk and dv of a call to `sums`: in the kernel, or where blocks share keys, by a second one."""
-        columns = slice(*keys)
-        if self.heads > part.k.shape[1]:
-            dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, None))
-            return _added(sums.k, dk, part.k, part.rules.scale, columns), _added(sums.v, dv, part.v, 1.0, columns)
+        """Add dk and dv of a call to `sums`."""
         before = None if sums.k is None else (mx.contiguous(cut(sums.k, keys)), mx.contiguous(cut(sums.v, keys)))
-        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, self.heads, before))
-        return _replaced(sums.k, dk, columns), _replaced(sums.v, dv, columns)
+        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, part.k.shape[1], before))
+        return _replaced(sums.k, dk, slice(*keys)), _replaced(sums.v, dv, slice(*keys))
+
+
+class SplitHopperPlan(HopperPlan):
+    """Plan in which a block takes one query head, so that there are more blocks; a second kernel adds up their sums."""
+
+    name: ClassVar[str] = "wgmma, one query head a block"
+    split: ClassVar[bool] = True
+
+    def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
+        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, part.rows[1], None))
+        scale, columns = part.rules.scale, slice(*keys)
+        return _added(sums.k, dk, part.k, scale, columns), _added(sums.v, dv, part.v, 1.0, columns)
 
 
 def planned(kind: type[Plan], inputs: KernelInputs) -> tuple[Plan, list[tuple[Span, Span]]]:

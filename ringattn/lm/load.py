@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -86,6 +87,10 @@ def _check_path(path: str | Path) -> None:
     elif file.is_dir():
         if not (file / "config.json").is_file():
             raise ArgumentError(f"path: {path}, expected a folder with a model's config.json")
+        try:
+            json.loads((file / "config.json").read_bytes())
+        except ValueError as error:
+            raise ArgumentError(f"path: {path}: config.json is not JSON ({error})") from None
     elif file.exists():
         raise ArgumentError(f"path: {path}, expected a model's folder or a file that ends in .gguf")
     elif isinstance(path, Path) or not REPOSITORY.fullmatch(path):

@@ -21,6 +21,7 @@ if "CI" not in os.environ:
 from tiny_model import CONFIG, make_folder
 
 ATTENTION = ("--heads", "32/8", "--context", "100000")
+FOLDER = str(Path(__file__).parent)  # that is no model
 CLUSTER = ("--machine", "4*m3-ultra:256G", "--link", "tb5-rdma")
 
 
@@ -173,7 +174,7 @@ def test_the_help_lists_all_chips_and_links() -> None:
         ((*ATTENTION, "--measure", "--link", "10gbe"), "--link: not with --measure"),
         (("--model", "x", *CLUSTER, "--layers", "2"), "--layers: only with --heads"),
         (("--model", "/no/such/folder", *CLUSTER), "--model: /no/such/folder: no such file or folder"),
-        (("--model", "/tmp", *CLUSTER), "--model: /tmp: expected a folder with a model's config.json"),
+        (("--model", FOLDER, *CLUSTER), f"--model: {FOLDER}: expected a folder with a model's config.json"),
     ],
 )
 def test_errors_in_one_line(line: tuple[str, ...], message: str) -> None:

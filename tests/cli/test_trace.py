@@ -69,7 +69,16 @@ def test_a_program_without_a_ring_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     done = invoke("launch", "-n", "2", "--trace", str(path), "--", sys.executable, "-c", "")
     assert done.exit_code == 0 and not path.exists()
-    assert f"ringattn: trace: {path} was not written, since no rank opened a ring" in done.output
+    assert f"ringattn: trace: {path} was not written: no rank has opened and closed a ring" in done.output
+
+
+@pytest.mark.ranks
+def test_a_broken_ring_leaves_a_file_for_each_rank(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    program = "import ringattn as ra\nring = ra.init()\nring.barrier()\nif ring.rank: 1 / 0\nring.barrier()"
+    done = invoke("launch", "-n", "2", "--trace", str(path), "--", sys.executable, "-c", program)
+    assert done.exit_code == 1 and "was not written" not in done.output, done.output
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["trace.rank0.json", "trace.rank1.json"]
 
 
 @pytest.mark.ranks

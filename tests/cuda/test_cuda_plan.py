@@ -152,12 +152,18 @@ def test_a_gradient_by_wgmma_in_several_calls(seed: int, model, hopper, monkeypa
     assert sum("hopper" in call.name for call in model) > 2
 
 
-@pytest.mark.parametrize("tokens,heads", [(1000, 4), (40_000, 2)])
-def test_the_heads_of_a_group_are_added_up_where_blocks_are_many(tokens: int, heads: int, hopper) -> None:
-    q, k = (mx.zeros((1, n, tokens, 64), mx.bfloat16) for n in (4, 2))
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kind"),
+    [
+        (1000, 4, gradient_plans.SplitHopperPlan),
+        (40_000, 4, gradient_plans.HopperPlan),
+        (1000, 2, gradient_plans.HopperPlan),
+    ],
+)
+def test_the_heads_of_a_group_share_a_block_where_blocks_are_many(tokens: int, heads: int, kind, hopper) -> None:
+    q, k = (mx.zeros((1, n, tokens, 64), mx.bfloat16) for n in (heads, 2))
     at = np.arange(tokens, dtype=np.int32)
-    plan = gradient_plans.HopperPlan.of(KernelInputs(q, k, k, at, at, ScoreRules(1.0, Band())))
-    assert plan.heads == heads
+    assert gradient_plans.plans(KernelInputs(q, k, k, at, at, ScoreRules(1.0, Band())))[0] is kind
 
 
 def test_the_gradient_by_wgmma_takes_half_precision_and_few_dims(hopper) -> None:

@@ -115,10 +115,11 @@ def expected(server: Server) -> str:
 @pytest.mark.model
 def test_a_chat(smollm2: Server) -> None:
     server = smollm2
-    status, found = server.ask(CHAT, {"messages": QUESTION, "max_tokens": 20})
+    status, found = server.ask(CHAT, {"messages": QUESTION, "max_tokens": 20, "logprobs": True})
     expected = found["choices"][0]["message"]["content"]
     assert status == 200 and found["choices"][0]["message"] == {"role": "assistant", "content": expected}
-    assert "Paris" in expected
+    tokens = [entry["token"] for entry in found["choices"][0]["logprobs"]["content"]]
+    assert "Paris" in expected and "".join(tokens) == expected, tokens
     assert found["choices"][0]["finish_reason"] == "stop" and found["object"] == "chat.completion"
     # The same question again, and a next turn, use the tokens in the cache.
     messages = [*QUESTION, {"role": "assistant", "content": expected}, {"role": "user", "content": "And of Italy?"}]

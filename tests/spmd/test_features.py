@@ -28,7 +28,6 @@ def test_every_feature_both_ways(both: Ring, feature: str, strategy: str) -> Non
     check(GradientCase.random(FEATURES[feature]()), both, "zigzag", strategy=strategy)
 
 
-@pytest.mark.two_ranks
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("way", ["window", "boolean", "additive", "segments"])
 def test_keys_that_no_query_sees_may_hold_any_bits(ring: Ring, strategy: str, way: str) -> None:

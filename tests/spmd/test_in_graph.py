@@ -81,6 +81,13 @@ def test_kernels_that_differ(ring):
         assert same(decode(ring, seed, backend="host" if (ring.rank + seed) % 2 else "reference"))
 
 
+def test_agreements_are_counted_alike_by_all_kernels(ring):
+    """Otherwise the heartbeats of ranks with the one kernel say nothing to those with the other."""
+    assert same(decode(ring, backend="host" if ring.rank else "reference"))
+    count = ring._life._agreed
+    assert ring.all_reduce(mx.array([count])).item() == ring.size * count
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_arguments_that_differ(ring, evaluated):
     """The result is NaN, never a wrong number, and the next call raises."""

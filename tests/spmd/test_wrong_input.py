@@ -167,7 +167,6 @@ WRONG = {
     "decode_attention": {
         **OPTIONS,
         "start": (lambda a: {"start": 1.5}, "start: 1.5", "an integer"),
-        "start before the keys": (lambda a: {"start": -1}, "start: -1", "at least 0"),
         "kv_layout of more tokens": (lambda a: {"kv_layout": longer(a["kv_layout"])}, "k: 4 tokens", "5"),
         "kv_layout of another size": (lambda a: {"kv_layout": other_size(a["kv_layout"])}, "kv_layout: for "),
         "kv_layout of another type": (lambda a: {"kv_layout": None}, "kv_layout: NoneType", "a Layout"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import click
 
+from ringattn.cuda.source import KERNELS
 from ringattn.kernels.gpu.launch import KernelCall
 from ringattn.reporting.tables import format_table
 
@@ -101,8 +102,13 @@ def main(architecture: tuple[str, ...], part: str) -> None:
     """Print registers, bytes spilled and shared memory of each kernel."""
     if problem := nvrtc.lacking():
         raise click.ClickException(problem)
+    if not any(part in name for name in (*VARIANTS, *(path.stem for path in KERNELS.iterdir()))):
+        raise click.ClickException(f"--part: {part!r}, expected a part of a kernel's or a variant's name")
     for name in architecture or ARCHITECTURES:
-        click.echo(f"{name}\n{table(name, part)}\n")
+        try:
+            click.echo(f"{name}\n{table(name, part)}\n")
+        except CompileError as error:
+            raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def compiled(text: str, architecture: str) -> str:
     nvrtc = library()
     options = [f"--gpu-architecture={architecture}", f"-I{located(PACKAGES[1], 'include')}", *OPTIONS]
     program = ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None)
+    if code := nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None):
+        raise CompileError(nvrtc.nvrtcGetErrorString(code).decode())
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
     size = ctypes.c_size_t()
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))

@@ -42,16 +42,16 @@ def launch(prefix: bool | None, dry_run: bool, command: tuple[str, ...], **optio
     if dry_run:
         click.echo(shlex.join([*_changed(ranks.environment), *ranks.line]))
         return
-    before = [_written(path) for path in trace]
+    here = [] if placement.hosts or placement.hostfile else [(path, _written(path)) for path in trace]
     code = ranks.run()
-    for path, time in zip(trace, before):
-        if not placement.hosts and not placement.hostfile and _written(path) == time:
-            click.echo(f"ringattn: trace: {path} was not written, since no rank opened a ring", err=True)
+    for path, before in here:
+        if code == 0 and _written(path) == before:
+            click.echo(f"ringattn: trace: {path} was not written: no rank has opened and closed a ring", err=True)
     leave(code)
 
 
 def _written(path: Path) -> int:
-    """When a file was written; 0 where there is none."""
+    """Time in ns at which a file was written; 0 where there is none."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

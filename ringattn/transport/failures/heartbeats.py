@@ -79,7 +79,7 @@ class Liveness:
         self._computing = ComputingRanks({peer: members[peer].job_rank for peer in self._peers})
         self._silent = dict.fromkeys(self._peers, 0.0)  # seconds of this process's own waking time
         self._places: dict[int, Place] = dict.fromkeys(self._peers, ("", 0))
-        self._agreed = 0  # calls of `set_all_places`, the same number on all ranks at the same place
+        self._agreed = 0  # agreements of all ranks, the same number on all at the same place
         self.moving: dict[int, list[list]] = {}  # each rank's latest report on its messages to and from this one
         self._sending: dict[int, Sent] = {}
         self._outbox: list[Sent] = []  # goodbyes and failures still leaving
@@ -174,9 +174,13 @@ class Liveness:
                 self._send_all(cause.encode(), FAIL)
 
     def set_all_places(self, place: Place) -> None:
-        """Record that all ranks are at `place`. Heartbeats sent before that may be read later; their places are old."""
-        self._agreed += 1
+        """Record an agreement of all ranks, which are at `place`."""
+        self.count_agreement()
         self._places = dict.fromkeys(self._peers, place)
+
+    def count_agreement(self) -> None:
+        """Record an agreement of all ranks. Heartbeats from before may be read later; their places are old then."""
+        self._agreed += 1
 
     def seen(self, peer: int) -> None:
         """Record that data of `peer` has arrived: it is alive, even if its heartbeats wait behind its data."""

@@ -102,6 +102,7 @@ class MlxRing(ProcessRing):
         with self._breaking():
             wait = self._wait_for(self._scheduler.gather_peers)
             replies = self._scheduler.exchange_in_graph(self._channel, payload, wait)
+        self._life.count_agreement()  # other ranks may take part by `exchange`; where they are is known later
         heads = mx.contiguous(replies[:, :_CHECKED_BYTES])
         self._unchecked.append((heads, check))
         return mx.depends([replies], [heads])[0]  # both are evaluated together, so the frames can be freed
