@@ -94,10 +94,10 @@ def held_keys_call(
         heads: The number of heads of q, or of k.
         sums: The sums of dk and dv before, contiguous, for as many heads as k has.
     """
-    shape, parts = (inputs.k.shape[0], heads, inputs.k.shape[2]), heads > inputs.k.shape[1]
+    shape = inputs.k.shape[0], heads, inputs.k.shape[2]
     dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
     before = {} if sums is None else dict(zip(("dk_before", "dv_before"), sums))
-    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()}, parts)
+    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()})
 
 
 def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array | None) -> KernelCall:
@@ -117,8 +117,8 @@ def _call(
     heads: int,
     before: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
-    parts: bool = False,
 ) -> KernelCall:
+    parts = tiling.of_keys and heads > inputs.k.shape[1]
     dtype = mx.float32 if before or parts else inputs.q.dtype
     tiles = tiling.tile(False), tiling.tile(True)
     where = tiles, 1, -(-inputs.rows[2] // tiles[0])

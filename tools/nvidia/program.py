@@ -6,17 +6,10 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from ringattn.cuda import source
 from ringattn.kernels.gpu.launch import KernelCall
 
-TYPES = {
-    mx.float32: "float",
-    mx.float16: "__half",
-    mx.bfloat16: "__nv_bfloat16",
-    mx.bool_: "bool",
-    mx.int32: "int32_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
-}
+TYPES = source.TYPES | {mx.uint32: "uint32_t", mx.uint64: "uint64_t"}
 PER_ARRAY = {"shape": "Shape", "strides": "Strides", "ndim": "int"}  # that follow an input where the source names them
 # Names of MLX's headers that kernels use. Its arrays are those of `cuda::std`, whose headers take longer than a kernel.
 BEFORE = """#include <cuda_bf16.h>
