@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import backends
-from ..autograd.custom_function import evaluated_copies
+from ..autograd.custom_function import evaluated_copies, start_evaluation
 from ..core.arrays import read_only
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import Spans, kept_positions
@@ -91,6 +91,15 @@ class RingCall:
     def stays_on_gpu(self) -> bool:
         """Whether this rank's blocks can travel from GPU to GPU."""
         return self.ring.has_gpus and self.kernel.lazy and self.strategy != "gather" and on_gpu()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether Python goes on while a GPU works. Not where there is a trace, whose spans show what the GPU does."""
+        return self.links is not None and self.ring.tracer.events is None
+
+    def evaluate(self, *arrays: mx.array) -> None:
+        """Evaluate `arrays`, or only start to where Python goes on while a GPU works."""
+        (start_evaluation if self.runs_ahead else mx.eval)(*arrays)
 
     def fields(self) -> Fields:
         """List the values that all ranks must agree on."""
@@ -188,12 +197,11 @@ class RingCall:
     def run(self, hop: int, after: Transfer | None, build: Callable[[Arrive], Arrays]) -> Arrays:
         """Compute the arrays that `build` makes of a block, once the transfer `after` has brought it.
 
-        A GPU's work is prepared before the block is there, and may go on when this returns. Where there is a trace, it
-        is not, so that its spans show what the GPU does. `build` gets a function that waits for the block, to be called
-        before anything is evaluated.
+        Where Python `runs_ahead`, a GPU's work is prepared before the block is there, and may go on when this returns.
+        `build` gets a function that waits for the block, to be called before anything is evaluated.
         """
         arrive = partial(self.wait, hop, after)
-        ahead = self.links is not None and self.ring.tracer.events is None
+        ahead = self.runs_ahead
         prepared = build(arrive) if ahead else None
         arrive()
         with self.ring.tracer.span("compute", hop):

@@ -34,12 +34,15 @@ WHAT = "ring_attention"
 
 
 def forward(call: RingCall) -> tuple[mx.array, mx.array]:
-    """Agree with the other ranks, run the schedule, and compute ``(out, lse)``."""
+    """Agree with the other ranks, run the schedule, and compute ``(out, lse)``.
+
+    Between GPUs this returns when all messages have arrived and the last work has started.
+    """
     links = call.ring.links if call.stays_on_gpu else None
     with forgetting(links):
         with raise_on_all_ranks(call.ring, WHAT):
             # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
-            mx.eval(*call.keys().arrays)
+            replace(call, links=links).evaluate(*call.keys().arrays)
             strategy = call.chosen()
             call.ring.tracer.choose(strategy)
             # Python takes about as long to agree as a GPU to compute on a short block.
@@ -52,7 +55,7 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             own = None
     with call.ring.break_ring_on_error():
         out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
-        mx.eval(out, lse)
+        call.evaluate(out, lse)
     return out, lse
 
 
@@ -109,12 +112,12 @@ def _pass_kv(call: RingCall, own: OwnHop | None = None) -> Partial:
     arrivals, sends, results = own or OwnHop.of(call, agreed=True)
     held = Held(call)
     held.turn()
-    held.until(results[1:], arrivals[0][2].release)
+    held.release(arrivals[0][2], results[1:])
     for i, (h, _, arrival) in enumerate(arrivals[1:], 1):
         call.ring.set_progress(WHAT, h)
         results = _attend(call, arrivals, i, results)
         held.turn()
-        held.until(results[1:], arrival.release)
+        held.release(arrival, results[1:])
     call.wait(arrivals[-1][0] + 1, *sends)
     if not results:
         return call.finish_state(call.empty_state(call.arrays[0].shape[2]))
@@ -133,13 +136,17 @@ class Held:
         self._links = call.links
         self._held: list[tuple[Arrays, Callable[[], None]]] = []
 
-    def until(self, results: Arrays, act: Callable[[], None]) -> None:
-        """Call `act` once `results` are there."""
-        self._held.append((results, act))
+    def until(self, results: Arrays, act: Callable[[], None], wait: bool = True) -> None:
+        """Call `act` once `results` are there, or without a wait for them."""
+        self._held.append((results if wait else (), act))
         if self._links is None:
             self.turn()
         else:
             start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
+
+    def release(self, arrival: Arrival, results: Arrays) -> None:
+        """Release a block once `results`, which were computed on it, are there; sooner if no other needs its slot."""
+        self.until(results, arrival.release, wait=arrival.awaited)
 
     def turn(self) -> None:
         """Wait for the work that was added, and start the transfers that can start."""
@@ -210,7 +217,7 @@ def round_trip(
             first = None
             added = accumulator.block(found, hop.compute)
         held.turn()
-        held.until(() if added is None else added.arrays, arrival.release)
+        held.release(arrival, () if added is None else added.arrays)
         following.allow_receive()
         if h == 0:
             home_part = home_part or added

@@ -58,6 +58,8 @@ class Slots:
         at = self._next
         self._next = (at + 1) % len(self._users)
         block = self._block(at, spans)
+        for signal in _signals(self._users[at]):
+            signal.awaited = True
         transfer = direction.recv(self._places(block), tag=tag, after=[*self._users[at], *after])
         users: list[Transfer | Signal] = [Signal()]
         self._users[at] = users
@@ -102,8 +104,17 @@ class Arrival:
             self.users.append(sent)
         return sent
 
+    @property
+    def awaited(self) -> bool:
+        """Whether another block comes into its slot."""
+        return any(signal.awaited for signal in _signals(self.users))
+
     def release(self) -> None:
         """Release the block. This rank does not read it again."""
-        for signal in self.users or ():
-            if isinstance(signal, Signal):
-                signal.open()
+        for signal in _signals(self.users):
+            signal.open()
+
+
+def _signals(users: Sequence[Transfer | Signal] | None) -> list[Signal]:
+    """The signals among the users of a slot: a rank's own reading, where a block arrived."""
+    return [user for user in users or () if isinstance(user, Signal)]

@@ -39,9 +39,14 @@ Load = Callable[[], Sequence[Any]]
 
 
 class Signal:
-    """An event that a transfer can be made to wait for: closed at first, opened once."""
+    """An event that a transfer can be made to wait for: closed at first, opened once.
+
+    Attributes:
+        awaited: Whether a transfer waits for it, or did.
+    """
 
     def __init__(self) -> None:
+        self.awaited = False
         self._done = False
         self._watchers: list[Callable[[], None]] = []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -75,6 +77,31 @@ def test_bits_repeat(ring: Ring, network: HostNetwork, strategy: str) -> None:
     results = [run(case, ring, "zigzag", strategy=strategy, backend="reference")[:2] for _ in range(3)]
     first, *rest = [[np.array(x.astype(mx.float32)) for x in result] for result in results]
     assert all(np.array_equal(a, b) for again in rest for a, b in zip(first, again))
+
+
+def test_a_call_waits_only_for_slots(ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU still computes when a call returns. Within it, a rank waits until it may receive into a block again."""
+    case = replace(random_case(5, q_len=120, k_len=120), options={"mask": "causal"})
+    evaluate, waits = mx.eval, []
+
+    def counted(*arrays: mx.array) -> None:
+        if arrays and sys._getframe(1).f_globals["__name__"].startswith("ringattn"):
+            waits.append(arrays)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    out, lse, layout = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")
+    assert len(waits) == max(0, ring.size - 3)  # two slots: the first two blocks that arrive wait for none
+    monkeypatch.undo()
+    check(case, out, lse, rows=rows_of(layout, ring.rank), what="zigzag")
+
+
+def test_calls_one_after_the_other(ring: Ring, network: HostNetwork) -> None:
+    """The next call begins before the results of the last one are there."""
+    cases = [replace(random_case(seed, q_len=700, k_len=700), options={"mask": "causal"}) for seed in range(4)]
+    results = [run(case, ring, "zigzag", strategy="pass_kv", backend="reference") for case in cases]
+    for case, (out, lse, layout) in zip(cases, results):
+        check(case, out, lse, rows=rows_of(layout, ring.rank), what="zigzag")
 
 
 def test_bytes(ring: Ring, network: HostNetwork) -> None:

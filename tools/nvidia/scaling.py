@@ -4,7 +4,7 @@ Run ``ringattn launch -n 4 python -m tools.nvidia.scaling results.json``. `tools
 ``context_parallel`` on the same GPUs, and `tools.nvidia.scaling_plot` draws both.
 
 A time is the median of several samples. A sample is several calls one after the other, on all ranks, and counts as long
-as on the slowest rank. Rank 0 computes the whole problem by itself for the time of one GPU.
+as on the slowest rank, until its GPU is done. Rank 0 computes the whole problem by itself for the time of one GPU.
 """
 
 from __future__ import annotations
@@ -30,25 +30,33 @@ from ringattn.transport import Ring
 from .scaling_problem import Problem, gradient_error
 
 SAMPLES, CALLS = 5, 3
-LONG, VERY_LONG = 100_000, 200_000  # tokens: a sample is one call, and there is one sample
+VERY_LONG = 200_000  # tokens: there is one sample of one call
 
 
 def repeats(tokens: int) -> tuple[int, int]:
     """How many samples are taken of a problem, and how many calls make one."""
-    return (1, 1) if tokens > VERY_LONG else (SAMPLES, 1) if tokens > LONG else (SAMPLES, CALLS)
+    return (1, 1) if tokens > VERY_LONG else (SAMPLES, CALLS)
 
 
 def seconds(ring: Ring, call: Callable[[], object], samples: int, calls: int) -> float:
     """The median seconds of `call`, which all ranks make, on the slowest rank."""
+    times = samples_of(call, samples, calls, ring.barrier)
+    return median(slowest(ring, times))
+
+
+def samples_of(call: Callable[[], object], samples: int, calls: int, begin: Callable[[], None]) -> list[float]:
+    """The seconds of a call in each sample, after one that is not timed."""
     call()
     times = []
     for _ in range(samples):
-        ring.barrier()
+        mx.synchronize()
+        begin()
         start = time.perf_counter()
         for _ in range(calls):
             call()
+        mx.synchronize()
         times.append((time.perf_counter() - start) / calls)
-    return median(slowest(ring, times))
+    return times
 
 
 def slowest(ring: Ring, numbers: list[float]) -> list[float]:
@@ -60,14 +68,7 @@ def slowest(ring: Ring, numbers: list[float]) -> list[float]:
 
 def alone(ring: Ring, call: Callable[[], object], samples: int, calls: int) -> float:
     """The median seconds of `call` on rank 0, while the others wait."""
-    times = []
-    if ring.rank == 0:
-        call()
-        for _ in range(samples):
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times.append((time.perf_counter() - start) / calls)
+    times = samples_of(call, samples, calls, lambda: None) if ring.rank == 0 else []
     ring.barrier()
     return slowest(ring, [median(times) if times else 0.0])[0]
 
@@ -126,7 +127,7 @@ def whole(ring: Ring, problem: Problem, gradient: bool) -> float:
     everything = ((0, problem.tokens),)
     arrays = problem.arrays(everything)
     if not gradient:
-        return alone(ring, lambda: mx.eval(ra.attention(*arrays, mask="causal", return_lse=True)), *count)
+        return alone(ring, lambda: mx.async_eval(ra.attention(*arrays, mask="causal", return_lse=True)), *count)
     cotangent = problem.arrays(everything, "d")
     return alone(ring, lambda: there_and_back(lambda *a: ra.attention(*a, mask="causal"), arrays, cotangent), *count)
 
@@ -134,7 +135,7 @@ def whole(ring: Ring, problem: Problem, gradient: bool) -> float:
 def there_and_back(function: Callable, arrays: list[mx.array], cotangent: list[mx.array]) -> list[mx.array]:
     """Compute `function` and its gradients, and return these."""
     results, gradients = mx.vjp(lambda *a: [function(*a)], arrays, cotangent)
-    mx.eval(results, gradients)
+    mx.async_eval(results, gradients)
     return gradients
 
 

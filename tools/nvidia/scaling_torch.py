@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DIM = 128
 SAMPLES, CALLS = 5, 3
-LONG = 100_000  # tokens: a sample is one call
 BACKENDS = {"FLASH": SDPBackend.FLASH_ATTENTION, "CUDNN": SDPBackend.CUDNN_ATTENTION}
 ROTATIONS = ("alltoall", "allgather")
 
@@ -52,21 +51,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: bool) ->
         torch.autograd.grad(out, (q, k, v), out)
 
 
-def sample(call: Callable[[], None], tokens: int, together: bool) -> float:
+def sample(call: Callable[[], None], together: bool) -> float:
     """The median seconds of a call, on the slowest rank if all make it `together`."""
     call()
     times = []
-    calls = 1 if tokens > LONG else CALLS
     for _ in range(SAMPLES):
         torch.cuda.synchronize()
         if together:
             dist.barrier()
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(CALLS):
             call()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / CALLS)
     found = torch.tensor(times, device="cuda")
     if together:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -78,7 +76,7 @@ def alone(backend: str, heads: int, tokens: int, gradient: bool) -> float:
     """The seconds of one GPU."""
     q, k, v = arrays(heads, tokens, gradient)
     with sdpa_kernel(BACKENDS[backend]):
-        return sample(lambda: attend(q, k, v, gradient), tokens, together=False)
+        return sample(lambda: attend(q, k, v, gradient), together=False)
 
 
 def measure(mesh: DeviceMesh, backend: str, rotation: str, heads: int, tokens: int, gradient: bool) -> dict:
@@ -87,7 +85,7 @@ def measure(mesh: DeviceMesh, backend: str, rotation: str, heads: int, tokens: i
     set_rotation(rotation)
     with sdpa_kernel(BACKENDS[backend]), context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
         own = [x.detach().requires_grad_(gradient) for x in (q, k, v)]
-        seconds = sample(lambda: attend(*own, gradient), tokens, together=True)
+        seconds = sample(lambda: attend(*own, gradient), together=True)
     size = dist.get_world_size()
     return {
         "what": f"context_parallel {backend} {rotation}",
