@@ -168,5 +168,5 @@
       wait_for_products<0>();
       pin(acc[0]);
     }
-    store_results(results, rows, first_row, acc, m, l);
+    store_results(results, rows, unknown(first_row), acc, m, l);
   }

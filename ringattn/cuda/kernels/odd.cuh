@@ -14,7 +14,8 @@ RA_FUNC bool is_odd(unsigned word) {
 template <int COUNT, int WIDTH, int LD>
 RA_FUNC bool finds_odd(const RA_T* x) {
   bool odd = false;
-  for (int i = threadIdx.x; i < COUNT * (WIDTH / PART); i += THREADS) {
+#pragma unroll 2
+  for (int i = unknown(threadIdx.x); i < COUNT * (WIDTH / PART); i += THREADS) {
     const int at = place<COUNT, LD>(i / (WIDTH / PART), i % (WIDTH / PART) * PART);
     const uint4 part = *reinterpret_cast<const uint4*>(x + at);
     odd |= is_odd(part.x) | is_odd(part.y) | is_odd(part.z) | is_odd(part.w);
@@ -58,7 +59,8 @@ RA_FUNC void add_odd_values(float (&acc)[F][W][4], const unsigned (&seen)[F][WOR
 // Put zeros in the place of NaN and infinity: 0 * NaN is NaN, also in the rows that do not see it.
 template <int COUNT, int WIDTH, int LD>
 RA_FUNC void clear_odd(RA_T* v) {
-  for (int i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
+#pragma unroll 1
+  for (int i = unknown(threadIdx.x); i < COUNT * WIDTH; i += THREADS) {
     RA_T& x = v[place<COUNT, LD>(i / WIDTH, i % WIDTH)];
     x = is_odd(x) ? RA_T(0.0f) : x;
   }

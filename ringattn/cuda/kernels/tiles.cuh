@@ -18,6 +18,13 @@ RA_FUNC unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
+// A number that the compiler knows nothing about. What rare code computes from it is computed there. Else the compiler
+// would do that before a loop, and keep it in registers that the loop needs.
+RA_FUNC int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A number that all lanes of a warp have, and the compiler may take for one.
 RA_FUNC int uniform(int x) {
   return __reduce_min_sync(ALL_LANES, x);
