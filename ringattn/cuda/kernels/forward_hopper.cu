@@ -55,10 +55,6 @@
     const int lane = threadIdx.x % 32, first_row = tile * BQ + 16 * (threadIdx.x / 32) + lane / 4;
     load_queries<BQ, SWIZZLED, WARPGROUP>(q_tile, queries, queries_shape, queries_strides, rows, tile * BQ, 64 * group,
                                           64);
-    wait_for_copies();
-    publish_to_products();
-    meet(ROWS_LOADED + group, WARPGROUP);
-
     float acc[1][BV / 8][4], m[2], l[2]; // l: of this lane's columns alone, until the end
     clear_state(acc, m, l);
 #if RA_STATE_IN
@@ -70,6 +66,9 @@
       }
     }
 #endif
+    wait_for_copies(); // of queries, while the state arrives
+    publish_to_products();
+    meet(ROWS_LOADED + group, WARPGROUP);
 
     float s[1][BK / 8][4], kept[2];
     unsigned p[BK / 16][4], seen[1][(BK + 63) / 64];

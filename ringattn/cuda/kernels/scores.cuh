@@ -218,9 +218,11 @@ RA_FUNC void load_state(float (&acc)[F][W][4], float (&m)[ROWS], float (&l)[ROWS
   m[r] = m_in[place];
   l[r] = lane % 4 == 0 ? l_in[place] : 0.0f;
   RA_UNROLL
-  for (int i = 0; i < 2 * W; i++) {
-    const int d = i / 2 * 8 + lane % 4 * 2 + i % 2;
-    acc[r / 2][i / 2][r % 2 * 2 + i % 2] = d < RA_DV ? acc_in[place * RA_DV + d] : 0.0f;
+  for (int i = 0; i < W; i++) {
+    const int d = i * 8 + lane % 4 * 2;
+    const auto two = load_two<RA_DV>(acc_in + place * RA_DV + d, RA_DV - d);
+    acc[r / 2][i][r % 2 * 2] = two.first;
+    acc[r / 2][i][r % 2 * 2 + 1] = two.second;
   }
 }
 

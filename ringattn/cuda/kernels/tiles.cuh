@@ -112,15 +112,27 @@ RA_FUNC float quad_sum(float x) {
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+// Load two neighbours of a row with DIMS numbers, of which the next `dims` belong to it; 0 for others.
+template <int DIMS>
+RA_FUNC Pair<float> load_two(const float* x, int dims) {
+  if constexpr (DIMS % 2 == 0) {
+    return dims > 0 ? *reinterpret_cast<const Pair<float>*>(x) : Pair<float>{0.0f, 0.0f};
+  } else {
+    return {dims > 0 ? x[0] : 0.0f, dims > 1 ? x[1] : 0.0f};
+  }
+}
+
 // Store two neighbours of a row with DIMS numbers, of which the next `dims` belong to it.
 template <int DIMS, typename T>
 RA_FUNC void store_two(T* to, const float* two, int dims) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T first, second;
-  };
   if constexpr (DIMS % 2 == 0) {
     if (dims > 0) {
-      *reinterpret_cast<Pair*>(to) = Pair{T(two[0]), T(two[1])};
+      *reinterpret_cast<Pair<T>*>(to) = {T(two[0]), T(two[1])};
     }
   } else {
     for (int i = 0; i < min(dims, 2); i++) {
