@@ -12,6 +12,7 @@ import click
 from ..core.device import uses_gpu
 from ..errors import ArgumentError
 from ..extras import require
+from .counts import parse_count
 
 if TYPE_CHECKING:
     from ..bench.problem import AttentionShape
@@ -21,8 +22,8 @@ PICTURES = (".png", ".svg")
 
 
 def numbers(text: str) -> list[int]:
-    """Read numbers of at least 1, such as ``64,128``."""
-    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    """Read numbers of at least 1, such as ``64,128`` or ``4K,1M``."""
+    found = [parse_count(part) or 0 for part in text.split(",")]
     if min(found) < 1:
         raise click.BadParameter(f"{text!r}, expected numbers of at least 1, separated by commas")
     return found

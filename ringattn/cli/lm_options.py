@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .counts import Count
 from .host_options import HOSTS, PROCESSES, ranks_option, tensor_option
 from .trace_option import trace_option
 
@@ -75,7 +76,7 @@ OPTIONS = (
         "--max-tokens",
         default=256,
         show_default=True,
-        type=click.IntRange(min=1),
+        type=Count(min=1),
         help="Largest number of tokens of an answer.",
     ),
     click.option("--temp", default=0.0, show_default=True, type=Number(min=0), help="Sampling temperature; 0: none."),
@@ -85,7 +86,7 @@ OPTIONS = (
     click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling."),
     click.option(
         "--prefill-step-size",
-        type=click.IntRange(min=1),
+        type=Count(min=1),
         metavar="TOKENS",
         help="Tokens that a rank, not all together, computes in one round of prefill.  "
         "[default: as many as the memory allows, in rounds of about 20 s or less]",

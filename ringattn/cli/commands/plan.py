@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ...errors import ArgumentError
 from ..bench_options import parse_heads
+from ..counts import Count
 from ..host_options import HOSTS, chosen_cluster, count_ranks, ranks_option, with_options
 from ..output_files import problem_with
 
@@ -39,13 +40,13 @@ WHAT = (
         "--dtype", type=click.Choice(list(DTYPES)), help="Of keys and values.  [default: the model's, or float16]"
     ),
     click.option(
-        "--context", default=131072, show_default=True, type=click.IntRange(1, 1 << 30), help="Tokens of the prompt."
+        "--context", default="128K", show_default=True, type=Count(1, 1 << 30), help="Tokens of the prompt, such as 1M."
     ),
-    click.option("--answer", default=256, show_default=True, type=click.IntRange(min=1), help="Tokens of the answer."),
+    click.option("--answer", default=256, show_default=True, type=Count(min=1), help="Tokens of the answer."),
     click.option(
         "--prefill-step-size",
         "chunk",
-        type=click.IntRange(min=1),
+        type=Count(min=1),
         metavar="TOKENS",
         help="Tokens that a rank computes in one round of prefill.  [default: as ringattn generate]",
     ),
@@ -82,7 +83,7 @@ def plan(json_file: Path | None, growth: bool, answer: int, context: int, chunk:
     runs but the measurements of --measure. ringattn generate and serve refuse a prompt that does not fit by the same
     model of memory.
 
-        ringattn plan --model config.json --machine 4*m3-ultra:256G --link tb5-rdma --context 1000000
+        ringattn plan --model config.json --machine 4*m3-ultra:256G --link tb5-rdma --context 1M
 
     Chips: m1, m1-max, m1-ultra, m2, m2-max, m2-ultra, m3-max, m3-ultra, m4, m4-pro, m4-max, m5-max. Links: tb5-rdma,
     tb5-tcp, 25gbe, 10gbe, 2.5gbe, 1gbe.
