@@ -113,7 +113,8 @@ def ring_attention(
         return_lse: Also return the log-sum-exp.
 
     Returns:
-        `out` ``[batch, heads, local tokens, value head_dim]`` for this rank's queries, or ``(out, lse)``.
+        `out` ``[batch, heads, local tokens, value head_dim]`` for this rank's queries, or ``(out, lse)``. Where blocks
+        travel from GPU to GPU, these may still be computed when this returns, as results of other operations of MLX.
 
     Raises:
         ArgumentError: If an argument is wrong on any rank, or differs between ranks. Raised on every rank, before any

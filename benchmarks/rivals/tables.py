@@ -135,7 +135,7 @@ def job_leads(rows: Sequence[JobRow], model: str) -> str:
 
 
 def gpu_table(records: Sequence[dict]) -> str:
-    """Milliseconds of each library on GPUs, from the records of `tools.nvidia.scaling` and `scaling_torch`."""
+    """Milliseconds of each library on GPUs, from the records of one session of `tools.nvidia.scaling` and its rival."""
     names = list(dict.fromkeys(one["what"] for one in records))
     cases: dict[tuple, dict[str, float]] = {}
     for one in records:
@@ -147,4 +147,7 @@ def gpu_table(records: Sequence[dict]) -> str:
     for (tokens, heads, ranks, what), times in cases.items():
         cells = [f"{times[name] * 1e3:.1f}" if name in times else NONE for name in names]
         lines.append([f"{tokens // 1024}K, {heads} x 128, causal", str(ranks), what, *cells])
-    return markdown(["tokens, heads, mask", "GPUs", "what", *(f"{name}, ms" for name in names)], lines)
+    gpu = next((one["gpu"] for one in records if "gpu" in one), "unknown GPUs")
+    where = f"{gpu}s of one host, in one session ([NVIDIA](nvidia.md#several-gpus)):"
+    table = markdown(["tokens, heads, mask", "GPUs", "what", *(f"{name}, ms" for name in names)], lines)
+    return f"{where}\n\n{table}"

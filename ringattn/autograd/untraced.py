@@ -25,7 +25,7 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
     """Compute on copies of `arrays` that no transformation traces. On other devices, and outside, on `arrays`.
 
     Args:
-        compute: A function of the arrays that evaluates its results.
+        compute: A function of the arrays that evaluates its results, or starts to.
         arrays: Its arguments.
         interrupt: Called with an exception, such as KeyboardInterrupt, that reaches this thread while it waits for
             another one. It should end the computation.

@@ -41,14 +41,16 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
     links = call.ring.links if call.stays_on_gpu else None
     with forgetting(links):
         with raise_on_all_ranks(call.ring, WHAT):
-            # Evaluate keys and values first: the first send needs them, and must not wait for other arithmetic.
-            replace(call, links=links).evaluate(*call.keys().arrays)
+            # Keys and values first: the first send needs them, and must not wait for other arithmetic.
+            keys = call.keys().arrays
+            start_evaluation(*keys)
             strategy = call.chosen()
             call.ring.tracer.choose(strategy)
             # Python takes about as long to agree as a GPU to compute on a short block.
             early = links is not None and strategy == "pass_kv"
             own = OwnHop.of(replace(call, links=links)) if early else None
             start_evaluation(*call.arrays)
+            mx.eval(*keys)  # here, so that an error in them is one of all ranks
             fields = call.fields()
         call = call.agreed(WHAT, fields)
         if call.links is None:
@@ -135,22 +137,31 @@ class Held:
     def __init__(self, call: RingCall):
         self._links = call.links
         self._held: list[tuple[Arrays, Callable[[], None]]] = []
+        self._later: list[tuple[Arrays, Callable[[], None]]] = []
 
-    def until(self, results: Arrays, act: Callable[[], None], wait: bool = True) -> None:
-        """Call `act` once `results` are there, or without a wait for them."""
-        self._held.append((results if wait else (), act))
+    def until(self, results: Arrays, act: Callable[[], None]) -> None:
+        """Call `act` once `results` are there."""
+        self._held.append((results, act))
         if self._links is None:
             self.turn()
         else:
             start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
 
     def release(self, arrival: Arrival, results: Arrays) -> None:
-        """Release a block once `results`, which were computed on it, are there; sooner if no other needs its slot."""
-        self.until(results, arrival.release, wait=arrival.awaited)
+        """Release a block once `results`, which were computed on it, are there.
+
+        If no other block comes into its slot, `turn` waits one turn longer, so that no more than two hops' results are
+        under way.
+        """
+        if self._links is None or arrival.awaited:
+            self.until(results, arrival.release)
+        else:
+            start_evaluation(*results)
+            self._later.append((results, arrival.release))
 
     def turn(self) -> None:
         """Wait for the work that was added, and start the transfers that can start."""
-        held, self._held = self._held, []
+        held, self._held, self._later = self._held, self._later, []
         if self._links is not None:
             self._links.advance()
         for results, act in held:

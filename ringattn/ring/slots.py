@@ -58,8 +58,6 @@ class Slots:
         at = self._next
         self._next = (at + 1) % len(self._users)
         block = self._block(at, spans)
-        for signal in _signals(self._users[at]):
-            signal.awaited = True
         transfer = direction.recv(self._places(block), tag=tag, after=[*self._users[at], *after])
         users: list[Transfer | Signal] = [Signal()]
         self._users[at] = users

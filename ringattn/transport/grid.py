@@ -26,9 +26,8 @@ class Grid:
     **Order of communication.** Sums over a row and calls of a column's ring wait for other ranks. Nobody waits in a
     circle as long as every rank does the same operations in the same order: the rank that is least far in this order
     waits for nobody. A call of the ring evaluates its keys and values before its first exchange, and with them all sums
-    that they depend on; where blocks stay on GPUs it starts to, and waits for them before its first block leaves. So
-    the order is that of the program, although MLX evaluates late. A sum whose result one rank of a row evaluates must
-    be evaluated by the other ranks of this row before their next call of a ring.
+    that they depend on. So the order is that of the program, although MLX evaluates late. A sum whose result one rank
+    of a row evaluates must be evaluated by the other ranks of this row before their next call of a ring.
 
     **Failures.** Nothing can interrupt a sum over a row, and by itself it waits for ever for a rank that has died or
     hangs. The heartbeats of `ring` find that rank. A process that does not return from a sum then ends with the cause.

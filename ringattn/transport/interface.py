@@ -289,12 +289,21 @@ class Direction:
 
     def send(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = (), late: bool = False) -> Transfer:
         """See `Transport.send`, and `Links.send` for `late`."""
+        _await(after)
         if self.links is not None:
             return self.links.send(load, tag=tag, after=after, step=self.step, late=late)
         return self.ring.send(load, tag=tag, after=after, step=self.step)
 
     def recv(self, load: Load, *, tag: int, after: Sequence[Transfer | Signal] = ()) -> Transfer:
         """See `Transport.recv`. `load` returns the places of the bytes."""
+        _await(after)
         if self.links is not None:
             return self.links.recv(load, tag=tag, after=after, step=self.step)
         return self.ring.recv(load(), tag=tag, after=after, step=self.step)
+
+
+def _await(signals: Sequence[Transfer | Signal]) -> None:
+    """Note that a transfer waits for these signals."""
+    for one in signals:
+        if isinstance(one, Signal):
+            one.awaited = True

@@ -14,14 +14,20 @@ from host_network import HostGpu, HostNetwork, use_host_network
 from test_gradient import check as check_gradient
 from test_ring import LAYOUTS, rows_of, run
 
+import ringattn as ra
+from ringattn import backends
 from ringattn.autograd import untraced
+from ringattn.core.online_softmax import State
 from ringattn.errors import ArgumentError
+from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.ring import call
 from ringattn.ring.blocks import NOTHING, Block
 from ringattn.transport import Ring
 from ringattn.transport.mpi.ring import MpiRing
 from ringattn.verify.features import FEATURES
 from ringattn.verify.oracle import GradientCase, check, random_case
+
+LONG = 1000  # rows of matrices whose product takes longer than a message
 
 
 @pytest.fixture
@@ -79,8 +85,10 @@ def test_bits_repeat(ring: Ring, network: HostNetwork, strategy: str) -> None:
     assert all(np.array_equal(a, b) for again in rest for a, b in zip(first, again))
 
 
-def test_a_call_waits_only_for_slots(ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU still computes when a call returns. Within it, a rank waits until it may receive into a block again."""
+def test_a_call_does_not_wait_for_its_last_hops(
+    ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for its keys and values, and for all hops but the last two."""
     case = replace(random_case(5, q_len=120, k_len=120), options={"mask": "causal"})
     evaluate, waits = mx.eval, []
 
@@ -91,9 +99,48 @@ def test_a_call_waits_only_for_slots(ring: Ring, network: HostNetwork, monkeypat
 
     monkeypatch.setattr(mx, "eval", counted)
     out, lse, layout = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")
-    assert len(waits) == max(0, ring.size - 3)  # two slots: the first two blocks that arrive wait for none
+    assert len(waits) == 1 + ring.size - 2
     monkeypatch.undo()
     check(case, out, lse, rows=rows_of(layout, ring.rank), what="zigzag")
+
+
+def sum_late(inputs: KernelInputs, state: State | None = None) -> mx.array:
+    """Sums of values, as a kernel that has long to do before it reads them."""
+    inputs.arrive()
+    ones = mx.ones((LONG, LONG))
+    zero = (ones @ ones)[0, 0] * 0
+    total = (inputs.v + zero).sum(axis=2, keepdims=True)
+    return mx.broadcast_to(total, (*inputs.rows, total.shape[3])) + (0 if state is None else state.acc)
+
+
+def state_late(self: object, inputs: KernelInputs, state: State | None = None) -> State:
+    acc = sum_late(inputs, state)
+    return State(acc, acc[..., 0] * 0, acc[..., 0] * 0 + 1)
+
+
+def finish_late(self: object, inputs: KernelInputs, output: OutputSpec, state: State | None = None) -> tuple:
+    acc = sum_late(inputs, state)
+    return acc, acc[..., 0]
+
+
+@pytest.mark.parametrize("ways", [False, True])
+def test_a_block_waits_for_its_slot(
+    ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch, ways: bool
+) -> None:
+    """No block arrives in memory that a kernel still has to read, in this call or in the one before."""
+    if ways and ring.size == 2:
+        pytest.skip("one link")
+    monkeypatch.setattr(ring, "both_ways", ways)
+    kernel = type(backends.select("reference"))
+    monkeypatch.setattr(kernel, "forward", state_late)
+    monkeypatch.setattr(kernel, "finish", finish_late)
+    layout = ra.Layout.contiguous(8 * ring.size, ring.size)
+    calls = []
+    for n in range(3):
+        v = mx.full((1, 1, 8, 8), 1.0 + ring.rank + 10 * n)
+        out = ra.ring_attention(v, v, v, ring=ring, layout=layout, strategy="pass_kv", backend="reference")
+        calls.append((out, 8 * sum(1.0 + rank + 10 * n for rank in range(ring.size))))
+    assert [out[0, 0, 0, 0].item() for out, _ in calls] == [expected for _, expected in calls]
 
 
 def test_calls_one_after_the_other(ring: Ring, network: HostNetwork) -> None:
@@ -127,6 +174,23 @@ def test_wrong_input_leaves_no_message(ring: Ring, network: HostNetwork) -> None
     assert network.groups == groups and ring.links is not None and not ring.links.peers
     again = run(case, ring, "zigzag", strategy="pass_kv", backend="reference")[0]
     assert mx.array_equal(good, again)
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_an_error_in_keys_is_one_of_all_ranks(ring: Ring, network: HostNetwork, strategy: str) -> None:
+    """Keys that cannot be computed are noticed before any data move, and the ring still works."""
+    layout = ra.Layout.contiguous(16 * ring.size, ring.size)
+    x = mx.ones((1, 1, 16, 16))
+    stream = mx.new_stream(mx.cpu)
+    late = (mx.ones((LONG, LONG), stream=stream) @ mx.ones((LONG, LONG), stream=stream))[:16, :16] * 0
+    singular = mx.linalg.inv(late, stream=stream).reshape(x.shape)
+
+    def attend(k: mx.array) -> mx.array:
+        return ra.ring_attention(x, k, x, ring=ring, layout=layout, strategy=strategy, backend="reference")
+
+    with pytest.raises(RuntimeError if ring.rank == 1 else ArgumentError, match="Inverse"):
+        attend(singular if ring.rank == 1 else x)
+    assert not ring.broken and mx.allclose(attend(x), x)
 
 
 @pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
