@@ -11,13 +11,9 @@ import os
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX is imported: float32 products in float32
 
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import click
 import mlx.core as mx
@@ -186,38 +182,6 @@ def check_gradient(shape: AttentionShape) -> None:
     report(f"gradient, {words(shape)}", right and same, what + ("" if same else " OTHER BITS AGAIN"))
 
 
-def sanitize() -> None:
-    """Run small problems of this program under the memory and the race checker."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        click.echo("compute-sanitizer: not found on PATH or in /usr/local/cuda/bin; nothing was checked with it")
-        return
-    for checker in ("memcheck", "racecheck"):
-        lines = _under(tool, checker, "-m", "tools.nvidia.check", "--quick", "--kernels", kernels)
-        ours = [line for line in lines if "ringattn" in line]  # cuBLAS, which the references use, has hazards too
-        summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), " ".join(lines)[-300:])
-        right = "all checks passed" in lines and not ours
-        report(f"compute-sanitizer {checker}", right, f"{len(ours)} reports of our kernels; in all: {summary}")
-    planted = [line for line in _under(tool, "racecheck", "-c", PLANTED) if "ringattn" in line]
-    report("a planted race is seen", bool(planted), f"{len(planted)} reports")
-
-
-PLANTED = """
-import mlx.core as mx
-source = "__shared__ float s[64]; int t = threadIdx.x; s[t] = x[t]; y[t] = s[63 - t];"
-kernel = mx.fast.cuda_kernel(name="ringattn_planted", input_names=["x"], output_names=["y"], source=source)
-call = {"template": [], "grid": (64, 1, 1), "threadgroup": (64, 1, 1)}
-mx.eval(kernel(inputs=[mx.ones(64)], output_shapes=[(64,)], output_dtypes=[mx.float32], **call))
-"""
-
-
-def _under(tool: str, checker: str, *program: str) -> list[str]:
-    """Run a Python program under a checker and return its lines."""
-    detail = ["--racecheck-report", "all"] if checker == "racecheck" else []
-    done = subprocess.run([tool, "--tool", checker, *detail, sys.executable, *program], capture_output=True, text=True)
-    return (done.stdout + done.stderr).splitlines()
-
-
 def _large(quick: bool) -> Checks:
     return [partial(check_large, shape) for shape in (SMALL if quick else SMALL + LARGE)]
 
@@ -261,25 +225,21 @@ PARTS: dict[str, Callable[[bool], Checks]] = {
 @click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)))
 @click.option("--kernels", "chosen", type=click.Choice(["cuda", "metal"]), default="cuda", show_default=True)
 @click.option("--quick", is_flag=True, help="Small problems only.")
-@click.option("--sanitizer", is_flag=True, help="Small problems under compute-sanitizer.")
 @click.option("--share", default="0/1", help="i/n: every n-th check from i on.")
-def main(parts: tuple[str, ...], chosen: str, quick: bool, sanitizer: bool, share: str) -> None:
+def main(parts: tuple[str, ...], chosen: str, quick: bool, share: str) -> None:
     global kernels
     kernels = chosen
     if not mx.cuda.is_available():
         raise click.ClickException("no NVIDIA GPU that MLX can use: pip install 'mlx[cuda13]'")
-    if sanitizer:
-        sanitize()
-    else:
-        mx.set_default_device(mx.gpu)
-        if kernels == "metal":
-            set_executor(counted)
-        checks = [check for part in parts or PARTS for check in PARTS[part](quick)]
-        first, step = map(int, share.split("/"))
-        for check in checks[first::step]:
-            check()
-        if kernels == "metal":
-            click.echo(f"{threadgroups[0]} calls, {threadgroups[1]} threadgroups")
+    mx.set_default_device(mx.gpu)
+    if kernels == "metal":
+        set_executor(counted)
+    checks = [check for part in parts or PARTS for check in PARTS[part](quick)]
+    first, step = map(int, share.split("/"))
+    for check in checks[first::step]:
+        check()
+    if kernels == "metal":
+        click.echo(f"{threadgroups[0]} calls, {threadgroups[1]} threadgroups")
     click.echo(f"FAILED: {'; '.join(failed)}" if failed else "all checks passed")
     raise SystemExit(1 if failed else 0)
 

@@ -57,8 +57,8 @@ class Problem:
     gradient: bool = False
     sums: bool = False
 
-    def run(self) -> None:
-        """Run the kernels."""
+    def run(self) -> list[mx.array]:
+        """Run the kernels, and return their results, which may be lazy."""
         kernel, inputs = CudaKernel(), self.inputs()
         rows = inputs.rows
         state = State(mx.zeros((*rows, self.dims[1])), mx.zeros(rows), mx.zeros(rows)) if self.state else None
@@ -66,12 +66,13 @@ class Problem:
             dout, numbers = mx.zeros((*rows, self.dims[1]), self.dtype), mx.zeros(rows)
             found = kernel.rows(dout, numbers, dout, numbers)
             sums = Gradients.zeros(inputs.q, inputs.k, inputs.v, inputs.rules)
-            kernel.backward(inputs, found, sums) if self.sums else kernel.gradients(inputs, found)
-        elif self.out is None:
-            kernel.forward(inputs, state)
-        else:
-            sinks = mx.zeros(self.heads[0]) if self.sinks else None
-            kernel.finish(inputs, OutputSpec(self.out, self.lse, sinks), state)
+            gradients = kernel.backward(inputs, found, sums) if self.sums else kernel.gradients(inputs, found)
+            return [x for x in gradients if x is not None]
+        if self.out is None:
+            return [*kernel.forward(inputs, state)]
+        sinks = mx.zeros(self.heads[0]) if self.sinks else None
+        results = kernel.finish(inputs, OutputSpec(self.out, self.lse, sinks), state)
+        return [x for x in results if x is not None]
 
     def inputs(self) -> KernelInputs:
         """The arrays, positions and rules."""
