@@ -25,7 +25,7 @@ def numbers(text: str) -> list[int]:
     """Read numbers of at least 1, such as ``64,128`` or ``4K,1M``."""
     found = [parse_count(part) or 0 for part in text.split(",")]
     if min(found) < 1:
-        raise click.BadParameter(f"{text!r}, expected numbers of at least 1, separated by commas")
+        raise click.BadParameter(f"{text!r}, expected numbers of at least 1, such as 64 or 4K, separated by commas")
     return found
 
 

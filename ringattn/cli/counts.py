@@ -23,5 +23,7 @@ class Count(click.IntRange):
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        count = parse_count(value) if isinstance(value, str) else None
-        return super().convert(value if count is None else count, param, ctx)
+        count = parse_count(value) if isinstance(value, str) else value
+        if count is None:
+            self.fail(f"{value!r}, expected a count such as 4096, 128K or 1M.", param, ctx)
+        return super().convert(count, param, ctx)

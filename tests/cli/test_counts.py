@@ -34,10 +34,15 @@ def test_a_plan_takes_units(tmp_path: Path) -> None:
     assert [written[name] for name in ("context", "answer", "prefill_step_size")] == [131_072, 1024, 2048]
 
 
-@pytest.mark.parametrize("wrong", ["0K", "2000M", "many", "1.5K"])
-def test_a_plan_refuses_others(wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [("0K", "range"), ("2000M", "range")]
+    + [(text, "expected a count such as 4096, 128K or 1M") for text in ("many", "1.5K", "-1", "")],
+)
+def test_a_plan_refuses_others(wrong: str, why: str) -> None:
     done = CliRunner().invoke(plan, [*ATTENTION, "--context", wrong])
-    assert done.exit_code == 2 and "--context" in done.output.splitlines()[-1]
+    line = done.output.splitlines()[-1]
+    assert done.exit_code == 2 and "--context" in line and why in line
 
 
 def test_lists_take_units() -> None:
