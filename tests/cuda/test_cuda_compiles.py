@@ -39,16 +39,17 @@ COMPILED = {
     "sm_121a": SMALLER,
 }
 CASES = [(architecture, variant) for architecture, variants in COMPILED.items() for variant in variants]
-# Variants without a softcap, of 64 or 128 dims, of which a kernel by wgmma spills, and the most bytes of one
+# Variants without a softcap, of 64 or 128 dims, of which a kernel by wgmma spills, and the bytes that it may: up to
+# twice what NVRTC 13.5 makes of them
 SPILLING = {
-    "bfloat16, 128, causal",
-    "bfloat16, 128, a state",
-    "bfloat16, 64",
-    "float16, 64, many rows",
-    "gradient, bfloat16, 128, causal",
-    "gradient, bfloat16, 64, columns",
+    "bfloat16, 128, causal": 48,
+    "bfloat16, 128, a state": 48,
+    "bfloat16, 128, causal, a state": 96,
+    "bfloat16, 64": 160,
+    "float16, 64, many rows": 512,
+    "gradient, bfloat16, 128, causal": 32,
+    "gradient, bfloat16, 64, columns": 16,
 }
-MOST_SPILLED = 512
 
 LOG = """ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
 ptxas         .     24 bytes stack frame, 20 bytes spill stores, 32 bytes spill loads
@@ -132,7 +133,7 @@ def test_every_kernel_compiles(architecture: str, variant: str) -> None:
         found = resources(call, architecture)
         assert not found.remarks
         if lean(call):
-            assert found.spilled <= (MOST_SPILLED if variant in SPILLING else 0)
+            assert found.spilled <= SPILLING.get(variant, 0)
 
 
 @pytest.mark.cuda

@@ -22,6 +22,7 @@ EVERYTHING = {"high": 0, "softcap": 5.0, "segments": True}
 RESULTS: dict[str, Problem] = {
     "bfloat16, 128, causal": Problem(high=0, out=mx.bfloat16, lse=True),
     "bfloat16, 128, a state": Problem(state=True),
+    "bfloat16, 128, causal, a state": Problem(high=0, state=True, out=mx.bfloat16, lse=True),
     "float16, 64, everything": Problem(
         mx.float16, (64, 64), mask=mx.bool_, state=True, out=mx.float16, lse=True, sinks=True, **EVERYTHING
     ),
