@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import backends
-from ..autograd.custom_function import evaluated_copies, start_evaluation
+from ..autograd.custom_function import evaluated_copies
 from ..core.arrays import read_only
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import Spans, kept_positions
@@ -96,10 +96,6 @@ class RingCall:
     def runs_ahead(self) -> bool:
         """Whether Python goes on while a GPU works. Not where there is a trace, whose spans show what the GPU does."""
         return self.links is not None and self.ring.tracer.events is None
-
-    def evaluate(self, *arrays: mx.array) -> None:
-        """Evaluate `arrays`, or only start to where Python goes on while a GPU works."""
-        (start_evaluation if self.runs_ahead else mx.eval)(*arrays)
 
     def fields(self) -> Fields:
         """List the values that all ranks must agree on."""

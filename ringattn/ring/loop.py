@@ -57,7 +57,7 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             own = None
     with call.ring.break_ring_on_error():
         out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
-        call.evaluate(out, lse)
+        (start_evaluation if call.runs_ahead else mx.eval)(out, lse)
     return out, lse
 
 
@@ -141,11 +141,7 @@ class Held:
 
     def until(self, results: Arrays, act: Callable[[], None]) -> None:
         """Call `act` once `results` are there."""
-        self._held.append((results, act))
-        if self._links is None:
-            self.turn()
-        else:
-            start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
+        self._hold(self._held, results, act)
 
     def release(self, arrival: Arrival, results: Arrays) -> None:
         """Release a block once `results`, which were computed on it, are there.
@@ -153,11 +149,15 @@ class Held:
         If no other block comes into its slot, `turn` waits one turn longer, so that no more than two hops' results are
         under way.
         """
-        if self._links is None or arrival.awaited:
-            self.until(results, arrival.release)
+        soon = self._links is None or arrival.awaited
+        self._hold(self._held if soon else self._later, results, arrival.release)
+
+    def _hold(self, actions: list[tuple[Arrays, Callable[[], None]]], results: Arrays, act: Callable[[], None]) -> None:
+        actions.append((results, act))
+        if self._links is None:
+            self.turn()
         else:
-            start_evaluation(*results)
-            self._later.append((results, arrival.release))
+            start_evaluation(*results)  # so that `turn` waits for these, and not for the work that starts before it
 
     def turn(self) -> None:
         """Wait for the work that was added, and start the transfers that can start."""

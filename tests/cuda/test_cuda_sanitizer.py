@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from ringattn.cuda import launch
 from tools.nvidia import sanitizer
-from tools.nvidia.kernels import GRADIENTS, RESULTS
+from tools.nvidia.kernels import GRADIENTS, RESULTS, zeros
 from tools.nvidia.sanitizer import DONE, Job
 
 JOB = Job("a kernel", "racecheck", ("-m", "it"))
@@ -56,7 +56,7 @@ def test_a_variant_runs_its_kernels(monkeypatch: pytest.MonkeyPatch, variant: st
 
     def executor(call: launch.KernelCall) -> list[mx.array]:
         ran.append(call.name)
-        return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
+        return zeros(call)
 
     monkeypatch.setattr(launch.launcher, "gpu", executor)
     monkeypatch.setattr(launch.launcher, "executor", executor)

@@ -11,6 +11,7 @@ import ringattn as ra
 from ringattn.metal import KernelCall, launch
 from tools.nvidia.compiler import resources
 from tools.nvidia.executor import translated
+from tools.nvidia.kernels import zeros
 
 pytestmark = [pytest.mark.cuda, pytest.mark.emulator]
 
@@ -19,12 +20,12 @@ def capture(monkeypatch: pytest.MonkeyPatch, attend: Callable[[], object]) -> li
     """Record the kernel calls that `attend` makes, with zeros for outputs."""
     calls: list[KernelCall] = []
 
-    def zeros(call: KernelCall) -> list[mx.array]:
+    def executor(call: KernelCall) -> list[mx.array]:
         calls.append(call)
-        return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
+        return zeros(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch.launcher, "executor", zeros)
+        patch.setattr(launch.launcher, "executor", executor)
         mx.eval(attend())
     return calls
 

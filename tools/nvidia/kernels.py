@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ringattn.core.kept import Kept
 from ringattn.cuda import KernelCall, calls, device, dispatch, gradient_plans, launch
+from ringattn.kernels.gpu.launch import KernelCall as AnyCall
 from ringattn.native import memory_kernels
 
 from .problems import Problem
@@ -68,11 +69,21 @@ def calls_of(variant: str, architecture: str) -> list[KernelCall]:
 
     def executor(call: KernelCall) -> list[mx.array]:
         found.append(call)
-        return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
+        return zeros(call)
 
-    with gpu(ARCHITECTURES[architecture]), mock.patch.object(launch.launcher, "executor", executor):
-        (RESULTS | GRADIENTS)[variant].run()
+    results_of(variant, architecture, executor)
     return found
+
+
+def results_of(variant: str, architecture: str, executor: Callable[[KernelCall], list[mx.array]]) -> list[mx.array]:
+    """The results of a variant whose calls, those on a GPU of `architecture`, `executor` runs. None is tried before."""
+    with gpu(ARCHITECTURES[architecture]), mock.patch.object(launch.launcher, "executor", executor):
+        return (RESULTS | GRADIENTS)[variant].run()
+
+
+def zeros(call: AnyCall) -> list[mx.array]:
+    """Zeros in the place of the outputs of a call."""
+    return [mx.zeros(shape, dtype) for shape, dtype in zip(call.output_shapes, call.output_dtypes)]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import mlx.core as mx
 from ringattn.cuda import launch
 from ringattn.cuda.device import HOPPER, capability
 
-from .kernels import ARCHITECTURES, GRADIENTS, RESULTS, gpu
+from .kernels import GRADIENTS, RESULTS, results_of
 
 CHECKERS = {"memcheck": (), "racecheck": ("--racecheck-report", "all")}
 DONE = "the program has ended"  # its last line; without it there is no verdict
@@ -90,10 +90,7 @@ def metal_jobs(checkers: Sequence[str]) -> Iterator[Job]:
 
 def run_variant(architecture: str, variant: str) -> None:
     """Run the kernels that a variant has on an architecture, without their trial, which uses other kernels too."""
-    on_gpu = launch.launcher.gpu
-    launch.set_executor(lambda call: on_gpu(call))  # another executor than the default one, which would be tried
-    with gpu(ARCHITECTURES[architecture]):
-        mx.eval((RESULTS | GRADIENTS)[variant].run())
+    mx.eval(results_of(variant, architecture, lambda call: launch.launcher.gpu(call)))  # not the default: not tried
     click.echo(DONE)
 
 

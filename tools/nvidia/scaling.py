@@ -40,8 +40,7 @@ def repeats(tokens: int) -> tuple[int, int]:
 
 def seconds(ring: Ring, call: Callable[[], object], samples: int, calls: int) -> float:
     """The median seconds of `call`, which all ranks make, on the slowest rank."""
-    times = samples_of(call, samples, calls, ring.barrier)
-    return median(slowest(ring, times))
+    return median(slowest(ring, samples_of(call, samples, calls, ring.barrier)))
 
 
 def samples_of(call: Callable[[], object], samples: int, calls: int, begin: Callable[[], None]) -> list[float]:
