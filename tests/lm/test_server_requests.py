@@ -18,13 +18,13 @@ EXAMPLES = 30 * FUZZ_SECONDS
 VOCABULARY = 50
 
 
-def read(kind: str, **body: Any) -> Any:
+def read(kind: str, /, **body: Any) -> Any:
     from ringattn.lm.server.api.requests import Served, read_request
 
     return read_request(kind, body, Served(("tiny", "default_model"), VOCABULARY, {"max_tokens": 7, "top_p": 1.0}))
 
 
-def error(kind: str, **body: Any) -> Any:
+def error(kind: str, /, **body: Any) -> Any:
     from ringattn.lm.server.api.fields import RequestError
 
     with pytest.raises(RequestError) as found:

@@ -139,7 +139,8 @@ report_error(ring.barrier)
 
 def test_under_mlx_launch() -> None:
     """The real launcher: a program runs, and a rank that raises ends the others."""
-    program = "import ringattn as ra\nring = ra.init()\nprint(ring.rank, 'of', ring.size, flush=True)\nring.barrier()\n"
+    shows = "print(f'{ring.rank} of {ring.size}\\n', end='', flush=True)"  # one write
+    program = f"import ringattn as ra\nring = ra.init()\n{shows}\nring.barrier()\n"
     for ending, expected in (("", False), ("if ring.rank == 1: raise ValueError('boom')\nring.barrier()", True)):
         options = ["-n", "2", "--backend", "ring", "--env", f"PYTHONPATH={ROOT}"]
         command = [str(LAUNCH), *options, "--", sys.executable, "-c", program + ending]
