@@ -292,7 +292,9 @@ class Supervisor:
         """End ranks that wait for a ring if no rank is left that could still join it."""
         left = [rank for rank in self.ranks.values() if rank.end is None]
         since = [rank.opening_since for rank in left if not rank.stopped]
-        if not since or any(start is None or now - start < self._timeout for start in since):
+        # A rank that has ended may have opened the ring, of which one that waits has not heard yet.
+        last = max((rank.end.time for rank in self.ranks.values() if rank.end), default=0.0)
+        if not since or any(start is None or now - max(start, last) < self._timeout for start in since):
             return  # a rank may join later, however long its work before `init` takes
         never = [str(number) for number in range(self.size) if str(number) not in self.ranks]
         absent = {

@@ -92,6 +92,17 @@ def test_killed_rank_counts_where_mpiexec_ends_with_zero():
     assert supervisor.conclude() == 137
 
 
+@pytest.mark.parametrize(("ended", "given_up"), [(1.0, True), (4.5, False)])
+def test_a_rank_that_waits_for_a_ring_has_time_after_the_last_end(ended: float, given_up: bool) -> None:
+    """The ring may have opened while it waited, and the other rank be done already."""
+    supervisor = Supervisor(2, RankTable([]), 3.0)
+    end, here = End(Cause("ended", 1, "mac"), ended, False, False), SimpleNamespace(local=True)
+    supervisor.ranks["0"] = RankEntry("0", "mac", None, None, here, opening_since=0.5)
+    supervisor.ranks["1"] = RankEntry("1", "mac", None, None, here, end)
+    supervisor._enforce_init_timeout(now=5.0)
+    assert supervisor._gave_up == given_up
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_every_rank_gently(script, tmp_path, number):
