@@ -25,7 +25,7 @@ class Problem:
         dtype: The dtype of q, k and v.
         dims: The dims of keys, and of values.
         q_len: The number of queries.
-        k_len: The number of keys.
+        k_len: The number of keys: so many that the stages of a kernel are used again.
         heads: The numbers of heads of queries, and of keys.
         high: The upper bound of the band; 0 is a causal mask.
         softcap: That of the rules.
@@ -42,8 +42,8 @@ class Problem:
 
     dtype: mx.Dtype = mx.bfloat16
     dims: tuple[int, int] = (128, 128)
-    q_len: int = 200
-    k_len: int = 200
+    q_len: int = 700
+    k_len: int = 700
     heads: tuple[int, int] = (4, 2)
     high: int | None = None
     softcap: float | None = None
