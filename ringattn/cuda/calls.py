@@ -16,7 +16,7 @@ from .launch import KernelCall
 KEPT = 256  # small arrays, the layers of a model share theirs,
 LARGEST_KEPT = 1 << 14  # bytes of one
 # Inputs of `without_arrays`.
-SHARED = {"numbers", "reach", "order", "blocks", "limits", "query_at", "key_at", "mask_columns"}
+SHARED = {"numbers", "reach", "tail", "order", "blocks", "limits", "query_at", "key_at", "mask_columns"}
 
 
 def kernel_call(

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..core.kept import Kept
 from ..core.online_softmax import State
 from ..kernels.gpu.buffers import rule_arrays, state_buffers
+from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.gpu.self_test import MOST_KEYS, UnusableError, variant
 from ..kernels.interface import KernelInputs, OutputSpec
 from . import launch
@@ -19,6 +20,7 @@ from .device import HOPPER, capability, shared_bytes
 from .forward import combine_call, forward_call
 from .hopper_tiling import HopperTiling
 from .launch import KernelCall
+from .tail import Tail
 from .tiling import Tiling
 
 FEW_ROWS = 64  # query rows that share their keys: up to there the heads of a group are rows of one tile
@@ -76,11 +78,21 @@ class Plan:
             plans.insert(0, cls(1, HopperTiling.of(*dims, q_len)))
         return plans
 
-    def splits(self, inputs: KernelInputs) -> int:
-        """How many runs of its keys are attended to side by side: more than one where there are too few rows."""
+    def cuts(self, inputs: KernelInputs) -> tuple[int, Tail | None]:
+        """How keys are cut to fill the GPU.
+
+        Returns:
+            In how many runs, attended to side by side, those of all tiles are cut: more than one where there are too
+            few rows. If one: how those of the last tiles are.
+        """
         batch, heads, q_len = inputs.rows
         blocks = -(-q_len * self.group // self.tiling.BQ) * batch * heads // self.group
-        return max(1, min(self.tiling.blocks // blocks, inputs.k.shape[2] // LEAST_KEYS))
+        splits = max(1, min(self.tiling.blocks // blocks, inputs.k.shape[2] // LEAST_KEYS))
+        if splits > 1 or inputs.rules.segments is not None or not isinstance(self.tiling, HopperTiling):
+            return splits, None
+        sizes = self.tiling.BQ, self.group, self.tiling.BK
+        reach = key_tile_ranges(inputs.rules.band, inputs.q_pos, inputs.k_pos, *sizes)
+        return 1, Tail.of(self.tiling, reach, batch * heads)
 
     def arrays(self, inputs: KernelInputs) -> dict[str, mx.array]:
         """The buffers of the forward kernel that have the contents of arrays of the `inputs`."""
@@ -97,6 +109,7 @@ class Launches:
         variant: The kernel variant, for the self-test.
         forward: The call of `forward.cu`.
         combine: The call of `combine.cu`, where keys are split.
+        tail: How the last tiles are cut, if they are.
     """
 
     plan: Plan
@@ -104,27 +117,35 @@ class Launches:
     variant: str
     forward: KernelCall
     combine: KernelCall | None
+    tail: Tail | None
 
     @classmethod
     def of(
-        cls, plan: Plan, splits: int, inputs: KernelInputs, state: State | None, output: OutputSpec | None
+        cls,
+        plan: Plan,
+        splits: int,
+        tail: Tail | None,
+        inputs: KernelInputs,
+        state: State | None,
+        output: OutputSpec | None,
     ) -> Launches:
         """Prepare the kernels for some inputs."""
         sizes = f"tiles of {plan.tiling.BQ} x {plan.tiling.BK}{plan.tiling.name}"
-        name = variant(inputs, state, output, sizes, "keys split" if splits > 1 else "keys in one run")
+        cut = "keys split" if splits > 1 else "keys in one run" if tail is None else "keys of the last tiles split"
+        name = variant(inputs, state, output, sizes, cut)
         if splits == 1:
-            forward = forward_call(inputs, plan.tiling, plan.group, 1, state, output)
-            return cls(plan, 1, name, without_arrays(forward), None)
+            forward = forward_call(inputs, plan.tiling, plan.group, 1, state, output, tail)
+            return cls(plan, 1, name, without_arrays(forward), None, tail)
         forward = forward_call(inputs, plan.tiling, plan.group, splits, state, None)
         combine = combine_call(State(*map(mx.zeros, forward.output_shapes)), output)
-        return cls(plan, splits, name, without_arrays(forward), without_arrays(combine))
+        return cls(plan, splits, name, without_arrays(forward), without_arrays(combine), None)
 
     @classmethod
     def kept(cls, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> list[Launches]:
         """Prepare the kernels of each plan, or return those of a call with the same shapes, rules and positions."""
 
         def make() -> list[Launches]:
-            return [cls.of(plan, plan.splits(inputs), inputs, state, output) for plan in Plan.all(inputs)]
+            return [cls.of(plan, *plan.cuts(inputs), inputs, state, output) for plan in Plan.all(inputs)]
 
         positions = inputs.q_pos, inputs.k_pos, inputs.rules.columns
         return _kept.get(_key(inputs, state, output), positions, make)
@@ -134,7 +155,8 @@ class Launches:
 
         def few(inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
             inputs = inputs.whole()
-            return Launches.of(self.plan, min(self.splits, 2), inputs, state, output).run(inputs, state, output)
+            tail = None if self.tail is None else self.tail.of_trial(inputs.rows[1])
+            return Launches.of(self.plan, min(self.splits, 2), tail, inputs, state, output).run(inputs, state, output)
 
         keys = self.plan.tiling.stages * self.plan.tiling.BK + MOST_KEYS  # all stages are used, and one again
         launch.self_test.ensure(self.variant, few, inputs, state, output, keys)
@@ -142,9 +164,11 @@ class Launches:
     def run(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:
         """Run the kernels on `inputs`."""
         arrays = self.plan.arrays(inputs) | state_buffers(state, output if self.combine is None else None)
+        if self.tail is not None:
+            arrays |= {"arrived": launch.run(self.tail.counts)[0]}
         found = launch.run(self.forward.with_inputs(arrays))
         if self.combine is None:
-            return found
+            return found if self.tail is None else found[:-1]
         return launch.run(self.combine.with_inputs(state_buffers(State(*found), output)))
 
 

@@ -15,6 +15,7 @@ from . import source
 from .calls import kernel_call, on_gpu
 from .hopper_tiling import HopperTiling
 from .launch import KernelCall
+from .tail import Tail
 from .tiling import Tiling
 
 COMBINE_THREADS = 128
@@ -27,6 +28,7 @@ def forward_call(
     splits: int,
     state: State | None,
     output: OutputSpec | None,
+    tail: Tail | None = None,
 ) -> KernelCall:
     """The call of the kernel of `tiling`.
 
@@ -37,6 +39,7 @@ def forward_call(
         splits: In how many runs each tile's keys are cut; more than one needs ``output=None``.
         state: What earlier keys left, or ``None``.
         output: What to end in; ``None`` ends in a state, or in states with a first axis `splits` where that is above 1.
+        tail: How the last tiles are cut, by `HopperTiling` alone and with ``splits=1``; ``None`` cuts none.
     """
     q, k, v, rules = inputs.q, inputs.k, inputs.v, inputs.rules
     batch, heads, _ = inputs.rows
@@ -49,6 +52,7 @@ def forward_call(
         "reach": on_gpu(tiles),
         **rule_buffers(inputs, (tiling.BQ, tiling.BK), group, len(tiles)),
         **state_buffers(state, output),
+        **({} if tail is None else tail.buffers(mx.zeros(0, mx.int32))),
     }
     defines: dict[str, int | str] = {
         "T": source.TYPES[q.dtype],
@@ -63,19 +67,24 @@ def forward_call(
         "SOFTCAP": int(rules.softcap is not None),
         **rule_switches(rules, buffers),
         "STATE_IN": int(state is not None),
+        "TAIL": int(tail is not None),
         **output_switches(output),
     }
     parts = ("tiles", "softmax", "segments", "odd", *tiling.parts)
-    rows = inputs.rows if splits == 1 else (splits, *inputs.rows)
+    outputs = output_arguments(output, inputs.rows if splits == 1 else (splits, *inputs.rows), v.shape[3])
+    blocks = len(tiles) * splits, heads // group, batch
+    if tail is not None:
+        blocks = tail.blocks, 1, 1
+        outputs = {name: [*outputs[name], more] for name, more in zip(outputs, ("parts", tail.sums, mx.float32))}
     call = kernel_call(
         tiling.kernel,
         parts,
         defines,
         buffers,
-        blocks=(len(tiles) * splits, heads // group, batch),
+        blocks=blocks,
         threads=tiling.threads,
         shared_memory=tiling.shared_memory,
-        **output_arguments(output, rows, v.shape[3]),
+        **outputs,
     )
     return bounded(call) if isinstance(tiling, HopperTiling) else call
 

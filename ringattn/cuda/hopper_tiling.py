@@ -12,6 +12,9 @@ GROUP_ROWS = 64  # of a warpgroup
 WARPGROUP = 128  # threads
 BARRIER_BYTES, ALIGNMENT = 8, 1024
 MANY_ROWS = 6144  # from there on larger tiles leave no multiprocessor idle for long
+# Lanes of a warp that say that it is done with a tile. One does it for all, which have met since they read it. For
+# compute-sanitizer's racecheck, which does not follow that, it is 32.
+ARRIVALS = 1
 REGISTERS = {2: (40, 232), 3: (32, 160)}  # of a thread that loads and of one with rows, by `groups`
 
 
@@ -29,7 +32,7 @@ class HopperTiling:
     """
 
     kernel: ClassVar[str] = "forward_hopper"
-    parts: ClassVar[tuple[str, ...]] = ("matrix", "hopper", "scores")
+    parts: ClassVar[tuple[str, ...]] = ("matrix", "hopper", "scores", "runs")
     name: ClassVar[str] = ", wgmma"
 
     groups: int
@@ -57,7 +60,8 @@ class HopperTiling:
         """Constants of the kernel."""
         loader, row = REGISTERS[self.groups]
         sizes = {"BK": self.BK, "BD": self.BD, "BV": self.BV, "LOADER_REGISTERS": loader, "ROW_REGISTERS": row}
-        return {**sizes, "WARPS": 4 * self.groups, "FRAGMENTS": 1, "STAGES": self.stages, "TURNS": int(self.turns)}
+        counts = {"WARPS": 4 * self.groups, "FRAGMENTS": 1, "STAGES": self.stages, "ARRIVALS": ARRIVALS}
+        return {**sizes, **counts, "TURNS": int(self.turns)}
 
     @property
     def BQ(self) -> int:  # noqa: N802

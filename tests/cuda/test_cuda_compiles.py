@@ -44,7 +44,9 @@ CASES = [(architecture, variant) for architecture, variants in COMPILED.items() 
 SPILLING = {
     "bfloat16, 128, causal": 48,
     "bfloat16, 128, a state": 48,
-    "bfloat16, 128, causal, a state": 96,
+    "bfloat16, 128, causal, a state": 48,
+    "bfloat16, 128, keys of the last tiles split": 48,
+    "float16, 64, keys of the last tiles split, a state": 160,
     "bfloat16, 64": 160,
     "float16, 64, many rows": 512,
     "gradient, bfloat16, 128, causal": 32,
@@ -56,7 +58,8 @@ ptxas         .     24 bytes stack frame, 20 bytes spill stores, 32 bytes spill 
 ptxas info    : Used 168 registers, used 8 barriers, 24 bytes cumulative stack size, 1024 bytes smem
 """
 SWITCH = re.compile(r"^#\s*(?:el)?if\b.*", re.MULTILINE)
-ALWAYS = {("forward_hopper", "MATRIX"), ("backward_hopper", "MATRIX")}  # one value: these kernels have no float32
+# One value: kernels by wgmma have no float32, and only they cut the last tiles
+ALWAYS = {("forward_hopper", "MATRIX"), ("backward_hopper", "MATRIX"), ("forward", "TAIL")}
 SIZES = {
     "forward": {"T": 3, "MASK_T": 4, "OUT": 3, "MASK": 3, "G": 2, "WARPS": 3, "FRAGMENTS": 2, "STAGES": 2, "BK": 3},
     "forward_hopper": {"T": 2, "MASK_T": 3, "OUT": 3, "MASK": 3, "WARPS": 2, "STAGES": 2, "BK": 2, "TURNS": 2},

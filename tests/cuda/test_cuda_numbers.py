@@ -14,8 +14,10 @@ import ringattn as ra
 from ringattn import backends
 from ringattn.core.gradients import Gradients
 from ringattn.core.masks import Band
+from ringattn.core.online_softmax import finish
 from ringattn.core.rules import ScoreRules
-from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor
+from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor, tail
+from ringattn.cuda.backend import CudaKernel
 from ringattn.cuda.device import HOPPER
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.kernels.reference import ReferenceKernel
@@ -157,6 +159,26 @@ def test_keys_in_several_runs_and_a_state(monkeypatch) -> None:
     assert (
         max(ratios(case, *ra.attention(case.q, case.k, case.v, **case.options, backend="cuda", return_lse=True))) <= 1
     )
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 33)])
+def test_last_tiles_whose_keys_are_cut(monkeypatch, hopper: list[str], dims: tuple[int, int]) -> None:
+    """From nothing, and from and to a state. Some tiles have one block, some rows and keys do not exist."""
+    for name, value in {"MULTIPROCESSORS": 4, "LEAST_TILES": 1, "BLOCK_COST": 0.01, "RUN_COST": 0.01}.items():
+        monkeypatch.setattr(tail, name, value)
+    r = np.random.default_rng(0)
+    shapes = (3, 150, dims[0]), (1, 700, dims[0]), (1, 700, dims[1])
+    q, k, v = (mx.array(r.standard_normal((1, *shape)), mx.float32).astype(mx.bfloat16) for shape in shapes)
+    case = Case(q, k, v, np.arange(150), np.arange(700))
+    assert max(ratios(case, *ra.attention(q, k, v, backend="cuda", return_lse=True))) <= 1
+    kernel, state = CudaKernel(), None
+    for keys in (slice(0, 300), slice(300, 700)):
+        positions = case.q_pos, case.k_pos[keys]
+        inputs = KernelInputs(q, k[:, :, keys], v[:, :, keys], *positions, ScoreRules(dims[0] ** -0.5, Band()))
+        before, state = state, kernel.forward(inputs, state)
+    assert max(ratios(case, *kernel.finish(inputs, OutputSpec(mx.bfloat16, True, None), before))) <= 1
+    assert max(ratios(case, *finish(state, None, mx.bfloat16))) <= 1
+    assert len([name for name in hopper if "zeros" in name]) == len(hopper) // 2 == 4
 
 
 def test_keys_that_no_row_sees_may_be_nan() -> None:

@@ -28,7 +28,9 @@ def test_every_file_is_used_and_in_the_package() -> None:
     assert "cuda/kernels/*" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
-def test_no_kernel_has_atomics() -> None:
-    assert not [
-        path.name for path in KERNELS.iterdir() if re.search(r"\batomic[A-Z]|(?<!cta\.)\bred\.", path.read_text())
-    ]
+def test_atomics_only_count() -> None:
+    """Which block counts last does not change the bits; the order of atomic sums would."""
+    found = {
+        path.name: re.findall(r"\batomic\w+\([^)]*\)|(?<!cta\.)\bred\.", path.read_text()) for path in KERNELS.iterdir()
+    }
+    assert {name: atomics for name, atomics in found.items() if atomics} == {"runs.cuh": ["atomicAdd(arrived, 1)"]}

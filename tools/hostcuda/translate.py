@@ -12,8 +12,8 @@ OPERAND = re.compile(r'\s*"[=+&]*([a-z])"\s*\(')
 PRODUCT = re.compile(  # {sums}, {A} or A, B, adds, flags
     r"wgmma\.mma_async\S*\s*\{([^}]*)\}\s*,\s*(\{[^}]*\}|%\d+)\s*,\s*(%\d+)\s*,\s*([^\s,;]+)([^;]*);"
 )
-# What orders memory as the hardware sees it: here every access is in order
-ORDER = ("fence.", "wgmma.fence", "setmaxnreg", "membar", "griddepcontrol")
+# What changes nothing here, where every access is in order, and there are no caches
+IGNORED = ("fence.", "wgmma.fence", "setmaxnreg", "membar", "griddepcontrol", "prefetch.")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def call(statement: Statement) -> str:
     for part, function in INSTRUCTIONS.items():
         if part in text:
             return f"{function(statement)};"
-    if not text or any(part in text for part in ORDER):
+    if not text or any(part in text for part in IGNORED):
         return ";"
     raise ValueError(f"asm: {text[:80]!r}, expected an instruction that the host runtime knows")
 

@@ -37,6 +37,10 @@ RESULTS: dict[str, Problem] = {
     ),
     "float16, 80 and 32, keys split": Problem(mx.float16, (80, 32), 1, 2048, out=mx.float16, lse=True, sinks=True),
     "bfloat16, 128, keys split": Problem(q_len=1, k_len=2048, out=mx.bfloat16),
+    "bfloat16, 128, keys of the last tiles split": Problem(q_len=2200, k_len=2048, out=mx.bfloat16, lse=True),
+    "float16, 64, keys of the last tiles split, a state": Problem(
+        mx.float16, (64, 64), q_len=2200, k_len=2048, state=True
+    ),
     "float32, 64, keys split, a state": Problem(mx.float32, (64, 64), 1, 2048),
     "bfloat16, 128, 20 queries": Problem(q_len=20, heads=(2, 2), high=0, out=mx.bfloat16),
 }
@@ -45,7 +49,7 @@ GRADIENTS: dict[str, Problem] = {
     "gradient, bfloat16, 64": Problem(dims=(64, 64), heads=(2, 2), gradient=True),
     "gradient, bfloat16, 128, sums": Problem(heads=(2, 2), gradient=True, sums=True),
     "gradient, float16, 80 and 33, everything": Problem(
-        mx.float16, (80, 33), 199, 199, mask=mx.bool_, gradient=True, **EVERYTHING
+        mx.float16, (80, 33), 699, 699, mask=mx.bool_, gradient=True, **EVERYTHING
     ),
     "gradient, bfloat16, 64, columns": Problem(dims=(64, 64), mask=mx.float32, columns=True, gradient=True),
     "gradient, bfloat16, 256, additive mask": Problem(dims=(256, 256), mask=mx.bfloat16, gradient=True),

@@ -17,18 +17,8 @@
 
   load_queries<BQ, LDK, THREADS>(q_tile, queries, queries_shape, queries_strides, rows, tile * BQ);
 
-  // The state: what earlier keys left, or nothing
   float acc[RA_FRAGMENTS][BV / 8][4], m[ROWS], l[ROWS]; // l: of this lane's columns alone, until the end
   clear_state(acc, m, l);
-#if RA_STATE_IN
-  RA_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    const int row = first_row + 8 * r;
-    if (split == 0 && row < rows.count()) {
-      load_state(acc, m, l, r, rows.place(row), acc_in, m_in, l_in);
-    }
-  }
-#endif
 
   auto load_keys = [&](int kb, int stage) {
     load<BK, BD, LDK>(k_tiles + stage * BK * LDK, k + static_cast<long long>(kb * BK) * keys_strides[2], keys_strides[2],
@@ -100,4 +90,13 @@
   }
 
   wait_for_copies();
-  store_results(results, rows, first_row, acc, m, l);
+#if RA_STATE_IN
+  RA_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    const int row = first_row + 8 * r;
+    if (split == 0 && row < rows.count()) {
+      add_state(acc, m, l, r, rows.place(row), acc_in, m_in, l_in);
+    }
+  }
+#endif
+  store_results(results, rows, unknown(first_row), acc, m, l);

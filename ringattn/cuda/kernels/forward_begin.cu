@@ -5,13 +5,24 @@
   // Blocks begin in the order of their numbers: tiles from the last to the first, because the last have the most keys
   // under a causal mask, of as many heads at once as have their keys and values in the L2 cache.
   constexpr int CACHE = 1 << 24; // bytes of it
-  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), all_heads = gridDim.y * gridDim.z;
+#if RA_TAIL
+  // Tiles from number `whole` on, too few to fill the GPU, are cut in `runs` of their keys, with a block for each.
+  const int whole = tail[0], runs = tail[1], past_whole = max(0, static_cast<int>(blockIdx.x) - whole);
+  const int block = min(static_cast<int>(blockIdx.x), whole) + past_whole / runs, blocks = q_tiles;
+#else
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), blocks = gridDim.x; // of a head
+#endif
+  const int head_groups = heads / RA_G, all_heads = head_groups * queries_shape[0];
   const int cached = max(CACHE / (RA_D + RA_DV) / static_cast<int>(sizeof(RA_T)) / k_len, 1); // key/value heads
-  const int together = min(cached * (heads / keys_shape[1] / RA_G), all_heads), past = block / (together * gridDim.x);
-  const int in_run = block - past * together * gridDim.x, run = min(together, all_heads - past * together);
+  const int together = min(cached * (heads / keys_shape[1] / RA_G), all_heads), past = block / (together * blocks);
+  const int in_run = block - past * together * blocks, run = min(together, all_heads - past * together);
   const int block_x = in_run / run, block_head = past * together + in_run % run;
-  const int batch = block_head / gridDim.y, first_head = block_head % gridDim.y * RA_G;
+  const int batch = block_head / head_groups, first_head = block_head % head_groups * RA_G;
+#if RA_TAIL
+  const int split = past_whole % runs, splits = block < whole ? 1 : runs;
+#else
   const int split = block_x / q_tiles, splits = gridDim.x / q_tiles;
+#endif
   const int tile = q_tiles - 1 - block_x % q_tiles; // under a causal mask the longest first
   const int kv_head = first_head / (heads / keys_shape[1]);
   const Rows rows{batch, heads, first_head, q_len};
@@ -44,7 +55,7 @@
 
   Results results{};
 #if RA_STATE_OUT
-  const long long of_split = split * (static_cast<long long>(heads) * q_len * gridDim.z); // rows
+  const long long of_split = RA_TAIL ? 0 : split * (static_cast<long long>(heads) * q_len * queries_shape[0]); // rows
   results.acc = acc_out + of_split * RA_DV;
   results.m = m_out + of_split;
   results.l = l_out + of_split;

@@ -19,8 +19,8 @@
     for (int stage = 0; stage < RA_STAGES; stage++) {
       make_barrier(k_full + stage, WARPGROUP);
       make_barrier(v_full + stage, WARPGROUP);
-      make_barrier(k_free + stage, RA_WARPS);
-      make_barrier(v_free + stage, RA_WARPS);
+      make_barrier(k_free + stage, RA_WARPS * RA_ARRIVALS);
+      make_barrier(v_free + stage, RA_WARPS * RA_ARRIVALS);
     }
   }
   __syncthreads();
@@ -49,6 +49,11 @@
                                         values_strides[3], RA_DV, k_len - kb * BK, v_parts, thread);
       v_parts ? arrive_after_copies(v_full + at.stage) : arrive(v_full + at.stage);
     }
+#if RA_STATE_IN
+    for (int i = 0, row = unknown(tile) * BQ + thread; i < BQ && row < rows.count(); i += WARPGROUP, row += WARPGROUP) {
+      prefetch_state(rows.place(row), acc_in, m_in, l_in);
+    }
+#endif
     wait_for_copies();
   } else { // computes
     take_registers<RA_ROW_REGISTERS>();
@@ -57,16 +62,7 @@
                                           64);
     float acc[1][BV / 8][4], m[2], l[2]; // l: of this lane's columns alone, until the end
     clear_state(acc, m, l);
-#if RA_STATE_IN
-    RA_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int row = first_row + 8 * r;
-      if (split == 0 && row < rows.count()) {
-        load_state(acc, m, l, r, rows.place(row), acc_in, m_in, l_in);
-      }
-    }
-#endif
-    wait_for_copies(); // of queries, while the state arrives
+    wait_for_copies(); // of queries
     publish_to_products();
     meet(ROWS_LOADED + group, WARPGROUP);
 
@@ -92,7 +88,7 @@
       commit_products();
     };
     auto release = [&](unsigned long long* free, const Slot& at) {
-      if (lane == 0) {
+      if (lane < RA_ARRIVALS) {
         arrive(free + at.stage);
       }
     };
@@ -167,5 +163,24 @@
       wait_for_products<0>();
       pin(acc[0]);
     }
-    store_results(results, rows, unknown(first_row), acc, m, l);
+#if RA_TAIL
+    if (splits > 1) {
+      const int rows_of = unknown((block - whole) * GROUPS + group); // 64 rows of a tile that is cut
+      float* sums = parts + static_cast<long long>(rows_of) * runs * (4 * (BV / 8 + 1) * WARPGROUP);
+      if (!join_runs(acc, m, l, sums, const_cast<int*>(arrived) + rows_of, split, runs, ROWS_LOADED + group)) {
+        return;
+      }
+    }
+#endif
+    const int stored_row = unknown(first_row);
+#if RA_STATE_IN
+    RA_UNROLL
+    for (int r = 0; r < 2; r++) {
+      const int row = stored_row + 8 * r;
+      if ((RA_TAIL || split == 0) && row < rows.count()) {
+        add_state(acc, m, l, r, rows.place(row), acc_in, m_in, l_in);
+      }
+    }
+#endif
+    store_results(results, rows, stored_row, acc, m, l);
   }

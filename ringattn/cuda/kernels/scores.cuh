@@ -210,20 +210,43 @@ RA_FUNC void clear_state(float (&acc)[F][W][4], float (&m)[ROWS], float (&l)[ROW
   }
 }
 
-// What earlier keys left of row `r` of this lane, at `place` of the arrays
+// What is left of two sums where they meet.
+struct Weights {
+  float own, other;
+};
+
+// Let a row's maximum be the larger of it and another one.
+RA_FUNC Weights join_maximum(float& m, float other) {
+  const float top = fmaxf(m, other), own = weight(m, top);
+  m = top;
+  return {own, weight(other, top)};
+}
+
+// Add what earlier keys left of row `r` of this lane, at `place` of the arrays. A kernel that began with it would wait
+// for memory before its first product, and the compiler would order its loop worse.
 template <int F, int W, int ROWS>
-RA_FUNC void load_state(float (&acc)[F][W][4], float (&m)[ROWS], float (&l)[ROWS], int r, long long place,
-                        const float* acc_in, const float* m_in, const float* l_in) {
+RA_FUNC void add_state(float (&acc)[F][W][4], float (&m)[ROWS], float (&l)[ROWS], int r, long long place,
+                       const float* acc_in, const float* m_in, const float* l_in) {
   const int lane = threadIdx.x % 32;
-  m[r] = m_in[place];
-  l[r] = lane % 4 == 0 ? l_in[place] : 0.0f;
+  const Weights weights = join_maximum(m[r], m_in[place]);
+  l[r] = l[r] * weights.own + (lane % 4 == 0 ? l_in[place] * weights.other : 0.0f);
   RA_UNROLL
   for (int i = 0; i < W; i++) {
     const int d = i * 8 + lane % 4 * 2;
     const auto two = load_two<RA_DV>(acc_in + place * RA_DV + d, RA_DV - d);
-    acc[r / 2][i][r % 2 * 2] = two.first;
-    acc[r / 2][i][r % 2 * 2 + 1] = two.second;
+    float &first = acc[r / 2][i][r % 2 * 2], &second = acc[r / 2][i][r % 2 * 2 + 1];
+    first = first * weights.own + two.first * weights.other;
+    second = second * weights.own + two.second * weights.other;
   }
+}
+
+// Bring what earlier keys left of a row, at `place` of the arrays, into the L2 cache.
+RA_FUNC void prefetch_state(long long place, const float* acc_in, const float* m_in, const float* l_in) {
+  for (int d = 0; d < RA_DV; d += 32) {
+    prefetch(acc_in + place * RA_DV + d);
+  }
+  prefetch(m_in + place);
+  prefetch(l_in + place);
 }
 
 // Store this lane's sums of row `r`, times `factor`.
