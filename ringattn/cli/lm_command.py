@@ -13,6 +13,7 @@ import click
 
 from ..errors import ArgumentError, KernelWarning, MissingExtraError, VersionWarning
 from ..extras import require
+from ..reporting.hub import why_not_found
 from ..transport.environment import launched_by
 from ..transport.grid import Grid
 from . import leave
@@ -128,8 +129,9 @@ def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[
     except ArgumentError as error:
         raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
     except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
-        source = "" if Path(path).exists() else "no such folder, and Hugging Face: "
-        raise ArgumentError(f"--model: {path}: {source}{_whole_in_one_line(error)}") from None
+        is_there = Path(path).exists()
+        other = f"{'' if is_there else 'no such folder, and Hugging Face: '}{_whole_in_one_line(error)}"
+        raise ArgumentError(f"--model: {path}: {(None if is_there else why_not_found(error)) or other}") from None
 
 
 def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from ..lm import shard
 from ..lm.gguf import find_smollm2, load_gguf
 from ..lm.limits import context_limit
 from ..lm.load import SMOLLM2
+from ..reporting.hub import why_not_found
 from ..ring.schedule import Sizes
 from ..transport import init
 from .shape import Attending, ModelShape
@@ -177,7 +178,8 @@ def _downloaded(name: str) -> Path:
         # Without a network, the download of one file alone retries for 23 s and prints each failure.
         file = Path(snapshot_download(name, allow_patterns=["config.json"]), "config.json")
     except Exception as error:  # of the network, of the name, of the disk
-        raise ArgumentError(f"no such folder, and Hugging Face: {' '.join(str(error).split())[:300]}") from None
+        other = f"no such folder, and Hugging Face: {' '.join(str(error).split())[:300]}"
+        raise ArgumentError(why_not_found(error) or other) from None
     if not file.exists():
         raise ArgumentError("the repository has no config.json")
     return file

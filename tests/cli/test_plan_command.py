@@ -14,10 +14,12 @@ from click.testing import CliRunner, Result
 from ringattn.cli import main
 from ringattn.doctor.compute_speed import ComputeSpeeds
 from ringattn.planning.machines import CHIPS
+from ringattn.reporting.hub import why_not_found
 
 if "CI" not in os.environ:
     pytest.importorskip("mlx_lm")
 
+from huggingface_hub import errors
 from tiny_model import CONFIG, make_folder
 
 ATTENTION = ("--heads", "32/8", "--context", "100000")
@@ -188,7 +190,24 @@ def test_a_repository_that_cannot_be_reached_is_one_line_at_once() -> None:
     nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(line, capture_output=True, text=True, timeout=20, env=nowhere)  # retries take 23 s
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("Error: --model: nobody/nothing: no such folder, and Hugging Face: ")
+    assert done.stderr.startswith(
+        "Error: --model: nobody/nothing: no such folder, and Hugging Face cannot be reached: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (errors.GatedRepoError, "Hugging Face gives it to who accepts its terms"),
+        (errors.RepositoryNotFoundError, "Hugging Face has no such repository"),
+        (errors.LocalEntryNotFoundError, "Hugging Face cannot be reached"),
+        (errors.OfflineModeIsEnabled, "Hugging Face cannot be reached"),
+        (errors.HFValidationError, None),
+    ],
+)
+def test_why_a_model_was_not_found(kind: type[Exception], reason: str | None) -> None:
+    found = why_not_found(kind.__new__(kind))
+    assert found is None if reason is None else found is not None and reason in found
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "nothing"}', '{"model_type": "llama"}'])

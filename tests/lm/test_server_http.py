@@ -38,7 +38,8 @@ class Tokenizer(Namespace):
 
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
         self.seen = options
-        return "".join(message["content"] for message in messages)
+        tools = json.dumps(options["tools"]) if options["tools"] and self.has_tool_calling else ""
+        return tools + "".join(message["content"] for message in messages)
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return list(map(ord, text))
@@ -213,6 +214,17 @@ def test_a_stream_of_chunks(client: Client) -> None:
     assert all(c["usage"] is None for c in chunks) and usage["usage"]["total_tokens"] == 3 and usage["choices"] == []
     *chunks, done = client.stream(TEXT, ["It ", "is"], prompt="x")
     assert [c["choices"][0]["text"] for c in chunks] == ["It ", "is"] and "usage" not in chunks[0]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_tools_need_a_template_that_knows_them(client: Client, monkeypatch: pytest.MonkeyPatch, template: bool) -> None:
+    """Else the model would not hear of them."""
+    monkeypatch.setattr(Tokenizer, "has_tool_calling", False)
+    monkeypatch.setattr(Tokenizer, "has_chat_template", template)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    status, found = client.ask(CHAT, {**ASK, "tools": tools})
+    assert (status, found["error"]["param"]) == (400, "tools") and "knows no tools" in found["error"]["message"]
+    assert client.say(CHAT, ["so"], **ASK, tools=tools, tool_choice="none")["choices"][0]["message"]["content"] == "so"
 
 
 def test_tool_calls(client: Client) -> None:

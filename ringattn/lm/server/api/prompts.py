@@ -37,7 +37,8 @@ class PromptBuilder:
         """Make the prompt of a request.
 
         Raises:
-            RequestError: The template or the tokenizer fails, or the prompt is too long or has no token.
+            RequestError: The template or the tokenizer fails, or knows no tools, or the prompt is too long or has no
+                token.
         """
         templated = request.kind == "chat" and self._tokenizer.has_chat_template
         if request.role_mapping and templated:
@@ -63,9 +64,17 @@ class PromptBuilder:
         if request.kind == "text":
             return request.prompt
         process_message_content(request.messages)
+        text = self._chat(request, templated, request.tools)
+        if request.tools and text == self._chat(request, templated, None):
+            message = "tools: the model's chat template knows no tools, expected none, or tool_choice 'none'"
+            raise RequestError(400, message, "tools")
+        return text
+
+    def _chat(self, request: Request, templated: bool, tools: Any) -> str:
+        """The text of a chat."""
         if not templated:
             return convert_chat(request.messages, request.role_mapping)
-        options = {**self._template, **request.template, "tools": request.tools}
+        options = {**self._template, **request.template, "tools": tools}
         template = self._tokenizer.apply_chat_template
         return str(template(request.messages, add_generation_prompt=True, tokenize=False, **options))
 
