@@ -6,7 +6,9 @@ from functools import cache
 
 import mlx.core as mx
 
+from ..native import cuda
 from . import launch
+from .tiling import MULTIPROCESSORS
 
 HOPPER = (9, 0)  # the compute capability whose matrix units multiply by wgmma
 LEAST_SHARED_BYTES = 101_376  # that a block can have on every GPU of compute capability 8.0 and later
@@ -21,6 +23,12 @@ def capability() -> tuple[int, int]:
         return 0, 0
     info = mx.device_info(mx.gpu)
     return int(info.get("compute_capability_major", 0)), int(info.get("compute_capability_minor", 0))
+
+
+@cache
+def multiprocessors() -> int:
+    """How many multiprocessors this machine's GPU has; those of an H100 where that is not known."""
+    return (cuda.multiprocessors() if launch.gpu() else None) or MULTIPROCESSORS
 
 
 @cache

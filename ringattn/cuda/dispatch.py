@@ -78,8 +78,8 @@ class Plan:
             plans.insert(0, cls(1, HopperTiling.of(*dims, q_len)))
         return plans
 
-    def cuts(self, inputs: KernelInputs) -> tuple[int, Tail | None]:
-        """How keys are cut to fill the GPU.
+    def cuts(self, inputs: KernelInputs) -> list[tuple[int, Tail | None]]:
+        """How keys are cut to fill the GPU, the fastest way first.
 
         Returns:
             In how many runs, attended to side by side, those of all tiles are cut: more than one where there are too
@@ -89,10 +89,11 @@ class Plan:
         blocks = -(-q_len * self.group // self.tiling.BQ) * batch * heads // self.group
         splits = max(1, min(self.tiling.blocks // blocks, inputs.k.shape[2] // LEAST_KEYS))
         if splits > 1 or inputs.rules.segments is not None or not isinstance(self.tiling, HopperTiling):
-            return splits, None
+            return [(splits, None)]
         sizes = self.tiling.BQ, self.group, self.tiling.BK
         reach = key_tile_ranges(inputs.rules.band, inputs.q_pos, inputs.k_pos, *sizes)
-        return 1, Tail.of(self.tiling, reach, batch * heads)
+        tail = Tail.of(self.tiling, reach, batch * heads)
+        return [(1, None)] if tail is None else [(1, tail), (1, None)]
 
     def arrays(self, inputs: KernelInputs) -> dict[str, mx.array]:
         """The buffers of the forward kernel that have the contents of arrays of the `inputs`."""
@@ -103,11 +104,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Launches:
-    """The kernels of a call without its arrays: one, or two where keys are split. It serves all calls with its key.
+    """The kernels of a call without its arrays: one, or two where keys are cut. It serves all calls with its key.
 
     Attributes:
         variant: The kernel variant, for the self-test.
-        forward: The call of `forward.cu`.
+        forward: The call of the forward kernel.
         combine: The call of `combine.cu`, where keys are split.
         tail: How the last tiles are cut, if they are.
     """
@@ -145,7 +146,8 @@ class Launches:
         """Prepare the kernels of each plan, or return those of a call with the same shapes, rules and positions."""
 
         def make() -> list[Launches]:
-            return [cls.of(plan, *plan.cuts(inputs), inputs, state, output) for plan in Plan.all(inputs)]
+            choices = [(plan, *cut) for plan in Plan.all(inputs) for cut in plan.cuts(inputs)]
+            return [cls.of(plan, splits, tail, inputs, state, output) for plan, splits, tail in choices]
 
         positions = inputs.q_pos, inputs.k_pos, inputs.rules.columns
         return _kept.get(_key(inputs, state, output), positions, make)
@@ -158,7 +160,9 @@ class Launches:
             tail = None if self.tail is None else self.tail.of_trial(inputs.rows[1])
             return Launches.of(self.plan, min(self.splits, 2), tail, inputs, state, output).run(inputs, state, output)
 
-        keys = self.plan.tiling.stages * self.plan.tiling.BK + MOST_KEYS  # all stages are used, and one again
+        runs = 1 if self.splits == 1 and self.tail is None else 2
+        tiles = (self.plan.tiling.stages + 1) * runs  # each run uses all stages, and one again
+        keys = (tiles - 1) * self.plan.tiling.BK + MOST_KEYS
         launch.self_test.ensure(self.variant, few, inputs, state, output, keys)
 
     def run(self, inputs: KernelInputs, state: State | None, output: OutputSpec | None) -> Arrays:

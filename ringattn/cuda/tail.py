@@ -2,7 +2,7 @@
 
 Tiles with about equal work are done in waves of one tile for each multiprocessor. Where their number is no multiple
 of that, the last wave leaves multiprocessors without work. So each of its tiles is cut in runs of its keys, with a
-block for each, after Stream-K (Osama et al., arXiv 2301.03598). The block that ends last merges them.
+block for each, after Stream-K (Osama et al., arXiv 2301.03598). The warpgroup that ends last merges them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from .calls import kernel_call, on_gpu
+from .device import multiprocessors
 from .hopper_tiling import WARPGROUP, HopperTiling
 from .launch import KernelCall
-from .tiling import MULTIPROCESSORS
 
-LEAST_TILES = 4  # of keys in a run
+LEAST_TILES = 4  # of keys in a run, on average
 MOST_RUNS = 32
-EVEN = 0.8  # of the most work of a tile
+EVEN = 0.8  # the least work of a tile, as a part of the most
 LEAST_GAIN = 0.03  # of the kernel's time: with less to gain, no H200 was faster
 BLOCK_COST = 2.0  # what a block costs at its start and end, in the time of a tile of keys
 RUN_COST = 0.5  # what it costs to merge a run
@@ -55,14 +55,16 @@ class Tail:
         if keys.min() < EVEN * keys.max():
             return None  # the longest come first, so that short ones fill the last wave
         tiles, each = len(reach) * heads, int(keys.mean())
-        whole = tiles // MULTIPROCESSORS * MULTIPROCESSORS
+        wave = multiprocessors()
+        whole = tiles // wave * wave
 
         def cost(runs: int) -> float:
-            waves = -(-(tiles - whole) * runs // MULTIPROCESSORS)
-            return waves * (each / runs + BLOCK_COST) + (RUN_COST * runs if runs > 1 else 0.0)
+            waves = -(-(tiles - whole) * runs // wave)
+            return waves * (_share(each, runs) + BLOCK_COST) + (RUN_COST * runs if runs > 1 else 0.0)
 
-        runs = min(range(1, max(1, min(MOST_RUNS, each // LEAST_TILES)) + 1), key=cost)
-        total = whole // MULTIPROCESSORS * (each + BLOCK_COST) + cost(1)
+        most = max(1, min(MOST_RUNS, each // LEAST_TILES))
+        runs = min((runs for runs in range(1, most + 1) if _share(each, runs) * (runs - 1) < each), key=cost)
+        total = whole // wave * (each + BLOCK_COST) + cost(1)
         return cls(tiling, tiles, whole, runs) if cost(1) - cost(runs) > LEAST_GAIN * total else None
 
     def of_trial(self, heads: int) -> Tail:
@@ -95,10 +97,15 @@ class Tail:
             "zeros",
             (),
             {},
-            {"unused": on_gpu(np.zeros(8, np.int32))},  # MLX wants an input
+            {"unused": on_gpu(np.zeros(8, np.int32))},  # every kernel here has an input
             blocks=(blocks, 1, 1),
             threads=WARPGROUP,
             output_names=["counts"],
             output_shapes=[(blocks * WARPGROUP,)],
             output_dtypes=[mx.int32],
         )
+
+
+def _share(keys: int, runs: int) -> int:
+    """The tiles of keys of each run but the last."""
+    return -(-keys // runs)

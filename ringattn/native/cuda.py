@@ -27,6 +27,7 @@ _THREADS, _MOST_BLOCKS = 256, 1 << 20  # of the kernel that packs
 Pointer = ctypes.c_void_p
 Kind = tuple[Sequence[int], Any]  # the shape and the MLX dtype of an array
 T = TypeVar("T")
+_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 
 class CudaError(RuntimeError):
@@ -241,6 +242,19 @@ def driver() -> Driver | None:
     import mlx.core as mx
 
     return None if not on_gpu() else _driver(int(str(mx.default_device()).rstrip(")").rpartition(",")[2]))
+
+
+@cache
+def multiprocessors() -> int | None:
+    """Return how many multiprocessors the first GPU has, or ``None`` where CUDA's driver does not tell."""
+    device, count = ctypes.c_int(), ctypes.c_int()
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    failed = library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0)
+    failed = failed or library.cuDeviceGetAttribute(ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
+    return None if failed else count.value
 
 
 @lru_cache

@@ -46,6 +46,7 @@ SPILLING = {
     "bfloat16, 128, a state": 48,
     "bfloat16, 128, causal, a state": 48,
     "bfloat16, 128, keys of the last tiles split": 48,
+    "float16, 64, many rows, keys of the last tiles split": 512,
     "float16, 64, keys of the last tiles split, a state": 160,
     "bfloat16, 64": 160,
     "float16, 64, many rows": 512,

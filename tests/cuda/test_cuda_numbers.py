@@ -13,12 +13,14 @@ import pytest
 import ringattn as ra
 from ringattn import backends
 from ringattn.core.gradients import Gradients
+from ringattn.core.kept import Kept
 from ringattn.core.masks import Band
 from ringattn.core.online_softmax import finish
 from ringattn.core.rules import ScoreRules
-from ringattn.cuda import KernelCall, dispatch, gradient_plans, launch, set_executor, tail
+from ringattn.cuda import KernelCall, dispatch, gradient_plans, hopper_tiling, launch, set_executor, tail
 from ringattn.cuda.backend import CudaKernel
 from ringattn.cuda.device import HOPPER
+from ringattn.kernels.gpu.key_tiles import key_tile_ranges
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.verify.features import FEATURES, in_dtype
@@ -45,6 +47,7 @@ MASKS = {
     "boolean mask, float32": FEATURES["boolean mask"],
     "additive mask, bfloat16": partial(in_dtype, FEATURES["additive mask"], mx.bfloat16),
 }
+WAITING = EVERYTHING | {"700 keys": partial(in_dtype, partial(random_case, 4, q_len=70, k_len=700), mx.bfloat16)}
 REST = dict(rest(range(6)))
 
 
@@ -144,10 +147,12 @@ def test_gradients_alone_are_those_with_sums_rounded(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER])
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", WAITING)
 def test_what_is_waited_for_may_be_late(monkeypatch, name: str, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda: capability)
-    case = EVERYTHING[name]()
+    monkeypatch.setattr(hopper_tiling, "ARRIVALS", 32)  # one lane would speak for others whose products are late here
+    monkeypatch.setattr(dispatch, "_kept", Kept(64))
+    case = WAITING[name]()
     early = attend(case)
     set_executor(Runtime(late=True))
     assert all(mx.array_equal(x, y, equal_nan=True) for x, y in zip(early, attend(case)))
@@ -161,16 +166,18 @@ def test_keys_in_several_runs_and_a_state(monkeypatch) -> None:
     )
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 33)])
-def test_last_tiles_whose_keys_are_cut(monkeypatch, hopper: list[str], dims: tuple[int, int]) -> None:
-    """From nothing, and from and to a state. Some tiles have one block, some rows and keys do not exist."""
-    for name, value in {"MULTIPROCESSORS": 4, "LEAST_TILES": 1, "BLOCK_COST": 0.01, "RUN_COST": 0.01}.items():
-        monkeypatch.setattr(tail, name, value)
+@pytest.mark.parametrize(("dims", "runs"), [((64, 64), 3), ((128, 33), 11)])
+def test_last_tiles_whose_keys_are_cut(monkeypatch, hopper: list[str], dims: tuple[int, int], runs: int) -> None:
+    """From nothing, and from and to a state; 6 tiles of 4 heads have one block. Some rows, keys and runs are empty."""
+    monkeypatch.setattr(hopper_tiling, "ARRIVALS", 32)  # see test_what_is_waited_for_may_be_late
+    monkeypatch.setattr(dispatch, "_kept", Kept(64))
+    monkeypatch.setattr(tail.Tail, "of", lambda tiling, *_: tail.Tail(tiling, 8, 6, runs))
     r = np.random.default_rng(0)
-    shapes = (3, 150, dims[0]), (1, 700, dims[0]), (1, 700, dims[1])
-    q, k, v = (mx.array(r.standard_normal((1, *shape)), mx.float32).astype(mx.bfloat16) for shape in shapes)
+    shapes = (2, 150, dims[0]), (1, 700, dims[0]), (1, 700, dims[1])
+    q, k, v = (mx.array(r.standard_normal((2, *shape)), mx.float32).astype(mx.bfloat16) for shape in shapes)
     case = Case(q, k, v, np.arange(150), np.arange(700))
-    assert max(ratios(case, *ra.attention(q, k, v, backend="cuda", return_lse=True))) <= 1
+    results = ra.attention(q, k, v, backend="cuda", return_lse=True)
+    assert max(ratios(case, *results)) <= 1
     kernel, state = CudaKernel(), None
     for keys in (slice(0, 300), slice(300, 700)):
         positions = case.q_pos, case.k_pos[keys]
@@ -179,6 +186,32 @@ def test_last_tiles_whose_keys_are_cut(monkeypatch, hopper: list[str], dims: tup
     assert max(ratios(case, *kernel.finish(inputs, OutputSpec(mx.bfloat16, True, None), before))) <= 1
     assert max(ratios(case, *finish(state, None, mx.bfloat16))) <= 1
     assert len([name for name in hopper if "zeros" in name]) == len(hopper) // 2 == 4
+    set_executor(Runtime(late=True))
+    again = ra.attention(q, k, v, backend="cuda", return_lse=True)
+    assert all(mx.array_equal(x, y) for x, y in zip(results, again))  # whichever run is the last
+
+
+def test_a_trial_of_cut_tiles_cuts_them(monkeypatch, hopper: list[str]) -> None:
+    """In two runs, both with as many tiles of keys as use every stage again; all queries see almost all keys."""
+    monkeypatch.setattr(dispatch.launch, "default", lambda: True)
+    q, k = (mx.zeros((1, 8, n, 64), mx.bfloat16) for n in (2304, 12_304))
+    seen = []
+    attend = dispatch.Launches.run
+
+    def run(self, inputs: KernelInputs, state, output) -> list[mx.array]:
+        seen.append((self, inputs))
+        return attend(self, inputs, state, output) if inputs.q.shape[2] < 100 else []
+
+    monkeypatch.setattr(dispatch.Launches, "run", run)
+    positions = np.arange(2304, dtype=np.int32) + 10_000, np.arange(12_304, dtype=np.int32)
+    rules = ScoreRules(0.125, Band(None, 0))
+    dispatch.attend(KernelInputs(q, k, k, *positions, rules), None, OutputSpec(mx.bfloat16, True, None))
+    (trial, inputs), (real, _) = seen
+    assert real.tail is not None and real.tail.whole == 132
+    assert trial.tail is not None and (trial.tail.tiles, trial.tail.whole, trial.tail.runs) == (1, 0, 2)
+    tiling = trial.plan.tiling
+    reach = key_tile_ranges(rules.band, inputs.q_pos, inputs.k_pos, tiling.BQ, 1, tiling.BK)
+    assert reach[0, 3] // 2 > tiling.stages
 
 
 def test_keys_that_no_row_sees_may_be_nan() -> None:

@@ -37,10 +37,18 @@ def test_verdicts(job: Job, lines: list[str], right: bool) -> None:
     assert job.verdict(lines)[0] == right
 
 
+def test_a_verdict_shows_the_first_reports() -> None:
+    reports = [OURS.replace("ringattn_x", f"ringattn_{i}") for i in range(9)]
+    lines = JOB.verdict([*reports, *reports, DONE])[1].splitlines()
+    assert lines[0] == "18 reports" and len(lines) == 1 + sanitizer.SHOWN
+    assert "custom_kernel_ringattn_0" in lines[1] and "custom_kernel_ringattn_1" in lines[2]
+
+
 def test_jobs() -> None:
     """Every variant under both checkers, on each architecture."""
     found = list(sanitizer.jobs(["memcheck", "racecheck"], ["sm_90a", "sm_80"], ""))
     assert len(found) == 1 + 2 * 2 * len(RESULTS | GRADIENTS)
+    assert {(job.checker, job.program[-1]) for job in found[1:]} == {("memcheck", "1"), ("racecheck", "32")}
     assert found[0].planted and not any(job.planted for job in found[1:])
     assert "--racecheck-report" in found[-1].command("tool") and found[1].command("tool")[:3] == [
         "tool",

@@ -63,8 +63,8 @@ class Runtime:
     """An executor for `ringattn.cuda.launch.set_executor`.
 
     Attributes:
-        late: Whether copies and products of `wgmma` have their effect when they are waited for, not at once. Results
-            must be the same.
+        late: Whether copies and products of `wgmma` have their effect when they are waited for, not at once, and the
+            blocks run from the last to the first. Results must be the same.
         races: Whether to look for races in shared memory. This takes ten times as long, and is right for kernels whose
             only barrier is `__syncthreads`.
     """

@@ -30,9 +30,12 @@ from ringattn.verify.variants import attention_gradients, variants
 
 from .executor import cuda_executor, groups
 
+CUT = AttentionShape(mx.bfloat16, 128, (8, 8), 2304, 8192, False)  # a last wave whose keys are cut, on an H100
 LARGE = [
     AttentionShape(mx.bfloat16, 128, (8, 2), 65_536, 65_536, True),
     AttentionShape(mx.float16, 64, (8, 8), 32_768, 32_768, False),
+    CUT,
+    AttentionShape(mx.float16, 64, (9, 3), 2048, 8192, False),
     AttentionShape(mx.float32, 256, (4, 2), 16_384, 16_384, True),
     AttentionShape(mx.bfloat16, 128, (32, 8), 1, 262_144, False),
     AttentionShape(mx.float16, 128, (8, 2), 8, 1_048_576, True),
@@ -143,6 +146,21 @@ def check_large(shape: AttentionShape) -> None:
     report(words(shape), error <= 1 and same, what + ("" if same else ", OTHER BITS AGAIN"))
 
 
+def check_side_by_side() -> None:
+    """Compare two calls of one compiled function, which may run side by side, with each by itself: the same bits."""
+    q, k, v = random_arrays(CUT)
+
+    def attend(q: mx.array) -> list[mx.array]:
+        return list(ra.attention(q, k, v, backend=kernels, return_lse=True))
+
+    expected = [attend(x) for x in (q, -q)]
+    mx.eval(expected)
+    both = mx.compile(lambda x, y: [*attend(x), *attend(y)])
+    found = [both(q, -q) for _ in range(5)]
+    same = all(mx.array_equal(a, b).item() for pair in found for a, b in zip(pair, sum(expected, [])))
+    report("two calls in a compiled function", same, "five times")
+
+
 def check_gradient(shape: AttentionShape) -> None:
     """Compare with MLX's gradient of its own attention in float32, and the bits of five runs.
 
@@ -183,7 +201,7 @@ def check_gradient(shape: AttentionShape) -> None:
 
 
 def _large(quick: bool) -> Checks:
-    return [partial(check_large, shape) for shape in (SMALL if quick else SMALL + LARGE)]
+    return [partial(check_large, shape) for shape in (SMALL if quick else SMALL + LARGE)] + [check_side_by_side]
 
 
 def _gradients(quick: bool) -> Checks:

@@ -38,6 +38,7 @@ RESULTS: dict[str, Problem] = {
     "float16, 80 and 32, keys split": Problem(mx.float16, (80, 32), 1, 2048, out=mx.float16, lse=True, sinks=True),
     "bfloat16, 128, keys split": Problem(q_len=1, k_len=2048, out=mx.bfloat16),
     "bfloat16, 128, keys of the last tiles split": Problem(q_len=2200, k_len=2048, out=mx.bfloat16, lse=True),
+    "float16, 64, many rows, keys of the last tiles split": Problem(mx.float16, (64, 64), q_len=7000, k_len=2048),
     "float16, 64, keys of the last tiles split, a state": Problem(
         mx.float16, (64, 64), q_len=2200, k_len=2048, state=True
     ),

@@ -1,8 +1,8 @@
 """Run the kernels under compute-sanitizer on an NVIDIA GPU: ``python -m tools.nvidia.sanitizer``.
 
-Each variant of `tools.nvidia.kernels` runs in a process of its own, on some hundred tokens, under the memory and the
-race checker: on a Hopper GPU the kernels by ``wgmma``, and on every GPU those by ``mma.sync``. ``--kernels metal`` runs
-the small problems of ``tools.nvidia.check`` with the Metal kernels instead.
+Each variant of `tools.nvidia.kernels` runs in a process of its own, on few tokens, under the memory and the race
+checker: on a Hopper GPU the kernels by ``wgmma``, and on every GPU those by ``mma.sync``. The race checker sees shared
+memory alone. ``--kernels metal`` runs the small problems of ``tools.nvidia.check`` with the Metal kernels instead.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def jobs(checkers: Sequence[str], architectures: Sequence[str], part: str) -> It
         yield Job("a planted race", "racecheck", ("-c", PLANTED), planted=True)
     for checker, architecture, variant in product(checkers, architectures, RESULTS | GRADIENTS):
         if part in variant:
-            program = ("-m", "tools.nvidia.sanitizer", "--run", architecture, variant)
+            lanes = "32" if checker == "racecheck" else "1"
+            program = ("-m", "tools.nvidia.sanitizer", "--run", architecture, variant, lanes)
             yield Job(f"{architecture}, {variant}", checker, program)
 
 
@@ -91,9 +92,12 @@ def metal_jobs(checkers: Sequence[str]) -> Iterator[Job]:
         yield Job("Metal kernels", checker, ("-m", "tools.nvidia.check", "--quick", "--kernels", "metal"))
 
 
-def run_variant(architecture: str, variant: str) -> None:
-    """Run the kernels that a variant has on an architecture, without their trial, which uses other kernels too."""
-    with mock.patch.object(hopper_tiling, "ARRIVALS", 32):
+def run_variant(architecture: str, variant: str, lanes: str = "1") -> None:
+    """Run the kernels that a variant has on an architecture, without their trial, which uses other kernels too.
+
+    `lanes` is `hopper_tiling.ARRIVALS`.
+    """
+    with mock.patch.object(hopper_tiling, "ARRIVALS", int(lanes)):
         mx.eval(results_of(variant, architecture, lambda call: launch.launcher.gpu(call)))  # not the default: not tried
     click.echo(DONE)
 
@@ -125,7 +129,7 @@ def sanitizer() -> str:
 @click.option("-k", "part", default="", help="Variants whose name contains this.")
 @click.option("--at-once", default=4, show_default=True, type=click.IntRange(1), help="Processes at a time.")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds for each.")
-@click.option("--run", "one", nargs=2, help="Run an architecture's variant, unchecked.")
+@click.option("--run", "one", nargs=3, help="Run an architecture's variant, unchecked: both, and the lanes to arrive.")
 def main(kernels: str, checkers: tuple[str, ...], part: str, at_once: int, limit: float, one: tuple | None) -> None:
     if one is not None:
         run_variant(*one)

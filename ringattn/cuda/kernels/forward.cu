@@ -93,7 +93,7 @@
 #if RA_STATE_IN
   RA_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    const int row = first_row + 8 * r;
+    const int row = unknown(first_row) + 8 * r;
     if (split == 0 && row < rows.count()) {
       add_state(acc, m, l, r, rows.place(row), acc_in, m_in, l_in);
     }

@@ -15,8 +15,8 @@
   const int head_groups = heads / RA_G, all_heads = head_groups * queries_shape[0];
   const int cached = max(CACHE / (RA_D + RA_DV) / static_cast<int>(sizeof(RA_T)) / k_len, 1); // key/value heads
   const int together = min(cached * (heads / keys_shape[1] / RA_G), all_heads), past = block / (together * blocks);
-  const int in_run = block - past * together * blocks, run = min(together, all_heads - past * together);
-  const int block_x = in_run / run, block_head = past * together + in_run % run;
+  const int in_set = block - past * together * blocks, set = min(together, all_heads - past * together);
+  const int block_x = in_set / set, block_head = past * together + in_set % set;
   const int batch = block_head / head_groups, first_head = block_head % head_groups * RA_G;
 #if RA_TAIL
   const int split = past_whole % runs, splits = block < whole ? 1 : runs;

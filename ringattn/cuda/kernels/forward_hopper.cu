@@ -50,7 +50,7 @@
       v_parts ? arrive_after_copies(v_full + at.stage) : arrive(v_full + at.stage);
     }
 #if RA_STATE_IN
-    for (int i = 0, row = unknown(tile) * BQ + thread; i < BQ && row < rows.count(); i += WARPGROUP, row += WARPGROUP) {
+    for (int i = thread, row = unknown(tile) * BQ + i; i < BQ && row < rows.count(); i += WARPGROUP, row += WARPGROUP) {
       prefetch_state(rows.place(row), acc_in, m_in, l_in);
     }
 #endif

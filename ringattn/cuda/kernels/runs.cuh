@@ -15,12 +15,16 @@ RA_FUNC bool join_runs(float (&acc)[1][W][4], float (&m)[2], float (&l)[2], floa
     own[i * WARPGROUP] = make_float4(acc[0][i][0], acc[0][i][1], acc[0][i][2], acc[0][i][3]);
   }
   own[W * WARPGROUP] = make_float4(m[0], m[1], l[0], l[1]);
-  __threadfence();
   meet(barrier, WARPGROUP);
-  if (!meet_or(barrier, WARPGROUP, thread == 0 && atomicAdd(arrived, 1) == runs - 1)) {
+  bool last = false;
+  if (thread == 0) { // its fences order what this warpgroup has written before the count, and what it reads after it
+    __threadfence();
+    last = atomicAdd(arrived, 1) == runs - 1;
+    __threadfence();
+  }
+  if (!meet_or(barrier, WARPGROUP, last)) {
     return false;
   }
-  __threadfence();
   clear_state(acc, m, l);
 #pragma unroll 1
   for (int i = 0; i < runs; i++, part += SIZE) {

@@ -195,4 +195,5 @@ def _trial_inputs(inputs: KernelInputs, keys: int = MOST_KEYS) -> KernelInputs:
         segments=None if rules.segments is None else (mx.zeros((1, q_len), mx.int32), mx.zeros((1, k_len), mx.int32)),
     )
     q, k, v = normal(inputs.q, group, q_len), normal(inputs.k, 1, k_len), normal(inputs.v, 1, k_len)
-    return KernelInputs(q, k, v, np.arange(q_len, dtype=np.int32), np.arange(k_len, dtype=np.int32), rules)
+    last = np.arange(q_len, dtype=np.int32) + max(0, k_len - q_len)  # a causal mask shows all keys but a few
+    return KernelInputs(q, k, v, last, np.arange(k_len, dtype=np.int32), rules)

@@ -71,7 +71,7 @@ static const char* launch(const unsigned (&blocks)[3], int count, size_t bytes, 
   for (unsigned z = 0; z < blocks[2]; z++) {
     for (unsigned y = 0; y < blocks[1]; y++) {
       for (unsigned x = 0; x < blocks[0] && failure == nullptr; x++) {
-        blockIdx = {x, y, z};
+        blockIdx = late ? dim3{blocks[0] - 1 - x, blocks[1] - 1 - y, blocks[2] - 1 - z} : dim3{x, y, z};
         clear(count, find_races);
         run_block(count, (x + y + z) % 2);
       }
