@@ -11,7 +11,7 @@ from ..core.gradients import Rows
 from ..kernels.gpu.buffers import rule_arrays, rule_buffers
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
-from . import source
+from . import hopper_tiling, source
 from .calls import on_gpu, prepared
 from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .launch import KernelCall
@@ -144,6 +144,7 @@ def _call(
                 "OUT": source.TYPES[dtype],
                 "PASSING": tiling.PASSING,
                 "STAGES": tiling.stages,
+                "ARRIVALS": hopper_tiling.ARRIVALS,
             },
             outputs,
             (len(reach), heads, inputs.q.shape[0]),

@@ -12,8 +12,8 @@ GROUP_ROWS = 64  # of a warpgroup
 WARPGROUP = 128  # threads
 BARRIER_BYTES, ALIGNMENT = 8, 1024
 MANY_ROWS = 6144  # from there on larger tiles leave no multiprocessor idle for long
-# Lanes of a warp that say that it is done with a tile. One does it for all, which have met since they read it. For
-# compute-sanitizer's racecheck, which does not follow that, it is 32.
+# Lanes of a warp that say that it is done with a tile, in this kernel and in the gradient's. One does it for all, which
+# have met since they read it. For compute-sanitizer's racecheck, which does not follow that, it is 32.
 ARRIVALS = 1
 REGISTERS = {2: (40, 232), 3: (32, 160)}  # of a thread that loads and of one with rows, by `groups`
 

@@ -112,7 +112,7 @@
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       make_barrier(arrived + stage, THREADS);
-      make_barrier(released + stage, RA_WARPS);
+      make_barrier(released + stage, RA_WARPS * RA_ARRIVALS);
     }
   }
   __syncthreads();
@@ -339,7 +339,8 @@
 #if RA_OF_KEYS
     pin(v_sums);
 #endif
-    if (lane == 0) {
+    __syncwarp(); // all lanes have read what is saved
+    if (lane < RA_ARRIVALS) {
       arrive(released + at.stage);
     }
     at.step<STAGES>();
