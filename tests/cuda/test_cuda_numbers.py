@@ -214,6 +214,17 @@ def test_a_trial_of_cut_tiles_cuts_them(monkeypatch, hopper: list[str]) -> None:
     assert reach[0, 3] // 2 > tiling.stages
 
 
+def test_a_kernel_that_cuts_no_tiles_replaces_one_that_fails(monkeypatch, hopper: list[str]) -> None:
+    """And not the slower one for other GPUs."""
+    q, k = (mx.zeros((1, 8, n, 64), mx.bfloat16) for n in (2304, 8192))
+    inputs = KernelInputs(q, k, k, *(np.arange(x.shape[2], dtype=np.int32) for x in (q, k)), ScoreRules(0.125, Band()))
+    monkeypatch.setattr(dispatch, "_kept", Kept(64))
+    choices = dispatch.Launches.kept(inputs, None, None)
+    kernels = [choice.forward.name.removeprefix("ringattn_cuda_").rpartition("_")[0] for choice in choices]
+    assert kernels == ["forward_hopper", "forward_hopper", "forward"]
+    assert [choice.tail is not None for choice in choices] == [True, False, False]
+
+
 def test_keys_that_no_row_sees_may_be_nan() -> None:
     r = np.random.default_rng(0)
     q, k, v = (mx.array(r.standard_normal((1, 2, 90, 64)), mx.float32).astype(mx.bfloat16) for _ in range(3))
