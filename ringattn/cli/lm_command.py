@@ -129,9 +129,10 @@ def load_named(path: str, dtype: str | None, grid: Grid | None = None) -> tuple[
     except ArgumentError as error:
         raise ArgumentError(re.sub("^path:", "--model:", str(error))) from None
     except Exception as error:  # mlx-lm, MLX and the tokenizer raise anything for incomplete or foreign files
-        is_there = Path(path).exists()
-        other = f"{'' if is_there else 'no such folder, and Hugging Face: '}{_whole_in_one_line(error)}"
-        raise ArgumentError(f"--model: {path}: {(None if is_there else why_not_found(error)) or other}") from None
+        message = _whole_in_one_line(error)
+        if not Path(path).exists():
+            message = why_not_found(error, message)
+        raise ArgumentError(f"--model: {path}: {message}") from None
 
 
 def load_model(options: dict[str, Any], grid: Grid | None = None) -> tuple[Any, Any]:

@@ -52,9 +52,37 @@ def forward_call(
         "reach": on_gpu(tiles),
         **rule_buffers(inputs, (tiling.BQ, tiling.BK), group, len(tiles)),
         **state_buffers(state, output),
-        **({} if tail is None else tail.buffers(mx.zeros(0, mx.int32))),
+        **({} if tail is None else tail.buffers),
     }
-    defines: dict[str, int | str] = {
+    parts = ("tiles", "softmax", "segments", "odd", *tiling.parts)
+    outputs = output_arguments(output, inputs.rows if splits == 1 else (splits, *inputs.rows), v.shape[3])
+    blocks = len(tiles) * splits, heads // group, batch
+    if tail is not None:
+        blocks = tail.blocks, 1, 1
+        outputs = {name: [*outputs[name], more] for name, more in zip(outputs, ("parts", tail.sums, mx.float32))}
+    call = kernel_call(
+        tiling.kernel,
+        parts,
+        _defines(inputs, tiling, group, output, buffers),
+        buffers,
+        blocks=blocks,
+        threads=tiling.threads,
+        shared_memory=tiling.shared_memory,
+        **outputs,
+    )
+    return bounded(call) if isinstance(tiling, HopperTiling) else call
+
+
+def _defines(
+    inputs: KernelInputs,
+    tiling: Tiling | HopperTiling,
+    group: int,
+    output: OutputSpec | None,
+    buffers: dict[str, mx.array],
+) -> dict[str, int | str]:
+    """The macros of a forward kernel: types, sizes, and which of its `buffers` and outputs it has."""
+    q, v, rules = inputs.q, inputs.v, inputs.rules
+    return {
         "T": source.TYPES[q.dtype],
         "MASK_T": source.TYPES[mx.bool_ if rules.mask is None else rules.mask.dtype],
         "OUT": source.TYPES[mx.float32 if output is None else output.dtype],
@@ -66,27 +94,10 @@ def forward_call(
         "G": group,
         "SOFTCAP": int(rules.softcap is not None),
         **rule_switches(rules, buffers),
-        "STATE_IN": int(state is not None),
-        "TAIL": int(tail is not None),
+        "STATE_IN": int("acc_in" in buffers),
+        "TAIL": int("tail" in buffers),
         **output_switches(output),
     }
-    parts = ("tiles", "softmax", "segments", "odd", *tiling.parts)
-    outputs = output_arguments(output, inputs.rows if splits == 1 else (splits, *inputs.rows), v.shape[3])
-    blocks = len(tiles) * splits, heads // group, batch
-    if tail is not None:
-        blocks = tail.blocks, 1, 1
-        outputs = {name: [*outputs[name], more] for name, more in zip(outputs, ("parts", tail.sums, mx.float32))}
-    call = kernel_call(
-        tiling.kernel,
-        parts,
-        defines,
-        buffers,
-        blocks=blocks,
-        threads=tiling.threads,
-        shared_memory=tiling.shared_memory,
-        **outputs,
-    )
-    return bounded(call) if isinstance(tiling, HopperTiling) else call
 
 
 def bounded(call: KernelCall) -> KernelCall:

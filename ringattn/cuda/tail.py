@@ -76,9 +76,10 @@ class Tail:
         """Blocks of the kernel."""
         return self.whole + (self.tiles - self.whole) * self.runs
 
-    def buffers(self, arrived: mx.array) -> dict[str, mx.array]:
-        """The kernel's buffers for it."""
-        return {"tail": on_gpu(np.array([self.whole, self.runs] * 4, np.int32)), "arrived": arrived}
+    @property
+    def buffers(self) -> dict[str, mx.array]:
+        """The kernel's buffers for it; each call puts what `counts` makes in the place of `arrived`."""
+        return {"tail": on_gpu(np.array([self.whole, self.runs] * 4, np.int32)), "arrived": mx.zeros(0, mx.int32)}
 
     @property
     def sums(self) -> tuple[int, ...]:

@@ -178,8 +178,7 @@ def _downloaded(name: str) -> Path:
         # Without a network, the download of one file alone retries for 23 s and prints each failure.
         file = Path(snapshot_download(name, allow_patterns=["config.json"]), "config.json")
     except Exception as error:  # of the network, of the name, of the disk
-        other = f"no such folder, and Hugging Face: {' '.join(str(error).split())[:300]}"
-        raise ArgumentError(why_not_found(error) or other) from None
+        raise ArgumentError(why_not_found(error, " ".join(str(error).split())[:300])) from None
     if not file.exists():
         raise ArgumentError("the repository has no config.json")
     return file

@@ -12,8 +12,8 @@ _REASONS = {
 }
 
 
-def why_not_found(error: Exception) -> str | None:
-    """Tell why `error` came instead of a model; ``None`` if it has another reason than those known here."""
+def why_not_found(error: Exception, message: str) -> str:
+    """Tell why `error` came instead of a model: by its `message` where the reason is none of those known here."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    reason = next((reason for name, reason in _REASONS.items() if name in kinds), None)
-    return None if reason is None else f"no such folder, and {reason}"
+    known = (reason for name, reason in _REASONS.items() if name in kinds)
+    return f"no such folder, and {next(known, f'Hugging Face: {message}')}"
