@@ -164,10 +164,11 @@ def _backward_hopper(call: KernelCall, buffers: dict[str, np.ndarray]) -> list[n
         (heads, kv_heads) if d["OF_KEYS"] else (heads,)
     )
     if d["OF_KEYS"]:
-        found = [by_product.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ buffers["dout"]]
-        dk, dv = (x.reshape(batch, left, heads // left, k_len, -1).sum(2) for x in found)
-        dk *= buffers["numbers"][0] if d["SCALES"] else 1
-        return [dk + buffers["dk_before"], dv + buffers["dv_before"]] if d["ADDS"] else [dk, dv]
+        factor = buffers["numbers"][0] if d["SCALES"] else 1
+        found = {"dk": factor * (by_product.swapaxes(-1, -2) @ q), "dv": weights.swapaxes(-1, -2) @ buffers["dout"]}
+        assert [d["SUM_K"], d["SUM_V"]] == [int(name in call.output_names) for name in found]
+        sums = {name: found[name].reshape(batch, left, heads // left, k_len, -1).sum(2) for name in call.output_names}
+        return [x + (buffers[f"{name}_before"] if d["ADDS"] else 0) for name, x in sums.items()]
     dq = buffers["numbers"][0] * (by_product @ _expanded(buffers)[0])
     dq += buffers["dq_before"] if d["ADDS"] else 0
     return [dq, ds] if d["MASK"] == 2 else [dq]

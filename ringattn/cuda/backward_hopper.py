@@ -13,12 +13,14 @@ from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.interface import KernelInputs
 from . import hopper_tiling, source
 from .calls import on_gpu, prepared
+from .device import HOPPER, SHARED_BYTES
 from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
 from .launch import KernelCall
 from .tiling import FRAGMENT, WARP
 
-MOST_HOPPER_DIMS = 128  # of heads: the sums of dk and dv stay in registers
 PANEL = 64  # dims in 128 bytes
+MOST_STAGES = 4
+BOTH = 320  # dims of dk and dv together, up to which a block's registers hold both beside the scores
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,43 @@ class HeldTiling:
     """The tiles of one thread block; names in capitals are those in the kernel.
 
     Attributes:
-        of_keys: Whether the block holds keys, and queries pass; else it holds queries.
+        sums: What the block adds up: dk, dv or both, where it holds keys and queries pass; else dq.
         PASSING: Tokens in a tile that passes.
         BD: head_dim, padded to whole fragments.
         BV: The values' head_dim, padded likewise.
         warps: Warps of a block.
-        stages: Tiles that pass, in shared memory at a time.
     """
 
-    of_keys: bool
+    sums: tuple[str, ...]
     PASSING: int
     BD: int
     BV: int
     warps: int = 8
-    stages: int = 4
 
     @classmethod
-    def of(cls, inputs: KernelInputs, of_keys: bool) -> HeldTiling:
+    def of_queries(cls, inputs: KernelInputs) -> HeldTiling:
+        """The tiles of blocks that hold queries."""
+        return cls._of(inputs, ("dq",))
+
+    @classmethod
+    def of_keys(cls, inputs: KernelInputs) -> tuple[HeldTiling, ...]:
+        """The tiles of blocks that hold keys: of one call for dk and dv, or, beyond what registers hold, of two."""
+        both = cls._of(inputs, ("dk", "dv"))
+        return (both,) if both.BD + both.BV <= BOTH else tuple(cls._of(inputs, (name,)) for name in both.sums)
+
+    @classmethod
+    def _of(cls, inputs: KernelInputs, sums: tuple[str, ...]) -> HeldTiling:
         """The tiles for some inputs: as many passing tokens as leave all scores and sums in registers."""
         BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
-        passing = 64 if of_keys or max(BD, BV) > 64 else 128
-        return cls(of_keys, passing // 2 if inputs.rules.softcap is not None else passing, BD, BV)
+        widest = max(BD, BV)
+        passing = 32 if widest > 128 else 128 if sums == ("dq",) and widest <= 64 else 64
+        fewer = inputs.rules.softcap is not None and (passing > 32 or len(sums) > 1)  # registers for its slope
+        return cls(sums, passing // 2 if fewer else passing, BD, BV)
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether a block holds keys."""
+        return self.sums != ("dq",)
 
     @property
     def HELD(self) -> int:  # noqa: N802
@@ -59,45 +77,64 @@ class HeldTiling:
         return WARP * self.warps
 
     @property
+    def stages(self) -> int:
+        """Tiles that pass, in shared memory at a time."""
+        return min(MOST_STAGES, (SHARED_BYTES[HOPPER] - self._held) // self._stage)
+
+    @property
     def shared_memory(self) -> int:
-        """Bytes of the held tile, and of each stage: a tile, lse and delta, and two barriers; a note for each token."""
-        width = sum(-(-dims // PANEL) * PANEL for dims in (self.BD, self.BV))
-        stage = self.PASSING * (2 * width + 2 * 4 + 1) + 2 * 8
-        return self.HELD * (2 * width + 1) + self.stages * stage
+        """Bytes of a block."""
+        return self._held + self.stages * self._stage
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """The dims of keys and of values in shared memory: whole panels."""
+        return -(-self.BD // PANEL) * PANEL, -(-self.BV // PANEL) * PANEL
+
+    @property
+    def _held(self) -> int:
+        """Bytes of the held tile, whose values or dout only dk and dq need, and of a note for each token."""
+        width = self._widths[0] if self.sums == ("dv",) else sum(self._widths)
+        return self.HELD * (2 * width + 1)
+
+    @property
+    def _stage(self) -> int:
+        """Bytes of a stage: a tile, lse and delta, a note for each token, and two barriers."""
+        return self.PASSING * (2 * sum(self._widths) + 2 * 4 + 1) + 2 * 8
 
     def tile(self, of_keys: bool) -> int:
         """Keys, or queries, in a tile."""
-        return self.HELD if of_keys == self.of_keys else self.PASSING
+        return self.HELD if of_keys == self.holds_keys else self.PASSING
 
 
 def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:
     """The passing tiles of each held tile, int32 ``[held tiles, 4]``: first, full first, full last, last."""
     band, held, passing = inputs.rules.band, inputs.q_pos, inputs.k_pos
-    if tiling.of_keys:
+    if tiling.holds_keys:
         band, held, passing = band.transposed, passing, held
     return key_tile_ranges(band, held, passing, tiling.HELD, 1, tiling.PASSING)
 
 
 def held_keys_call(
-    inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int, sums: tuple[mx.array, mx.array] | None
+    inputs: KernelInputs, rows: Rows, tiling: HeldTiling, heads: int, sums: dict[str, mx.array] | None
 ) -> KernelCall:
-    """The call of `backward_hopper.cu` whose blocks hold keys.
+    """A call of `backward_hopper.cu` whose blocks hold keys.
 
-    Its outputs are dk ``[B, Hkv, Lk, D]`` and dv ``[B, Hkv, Lk, Dv]`` plus `sums`, float32; in the dtype of q without
-    `sums`. With more heads than Hkv they have these in its place, float32, to be added up over what each key head has
-    of them; then dk misses the factor `scale`.
+    Its outputs are those of ``tiling.sums``, dk ``[B, Hkv, Lk, D]`` and dv ``[B, Hkv, Lk, Dv]``, plus `sums`, float32;
+    in the dtype of q without `sums`. With more heads than Hkv they have these in its place, float32, to be added up
+    over what each key head has of them; then dk misses the factor `scale`.
 
     Args:
         inputs: `whole` inputs with at least one query and one key; q, k and v contiguous.
         rows: Their rows; dout in the dtype of q, all contiguous.
         tiling: Their tiling.
         heads: The number of heads of q, or of k.
-        sums: The sums of dk and dv before, contiguous, for as many heads as k has.
+        sums: The sums of dk and dv before, contiguous, for as many heads as k has, by their names.
     """
-    shape = inputs.k.shape[0], heads, inputs.k.shape[2]
     dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
-    before = {} if sums is None else dict(zip(("dk_before", "dv_before"), sums))
-    return _call(inputs, rows, tiling, heads, before, {name: (*shape, width) for name, width in dims.items()})
+    before = {} if sums is None else {f"{name}_before": sums[name] for name in tiling.sums}
+    outputs = {name: (inputs.k.shape[0], heads, inputs.k.shape[2], dims[name]) for name in tiling.sums}
+    return _call(inputs, rows, tiling, heads, before, outputs)
 
 
 def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array | None) -> KernelCall:
@@ -118,7 +155,7 @@ def _call(
     before: dict[str, mx.array],
     outputs: dict[str, tuple[int, ...]],
 ) -> KernelCall:
-    parts = tiling.of_keys and heads > inputs.k.shape[1]
+    parts = tiling.holds_keys and heads > inputs.k.shape[1]
     dtype = mx.float32 if before or parts else inputs.q.dtype
     tiles = tiling.tile(False), tiling.tile(True)
     where = tiles, 1, -(-inputs.rows[2] // tiles[0])
@@ -138,7 +175,9 @@ def _call(
                 **before,
             },
             {
-                "OF_KEYS": int(tiling.of_keys),
+                "OF_KEYS": int(tiling.holds_keys),
+                "SUM_K": int(tiling.sums != ("dv",)),
+                "SUM_V": int("dv" in tiling.sums),
                 "ADDS": int(bool(before)),
                 "SCALES": int(not parts),
                 "OUT": source.TYPES[dtype],

@@ -14,7 +14,7 @@ from ..core.kept import Kept
 from ..kernels.interface import KernelInputs
 from . import launch
 from .backward import backward_call, collect_call, collect_queries_call
-from .backward_hopper import MOST_HOPPER_DIMS, HeldTiling, held_keys_call, held_queries_call
+from .backward_hopper import HeldTiling, held_keys_call, held_queries_call
 from .calls import problem
 from .device import HOPPER, capability, shared_bytes
 from .gradient_tiling import QUERY_TILES, GradientTiling
@@ -47,9 +47,8 @@ def part_of(inputs: KernelInputs, queries: Span, keys: Span) -> KernelInputs:
 
 def plans(inputs: KernelInputs) -> tuple[type[Plan], ...]:
     """The kinds of plan for some inputs, the fastest first."""
-    dims = max(inputs.q.shape[3], inputs.v.shape[3])
-    if capability() == HOPPER and inputs.q.dtype.size == 2 and dims <= MOST_HOPPER_DIMS:
-        blocks = inputs.k.shape[0] * inputs.k.shape[1] * (inputs.k.shape[2] // HeldTiling.of(inputs, True).HELD)
+    if capability() == HOPPER and inputs.q.dtype.size == 2:
+        blocks = inputs.k.shape[0] * inputs.k.shape[1] * (inputs.k.shape[2] // HeldTiling.of_keys(inputs)[0].HELD)
         alone = inputs.group == 1 or blocks >= WAVES * MULTIPROCESSORS
         return HopperPlan if alone else SplitHopperPlan, FusedPlan
     return (FusedPlan,)
@@ -134,11 +133,11 @@ class HopperPlan(Plan):
     """Plan of `backward_hopper.cu` in which a block that holds keys takes all query heads that see them.
 
     Attributes:
-        of_keys: The tiles of the call that holds keys.
+        of_keys: The tiles of the call that holds keys, or of the two.
         of_queries: The tiles of the call that holds queries.
     """
 
-    of_keys: HeldTiling
+    of_keys: tuple[HeldTiling, ...]
     of_queries: HeldTiling
     name: ClassVar[str] = "wgmma"
     split: ClassVar[bool] = False
@@ -148,9 +147,10 @@ class HopperPlan(Plan):
         """Make the plan for some inputs."""
         k, v = inputs.k, inputs.v
         batch, heads, q_len = inputs.rows if cls.split else (*k.shape[:2], inputs.rows[2])
-        of_keys, of_queries = (HeldTiling.of(inputs, held) for held in (True, False))
-        keys = _most(k.shape[2], WORKSPACE // (4 * batch * heads * (k.shape[3] + v.shape[3])), of_keys.HELD)
-        queries, keys = _within_scores(inputs, q_len, keys, of_keys.HELD)
+        of_keys, of_queries = HeldTiling.of_keys(inputs), HeldTiling.of_queries(inputs)
+        tile = of_keys[0].HELD
+        keys = _most(k.shape[2], WORKSPACE // (4 * batch * heads * (k.shape[3] + v.shape[3])), tile)
+        queries, keys = _within_scores(inputs, q_len, keys, tile)
         return cls(_most(q_len, queries, of_queries.HELD), keys, of_keys, of_queries)
 
     def call(self, inputs: KernelInputs, rows: Rows, sums: Gradients, queries: Span, keys: Span) -> Gradients:
@@ -162,9 +162,20 @@ class HopperPlan(Plan):
 
     def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
         """Add dk and dv of a call to `sums`."""
-        before = None if sums.k is None else (mx.contiguous(cut(sums.k, keys)), mx.contiguous(cut(sums.v, keys)))
-        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, part.k.shape[1], before))
+        if sums.k is None or sums.v is None:
+            before = None
+        else:
+            before = {"dk": mx.contiguous(cut(sums.k, keys)), "dv": mx.contiguous(cut(sums.v, keys))}
+        dk, dv = self._found(part, rows, part.k.shape[1], before)
         return _replaced(sums.k, dk, slice(*keys)), _replaced(sums.v, dv, slice(*keys))
+
+    def _found(
+        self, part: KernelInputs, rows: Rows, heads: int, before: dict[str, mx.array] | None
+    ) -> tuple[mx.array, mx.array]:
+        """Run the calls that hold keys, and return dk and dv."""
+        calls = [held_keys_call(part, rows, tiling, heads, before) for tiling in self.of_keys]
+        dk, dv = (x for call in calls for x in launch.run(call))
+        return dk, dv
 
 
 class SplitHopperPlan(HopperPlan):
@@ -174,7 +185,7 @@ class SplitHopperPlan(HopperPlan):
     split: ClassVar[bool] = True
 
     def _of_keys(self, part: KernelInputs, rows: Rows, sums: Gradients, keys: Span) -> tuple[mx.array, mx.array]:
-        dk, dv = launch.run(held_keys_call(part, rows, self.of_keys, part.rows[1], None))
+        dk, dv = self._found(part, rows, part.rows[1], None)
         scale, columns = part.rules.scale, slice(*keys)
         return _added(sums.k, dk, part.k, scale, columns), _added(sums.v, dv, part.v, 1.0, columns)
 

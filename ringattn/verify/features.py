@@ -85,6 +85,8 @@ FEATURES: dict[str, Callable[[], Case]] = {
     "head_dim 128": lambda: _case(14, dim=128, v_dim=128, options=_causal),
     "peaked scores": lambda: _case(15, size=30.0, options=_causal),
     "everything, bfloat16": lambda: _case(16, batch=2, dtype=mx.bfloat16, options=_everything),
+    "head_dim 256": lambda: _case(17, dim=256, v_dim=256, options=lambda r, case: {"mask": "causal", "softcap": 50.0}),
+    "head_dim 192, values 128": lambda: _case(18, dim=192, v_dim=128, options=_causal),
 }
 
 

@@ -43,6 +43,10 @@ def rest(seeds: range) -> Iterator[tuple[str, Callable[[], Case]]]:
 
 HALVES = (mx.float16, mx.bfloat16)
 EVERYTHING = {"everything, bfloat16": FEATURES["everything, bfloat16"], "causal, float16": FEATURES["causal, float16"]}
+WIDE = {
+    "head_dim 256, bfloat16": partial(in_dtype, FEATURES["head_dim 256"], mx.bfloat16),
+    "head_dim 192, values 128, float16": partial(in_dtype, FEATURES["head_dim 192, values 128"], mx.float16),
+}
 MASKS = {
     "boolean mask, float32": FEATURES["boolean mask"],
     "additive mask, bfloat16": partial(in_dtype, FEATURES["additive mask"], mx.bfloat16),
@@ -89,9 +93,9 @@ def test_results_and_gradients(name: str) -> None:
     assert error((EVERYTHING | MASKS)[name]()) <= 1
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", EVERYTHING | WIDE)
 def test_results_and_gradients_by_wgmma(hopper: list[str], name: str) -> None:
-    assert error(EVERYTHING[name]()) <= 1
+    assert error((EVERYTHING | WIDE)[name]()) <= 1
     assert all(any(kernel in ran for ran in hopper) for kernel in ("forward_hopper", "backward_hopper"))
 
 

@@ -16,7 +16,7 @@ from ringattn.core.masks import Band
 from ringattn.core.rules import ScoreRules
 from ringattn.cuda import dispatch, gradient, gradient_plans, launch, set_executor
 from ringattn.cuda.backward import deal
-from ringattn.cuda.backward_hopper import MOST_HOPPER_DIMS, HeldTiling
+from ringattn.cuda.backward_hopper import HeldTiling
 from ringattn.cuda.device import HOPPER, LEAST_SHARED_BYTES, SHARED_BYTES
 from ringattn.cuda.gradient_tiling import GradientTiling
 from ringattn.cuda.hopper_tiling import REGISTERS, HopperTiling
@@ -137,7 +137,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_gradient_of_every_feature_by_wgmma(feature: str, model, hopper) -> None:
     gradients(in_half(FEATURES[feature]()))
-    assert [call.name.split("_")[2] for call in model] == ["forward", "rows", *["backward"] * 2, *["collect"] * 2]
+    calls = 3 if feature == "head_dim 256" else 2
+    assert [call.name.split("_")[2] for call in model] == ["forward", "rows", *["backward"] * calls, *["collect"] * 2]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -167,10 +168,10 @@ def test_the_heads_of_a_group_share_a_block_where_blocks_are_many(tokens: int, h
     assert gradient_plans.plans(KernelInputs(q, k, k, at, at, ScoreRules(1.0, Band())))[0] is kind
 
 
-def test_the_gradient_by_wgmma_takes_half_precision_and_few_dims(hopper) -> None:
+def test_the_gradient_by_wgmma_takes_half_precision(hopper) -> None:
     for dtype, dims, expected in (
         (mx.bfloat16, 128, gradient_plans.HopperPlan),
-        (mx.float16, 136, gradient_plans.FusedPlan),
+        (mx.float16, 256, gradient_plans.HopperPlan),
         (mx.float32, 64, gradient_plans.FusedPlan),
     ):
         x = mx.zeros((1, 1, 8, dims), dtype)
@@ -227,16 +228,25 @@ def test_every_tile_of_the_gradient_fits_on_every_gpu(shared: int) -> None:
 
 @pytest.mark.parametrize("softcap", (None, 5.0))
 def test_every_tile_of_the_gradient_by_wgmma_fits(softcap: float | None) -> None:
-    for dim, v_dim, of_keys in itertools.product((8, 64, 80, 128), (8, 33, 128), (True, False)):
-        assert max(dim, v_dim) <= MOST_HOPPER_DIMS
+    for dim, v_dim in itertools.product((8, 64, 80, 128, 192, 256), (8, 33, 128, 256)):
         q, v = (mx.zeros((1, 1, 8, n), mx.bfloat16) for n in (dim, v_dim))
         at = np.arange(8, dtype=np.int32)
-        tiling = HeldTiling.of(KernelInputs(q, q, v, at, at, ScoreRules(1.0, Band(), softcap)), of_keys)
-        assert tiling.shared_memory <= SHARED_BYTES[HOPPER] and tiling.stages >= 3
-        assert dim <= tiling.BD and v_dim <= tiling.BV and tiling.PASSING % 16 == tiling.threads % 128 == 0
-        sums = tiling.BD // 2 + (tiling.BV // 2 if of_keys else 0)
-        scores = tiling.PASSING * (2 if softcap is None else 3) // 2
-        assert sums + scores <= 200, "sums and scores stay in registers"
+        inputs = KernelInputs(q, q, v, at, at, ScoreRules(1.0, Band(), softcap))
+        of_queries, of_keys = HeldTiling.of_queries(inputs), HeldTiling.of_keys(inputs)
+        assert of_queries.sums == ("dq",) and [name for x in of_keys for name in x.sums] == ["dk", "dv"]
+        for tiling in (of_queries, *of_keys):
+            assert tiling.shared_memory <= SHARED_BYTES[HOPPER] and tiling.stages >= 3
+            assert dim <= tiling.BD and v_dim <= tiling.BV and tiling.PASSING % 16 == tiling.threads % 128 == 0
+            sums = sum(tiling.BV if name == "dv" else tiling.BD for name in tiling.sums) // 2
+            scores = 1 if tiling.sums == ("dv",) else 2 if softcap is None else 3
+            assert sums + scores * tiling.PASSING // 2 <= 200, "sums and scores stay in registers"
+
+
+def test_blocks_hold_dk_and_dv_together_as_far_as_registers_do() -> None:
+    at = np.arange(8, dtype=np.int32)
+    for dim, v_dim, calls in ((128, 128, 1), (192, 128, 1), (256, 64, 1), (192, 192, 2), (256, 256, 2)):
+        q, v = (mx.zeros((1, 1, 8, n), mx.bfloat16) for n in (dim, v_dim))
+        assert len(HeldTiling.of_keys(KernelInputs(q, q, v, at, at, ScoreRules(1.0, Band())))) == calls
 
 
 def test_key_tiles_are_dealt_evenly() -> None:

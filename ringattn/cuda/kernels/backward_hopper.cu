@@ -4,10 +4,10 @@
 //   s = q k^T     dp = dout v^T                      dq += ds k            where queries are held,
 // p = exp(s - lse) and ds = p (dp - delta). So p and ds never leave the registers of the rows that have them, and nothing
 // is added up in memory: no atomics, and the same bits in every run. s and dp are computed twice, which costs less than
-// to add up dq in memory (FlashAttention-2, arXiv 2307.08691, computes them once).
+// to add up dq in memory (FlashAttention-2, arXiv 2307.08691, computes them once). Beyond 128 dims the registers hold dk
+// or dv (RA_SUM_K, RA_SUM_V), so that each has a call of its own; that of dv has no dp.
 //
 // A warpgroup has 64 held tokens and goes its own way: a passing tile arrives at one barrier and is released at another.
-// While the last product of a tile is computed, those of the next one begin.
 
   constexpr int HELD = 16 * RA_WARPS, PASSING = RA_PASSING, STAGES = RA_STAGES; // tokens of the tiles
   constexpr int AHEAD = STAGES - 2;                                             // tiles that are loaded early
@@ -18,9 +18,9 @@
 
   extern __shared__ __align__(1024) unsigned char memory[];
   RA_T* held_k = reinterpret_cast<RA_T*>(memory); // keys or queries
-  RA_T* held_v = held_k + tile_size(HELD, BD);    // values or dout
-  RA_T* k_tiles = held_v + tile_size(HELD, BV);   // queries or keys
-  RA_T* v_tiles = k_tiles + STAGES * K_SIZE;      // dout or values
+  RA_T* held_v = held_k + tile_size(HELD, BD);    // values or dout, for dp
+  RA_T* k_tiles = held_v + (RA_SUM_K ? tile_size(HELD, BV) : 0); // queries or keys
+  RA_T* v_tiles = k_tiles + STAGES * K_SIZE;                     // dout or values
   float* saved = reinterpret_cast<float*>(v_tiles + STAGES * V_SIZE); // lse and delta of passing queries
   unsigned long long* arrived = reinterpret_cast<unsigned long long*>(saved + STAGES * 2 * PASSING);
   unsigned long long* released = arrived + STAGES;
@@ -118,7 +118,9 @@
   __syncthreads();
 #if RA_OF_KEYS
   load<HELD, BD, SWIZZLED>(held_k, keys + (kv_place + held) * RA_D, RA_D, 1, RA_D, held_here, D_PARTS);
+#if RA_SUM_K
   load<HELD, BV, SWIZZLED>(held_v, values + (kv_place + held) * RA_DV, RA_DV, 1, RA_DV, held_here, DV_PARTS);
+#endif
 #else
   const long long held_place = q_place(first_head) + held;
   load<HELD, BD, SWIZZLED>(held_k, queries + held_place * RA_D, RA_D, 1, RA_D, held_here, D_PARTS);
@@ -140,7 +142,6 @@
     publish_to_products();
     __syncthreads();
   }
-  float v_sums[BV / 8][4] = {};
 #else // NaN and infinity stay in their rows
   __syncthreads();
   constexpr bool odd_block = false;
@@ -152,9 +153,14 @@
     row_deltas[r] = delta[at];
   }
 #endif
-  float k_sums[BD / 8][4] = {}; // dk or dq
   const unsigned held_k_rows = description_of(held_k + warp / 4 * 64 * PANEL);
+#if RA_SUM_K
   const unsigned held_v_rows = description_of(held_v + warp / 4 * 64 * PANEL);
+  float k_sums[BD / 8][4] = {}; // dk or dq
+#endif
+#if RA_SUM_V
+  float v_sums[BV / 8][4] = {}; // dv
+#endif
 
   Slot at{0, 0};
   for (Place here{first_head, first}; here.head < last_head; step(here)) {
@@ -191,19 +197,21 @@
       }
     }
 
-    float s[PASSING / 8][4], dp[PASSING / 8][4];
-    const unsigned k_rows = description_of(k_tile), v_rows = description_of(v_tile);
+    float s[PASSING / 8][4];
     begin_products();
-    multiply_rows_of<HELD, PASSING, BD>(s, held_k_rows, k_rows);
+    multiply_rows_of<HELD, PASSING, BD>(s, held_k_rows, description_of(k_tile));
     commit_products();
-    multiply_rows_of<HELD, PASSING, BV>(dp, held_v_rows, v_rows);
+#if RA_SUM_K
+    float dp[PASSING / 8][4];
+    multiply_rows_of<HELD, PASSING, BV>(dp, held_v_rows, description_of(v_tile));
     commit_products();
-    wait_for_products<1>(); // s, and all products of the tile before
+#endif
+    wait_for_products<RA_SUM_K>(); // s
     pin(s);
     load_next();
 
     // p
-#if RA_SOFTCAP
+#if RA_SOFTCAP && RA_SUM_K
     float slope[PASSING / 8][4];
 #endif
     if (!full || RA_SOFTCAP) {
@@ -214,7 +222,9 @@
 #if RA_SOFTCAP
         const float bent = tanhf(x / numbers[1]);
         x = numbers[1] * bent;
+#if RA_SUM_K
         slope[e / 4][e % 4] = 1.0f - bent * bent;
+#endif
 #endif
       }
     }
@@ -288,7 +298,7 @@
       hide(s);
     }
 
-    // ds
+#if RA_SUM_K // ds
     wait_for_products<0>();
     pin(dp);
     RA_UNROLL
@@ -322,21 +332,26 @@
     if (!full) {
       hide(dp);
     }
-#if RA_OF_KEYS
+    unsigned changes[PASSING / 16][4];
+    pack(changes, dp);
+#endif
+#if RA_SUM_V
     unsigned weights[PASSING / 16][4];
     pack(weights, s);
 #endif
-    unsigned changes[PASSING / 16][4];
-    pack(changes, dp);
     begin_products();
-#if RA_OF_KEYS
+#if RA_SUM_V
     multiply_weights_of<PASSING>(v_sums, weights, description_of(v_tile, PANEL_BYTES));
 #endif
+#if RA_SUM_K
     multiply_weights_of<PASSING>(k_sums, changes, description_of(k_tile, PANEL_BYTES));
+#endif
     commit_products();
     wait_for_products<0>();
+#if RA_SUM_K
     pin(k_sums);
-#if RA_OF_KEYS
+#endif
+#if RA_SUM_V
     pin(v_sums);
 #endif
     __syncwarp(); // all lanes have read what is saved
@@ -345,33 +360,29 @@
     }
     at.step<STAGES>();
   }
-  wait_for_products<0>();
-  pin(k_sums);
-#if RA_OF_KEYS
-  pin(v_sums);
-#endif
 
+#if RA_ADDS
+#define RA_BEFORE(sums) sums
+#else
+#define RA_BEFORE(sums) nullptr
+#endif
   RA_UNROLL
   for (int r = 0; r < 2; r++) {
     const int mine = row + 8 * r;
     if (mine < held_here) {
 #if RA_OF_KEYS
       const long long to = (static_cast<long long>(batch) * gridDim.y + y) * k_len + held + mine;
-#if RA_ADDS
-      const float *k_before = dk_before + to * RA_D, *v_before = dv_before + to * RA_DV;
-#else
-      const float *k_before = nullptr, *v_before = nullptr;
+#if RA_SUM_K
+      const long long k_to = to * RA_D;
+      store_row<RA_D, RA_ADDS>(dk + k_to, RA_BEFORE(dk_before + k_to), k_sums, r, RA_SCALES ? scale : 1.0f);
 #endif
-      store_row<RA_D, RA_ADDS>(dk + to * RA_D, k_before, k_sums, r, RA_SCALES ? scale : 1.0f);
-      store_row<RA_DV, RA_ADDS>(dv + to * RA_DV, v_before, v_sums, r, 1.0f);
+#if RA_SUM_V
+      const long long v_to = to * RA_DV;
+      store_row<RA_DV, RA_ADDS>(dv + v_to, RA_BEFORE(dv_before + v_to), v_sums, r, 1.0f);
+#endif
 #else
       const long long to = (held_place + mine) * RA_D;
-#if RA_ADDS
-      const float* before = dq_before + to;
-#else
-      const float* before = nullptr;
-#endif
-      store_row<RA_D, RA_ADDS>(dq + to, before, k_sums, r, scale);
+      store_row<RA_D, RA_ADDS>(dq + to, RA_BEFORE(dq_before + to), k_sums, r, scale);
 #endif
     }
   }
