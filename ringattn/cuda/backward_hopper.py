@@ -133,8 +133,8 @@ def held_keys_call(
     """
     dims = {"dk": inputs.q.shape[3], "dv": inputs.v.shape[3]}
     before = {} if sums is None else {f"{name}_before": sums[name] for name in tiling.sums}
-    outputs = {name: (inputs.k.shape[0], heads, inputs.k.shape[2], dims[name]) for name in tiling.sums}
-    return _call(inputs, rows, tiling, heads, before, outputs)
+    shape = inputs.k.shape[0], heads, inputs.k.shape[2]
+    return _call(inputs, rows, tiling, heads, before, {name: (*shape, dims[name]) for name in tiling.sums})
 
 
 def held_queries_call(inputs: KernelInputs, rows: Rows, tiling: HeldTiling, sums: mx.array | None) -> KernelCall:
