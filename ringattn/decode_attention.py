@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import backends
-from .autograd.custom_function import custom_op, start_evaluation
+from .autograd.custom_function import custom_op
+from .autograd.evaluation import start_evaluation
 from .core.arrays import view
 from .core.intervals import kept_positions
 from .core.online_softmax import State, finish, merge_states, normalise

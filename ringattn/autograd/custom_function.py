@@ -8,11 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core.arrays import view
 from ..errors import RingAttentionError, TransformError
-from ..native.cuda import driver
 from .checkpointing import record_or_replay
-from .untraced import copies_on_gpu
 
 Arrays = Sequence[mx.array]
 
@@ -68,38 +65,6 @@ def _listed(arrays: mx.array | Arrays) -> Arrays:
     return [arrays] if isinstance(arrays, mx.array) else arrays
 
 
-def start_evaluation(*arrays: mx.array) -> None:
-    """Start to evaluate `arrays`, without waiting where MLX can. Raise now if a transformation traces them."""
-    try:
-        mx.async_eval(*arrays)
-    except ValueError:
-        mx.eval(*arrays)  # mx.grad allows eval but not async_eval; under mx.compile and mx.vmap eval raises too
-
-
-def evaluated_copies(arrays: Arrays) -> Arrays:
-    """Start to evaluate `arrays` and return them. Inside a transformation return evaluated copies.
-
-    Inside a transformation MLX keeps the inputs of an array as long as the array lives, evaluated or not. Copies free
-    them.
-    """
-    try:
-        mx.async_eval(*arrays)
-    except ValueError:
-        mx.eval(*arrays)
-        return _copies(arrays)
-    return arrays
-
-
-def _copies(arrays: Arrays) -> Arrays:
-    gpu = driver()
-    return [_copy(x) for x in arrays] if gpu is None else copies_on_gpu(gpu, arrays)
-
-
-def _copy(x: mx.array) -> mx.array:
-    y = mx.array(view(x))
-    return y.view(mx.bfloat16) if x.dtype == mx.bfloat16 else y
-
-
 _outside: ContextVar[bool] = ContextVar("ringattn_outside", default=False)
 
 
@@ -117,17 +82,3 @@ def _marked(compute: Callable[..., Arrays]) -> Callable[..., Arrays]:
             _outside.reset(before)
 
     return run
-
-
-class InFlight:
-    """At most two dispatches at a time: the next one starts when the last but one has ended."""
-
-    def __init__(self) -> None:
-        self._last: Arrays = []
-
-    def add(self, outputs: Arrays) -> Arrays:
-        """Start `outputs`, wait for the outputs before them, and return `settled` outputs."""
-        outputs = evaluated_copies(outputs)
-        mx.eval(*self._last)
-        self._last = outputs
-        return outputs

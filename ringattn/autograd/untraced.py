@@ -1,8 +1,9 @@
 """Computations inside a transformation that are done as outside of it, on an NVIDIA GPU.
 
 Inside a transformation MLX evaluates an array while the caller waits, and keeps what it was computed from. So a GPU
-idles while Python prepares the next hop of a ring. Arrays that were not computed from traced ones are evaluated as
-outside, but in the gradient of a custom function all arrays of the thread count as traced. Another thread has none.
+idles while Python prepares the next hop of a ring. In another thread nothing counts as traced. There MLX would cut all
+arrays that it meets from what they were computed from, which gives zero gradients: it gets copies. The caller's thread
+evaluates and copies the inputs, and the other one prepares meanwhile.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
-from functools import cache, partial
+from functools import cache
 
 import mlx.core as mx
 
-from ..native.cuda import Driver, driver
+from ..native.cuda import driver
+from .evaluation import Inputs, copies_on_gpu
 
 Arrays = Sequence[mx.array]
 
@@ -25,7 +27,7 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
     """Compute on copies of `arrays` that no transformation traces. On other devices, and outside, on `arrays`.
 
     Args:
-        compute: A function of the arrays that evaluates its results, or starts to.
+        compute: A function of the arrays that evaluates its results, or starts to, by the functions of `evaluation`.
         arrays: Its arguments.
         interrupt: Called with an exception, such as KeyboardInterrupt, that reaches this thread while it waits for
             another one. It should end the computation.
@@ -33,12 +35,17 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
     gpu = driver()
     if gpu is None or not _traced(arrays):
         return compute(*arrays)
-    copies = copies_on_gpu(gpu, arrays)
-    if not _traced(copies):
+    inputs = Inputs()
+    copies, fill = copies_on_gpu(gpu, arrays)
+
+    def prepare_and_compute() -> Arrays:
+        inputs.use()
         return compute(*copies)
+
     future: Future | None = None
     try:
-        future = _other_thread().submit(copy_context().run, partial(compute, *copies))
+        future = _other_thread().submit(copy_context().run, prepare_and_compute)
+        inputs.fill(fill)
         while not wait([future], timeout=_PATIENCE).done:
             pass
         return future.result()
@@ -46,16 +53,6 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
         if future is None or not future.done():
             interrupt(error)
         raise
-
-
-def copies_on_gpu(gpu: Driver, arrays: Arrays) -> list[mx.array]:
-    """Copy `arrays` without views on the host, which would move them there."""
-    sources = [mx.contiguous(x) for x in arrays]
-    copies, targets = gpu.allocate([(x.shape, x.dtype) for x in arrays])
-    located, places = gpu.locate(sources)
-    mx.eval(*copies, *located)  # here, because another thread cannot
-    gpu.copy_all(targets(), places(), [x.nbytes for x in sources])
-    return copies
 
 
 def _traced(arrays: Arrays) -> bool:
@@ -70,4 +67,4 @@ def _traced(arrays: Arrays) -> bool:
 @cache
 def _other_thread() -> ThreadPoolExecutor:
     """A thread with a stream of its own: MLX's streams belong to threads."""
-    return ThreadPoolExecutor(1, "ringattn gradient", lambda: mx.set_default_stream(mx.new_stream(mx.default_device())))
+    return ThreadPoolExecutor(1, "ringattn untraced", lambda: mx.set_default_stream(mx.new_stream(mx.default_device())))

@@ -19,8 +19,10 @@ from .launch import KernelCall
 from .tiling import FRAGMENT, WARP
 
 PANEL = 64  # dims in 128 bytes
-MOST_STAGES = 4
+LEAST_STAGES, MOST_STAGES = 3, 4
+WIDE = 128  # dims, beyond which shared memory and registers limit the passing tokens
 BOTH = 320  # dims of dk and dv together, up to which a block's registers hold both beside the scores
+REGISTERS = 200  # of a thread, for sums and scores
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,25 @@ class HeldTiling:
     @classmethod
     def of_keys(cls, inputs: KernelInputs) -> tuple[HeldTiling, ...]:
         """The tiles of blocks that hold keys: of one call for dk and dv, or, beyond what registers hold, of two."""
-        both = cls._of(inputs, ("dk", "dv"))
-        return (both,) if both.BD + both.BV <= BOTH else tuple(cls._of(inputs, (name,)) for name in both.sums)
+        calls = (("dk", "dv"),) if sum(_padded_dims(inputs)) <= BOTH else (("dk",), ("dv",))
+        return tuple(cls._of(inputs, sums) for sums in calls)
 
     @classmethod
     def _of(cls, inputs: KernelInputs, sums: tuple[str, ...]) -> HeldTiling:
         """The tiles for some inputs: as many passing tokens as leave all scores and sums in registers."""
-        BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
-        widest = max(BD, BV)
-        passing = 32 if widest > 128 else 128 if sums == ("dq",) and widest <= 64 else 64
-        fewer = inputs.rules.softcap is not None and (passing > 32 or len(sums) > 1)  # registers for its slope
-        return cls(sums, passing // 2 if fewer else passing, BD, BV)
+        BD, BV = _padded_dims(inputs)
+        widest, softcap = max(BD, BV), inputs.rules.softcap is not None
+        if widest <= WIDE:
+            passing = 128 if sums == ("dq",) and widest <= 64 else 64
+            return cls(sums, passing // 2 if softcap else passing, BD, BV)
+        tilings = (cls(sums, passing, BD, BV) for passing in (64, 48, 32, 16))
+        return next(x for x in tilings if x.stages >= LEAST_STAGES and x.registers(softcap) <= REGISTERS)
+
+    def registers(self, softcap: bool) -> int:
+        """Registers of a thread for sums and for scores: s, and for dk and dq dp and the slope of a softcap."""
+        sums = sum(self.BV if name == "dv" else self.BD for name in self.sums)
+        scores = 1 if self.sums == ("dv",) else 3 if softcap else 2
+        return (sums + scores * self.PASSING) // 2
 
     @property
     def holds_keys(self) -> bool:
@@ -105,6 +115,12 @@ class HeldTiling:
     def tile(self, of_keys: bool) -> int:
         """Keys, or queries, in a tile."""
         return self.HELD if of_keys == self.holds_keys else self.PASSING
+
+
+def _padded_dims(inputs: KernelInputs) -> tuple[int, int]:
+    """The dims of keys and of values, padded to whole fragments."""
+    BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
+    return BD, BV
 
 
 def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..autograd.custom_function import InFlight
+from ..autograd.evaluation import InFlight
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import cut
 from ..core.masks import Tile, segment_tile

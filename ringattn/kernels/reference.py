@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..autograd.custom_function import evaluated_copies, inside_custom_op
+from ..autograd.custom_function import inside_custom_op
+from ..autograd.evaluation import evaluated_copies
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
 from ..core.online_softmax import State, merge_states

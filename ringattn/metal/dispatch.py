@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..autograd.custom_function import InFlight
+from ..autograd.evaluation import InFlight
 from ..core.online_softmax import State
 from ..kernels.gpu.key_tiles import key_tile_ranges
 from ..kernels.gpu.self_test import UnusableError, variant

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from ..autograd.evaluation import evaluate, start_evaluation
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import length
 from ..transport.consensus import raise_on_all_ranks
@@ -30,13 +31,13 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
     with ring.call(GRADIENT):
         with forgetting(links):
             with raise_on_all_ranks(ring, GRADIENT):
-                mx.eval(*call.arrays, dout, dlse)
                 passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
                 ring.tracer.choose(passing.name)
                 work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
                 posted = work.post() if links is not None else None
                 # Python takes about as long to agree as a GPU to compute on a short block.
                 first = work.own_hop() if call.stays_on_gpu else None
+                evaluate(*call.arrays, dout, dlse)  # here, so that an error in them is one of all ranks
                 fields = call.fields()
             work.call = call.agreed(GRADIENT, fields)
             if work.call.links is None:
@@ -45,7 +46,7 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
             sums = work.travel(posted or work.post(), first)
             del posted, first  # their memory
             found = call.options.gradients(sums, work.rows, call.arrays[0].dtype)
-            mx.eval(found)
+            (start_evaluation if work.call.runs_ahead else evaluate)(*found)
     return found
 
 
@@ -60,6 +61,7 @@ class Passing(abc.ABC):
 
     name: ClassVar[str]
     own: Block
+    _sums: Arrays
 
     def __init__(self, call: RingCall, rows: Rows):
         self.call = call
@@ -68,14 +70,15 @@ class Passing(abc.ABC):
 
     @abc.abstractmethod
     def build(self, block: Block, arrive: Arrive) -> Arrays:
-        """Build the sums with the gradients of a block that passes: q, k, v, and the mask if it has a gradient.
+        """Build the sums that travel, with the gradients of a block that passes, and keep those that stay.
 
         See `RingCall.run` for `arrive`.
         """
 
-    @abc.abstractmethod
-    def keep(self, sums: Arrays) -> Arrays:
-        """Keep the `sums` that stay, once they are computed, and return those that travel."""
+    def settle(self, hop: int) -> Arrays:
+        """Compute the sums that stay, and return them."""
+        self._sums = self.call.run(hop, None, lambda arrive: self._sums)
+        return self._sums
 
     @abc.abstractmethod
     def neutral(self, tokens: int) -> Arrays:
@@ -92,12 +95,17 @@ class Passing(abc.ABC):
     def own_hop(self) -> Arrays | None:
         """Start to compute on the own block, which needs no other rank. Return what travels of its sums."""
         spans = self._schedules[0].hops[0].compute
-        return self.keep(self.call.run(0, None, partial(self.build, rows_of(self.own, spans)))) if spans else None
+        if not spans:
+            return None
+        travelling = self.call.run(0, None, partial(self.build, rows_of(self.own, spans)))
+        self.settle(0)
+        return travelling
 
     def travel(self, posted: Posted, first: Arrays | None) -> Gradients:
         """Send the own block around the ring, and add up. `first` is what `own_hop` returned."""
         accumulator = accumulator_for(self.call.links)(self.neutral, merge_sums)
-        return self.gradients(round_trip(self.call, posted, self._schedules, accumulator, self.build, self.keep, first))
+        work = round_trip(self.call, posted, self._schedules, accumulator, self.build, self.settle, first)
+        return self.gradients(work)
 
 
 class PassQ(Passing):
@@ -113,10 +121,8 @@ class PassQ(Passing):
 
     def build(self, block: Block, arrive: Arrive) -> Arrays:
         q, *mask = self.neutral(length(block.spans))
-        return self.call.backward_block(block, self._keys, Gradients(q, *self._sums, *mask), arrive)
-
-    def keep(self, sums: Arrays) -> Arrays:
-        q, k, v, *mask = sums
+        sums = Gradients(q, *self._sums, *mask)
+        q, k, v, *mask = self.call.backward_block(block, self._keys, sums, arrive)
         self._sums = k, v
         return [q, *mask]
 
@@ -142,12 +148,9 @@ class PassKV(Passing):
     def build(self, block: Block, arrive: Arrive) -> Arrays:
         q, *mask = self._sums
         sums = Gradients(q, *self.neutral(length(block.spans)), *mask)
-        return self.call.backward_block(self._queries, block, sums, arrive)
-
-    def keep(self, sums: Arrays) -> Arrays:
-        q, k, v, *mask = sums
+        q, k, v, *mask = self.call.backward_block(self._queries, block, sums, arrive)
         self._sums = q, *mask
-        return k, v
+        return [k, v]
 
     def neutral(self, tokens: int) -> Arrays:
         return self.call.gradients_of_keys(tokens)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import backends
-from ..autograd.custom_function import evaluated_copies
+from ..autograd.evaluation import await_inputs, evaluate, evaluated_copies, start_evaluation
 from ..core.arrays import read_only
 from ..core.gradients import Gradients, Rows
 from ..core.intervals import Spans, kept_positions
@@ -196,14 +196,20 @@ class RingCall:
         Where Python `runs_ahead`, a GPU's work is prepared before the block is there, and may go on when this returns.
         `build` gets a function that waits for the block, to be called before anything is evaluated.
         """
-        arrive = partial(self.wait, hop, after)
-        ahead = self.runs_ahead
-        prepared = build(arrive) if ahead else None
+
+        def arrive() -> None:
+            await_inputs()
+            self.wait(hop, after)
+
+        if self.runs_ahead:
+            found = build(arrive)
+            self.wait(hop, after)
+            start_evaluation(*found)
+            return found
         arrive()
         with self.ring.tracer.span("compute", hop):
-            found = evaluated_copies(build(arrive) if prepared is None else prepared)
-            if not ahead:
-                mx.eval(*found)
+            found = evaluated_copies(build(arrive))
+            evaluate(*found)
         return found
 
     def _inputs(self, queries: Block, keys: Block, before_mask: int, arrive: Arrive) -> KernelInputs:

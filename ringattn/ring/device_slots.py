@@ -13,7 +13,7 @@ from math import prod
 
 import mlx.core as mx
 
-from ..autograd.custom_function import start_evaluation
+from ..autograd.evaluation import start_evaluation
 from ..core.intervals import Spans, length, locate
 from ..native.cuda import Kind
 from ..transport.interface import DeviceBuffer, Direction, Links, Load, Signal, Transfer

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..autograd.custom_function import start_evaluation
+from ..autograd.evaluation import evaluate, start_evaluation
 from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
@@ -50,14 +50,14 @@ def forward(call: RingCall) -> tuple[mx.array, mx.array]:
             early = links is not None and strategy == "pass_kv"
             own = OwnHop.of(replace(call, links=links)) if early else None
             start_evaluation(*call.arrays)
-            mx.eval(*keys)  # here, so that an error in them is one of all ranks
+            evaluate(*keys)  # here, so that an error in them is one of all ranks
             fields = call.fields()
         call = call.agreed(WHAT, fields)
         if call.links is None:
             own = None
     with call.ring.break_ring_on_error():
         out, lse = _pass_kv(call, own) if own is not None else _STRATEGIES[strategy](call)
-        (start_evaluation if call.runs_ahead else mx.eval)(out, lse)
+        (start_evaluation if call.runs_ahead else evaluate)(out, lse)
     return out, lse
 
 
@@ -168,8 +168,8 @@ class Held:
             if self._links is not None:
                 mx.eval(*results)
             act()
-        if self._links is not None and held:
-            self._links.advance()
+            if self._links is not None:
+                self._links.advance()
 
 
 def _gather(call: RingCall) -> Partial:
@@ -201,7 +201,7 @@ def round_trip(
     schedules: Sequence[Schedule],
     accumulator: Accumulator,
     build: Callable[[Block, Arrive], Arrays],
-    keep: Callable[[Arrays], Arrays] = lambda found: found,
+    settle: Callable[[int], Arrays] = lambda hop: (),
     first: Arrays | None = None,
 ) -> tuple[mx.array, ...]:
     """Compute on the blocks that pass. Their results travel one hop behind; those of the own block come home.
@@ -211,9 +211,9 @@ def round_trip(
         posted: What `relay` returned for the own block.
         schedules: The hops of each route.
         accumulator: Adds results up.
-        build: Builds the results of a block; see `RingCall.run`.
-        keep: Takes results that were computed, keeps what stays on this rank, and returns what travels.
-        first: What travels of the first hop, if it was computed before.
+        build: Builds the results of a block that travel; see `RingCall.run`.
+        settle: Computes the results of a hop that stay on this rank, and returns them. What travels leaves meanwhile.
+        first: What travels of the first hop, if it and what stays were computed before.
     """
     arrivals, sends = posted
     routes = [post_results(call.ring, schedule, accumulator, call.links) for schedule in schedules]
@@ -223,12 +223,11 @@ def round_trip(
     for (h, hop, arrival), (here, following) in zip(arrivals, interleave_hops(map(pairwise, routes))):
         call.ring.set_progress(WHAT, h)
         added = None
+        used: Arrays = ()
         if hop.compute:
-            found = first or keep(call.run(h, arrival.transfer, partial(_build_on, build, hop, arrival)))
-            first = None
-            added = accumulator.block(found, hop.compute)
+            used = first or call.run(h, arrival.transfer, partial(_build_on, build, hop, arrival))
+            added = accumulator.block(used, hop.compute)
         held.turn()
-        held.release(arrival, () if added is None else added.arrays)
         following.allow_receive()
         if h == 0:
             home_part = home_part or added
@@ -236,6 +235,10 @@ def round_trip(
             call.wait(h, here.arrival.transfer)
             total = accumulator.sendable(here.total(accumulator, added), here.wanted)
             held.until(total.arrays, partial(here.send_total, total))
+        if hop.compute and first is None:
+            used = (*used, *settle(h))
+        first = None
+        held.release(arrival, used)
     held.turn()
     totals: list[Block] = []
     for results in routes:

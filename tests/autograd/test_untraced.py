@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from host_network import HostGpu
 
 from ringattn.autograd import untraced as module
 from ringattn.autograd.custom_function import custom_op
+from ringattn.autograd.evaluation import evaluate, start_evaluation
 from ringattn.autograd.untraced import untraced
 from ringattn.errors import TransformError
 
@@ -30,9 +32,10 @@ def op(x: mx.array, scale: mx.array, seen: list[str]) -> mx.array:
     def outside(compute: Callable[..., Sequence[mx.array]]) -> Callable[..., Sequence[mx.array]]:
         def run(*arrays: mx.array) -> Sequence[mx.array]:
             found = compute(*arrays)
-            mx.async_eval(*found)  # raises for traced arrays
+            start_evaluation(*found)
+            evaluate(*found)
+            mx.async_eval(*(x + 1 for x in found))  # raises for traced arrays
             seen.append(threading.current_thread().name)
-            mx.eval(*found)
             return found
 
         return lambda *arrays: untraced(run, arrays, pytest.fail)
@@ -42,6 +45,10 @@ def op(x: mx.array, scale: mx.array, seen: list[str]) -> mx.array:
     return custom_op("op", forward, [x, scale], backward)[0]
 
 
+def in_other_thread(compute: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Sequence[mx.array]:
+    return untraced(compute, arrays, pytest.fail)
+
+
 def test_gradient_reaches_what_lies_before(gpu: HostGpu) -> None:
     """The graph before the operation stays: evaluating traced arrays elsewhere would cut it, and give zeros."""
     x, scale, seen = mx.array(np.arange(6, dtype=np.float32)), mx.array(3.0), list[str]()
@@ -49,14 +56,72 @@ def test_gradient_reaches_what_lies_before(gpu: HostGpu) -> None:
     s, c = np.sin(np.arange(6)), np.cos(np.arange(6))
     np.testing.assert_allclose(np.array(dx), 6 * s * c, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dscale.item(), (s * s).sum(), rtol=1e-5)
-    assert seen[0] == threading.current_thread().name and seen[1].startswith("ringattn") and len(seen) == 2
+    assert all(name.startswith("ringattn") for name in seen) and len(seen) == 2
     assert gpu.copied > 0
 
 
-def test_no_copies_outside(gpu: HostGpu) -> None:
+def test_outside_it_computes_here(gpu: HostGpu) -> None:
     seen: list[str] = []
     assert op(mx.array([2.0]), mx.array(3.0), seen).item() == 12
-    assert gpu.copied == 0
+    assert seen == [threading.current_thread().name]
+
+
+def test_it_prepares_while_the_inputs_are_evaluated(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts meanwhile starts in order, once they are there."""
+    original, prepared, order, started = mx.eval, threading.Event(), list[str](), list[mx.array]()
+
+    def late(*arrays: mx.array) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert prepared.wait(20)
+            order.append("inputs")
+        original(*arrays)
+
+    def compute(x: mx.array) -> Sequence[mx.array]:
+        y, z = x * 2, x + 1
+        start_evaluation(z)
+        start_evaluation(y)
+        order.append("prepared")
+        monkeypatch.setattr(mx, "async_eval", started.append)
+        prepared.set()
+        evaluate(y)
+        order.append("computed")
+        assert started[0] is z and started[1] is y
+        return [y]
+
+    def gradient(x: mx.array) -> mx.array:
+        forward = partial(in_other_thread, compute)
+        return custom_op("op", forward, [x], lambda x, dy, y: [2 * dy])[0]
+
+    monkeypatch.setattr(mx, "eval", late)
+    [y], [dx] = mx.vjp(lambda x: [gradient(mx.sin(x))], [mx.array([0.5])], [mx.array([1.0])])
+    assert list(dict.fromkeys(order)) == ["prepared", "inputs", "computed"]
+    monkeypatch.undo()
+    np.testing.assert_allclose([y.item(), dx.item()], [2 * np.sin(0.5), 2 * np.cos(0.5)], rtol=1e-6)
+
+
+def test_an_error_in_the_inputs_reaches_what_waits_for_them(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BaseException] = []
+
+    def fail(*_: mx.array) -> None:
+        raise RuntimeError("no memory")
+
+    def compute(x: mx.array) -> Sequence[mx.array]:
+        y = x * 2
+        try:
+            evaluate(y)
+        except RuntimeError as error:
+            seen.append(error)
+            raise
+        return [y]
+
+    def gradient(x: mx.array) -> mx.array:
+        forward = partial(in_other_thread, compute)
+        return custom_op("op", forward, [x], lambda x, dy, y: [2 * dy])[0]
+
+    monkeypatch.setattr(mx, "eval", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        mx.vjp(lambda x: [gradient(x)], [mx.array([0.5])], [mx.array([1.0])])
+    assert len(seen) == 1
 
 
 def test_compile_is_refused(gpu: HostGpu) -> None:

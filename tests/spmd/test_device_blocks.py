@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,10 +18,11 @@ from test_ring import LAYOUTS, rows_of, run
 import ringattn as ra
 from ringattn import backends
 from ringattn.autograd import untraced
+from ringattn.core.gradients import Gradients, Rows
 from ringattn.core.online_softmax import State
 from ringattn.errors import ArgumentError
 from ringattn.kernels.interface import KernelInputs, OutputSpec
-from ringattn.ring import call
+from ringattn.ring import backward, call, loop
 from ringattn.ring.blocks import NOTHING, Block
 from ringattn.transport import Ring
 from ringattn.transport.mpi.ring import MpiRing
@@ -142,6 +143,49 @@ def test_a_block_waits_for_its_slot(
         out = ra.ring_attention(v, v, v, ring=ring, layout=layout, strategy="pass_kv", backend="reference")
         calls.append((out, 8 * sum(1.0 + rank + 10 * n for rank in range(ring.size))))
     assert [out[0, 0, 0, 0].item() for out, _ in calls] == [expected for _, expected in calls]
+
+
+def backward_late(self: object, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
+    """Means of the other side's values, by a kernel that prepares before its inputs are there and has long to do."""
+    ones = mx.ones((LONG, LONG))
+    zero = (ones @ ones)[0, 0] * 0
+    q, v = ((x + zero).mean(axis=2, keepdims=True) for x in (inputs.q, inputs.v))
+    return Gradients(sums.q + v, sums.k + q, sums.v + q)
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_a_block_waits_for_the_gradients_that_stay(
+    ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """Those that travel leave before; the block that both are computed on stays in its slot."""
+    monkeypatch.setattr(type(backends.select("reference")), "backward", backward_late)
+    layout = ra.Layout.contiguous(8 * ring.size, ring.size)
+    x = mx.full((1, 1, 8, 8), 1.0 + ring.rank)
+
+    def attend(*arrays: mx.array) -> list[mx.array]:
+        arrays = tuple(mx.sin(mx.arcsin(y / 100)) * 100 for y in arrays)  # evaluated in the gradient alone
+        return [ra.ring_attention(*arrays, ring=ring, layout=layout, strategy=strategy, backend="reference")]
+
+    expected = mx.full(x.shape, ring.size * (ring.size + 1) / 2)
+    for _ in range(3):
+        found = mx.vjp(attend, [x, x, x], [mx.ones_like(x)])[1]
+        assert all(mx.allclose(dx, expected, rtol=1e-4) for dx in found)
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_gradients_leave_before_those_that_stay_are_computed(
+    ring: Ring, network: HostNetwork, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    events: list[str] = []
+
+    def noted(name: str, method: Callable) -> Callable:
+        return lambda *arguments: events.append(name) or method(*arguments)
+
+    monkeypatch.setattr(loop.Held, "until", noted("leave", loop.Held.until))
+    monkeypatch.setattr(backward.Passing, "settle", noted("stay", backward.Passing.settle))
+    case = GradientCase.random(replace(random_case(5, q_len=64, k_len=64), options={"mask": "causal"}))
+    check_gradient(case, ring, "zigzag", strategy=strategy, backend="reference")
+    assert events[-2 * ring.size + 1 :] == ["stay", *(["leave", "stay"] * (ring.size - 1))]
 
 
 def test_calls_one_after_the_other(ring: Ring, network: HostNetwork) -> None:
