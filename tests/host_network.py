@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -61,10 +62,12 @@ class HostGpu:
     """A GPU's driver for arrays of the host.
 
     Attributes:
+        delay: Seconds that copies take, so that what reads them too early is seen.
         copied: Bytes copied so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
         self.copied = 0
 
     def locate(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], Callable[[], list[int]]]:
@@ -87,6 +90,7 @@ class HostGpu:
         return memoryview(bytearray(b"\xff" * (count + 64)))
 
     def copy_all(self, targets: Sequence[int], sources: Sequence[int], counts: Sequence[int]) -> None:
+        time.sleep(self.delay)
         for target, source, count in zip(targets, sources, counts):
             ctypes.memmove(target, source, count)
             self.copied += count

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextvars import ContextVar
 
 import mlx.core as mx
@@ -21,33 +21,42 @@ class Inputs:
     """
 
     def __init__(self) -> None:
-        self._there: Future[None] = Future()
+        self._settled = threading.Event()
+        self._error: BaseException | None = None
         self._later: list[Arrays] = []
 
-    def use(self) -> None:
-        """Let the calling thread's context, which is a copy of its own, prepare."""
+    def prepare(self, compute: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+        """Compute on the arrays, in a thread and a context of its own. It waits for them where it needs them."""
         _inputs.set(self)
+        found = compute(*arrays)
+        self.wait()
+        mx.async_eval(*found)  # here: another thread cannot evaluate what this one has built
+        return found
 
     def fill(self, fill: Callable[[], None]) -> None:
-        """Fill the arrays by `fill`. The thread that waits for them raises its errors; signals are raised here, too."""
+        """Fill the arrays by `fill`. The thread that waits for them raises its errors."""
         try:
             fill()
-        except BaseException as error:
-            self._there.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self._there.set_result(None)
+        except Exception as error:
+            self.fail(error)
+        self._settled.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Let the thread that waits for the arrays raise `error`."""
+        self._error = error
+        self._settled.set()
 
     def start(self, arrays: Arrays) -> None:
         """Start to evaluate `arrays`, now or later, after those before."""
         self._later.append(arrays)
-        if self._there.done():
+        if self._settled.is_set():
             self.wait()
 
     def wait(self) -> None:
         """Wait for the inputs, and start to evaluate what waits for them."""
-        self._there.result()
+        self._settled.wait()
+        if self._error is not None:
+            raise self._error
         later, self._later = self._later, []
         for arrays in later:
             mx.async_eval(*arrays)

@@ -8,10 +8,11 @@ evaluates and copies the inputs, and the other one prepares meanwhile.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
-from functools import cache
 
 import mlx.core as mx
 
@@ -27,7 +28,7 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
     """Compute on copies of `arrays` that no transformation traces. On other devices, and outside, on `arrays`.
 
     Args:
-        compute: A function of the arrays that evaluates its results, or starts to, by the functions of `evaluation`.
+        compute: A function of the arrays that evaluates, if it does, by the functions of `evaluation`.
         arrays: Its arguments.
         interrupt: Called with an exception, such as KeyboardInterrupt, that reaches this thread while it waits for
             another one. It should end the computation.
@@ -37,21 +38,21 @@ def untraced(compute: Callable[..., Arrays], arrays: Arrays, interrupt: Callable
         return compute(*arrays)
     inputs = Inputs()
     copies, fill = copies_on_gpu(gpu, arrays)
-
-    def prepare_and_compute() -> Arrays:
-        inputs.use()
-        return compute(*copies)
-
+    with suppress(ValueError):  # in a gradient all are traced
+        mx.async_eval(*copies)  # MLX changes them while it does, which the other thread must not see
     future: Future | None = None
     try:
-        future = _other_thread().submit(copy_context().run, prepare_and_compute)
+        future = _beside.thread.submit(copy_context().run, inputs.prepare, compute, copies)
         inputs.fill(fill)
         while not wait([future], timeout=_PATIENCE).done:
             pass
         return future.result()
     except BaseException as error:
-        if future is None or not future.done():
-            interrupt(error)
+        try:
+            if future is None or not future.done():
+                interrupt(error)
+        finally:
+            inputs.fail(error)
         raise
 
 
@@ -64,7 +65,12 @@ def _traced(arrays: Arrays) -> bool:
     return False
 
 
-@cache
-def _other_thread() -> ThreadPoolExecutor:
-    """A thread with a stream of its own: MLX's streams belong to threads."""
-    return ThreadPoolExecutor(1, "ringattn untraced", lambda: mx.set_default_stream(mx.new_stream(mx.default_device())))
+class _Beside(threading.local):
+    """For each thread another one, with a stream of its own: MLX's streams belong to threads."""
+
+    def __init__(self) -> None:
+        begin = lambda: mx.set_default_stream(mx.new_stream(mx.default_device()))  # noqa: E731
+        self.thread = ThreadPoolExecutor(1, "ringattn untraced", begin)
+
+
+_beside = _Beside()

@@ -56,7 +56,7 @@ class HeldTiling:
 
     @classmethod
     def _of(cls, inputs: KernelInputs, sums: tuple[str, ...]) -> HeldTiling:
-        """The tiles for some inputs: as many passing tokens as leave all scores and sums in registers."""
+        """The tiles for some inputs: as many passing tokens as registers and shared memory allow."""
         BD, BV = _padded_dims(inputs)
         widest, softcap = max(BD, BV), inputs.rules.softcap is not None
         if widest <= WIDE:

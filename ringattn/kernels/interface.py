@@ -129,7 +129,10 @@ class Kernel(abc.ABC):
         return finish(self.forward(inputs, state), output.sinks, output.dtype)
 
     def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
-        """Compute the rows for `backward`, from the results and the gradients of the loss with respect to them."""
+        """Compute the rows for `backward`, from the results and the gradients of the loss with respect to them.
+
+        A `lazy` kernel does not evaluate them here.
+        """
         return Rows.of(out, lse, dout, dlse)
 
     @abc.abstractmethod

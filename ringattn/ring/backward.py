@@ -25,19 +25,25 @@ GRADIENT = f"the gradient of {WHAT}"
 
 
 def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse: mx.array) -> list[mx.array]:
-    """Compute the gradients with respect to `call.arrays`. Collective."""
+    """Compute the gradients with respect to `call.arrays`. Collective.
+
+    Between GPUs this returns when all messages have arrived and the last work has started.
+    """
     ring = call.ring
     links = ring.links if call.stays_on_gpu else None
     with ring.call(GRADIENT):
         with forgetting(links):
             with raise_on_all_ranks(ring, GRADIENT):
+                inputs = [*call.arrays, dout, dlse]
+                if not call.stays_on_gpu:
+                    evaluate(*inputs)  # what follows may read them
                 passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
                 ring.tracer.choose(passing.name)
                 work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
                 posted = work.post() if links is not None else None
                 # Python takes about as long to agree as a GPU to compute on a short block.
                 first = work.own_hop() if call.stays_on_gpu else None
-                evaluate(*call.arrays, dout, dlse)  # here, so that an error in them is one of all ranks
+                evaluate(*inputs)  # here, so that an error in them is one of all ranks
                 fields = call.fields()
             work.call = call.agreed(GRADIENT, fields)
             if work.call.links is None:
@@ -77,7 +83,8 @@ class Passing(abc.ABC):
 
     def settle(self, hop: int) -> Arrays:
         """Compute the sums that stay, and return them."""
-        self._sums = self.call.run(hop, None, lambda arrive: self._sums)
+        if self.call.kernel.lazy:
+            self._sums = self.call.run(hop, None, lambda arrive: self._sums)
         return self._sums
 
     @abc.abstractmethod

@@ -20,7 +20,7 @@ from ..autograd.evaluation import evaluate, start_evaluation
 from ..core.online_softmax import Partial, State
 from ..transport.consensus import raise_on_all_ranks
 from ..transport.interface import Links, Transfer
-from .accumulators import Accumulator, merge_state_arrays, post_results
+from .accumulators import Accumulator, ResultHop, merge_state_arrays, post_results
 from .blocks import Block
 from .blocks import rows as rows_of
 from .call import Arrays, Arrive, RingCall
@@ -232,9 +232,7 @@ def round_trip(
         if h == 0:
             home_part = home_part or added
         elif hop.state:
-            call.wait(h, here.arrival.transfer)
-            total = accumulator.sendable(here.total(accumulator, added), here.wanted)
-            held.until(total.arrays, partial(here.send_total, total))
+            _send_total(call, accumulator, held, h, here, added)
         if hop.compute and first is None:
             used = (*used, *settle(h))
         first = None
@@ -248,6 +246,15 @@ def round_trip(
         totals[0] = accumulator.add(totals[0], part)
     call.wait(h + 1, *sends, *(result.sent for results in routes for result in results))
     return from_host(totals[0]).arrays
+
+
+def _send_total(
+    call: RingCall, accumulator: Accumulator, held: Held, h: int, here: ResultHop, added: Block | None
+) -> None:
+    """Add what this rank `added` in hop `h` to what has arrived of these results, and send it once it is there."""
+    call.wait(h, here.arrival.transfer)
+    total = accumulator.sendable(here.total(accumulator, added), here.wanted)
+    held.until(total.arrays, partial(here.send_total, total))
 
 
 def _build_on(build: Callable[[Block, Arrive], Arrays], hop: Hop, arrival: Arrival, arrive: Arrive) -> Arrays:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -63,7 +65,7 @@ def test_gradient_reaches_what_lies_before(gpu: HostGpu) -> None:
 def test_outside_it_computes_here(gpu: HostGpu) -> None:
     seen: list[str] = []
     assert op(mx.array([2.0]), mx.array(3.0), seen).item() == 12
-    assert seen == [threading.current_thread().name]
+    assert seen == [threading.current_thread().name] and gpu.copied == 0
 
 
 def test_it_prepares_while_the_inputs_are_evaluated(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +102,12 @@ def test_it_prepares_while_the_inputs_are_evaluated(gpu: HostGpu, monkeypatch: p
 
 
 def test_an_error_in_the_inputs_reaches_what_waits_for_them(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[BaseException] = []
+    original, seen = mx.eval, list[BaseException]()
 
-    def fail(*_: mx.array) -> None:
-        raise RuntimeError("no memory")
+    def fail(*arrays: mx.array) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("no memory")
+        original(*arrays)
 
     def compute(x: mx.array) -> Sequence[mx.array]:
         y = x * 2
@@ -159,3 +163,44 @@ def test_interruption_ends_the_other_thread(gpu: HostGpu) -> None:
     with pytest.raises(KeyboardInterrupt):
         mx.grad(gradient)(mx.array([1.0, 2.0]))
     assert [type(error) for error in told] == [KeyboardInterrupt]
+
+
+def test_interruption_before_the_inputs_are_there_ends_the_other_thread(
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no later computation would begin, and the process would not end."""
+    submit, told = ThreadPoolExecutor.submit, list[BaseException]()
+
+    def interrupted(*arguments: Any) -> None:
+        submit(*arguments)
+        raise KeyboardInterrupt
+
+    def gradient(x: mx.array) -> mx.array:
+        forward = lambda *arrays: untraced(lambda x: [x * 2], arrays, told.append)  # noqa: E731
+        return custom_op("op", forward, [x], lambda x, dy, y: [2 * dy])[0].sum()
+
+    x = mx.array([1.0, 2.0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        mx.grad(gradient)(x)
+    assert [type(error) for error in told] == [KeyboardInterrupt]
+    assert mx.grad(gradient)(x).tolist() == [2, 2]
+
+
+def test_each_thread_has_another_one(gpu: HostGpu) -> None:
+    """The calls of two rings, which their ranks may make in different orders, do not wait for each other."""
+    both = threading.Barrier(2, timeout=20)
+
+    def compute(x: mx.array) -> Sequence[mx.array]:
+        both.wait()
+        return [x * 2]
+
+    def gradient(x: mx.array) -> mx.array:
+        return custom_op("op", partial(in_other_thread, compute), [x], lambda x, dy, y: [2 * dy])[0].sum()
+
+    def call(_: int) -> list:
+        mx.set_default_stream(mx.new_stream(mx.cpu))
+        return mx.grad(gradient)(mx.array([1.0, 2.0])).tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == [[2, 2], [2, 2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
@@ -36,6 +37,10 @@ EVERY_RULE = ScoreRules(0.3, Band(None, 0), 2.0, mx.sin(mx.arange(150 * 150)).re
 OPTIONS = ("boolean mask", "additive mask", "softcap", "window on both sides", "value head_dim", "peaked scores")
 
 
+def capped(case: Case) -> Case:
+    return replace(case, options=case.options | {"softcap": 20.0})
+
+
 def rest(seeds: range) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield from ((name, partial(in_dtype, FEATURES[name], dtype)) for name, dtype in zip(OPTIONS, cycle(HALVES)))
     yield from ((f"random {seed}", partial(random_case, seed, lengths=(7, 113, 150))) for seed in seeds)
@@ -46,6 +51,7 @@ EVERYTHING = {"everything, bfloat16": FEATURES["everything, bfloat16"], "causal,
 WIDE = {
     "head_dim 256, bfloat16": partial(in_dtype, FEATURES["head_dim 256"], mx.bfloat16),
     "head_dim 192, values 128, float16": partial(in_dtype, FEATURES["head_dim 192, values 128"], mx.float16),
+    "the same with a softcap": lambda: capped(in_dtype(FEATURES["head_dim 192, values 128"], mx.float16)),
 }
 MASKS = {
     "boolean mask, float32": FEATURES["boolean mask"],
@@ -160,6 +166,17 @@ def test_what_is_waited_for_may_be_late(monkeypatch, name: str, capability: tupl
     early = attend(case)
     set_executor(Runtime(late=True))
     assert all(mx.array_equal(x, y, equal_nan=True) for x, y in zip(early, attend(case)))
+
+
+@pytest.mark.parametrize("name", [*EVERYTHING, "head_dim 256, bfloat16"])
+def test_what_a_gradient_waits_for_may_be_late(monkeypatch, hopper: list[str], name: str) -> None:
+    monkeypatch.setattr(hopper_tiling, "ARRIVALS", 32)  # see test_what_is_waited_for_may_be_late
+    problem = GradientCase.random((EVERYTHING | WIDE)[name]())
+    early = attention_gradients(problem, "cuda")
+    assert any("backward_hopper" in ran for ran in hopper)
+    set_executor(Runtime(late=True))
+    late = attention_gradients(problem, "cuda")
+    assert all(mx.array_equal(early[what], late[what], equal_nan=True) for what in early)
 
 
 def test_keys_in_several_runs_and_a_state(monkeypatch) -> None:

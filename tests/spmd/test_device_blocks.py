@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ringattn.errors import ArgumentError
 from ringattn.kernels.interface import KernelInputs, OutputSpec
 from ringattn.ring import backward, call, loop
 from ringattn.ring.blocks import NOTHING, Block
+from ringattn.tracing.spans import NO_TRACER, Recorder
 from ringattn.transport import Ring
 from ringattn.transport.mpi.ring import MpiRing
 from ringattn.verify.features import FEATURES
@@ -38,7 +40,7 @@ def network(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostNetwork
     if not isinstance(ring, MpiRing) or ring.size == 1:
         pytest.skip("no other GPU")
     monkeypatch.setattr(call, "on_gpu", lambda: True)
-    gpu = HostGpu()
+    gpu = HostGpu(delay=0.01)
     monkeypatch.setattr(untraced, "driver", lambda: gpu)
     yield use_host_network(ring)
     ring.has_gpus = False
@@ -60,6 +62,7 @@ def test_both_ways(both: Ring, network: HostNetwork, strategy: str) -> None:
     case = random_case(7, q_len=90, k_len=90)
     out, lse, layout = run(case, both, "zigzag", strategy=strategy, backend="reference")
     check(case, out, lse, rows=rows_of(layout, both.rank), what=strategy)
+    check_gradient(GradientCase.random(case), both, "zigzag", strategy=strategy, backend="reference")
     assert network.groups
 
 
@@ -71,11 +74,27 @@ def test_gradients(ring: Ring, network: HostNetwork, kind: str, strategy: str) -
     assert network.groups or kind in ("weighted", "one rank")  # all tokens may be on one rank
 
 
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_gradients_with_a_trace(ring: Ring, network: HostNetwork, strategy: str) -> None:
+    """Then each hop is waited for, on the GPUs too."""
+    ring.tracer = Recorder(events := deque[tuple](), plain=True)
+    try:
+        problem = GradientCase.random(FEATURES["causal"]())
+        check_gradient(problem, ring, "zigzag", strategy=strategy, backend="reference")
+    finally:
+        ring.tracer = NO_TRACER
+    assert network.groups and events
+
+
 def test_other_kernels(ring: Ring, network: HostNetwork) -> None:
     """The host's kernel on one rank: all send their blocks through the hosts."""
     case = random_case(3)
     out, lse, layout = run(case, ring, "zigzag", backend="host" if ring.rank == 1 else "reference")
     check(case, out, lse, rows=rows_of(layout, ring.rank), what="mixed")
+    problem = GradientCase.random(FEATURES["causal, bfloat16"]())
+    for strategy in ("pass_kv", "pass_q"):
+        backend = "host" if ring.rank == 1 else "reference"
+        check_gradient(problem, ring, "zigzag", strategy=strategy, backend=backend)
     assert network.groups == 0
 
 
@@ -147,9 +166,12 @@ def test_a_block_waits_for_its_slot(
 
 def backward_late(self: object, inputs: KernelInputs, rows: Rows, sums: Gradients) -> Gradients:
     """Means of the other side's values, by a kernel that prepares before its inputs are there and has long to do."""
-    ones = mx.ones((LONG, LONG))
-    zero = (ones @ ones)[0, 0] * 0
-    q, v = ((x + zero).mean(axis=2, keepdims=True) for x in (inputs.q, inputs.v))
+
+    def mean_late(x: mx.array) -> mx.array:
+        ones = mx.ones((LONG, LONG))
+        return (x + (ones @ ones)[0, 0] * 0).mean(axis=2, keepdims=True)
+
+    q, v = mean_late(inputs.q), mean_late(inputs.v)
     return Gradients(sums.q + v, sums.k + q, sums.v + q)
 
 
@@ -183,9 +205,12 @@ def test_gradients_leave_before_those_that_stay_are_computed(
 
     monkeypatch.setattr(loop.Held, "until", noted("leave", loop.Held.until))
     monkeypatch.setattr(backward.Passing, "settle", noted("stay", backward.Passing.settle))
+    monkeypatch.setattr(backward, "evaluate", noted("wait", backward.evaluate))
+    monkeypatch.setattr(backward, "start_evaluation", noted("return", backward.start_evaluation))
     case = GradientCase.random(replace(random_case(5, q_len=64, k_len=64), options={"mask": "causal"}))
     check_gradient(case, ring, "zigzag", strategy=strategy, backend="reference")
-    assert events[-2 * ring.size + 1 :] == ["stay", *(["leave", "stay"] * (ring.size - 1))]
+    first = events.index("stay")  # a forward pass by pass-Q has states that leave
+    assert events[first:] == ["stay", "wait", *(["leave", "stay"] * (ring.size - 1)), "return"]
 
 
 def test_calls_one_after_the_other(ring: Ring, network: HostNetwork) -> None:

@@ -54,6 +54,7 @@ GRADIENTS: dict[str, Problem] = {
     ),
     "gradient, bfloat16, 64, columns": Problem(dims=(64, 64), mask=mx.float32, columns=True, gradient=True),
     "gradient, bfloat16, 256, causal": Problem(dims=(256, 256), high=0, gradient=True),
+    "gradient, float16, 192 and 128, softcap": Problem(mx.float16, (192, 128), softcap=2.0, gradient=True),
     "gradient, bfloat16, 256, additive mask": Problem(dims=(256, 256), mask=mx.bfloat16, gradient=True),
     "gradient, float32, 64, everything": Problem(mx.float32, (64, 64), mask=mx.float32, gradient=True, **EVERYTHING),
     "gradient, float32, 256, sums": Problem(mx.float32, (256, 256), gradient=True, sums=True),
