@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .transport.base import Ring
 
 SHOWN = 8  # ranks, and spans for each rank, in a layout's repr
+SUMMARISED = 3  # spans of rank 0 in a layout's summary
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
@@ -129,9 +130,11 @@ class Layout:
 
     @cached_property
     def summary(self) -> str:
-        """Start, stop and a short hash of the spans. Only equal layouts have equal summaries, on any machine."""
+        """Start, stop, what rank 0 has and a short hash of the spans: equal for equal layouts alone, on any machine."""
         spans = hashlib.blake2b(repr(self.spans).encode(), digest_size=8).hexdigest()
-        return f"{self.start}..{self.stop} on {self.size} ranks ({spans})"
+        first = ", ".join(f"{start}..{stop}" for start, stop in self.spans[0][:SUMMARISED]) or "none"
+        more = ", ..." if len(self.spans[0]) > SUMMARISED else ""
+        return f"{self.start}..{self.stop} on {self.size} ranks; rank 0 has {first}{more} ({spans})"
 
     def local_length(self, rank: int) -> int:
         """Count the tokens of `rank`."""

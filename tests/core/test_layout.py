@@ -302,3 +302,15 @@ def test_repr_is_the_layout_or_its_beginning():
     assert eval(repr(short)) == short
     long = repr(Layout.cyclic(100_000, 4, 16))
     assert long.startswith("Layout(spans=(((0, 16), (64, 80), ") and "...)" in long and len(long) < 1000
+
+
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        (Layout.zigzag(16, 2), "0..16 on 2 ranks; rank 0 has 0..4, 12..16"),
+        (Layout.cyclic(16, 2, 2), "0..16 on 2 ranks; rank 0 has 0..2, 4..6, 8..10, ..."),
+        (Layout([[], [(7, 9)]]), "7..9 on 2 ranks; rank 0 has none"),
+    ],
+)
+def test_a_summary_tells_layouts_apart_in_words(layout: Layout, what: str) -> None:
+    assert layout.summary.rpartition(" (")[0] == what
