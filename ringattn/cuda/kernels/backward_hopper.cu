@@ -4,8 +4,8 @@
 //   s = q k^T     dp = dout v^T                      dq += ds k            where queries are held,
 // p = exp(s - lse) and ds = p (dp - delta). So p and ds never leave the registers of the rows that have them, and nothing
 // is added up in memory: no atomics, and the same bits in every run. s and dp are computed twice, which costs less than
-// to add up dq in memory (FlashAttention-2, arXiv 2307.08691, computes them once). Where the
-// registers do not hold both dk and dv (RA_SUM_K, RA_SUM_V), each has a call of its own; that of dv has no dp.
+// to add up dq in memory (FlashAttention-2, arXiv 2307.08691, computes them once). Where the registers do not hold both dk
+// and dv (RA_SUM_K, RA_SUM_V), each has a call of its own; that of dv has no dp.
 //
 // A warpgroup has 64 held tokens and goes its own way: a passing tile arrives at one barrier and is released at another.
 
