@@ -69,8 +69,11 @@ class _Beside(threading.local):
     """For each thread another one, with a stream of its own: MLX's streams belong to threads."""
 
     def __init__(self) -> None:
-        begin = lambda: mx.set_default_stream(mx.new_stream(mx.default_device()))  # noqa: E731
-        self.thread = ThreadPoolExecutor(1, "ringattn untraced", begin)
+        self.thread = ThreadPoolExecutor(1, "ringattn untraced", _make_stream)
+
+
+def _make_stream() -> None:
+    mx.set_default_stream(mx.new_stream(mx.default_device()))
 
 
 _beside = _Beside()

@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..autograd.evaluation import evaluate
 from ..core.arrays import as_float32, view
 from ..core.gradients import Gradients, Rows
 from ..core.masks import Tile
@@ -32,7 +33,7 @@ CHAINS = 8  # at least, where there is enough work
 
 def rows(out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
     """Compute the values of each query row that the gradient needs. See `Kernel.rows`."""
-    mx.eval(out, lse, dout, dlse)
+    evaluate(out, lse, dout, dlse)
     arrays = [view(x) for x in (out, lse, dout, dlse)]
     delta = np.empty(lse.shape, np.float32)
     for start in range(0, lse.shape[2], ROWS):  # a few rows at a time, to avoid a float32 copy of all

@@ -15,10 +15,10 @@ from . import hopper_tiling, source
 from .calls import on_gpu, prepared
 from .device import HOPPER, SHARED_BYTES
 from .gradient_call import arrays_of, gradient_call, longest_first, mask_output
+from .hopper_tiling import PANEL
 from .launch import KernelCall
-from .tiling import FRAGMENT, WARP
+from .tiling import FRAGMENT, WARP, padded
 
-PANEL = 64  # dims in 128 bytes
 LEAST_STAGES, MOST_STAGES = 3, 4
 WIDE = 128  # dims, beyond which shared memory and registers limit the passing tokens
 BOTH = 320  # dims of dk and dv together, up to which a block's registers hold both beside the scores
@@ -68,13 +68,18 @@ class HeldTiling:
     def registers(self, softcap: bool) -> int:
         """Registers of a thread for sums and for scores: s, and for dk and dq dp and the slope of a softcap."""
         sums = sum(self.BV if name == "dv" else self.BD for name in self.sums)
-        scores = 1 if self.sums == ("dv",) else 3 if softcap else 2
+        scores = 1 if not self.needs_dp else 3 if softcap else 2
         return (sums + scores * self.PASSING) // 2
 
     @property
     def holds_keys(self) -> bool:
         """Whether a block holds keys."""
         return self.sums != ("dq",)
+
+    @property
+    def needs_dp(self) -> bool:
+        """Whether a block adds up dk or dq, whose products need the held values or dout."""
+        return self.sums != ("dv",)
 
     @property
     def HELD(self) -> int:  # noqa: N802
@@ -99,12 +104,12 @@ class HeldTiling:
     @property
     def _widths(self) -> tuple[int, int]:
         """The dims of keys and of values in shared memory: whole panels."""
-        return -(-self.BD // PANEL) * PANEL, -(-self.BV // PANEL) * PANEL
+        return padded((self.BD, self.BV), PANEL)
 
     @property
     def _held(self) -> int:
         """Bytes of the held tile, whose values or dout only dk and dq need, and of a note for each token."""
-        width = self._widths[0] if self.sums == ("dv",) else sum(self._widths)
+        width = sum(self._widths) if self.needs_dp else self._widths[0]
         return self.HELD * (2 * width + 1)
 
     @property
@@ -119,8 +124,7 @@ class HeldTiling:
 
 def _padded_dims(inputs: KernelInputs) -> tuple[int, int]:
     """The dims of keys and of values, padded to whole fragments."""
-    BD, BV = (-(-x.shape[3] // FRAGMENT) * FRAGMENT for x in (inputs.q, inputs.v))
-    return BD, BV
+    return padded((inputs.q.shape[3], inputs.v.shape[3]), FRAGMENT)
 
 
 def passing_tile_ranges(inputs: KernelInputs, tiling: HeldTiling) -> np.ndarray:
@@ -192,7 +196,7 @@ def _call(
             },
             {
                 "OF_KEYS": int(tiling.holds_keys),
-                "SUM_K": int(tiling.sums != ("dv",)),
+                "SUM_K": int(tiling.needs_dp),
                 "SUM_V": int("dv" in tiling.sums),
                 "ADDS": int(bool(before)),
                 "SCALES": int(not parts),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .tiling import FRAGMENT, MULTIPROCESSOR_BYTES, MULTIPROCESSORS, RESERVED, WARP
+from .tiling import FRAGMENT, MULTIPROCESSOR_BYTES, MULTIPROCESSORS, RESERVED, WARP, padded
 
 REGISTERS = 65_536  # of a multiprocessor; a thread of this kernel has up to 256
 QUERY_TILES = 2048  # of a call: a block has a byte for each
@@ -40,7 +40,7 @@ class GradientTiling:
     def of(cls, dtype: mx.Dtype, head_dim: int, value_dim: int, shared_bytes: int) -> GradientTiling:
         """The largest tiling that fits into `shared_bytes` and, for the sums of dk and dv, into registers."""
         halves = 1 if max(head_dim, value_dim) <= 128 else 2
-        BD, BV = (-(-dim // (FRAGMENT * halves)) * FRAGMENT * halves for dim in (head_dim, value_dim))
+        BD, BV = padded((head_dim, value_dim), FRAGMENT * halves)
         size = next(i for i, most in enumerate((64, 128, 256)) if max(BD, BV) <= most)
         # (warps, queries, stages): half precision on GPUs with much shared memory, and on others; float32
         large = ((8, 128, 2), (8, 64, 2), (8, 64, 1))[size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .tiling import FRAGMENT, MULTIPROCESSORS
+from .tiling import FRAGMENT, MULTIPROCESSORS, padded
 
 PANEL = 64  # columns of a panel of a tile
 GROUP_ROWS = 64  # of a warpgroup
@@ -49,7 +49,7 @@ class HopperTiling:
         Up to 64 dims a tile of many rows has three warpgroups: the softmax takes longer than the products. Above 128
         dims the output's sums leave registers for the scores of 64 keys.
         """
-        BD, BV = (-(-dim // FRAGMENT) * FRAGMENT for dim in (head_dim, value_dim))
+        BD, BV = padded((head_dim, value_dim), FRAGMENT)
         widest = max(BD, BV)
         if widest > 128:
             return cls(2, 2, 64, BD, BV, turns=False)
@@ -76,7 +76,7 @@ class HopperTiling:
     @property
     def shared_memory(self) -> int:
         """Bytes of Q, K and V in panels, of their barriers, and what the alignment may cost."""
-        keys, values = (-(-dims // PANEL) * PANEL for dims in (self.BD, self.BV))
+        keys, values = padded((self.BD, self.BV), PANEL)
         numbers = self.BQ * keys + self.stages * self.BK * (keys + values)
         return ALIGNMENT + 2 * numbers + 4 * self.stages * BARRIER_BYTES
 

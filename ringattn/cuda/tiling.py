@@ -17,6 +17,12 @@ MULTIPROCESSORS = 132  # of an H100; on a smaller GPU a few more blocks wait
 SMALL_BLOCKS, LARGE_BLOCKS = 5, 2  # that fit on a multiprocessor, of one warp and of four
 
 
+def padded(dims: tuple[int, int], unit: int) -> tuple[int, int]:
+    """The dims of keys and of values, padded to multiples of `unit`."""
+    keys, values = (-(-dim // unit) * unit for dim in dims)
+    return keys, values
+
+
 @dataclass(frozen=True)
 class Tiling:
     """The tile of one thread block; upper-case names are those in the kernel.
@@ -57,7 +63,7 @@ class Tiling:
             rows: The number of rows.
             shared_bytes: The shared memory that a block can have on this GPU.
         """
-        BD, BV = (-(-dim // FRAGMENT) * FRAGMENT for dim in (head_dim, value_dim))
+        BD, BV = padded((head_dim, value_dim), FRAGMENT)
         wide, half = max(BD, BV) > 128, dtype.size == 2
         most = 4 if half or not wide else 2
         warps = next(n for n in (1, 2, 4) if rows <= FRAGMENT * n or n == most)

@@ -131,7 +131,7 @@ class Kernel(abc.ABC):
     def rows(self, out: mx.array, lse: mx.array, dout: mx.array, dlse: mx.array) -> Rows:
         """Compute the rows for `backward`, from the results and the gradients of the loss with respect to them.
 
-        A `lazy` kernel does not evaluate them here.
+        A kernel that reads them evaluates them by `autograd.evaluation.evaluate`: they may be on their way.
         """
         return Rows.of(out, lse, dout, dlse)
 

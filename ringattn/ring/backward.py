@@ -34,16 +34,13 @@ def backward(call: RingCall, dout: mx.array, dlse: mx.array, out: mx.array, lse:
     with ring.call(GRADIENT):
         with forgetting(links):
             with raise_on_all_ranks(ring, GRADIENT):
-                inputs = [*call.arrays, dout, dlse]
-                if not call.stays_on_gpu:
-                    evaluate(*inputs)  # what follows may read them
                 passing = PassQ if call.chosen(gradient=True) == "pass_q" else PassKV
                 ring.tracer.choose(passing.name)
                 work = passing(replace(call, links=links), call.kernel.rows(out, lse, dout, dlse))
                 posted = work.post() if links is not None else None
                 # Python takes about as long to agree as a GPU to compute on a short block.
                 first = work.own_hop() if call.stays_on_gpu else None
-                evaluate(*inputs)  # here, so that an error in them is one of all ranks
+                evaluate(*call.arrays, dout, dlse)  # here, so that an error in them is one of all ranks
                 fields = call.fields()
             work.call = call.agreed(GRADIENT, fields)
             if work.call.links is None:

@@ -162,14 +162,15 @@ class Held:
     def turn(self) -> None:
         """Wait for the work that was added, and start the transfers that can start."""
         held, self._held, self._later = self._held, self._later, []
-        if self._links is not None:
-            self._links.advance()
+        if self._links is None:
+            for _, act in held:
+                act()
+            return
+        self._links.advance()
         for results, act in held:
-            if self._links is not None:
-                mx.eval(*results)
+            mx.eval(*results)
             act()
-            if self._links is not None:
-                self._links.advance()
+            self._links.advance()
 
 
 def _gather(call: RingCall) -> Partial:
